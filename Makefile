@@ -1,0 +1,71 @@
+# Everything runs in a virtual environment that make sets up: .venv, or VENV=elsewhere.
+PYTHON ?= python3
+VENV ?= .venv
+# The torch build: your package index's default (on Linux usually CUDA), or that of another index, for instance
+# PyTorch's CPU wheels: make demo TORCH_INDEX=<address of the index>. TORCH takes a wheel file as well.
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+# A folder of validation texts, LANGUAGE/*.val.jsonl.zst; with it, `make bench` measures the tokenizer too.
+CORPUS ?=
+
+export NO_MKDOCS_2_WARNING := 1
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all check bench docs clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed  ## fill blanks in English and Chinese with the bundled model
+	$(BIN)/gmask infill \
+	  "The little girl opened the [MASK] and saw a big [MASK]." \
+	  "我今天早上去[MASK]买了一些[MASK]。"
+
+test: $(VENV)/.installed-dev  ## run the default tests
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-all: $(VENV)/.installed-dev  ## run the slow tests too, and the GPU ones where there is a GPU
+	$(BIN)/pytest $(if $(shell command -v nvidia-smi),,-m "not gpu")
+
+check: $(VENV)/.installed-dev  ## lint, types, import layers, documentation
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/mkdocs build --strict --quiet
+
+bench: $(VENV)/.installed-dev  ## measure against peers, all in one run
+	$(BIN)/python benchmarks/infilling.py
+	$(BIN)/python benchmarks/pretraining.py
+	$(BIN)/python benchmarks/decoding.py
+	$(BIN)/python benchmarks/cold_start.py
+	$(if $(CORPUS),$(BIN)/python benchmarks/tokenizer.py $(CORPUS) --ours src/gmask/pretrained)
+
+docs: $(VENV)/.installed-dev  ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+clean:  ## remove what was built, the virtual environment included
+	rm -rf $(VENV) site build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "gmask needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "This Python cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first: whichever build it is then satisfies the constraint.
+$(VENV)/.torch: | $(BIN)/python
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.torch
+	$(PIP) -c constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.torch
+	$(PIP) -c constraints.txt --editable '.[dev,train]'
+	@touch $@ $(VENV)/.installed
