@@ -1,0 +1,5 @@
+"""GLM (110M to 10B): configuration and model in the style of transformers."""
+
+from gmask.models.glm.configuration import GLMConfig as GLMConfig
+from gmask.models.glm.modeling import GLMForConditionalGeneration as GLMForConditionalGeneration
+from gmask.models.glm.modeling import GLMModel as GLMModel

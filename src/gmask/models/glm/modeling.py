@@ -1,0 +1,338 @@
+"""How does a GLM turn tokens and their layout into logits?
+
+Shape letters: B rows, T positions, K key positions (cached ones first), H hidden size, N heads, D head size,
+V vocabulary.
+Module names are those of the published checkpoints, so that their keys need no renaming.
+Source: Du et al., ACL 2022, section 2; published code THUDM/GLM model/modeling_glm.py and mpu/transformer.py.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from gmask.models.glm.configuration import GLMConfig
+from gmask.models.glm.inputs import build_mask, check_layout, read_layout, resolve_sequences
+from gmask.models.layout_generation import LayoutGenerationMixin
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,  # B N T D
+    key: Tensor,  # B N K D
+    value: Tensor,  # B N K D
+    attention_mask: Tensor | None,  # B 1 T K, boolean (True = visible) or additive
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out: the plain twin of the fused kernels, and the one that returns the weights."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        # In float16 the sum could fall to -inf, and a row that sees nothing to NaN.
+        scores = (scores + attention_mask).clamp(min=torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class ResidualLinear(nn.Linear):
+    """A projection into the residual stream; as published, it starts smaller in deeper models."""
+
+
+class GLMAttention(nn.Module):
+    """Multi-head self-attention; ``query_key_value`` holds three contiguous thirds."""
+
+    is_causal = False  # the mask says all; without one every key is visible
+
+    def __init__(self, config: GLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = ResidualLinear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        batch, length, _ = hidden_states.shape
+        query, key, value = (
+            part.view(batch, length, -1, self.head_dim).transpose(1, 2)  # B N T D
+            for part in self.query_key_value(hidden_states).chunk(3, dim=-1)
+        )
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        mixed, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=dropout,
+            is_causal=False,
+            **kwargs,
+        )
+        output: Tensor = self.dense(mixed.reshape(batch, length, -1))
+        return output, weights
+
+
+class GLMMLP(nn.Module):
+    def __init__(self, config: GLMConfig) -> None:
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dense_4h_to_h = ResidualLinear(config.intermediate_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        output: Tensor = self.dense_4h_to_h(self.activation(self.dense_h_to_4h(hidden_states)))
+        return output
+
+
+class GLMBlock(GradientCheckpointingLayer):
+    """Pre-LN transformer block."""
+
+    def __init__(self, config: GLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = GLMAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = GLMMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        mixed, _ = self.attention(self.input_layernorm(hidden_states), attention_mask, past_key_values, **kwargs)
+        hidden_states = hidden_states + self.dropout(mixed)
+        expanded = self.mlp(self.post_attention_layernorm(hidden_states))
+        output: Tensor = hidden_states + self.dropout(expanded)
+        return output
+
+
+class GLMTransformer(nn.Module):
+    """The 2-D position embeddings, the blocks and the final norm."""
+
+    def __init__(self, config: GLMConfig) -> None:
+        super().__init__()
+        self.position_embeddings = nn.Embedding(config.position_rows, config.hidden_size)
+        if config.block_position_encoding:
+            self.block_position_embeddings = nn.Embedding(config.position_rows, config.hidden_size)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList([GLMBlock(config, index) for index in range(config.num_hidden_layers)])
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.config = config
+
+    def embed_layout(self, layout: Tensor) -> Tensor:
+        """``[B, 2, T]`` to ``[B, T, H]``."""
+        places: Tensor = self.position_embeddings(layout[:, 0])
+        if self.config.block_position_encoding:
+            places = places + self.block_position_embeddings(layout[:, 1])
+        return places
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        layout: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        hidden_states = self.dropout(inputs_embeds + self.embed_layout(layout))
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
+            )
+        output: Tensor = self.final_layernorm(hidden_states)
+        return output
+
+
+class GLMPreTrainedModel(PreTrainedModel):
+    config: GLMConfig
+    config_class = GLMConfig
+    base_model_prefix = "glm"
+    _input_embed_layer = "word_embeddings"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GLMBlock"]  # noqa: RUF012 - transformers reads these as plain class attributes
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": GLMBlock, "attentions": GLMAttention}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ResidualLinear):
+            init.normal_(
+                module.weight,
+                std=self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers),
+            )
+
+
+class GLMModel(GLMPreTrainedModel):
+    """GLM without its head: ids and layout in, final hidden states ``[B, T, H]`` out."""
+
+    def __init__(self, config: GLMConfig) -> None:
+        super().__init__(config)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.transformer = GLMTransformer(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        layout: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Runs the transformer.
+
+        Args:
+            input_ids: ``[B, T]``.
+            attention_mask: ``[B, past + T]`` padding mask (1 = a token). Also the published forms: a prefix length
+                (0-d, ``[1]`` or ``[B]``), a 4-D mask as given (1 = visible), and with 3-D ``position_ids`` a 2-D mask
+                that hides padded keys and nothing else.
+            position_ids: ``[B, 2, T]``, the published name of ``layout``. Of 2-D ones ``[B, T]`` only is read where a
+                packed sequence starts: at each 0, when there is neither a mask nor a cache.
+            layout: ``[B, 2, T]`` places in the context and in the answer; read off ``input_ids`` if absent.
+            sequence_ids: ``[B, T]`` packed sequences, which do not see each other; -1 at padding.
+
+        Raises:
+            ValueError: positions beyond the table, or a layout that cannot be read off the ids.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if "cache" in kwargs:
+            raise ValueError("continuous batching reads prompts in chunks and causally, which is wrong for a prefix LM")
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        sequence_ids = resolve_sequences(position_ids, attention_mask, sequence_ids, past_key_values)
+        published_positions = position_ids is not None and position_ids.ndim == 3
+        if published_positions:
+            layout = position_ids
+        if layout is None:
+            layout = read_layout(self.config, input_ids, attention_mask, sequence_ids, past_key_values)
+        check_layout(layout, inputs_embeds, config=self.config)
+        mask = build_mask(
+            layout,
+            attention_mask,
+            sequence_ids,
+            past_key_values,
+            published_positions=published_positions,
+            dtype=inputs_embeds.dtype,
+        )
+        hidden_states = self.transformer(inputs_embeds, layout, mask, past_key_values, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+
+class GLMForConditionalGeneration(GLMPreTrainedModel, LayoutGenerationMixin, GenerationMixin):
+    """GLM with its language-modelling head, tied to the word embeddings."""
+
+    _tied_weights_keys = {"lm_head.weight": "glm.word_embeddings.weight"}  # noqa: RUF012
+
+    def __init__(self, config: GLMConfig) -> None:
+        super().__init__(config)
+        self.glm = GLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        layout: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits ``[B, T, V]``, and the mean cross-entropy in nats when ``labels`` are given.
+
+        ``labels[t]`` is what position t must predict (not shifted, as published); -100 and the padding id are not
+        scored. The other arguments are those of `GLMModel.forward`; ``logits_to_keep`` as in transformers.
+        """
+        outputs = self.glm(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            layout=layout,
+            sequence_ids=sequence_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept])
+        loss = None
+        if labels is not None:
+            labels = self._scored(labels)
+            total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+            loss = total / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def token_losses(self, input_ids: Tensor, labels: Tensor, *, layout: Tensor, sequence_ids: Tensor) -> Tensor:
+        """Cross-entropy in nats at each label, ``[n]`` float32 in row order; the head runs at these positions alone."""
+        hidden_states = self.glm(input_ids, layout=layout, sequence_ids=sequence_ids, use_cache=False).last_hidden_state
+        labels = self._scored(labels)
+        labelled = labels != -100
+        logits = self.lm_head(hidden_states[labelled])
+        return F.cross_entropy(logits.float(), labels[labelled], reduction="none")
+
+    def _scored(self, labels: Tensor) -> Tensor:
+        """The labels with -100 for the padding id, which is not scored, as published."""
+        pad = self.config.pad_token_id
+        return labels if pad is None else labels.masked_fill(labels == pad, -100)

@@ -1,0 +1,157 @@
+"""Where does a token stand, and what may it see?
+
+A prefix language model needs two things beside the token ids. The *layout* ``[B, 2, T]`` holds a token's place in the
+context (row 0; an answer token carries the place of the blank that it fills) and its place inside the answer (row 1;
+0 in the context, 1 for ``<sop>``, 2 for the token after it). The *visibility* ``[B, 1, T, K]`` is True where a query
+may attend to a key: the context sees itself in both directions, an answer sees its context and what precedes it.
+
+Shape letters: B rows, T query positions, K key positions (cached ones first).
+Source: Du et al., "GLM: General Language Model Pretraining with Autoregressive Blank Infilling", ACL 2022, section 2.1.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def derive_layout(
+    input_ids: Tensor,
+    *,
+    blank_token_ids: Sequence[int],
+    sop_token_id: int,
+    attention_mask: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+) -> Tensor:
+    """Reads the layout off the tokens: the context ends at the first ``<sop>``, and the n-th ``<sop>`` opens the answer
+    to the n-th blank (the last blank, if there are fewer).
+
+    Args:
+        input_ids: ``[B, T]``.
+        blank_token_ids: ids of ``[MASK]``, ``[sMASK]``, ``[gMASK]``.
+        attention_mask: ``[B, T]``, 0 at padding, which takes no place: a padded row gets the layout of the row alone.
+        sequence_ids: ``[B, T]``, which packed sequence a token belongs to; -1 at padding. One sequence a row if absent.
+
+    Returns:
+        ``[B, 2, T]`` int64.
+
+    Raises:
+        ValueError: a sequence has a ``<sop>`` but no blank before it.
+    """
+    is_real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if sequence_ids is None:
+        sequence_ids = torch.zeros_like(input_ids)
+    is_real = is_real & (sequence_ids >= 0)
+    width = input_ids.shape[1] + 1  # more than any count within a row
+
+    def count_within_sequence(
+        flags: Tensor,
+    ) -> Tensor:  # [B, T] inclusive, restarting with each packed sequence
+        total = flags.long().cumsum(-1)
+        starts = torch.ones_like(flags)
+        starts[:, 1:] = sequence_ids[:, 1:] != sequence_ids[:, :-1]
+        before = torch.where(starts, total - flags.long(), torch.zeros_like(total))
+        return total - before.cummax(-1).values
+
+    is_sop = (input_ids == sop_token_id) & is_real
+    sop_count = count_within_sequence(is_sop)
+    in_answer = (sop_count > 0) & is_real
+    is_blank = (
+        torch.isin(input_ids, torch.tensor(list(blank_token_ids), device=input_ids.device)) & is_real & ~in_answer
+    )
+    place = (count_within_sequence(is_real) - 1).clamp(min=0)
+
+    # Blanks get the ascending keys (sequence, rank); an answer looks up the greatest key not above its own.
+    key = sequence_ids * width
+    blank_keys = torch.where(
+        is_blank, key + count_within_sequence(is_blank), torch.full_like(key, torch.iinfo(key.dtype).max)
+    )
+    blank_keys, order = blank_keys.sort(-1)
+    found = torch.searchsorted(blank_keys, key + sop_count, right=True) - 1
+    blank = found.clamp(min=0)
+    if bool((in_answer & ((found < 0) | (blank_keys.gather(1, blank) < key))).any()):
+        raise ValueError(
+            "a sequence has <sop> but no [MASK], [sMASK] or [gMASK] before it: put the blank into the context"
+        )
+
+    context_place = torch.where(in_answer, place.gather(1, order.gather(1, blank)), place)
+    column = torch.arange(input_ids.shape[1], device=input_ids.device)
+    last_sop = torch.where(is_sop, column, torch.zeros_like(input_ids)).cummax(-1).values
+    answer_place = torch.where(in_answer, column - last_sop + 1, torch.zeros_like(input_ids))
+    context_place = torch.where(is_real, context_place, torch.zeros_like(input_ids))
+    return torch.stack((context_place, answer_place), dim=1)
+
+
+def extend_layout(layout: Tensor, new_tokens: int) -> Tensor:
+    """Appends the places of the next ``new_tokens`` answer tokens: same blank, the place in the answer counts on."""
+    steps = torch.arange(1, new_tokens + 1, device=layout.device, dtype=layout.dtype)
+    last = layout[:, :, -1:]
+    return torch.cat((layout, torch.cat((last[:, :1].expand(-1, -1, new_tokens), last[:, 1:] + steps), dim=1)), dim=-1)
+
+
+def sequences_of_positions(position_ids: Tensor) -> Tensor:
+    """Packed sequences ``[B, T]`` from 1-D positions ``[B, T]``: each 0 starts the next."""
+    return (position_ids == 0).long().cumsum(-1) - 1
+
+
+def visible_keys(
+    in_context: Tensor,
+    *,
+    key_length: int,
+    past_length: int | Tensor = 0,
+    key_padding: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+) -> Tensor:
+    """The prefix-LM visibility ``[B, 1, T, K]`` (True = visible).
+
+    Args:
+        in_context: ``[B, T]`` bool, True where a query stands in the context.
+        key_length: K; a static cache has more room than tokens.
+        past_length: cached tokens before the first query; all of them are visible unless padded.
+        key_padding: ``[B, <=K]``, 0 at padding.
+        sequence_ids: ``[B, T]``; packed sequences do not see each other. Only without a cache.
+    """
+    batch, length = in_context.shape
+    key_place = torch.arange(key_length, device=in_context.device)
+    query_place = torch.arange(length, device=in_context.device) + past_length
+    visible = (key_place[None, :] <= query_place[:, None])[None]  # [1, T, K]
+    if length > 1:
+        context_key = in_context.new_zeros(batch, key_length)
+        if isinstance(past_length, int):
+            context_key[:, past_length : past_length + length] = in_context
+        else:  # a compiled graph must not depend on the value of the cache's length
+            context_key.scatter_(1, query_place.expand(batch, -1), in_context)
+        visible = visible | (in_context[:, :, None] & context_key[:, None, :])
+    if sequence_ids is not None:
+        visible = visible & (sequence_ids[:, :, None] == sequence_ids[:, None, :])
+    if key_padding is not None:
+        padded = in_context.new_ones(batch, key_length)
+        padded[:, : key_padding.shape[1]] = key_padding.bool()
+        visible = visible & padded[:, None, :]
+    return visible.expand(batch, -1, -1)[:, None]
+
+
+def published_mask(attention_mask: Tensor, *, query_length: int, past_length: int, dtype: torch.dtype) -> Tensor:
+    """Turns a mask in one of the published forms into an additive one, broadcastable to ``[B, 1, T, K]``.
+
+    One element or 1-D ``[B]``: prefix length of all rows or of each (the prefix in both directions, the rest causal,
+    cached tokens visible). 2-D ``[B, S]``: key padding, otherwise both directions. 4-D: as given, 1 = visible, the last
+    K columns. A row that sees nothing attends to all keys evenly, as published. The four forms are those of
+    ``GLMStack.forward`` in the published modeling_glm.py.
+    """
+    key_length = past_length + query_length
+    if attention_mask.ndim <= 1:
+        prefix_length = attention_mask.reshape(-1, 1, 1)
+        key_place = torch.arange(key_length, device=attention_mask.device) - past_length
+        query_place = torch.arange(query_length, device=attention_mask.device)
+        visible = ((key_place <= query_place[:, None]) | (key_place < prefix_length))[:, None]
+    elif attention_mask.ndim == 2:
+        visible = attention_mask[:, None, None, -key_length:].bool()
+    elif attention_mask.ndim == 4:
+        visible = attention_mask[:, :, -query_length:, -key_length:].bool()
+    else:
+        raise ValueError(
+            f"attention_mask has {attention_mask.ndim} dimensions; give a prefix length, [B, S] or [B, 1, T, S]"
+        )
+    hidden = torch.finfo(dtype).min
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, hidden)

@@ -1,0 +1,45 @@
+"""Which tiny models and token ids do several test files share?"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
+
+PAD, MASK, SMASK, GMASK, SOP, EOP = 0, 5, 6, 7, 8, 9
+SPECIAL = dict(
+    pad_token_id=PAD,
+    mask_token_id=MASK,
+    smask_token_id=SMASK,
+    gmask_token_id=GMASK,
+    sop_token_id=SOP,
+    eop_token_id=EOP,
+)
+SHAPE = dict(
+    vocab_size=48,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    initializer_range=0.3,
+)
+ORDINARY = range(16, 48)  # token ids without a meaning of their own
+
+
+@pytest.fixture(scope="session")
+def build_glm() -> Callable[..., GLMForConditionalGeneration]:
+    """Makes a tiny GLM with random weights, equal for equal settings, in evaluation mode.
+
+    The weights are large, so that logits are far apart and greedy ids do not hang on rounding.
+    """
+
+    def build(*, attn_implementation: str = "sdpa", seed: int = 0, **settings: Any):
+        config = GLMConfig(**{**SHAPE, **SPECIAL, **settings})
+        config._attn_implementation = attn_implementation
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return GLMForConditionalGeneration(config).eval()
+
+    return build
