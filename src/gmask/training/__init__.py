@@ -1,0 +1,1 @@
+"""What trains a model or its tokenizer? One file a verb."""

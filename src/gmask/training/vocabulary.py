@@ -1,0 +1,35 @@
+"""Which ids of a tokenizer does the objective need?"""
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from gmask.errors import GmaskError
+from gmask.infilling.blanks import BlankTokens
+from gmask.infilling.spans import BoolArray, mark_sentence_ends
+
+SPELLINGS = {
+    "mask": "[MASK]", "smask": "[sMASK]", "gmask": "[gMASK]", "sop": "<|startofpiece|>", "eop": "<|endofpiece|>",
+    "pad": "[PAD]", "cls": "[CLS]", "eos": "<|endoftext|>", "dblock": "[dBLOCK]",
+}  # fmt: skip
+
+
+def find_blank_tokens(tokenizer: Tokenizer) -> BlankTokens:
+    """The ids of the special tokens.
+
+    Raises:
+        GmaskError: a token that the vocabulary lacks.
+    """
+    ids = {role: tokenizer.token_to_id(spelling) for role, spelling in SPELLINGS.items()}
+    missing = [SPELLINGS[role] for role, token_id in ids.items() if token_id is None and role != "dblock"]
+    if missing:
+        raise GmaskError(f"the tokenizer has no {', '.join(missing)}: train one with gmask train-tokenizer")
+    return BlankTokens(**ids)  # type: ignore[arg-type]  # none of them is None but dblock's
+
+
+def find_sentence_ends(tokenizer: Tokenizer) -> BoolArray:
+    """A table [V] of the ids that end a sentence."""
+    pieces = [tokenizer.id_to_token(token_id) or "" for token_id in range(tokenizer.get_vocab_size())]
+    special = [token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special]
+    ends = mark_sentence_ends(pieces)
+    ends[np.array(special, dtype=np.int64)] = False
+    return ends
