@@ -1,0 +1,220 @@
+"""A pre-training run learns, survives being killed, and stops cleanly at what it cannot use."""
+
+import errno
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from gmask.errors import GmaskError
+from gmask.models.glm import GLMForConditionalGeneration
+from gmask.training import checkpoint, pretrain
+from gmask.training.recipe import OptimizationSettings, load_recipe
+from gmask.training.report import read_records
+
+SENTENCES = [
+    "The small brown dog ran over the green hill.",
+    "A cold wind blew from the north all day.",
+    "She put the old book on the wooden table.",
+    "今天天气很好，我们去公园散步。",
+    "他把旧书放在木桌上，然后出门了。",
+    "Every morning the baker opens his shop at six.",
+]
+
+NO_DROPOUT = [f"model.{where}_dropout=0.0" for where in ("embedding", "attention", "hidden")]
+
+
+@pytest.fixture
+def recipe_path(tmp_path: Path) -> Path:
+    """Twenty short documents, a tiny model, float32 on one thread: deterministic."""
+    documents = [" ".join(SENTENCES[(i + k) % len(SENTENCES)] for k in range(4)) for i in range(20)]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in documents]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines[:18]), "utf-8")
+    (tmp_path / "val.jsonl").write_text("\n".join(lines[18:]), "utf-8")
+    tree = {
+        "run": {"out": "out", "threads": 1, "log_every": 1, "save_every": 4, "validate_every": 8, "validation_rows": 1},
+        "tokenizer": {"vocab_size": 420},
+        "model": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128},
+        "objective": {},
+        "optimization": {"steps": 16, "rows_per_step": 4, "rows_per_pass": 2, "warmup_steps": 4, "dtype": "float32"},
+        "data": {
+            "root": str(tmp_path),
+            "cache": str(tmp_path / "cache"),
+            "row_length": 64,
+            "sources": [{"name": "toy", "train": "train.jsonl", "validation": "val.jsonl"}],
+        },
+    }
+    tree["run"]["out"] = str(tmp_path / "out")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def losses(out: Path) -> list[tuple[int, float, Any]]:
+    return [
+        (record["step"], record["loss"], record.get("validation")) for record in read_records(out / "metrics.jsonl")
+    ]
+
+
+def test_a_run_ends_with_a_model_folder_and_a_log(recipe_path: Path, tmp_path: Path) -> None:
+    model_folder = pretrain.run(str(recipe_path))
+    names = {path.name for path in model_folder.iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "curves.png", "metrics.jsonl", "recipe.yaml"}
+    assert {tensor.dtype for tensor in load_file(model_folder / "model.safetensors").values()} == {torch.bfloat16}
+    assert [record[0] for record in losses(tmp_path / "out")] == list(range(1, 17))
+    validated = [record for record in read_records(tmp_path / "out" / "metrics.jsonl") if "validation" in record]
+    assert [record["step"] for record in validated] == [8, 16]
+    assert set(validated[0]["validation"]["toy"]) == {"token", "sentence", "document"}
+    assert [folder.name for folder in checkpoint.list_checkpoints(tmp_path / "out")] == [
+        "checkpoint-00000012",
+        "checkpoint-00000016",
+    ]
+    assert any((tmp_path / "out" / "tensorboard").iterdir())
+
+
+def test_twenty_documents_are_learnt(recipe_path: Path, tmp_path: Path) -> None:
+    settings = [
+        *NO_DROPOUT,
+        "optimization.steps=300",
+        "optimization.learning_rate=3e-3",
+        "run.validate_every=1000",
+        "run.save_every=1000",
+    ]
+    pretrain.run(str(recipe_path), settings)
+    found = [loss for _, loss, _ in losses(tmp_path / "out")]
+    assert sum(found[-20:]) / 20 < 3.0  # guessing by word frequency alone stays near 4
+
+
+def test_a_killed_run_goes_on_bit_for_bit(recipe_path: Path, tmp_path: Path) -> None:
+    pretrain.run(str(recipe_path), [f"run.out={tmp_path / 'whole'}"])
+    overrides = [f"run.out={tmp_path / 'killed'}"]
+    code = f"from gmask.training.pretrain import run; run({str(recipe_path)!r}, {overrides!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    log = tmp_path / "killed" / "metrics.jsonl"
+    while time.monotonic() < deadline and not (log.exists() and len(read_records(log)) >= 6):
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 6 <= len(read_records(log)) <= 16
+    pretrain.run(str(recipe_path), overrides)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    whole, killed = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def test_a_run_with_dropout_resumes_bit_for_bit(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropout = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
+    pretrain.run(str(recipe_path), [*dropout, f"run.out={tmp_path / 'whole'}"])
+    step = pretrain.Pretraining._step
+
+    def stop_at_six(self: pretrain.Pretraining) -> dict[str, Any]:
+        if self.progress.step == 6:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(pretrain.Pretraining, "_step", stop_at_six)
+    overrides = [*dropout, f"run.out={tmp_path / 'stopped'}"]
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.run(str(recipe_path), overrides)
+    monkeypatch.setattr(pretrain.Pretraining, "_step", step)
+    torch.rand(100)  # whatever happened to the random state since
+    pretrain.run(str(recipe_path), overrides)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+
+
+def test_the_loss_does_not_depend_on_how_a_step_is_split(recipe_path: Path, tmp_path: Path) -> None:
+    overrides = ["optimization.steps=2", "run.validate_every=100", *NO_DROPOUT]
+    for rows in (1, 4):
+        pretrain.run(
+            str(recipe_path), [*overrides, f"optimization.rows_per_pass={rows}", f"run.out={tmp_path / str(rows)}"]
+        )
+    one, four = ([record[1] for record in losses(tmp_path / str(rows))] for rows in (1, 4))
+    assert one == pytest.approx(four, rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_batch_named(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = GLMForConditionalGeneration.token_losses
+    calls = []
+
+    def poisoned(self: GLMForConditionalGeneration, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        found = honest(self, *args, **kwargs)
+        return found * float("nan") if len(calls) > 2 * 5 and self.training else found
+
+    monkeypatch.setattr(GLMForConditionalGeneration, "token_losses", poisoned)
+    with pytest.raises(GmaskError, match=r"step 6: the loss is nan .* rows 20 to 23 are kept in .*bad-batch-00000006"):
+        pretrain.run(str(recipe_path))
+    batch = load_file(tmp_path / "out" / "bad-batch-00000006.safetensors")
+    assert batch["input_ids"].shape == (4, 64)
+    assert [folder.name for folder in checkpoint.list_checkpoints(tmp_path / "out")] == ["checkpoint-00000004"]
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = checkpoint.save_file
+
+    def full_at_eight(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if "00000008" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        honest(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full_at_eight)
+    with pytest.raises(GmaskError, match="No space left on device"):
+        pretrain.run(str(recipe_path))
+    assert [folder.name for folder in checkpoint.list_checkpoints(tmp_path / "out")] == ["checkpoint-00000004"]
+    assert not list((tmp_path / "out").glob(".checkpoint*"))
+    monkeypatch.undo()
+    pretrain.run(str(recipe_path))
+    assert losses(tmp_path / "out")[-1][0] == 16
+
+
+def test_a_damaged_checkpoint_is_named(recipe_path: Path, tmp_path: Path) -> None:
+    pretrain.run(str(recipe_path), ["optimization.steps=4"])
+    path = tmp_path / "out" / "checkpoint-00000004" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(GmaskError, match=r"checkpoint-00000004: damaged .* delete it"):
+        pretrain.run(str(recipe_path))
+
+
+def test_another_model_shape_cannot_resume(recipe_path: Path) -> None:
+    pretrain.run(str(recipe_path), ["optimization.steps=4"])
+    with pytest.raises(GmaskError, match="another shape"):
+        pretrain.run(str(recipe_path), ["model.hidden_size=64"])
+    with pytest.raises(GmaskError, match="holds a run already"):
+        pretrain.run(str(recipe_path), resume=False)
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
+    settings = OptimizationSettings(steps=110, learning_rate=1.0, final_learning_rate=0.1, warmup_steps=10)
+    rates = [pretrain.learning_rate(step, settings) for step in range(110)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.55)
+    assert rates[109] == pytest.approx(0.1, abs=1e-3)
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[10:]))
+
+
+def test_norms_and_biases_do_not_decay(recipe_path: Path) -> None:
+    training = pretrain.Pretraining(load_recipe(recipe_path))
+    decaying, free = training.optimizer.param_groups
+    assert decaying["weight_decay"] > 0
+    assert free["weight_decay"] == 0
+    names = {id(parameter): name for name, parameter in training.model.named_parameters()}
+    assert all("layernorm" in names[id(p)] or names[id(p)].endswith("bias") for p in free["params"])
+    assert len(decaying["params"]) + len(free["params"]) == len(names)
