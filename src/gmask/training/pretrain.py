@@ -4,14 +4,11 @@
 gradients of a step's passes; the loss is the mean over all labelled tokens of the step, whatever pass they fall into.
 """
 
-import contextlib
-import ctypes
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +20,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gmask.errors import GmaskError
-from gmask.infilling.blanks import BlankTokens, InfillingExample
+from gmask.infilling.blanks import InfillingExample
 from gmask.infilling.collator import collate
-from gmask.infilling.objectives import Mixture, Objective
+from gmask.infilling.objectives import OBJECTIVES, Objective
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
+from gmask.tasks.recipe import OptimizationSettings, Recipe, load_recipe
+from gmask.tasks.vocabulary import make_mixture
 from gmask.training.cache import TokenSource, open_sources
 from gmask.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, write_folder
-from gmask.training.corpus import Source
 from gmask.training.datasets import RowStream, validation_rows
-from gmask.training.recipe import OptimizationSettings, Recipe, load_recipe
+from gmask.training.initialization import start_with_neighbours
 from gmask.training.report import MetricsLog
 from gmask.training.tokenizer import train_from_sources
-from gmask.training.vocabulary import find_blank_tokens, find_sentence_ends
 
-OBJECTIVES: tuple[Objective, ...] = ("token", "sentence", "document")
 VOCABULARY_MULTIPLE = 128  # rows of the embedding, as published: even tiles for the matrix kernels
 
 
@@ -68,14 +64,13 @@ class Pretraining:
 
     def __post_init__(self) -> None:
         settings = self.recipe.run
-        keep_large_allocations()
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.out = Path(settings.out)
         self.device = torch.device(settings.device or _best_device())
         torch.manual_seed(settings.seed)
         data = self.recipe.data
-        sources = [_under(Path(data.root), source) for source in data.sources]
+        sources = data.placed_sources
         self.tokenizer_folder = Path(self.recipe.tokenizer.path or self.out / "tokenizer")
         if not (self.tokenizer_folder / "tokenizer.json").is_file():
             if self.recipe.tokenizer.path:
@@ -88,11 +83,14 @@ class Pretraining:
                 out=self.tokenizer_folder,
             )
         tokenizer = Tokenizer.from_file(str(self.tokenizer_folder / "tokenizer.json"))
-        self.special: BlankTokens = find_blank_tokens(tokenizer)
-        self.mixture = Mixture(
-            special=self.special, sentence_ends=find_sentence_ends(tokenizer), **self.recipe.objective
-        )
-        self.model = GLMForConditionalGeneration(self._model_config(tokenizer)).to(self.device)
+        self.mixture = make_mixture(tokenizer, self.recipe.objective)
+        self.special = self.mixture.special
+        self.model = GLMForConditionalGeneration(self._model_config(tokenizer))
+        if self.recipe.optimization.initialization == "neighbours":
+            start_with_neighbours(self.model)
+        if self.recipe.optimization.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        self.model.to(self.device)
         cache = {"cache": data.cache, "skip_bad_lines": data.skip_bad_lines}
         self.train_sources = open_sources(sources, tokenizer, split="train", **cache)  # type: ignore[arg-type]
         self.validation_sources = open_sources(sources, tokenizer, split="validation", **cache)  # type: ignore[arg-type]
@@ -289,27 +287,10 @@ def learning_rate(step: int, settings: OptimizationSettings) -> float:
     return settings.final_learning_rate + fall * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def keep_large_allocations() -> None:
-    """Has glibc keep freed memory: giving it back and taking it anew costs more in page faults than a step computes.
-
-    Measured in benchmarks/pretraining.py. Other C libraries are left as they are.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
-            mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes; glibc takes no more
-
-
 def _best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _under(root: Path, source: Source) -> Source:
-    validation = None if source.validation is None else str(root / source.validation)
-    return replace(source, train=str(root / source.train), validation=validation)
 
 
 def _progress_bar(done: int, steps: int) -> Any:

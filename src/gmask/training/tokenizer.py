@@ -27,7 +27,7 @@ from tokenizers import (
 from tqdm import tqdm
 
 from gmask.errors import GmaskError
-from gmask.training.corpus import Source, find_files, read_texts
+from gmask.tasks.corpus import Source, find_files, read_texts
 
 logger = logging.getLogger(__name__)
 

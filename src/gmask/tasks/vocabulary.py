@@ -1,10 +1,14 @@
 """Which ids of a tokenizer does the objective need?"""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from tokenizers import Tokenizer
 
 from gmask.errors import GmaskError
 from gmask.infilling.blanks import BlankTokens
+from gmask.infilling.objectives import Mixture
 from gmask.infilling.spans import BoolArray, mark_sentence_ends
 
 SPELLINGS = {
@@ -33,3 +37,9 @@ def find_sentence_ends(tokenizer: Tokenizer) -> BoolArray:
     ends = mark_sentence_ends(pieces)
     ends[np.array(special, dtype=np.int64)] = False
     return ends
+
+
+def make_mixture(tokenizer: Tokenizer, objective: Mapping[str, Any]) -> Mixture:
+    """The objective of a recipe, for this tokenizer."""
+    special, ends = find_blank_tokens(tokenizer), find_sentence_ends(tokenizer)
+    return Mixture(special=special, sentence_ends=ends, **objective)

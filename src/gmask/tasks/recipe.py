@@ -11,7 +11,7 @@ import yaml
 from gmask.errors import GmaskError
 from gmask.infilling.objectives import Mixture
 from gmask.models.glm.configuration import GLMConfig
-from gmask.training.corpus import Source
+from gmask.tasks.corpus import Source
 
 T = TypeVar("T")
 
@@ -36,6 +36,18 @@ class DataSettings:
     max_piece: int | None = None  # tokens of one context; at most the model's positions
     skip_bad_lines: bool = False
 
+    @property
+    def placed_sources(self) -> list[Source]:
+        """The sources with their paths under ``root``."""
+
+        def place(pattern: str | None) -> str | None:
+            return None if pattern is None else str(Path(self.root) / pattern)
+
+        return [
+            dataclasses.replace(source, train=str(place(source.train)), validation=place(source.validation))
+            for source in self.sources
+        ]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizationSettings:
@@ -52,6 +64,7 @@ class OptimizationSettings:
     clip_norm: float = 1.0
     dtype: str = "bfloat16"  # of the forward pass; weights and optimizer state are float32
     gradient_checkpointing: bool = False
+    initialization: str = "normal"  # or "neighbours": small models, short runs (gmask.training.initialization)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,6 +141,10 @@ def read_recipe(tree: Mapping[str, Any]) -> Recipe:
         raise GmaskError("data.sources is empty: name at least one source with its training texts")
     if recipe.optimization.dtype not in ("float32", "bfloat16"):
         raise GmaskError(f"optimization.dtype is {recipe.optimization.dtype}: choose float32 or bfloat16")
+    if recipe.optimization.initialization not in ("normal", "neighbours"):
+        raise GmaskError(
+            f"optimization.initialization is {recipe.optimization.initialization}: choose normal or neighbours"
+        )
     return recipe
 
 
