@@ -1,0 +1,1 @@
+"""Tokens out: filling the blanks of a text."""

@@ -1,0 +1,176 @@
+"""How are the blanks of a text filled?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Unpack, overload
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from gmask.errors import GmaskError
+from gmask.generation.answers import Infilling, assemble_infilling, token_texts
+from gmask.generation.choices import ChoiceLists, read_choices, score_choices
+from gmask.generation.context import BlankedText, Context, TextReader
+from gmask.generation.decoding import Hypothesis, Rules, decode
+from gmask.generation.search import BeamSearch, Sampling
+from gmask.generation.settings import Settings, SettingsKeywords, make_settings
+from gmask.models.glm import GLMForConditionalGeneration
+
+
+@overload
+def infill(
+    model: GLMForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    choices: ChoiceLists | None = ...,
+    batch_size: int = ...,
+    **settings: Unpack[SettingsKeywords],
+) -> Infilling: ...
+@overload
+def infill(
+    model: GLMForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Sequence[str],
+    *,
+    choices: ChoiceLists | None = ...,
+    batch_size: int = ...,
+    **settings: Unpack[SettingsKeywords],
+) -> list[Infilling]: ...
+def infill(
+    model: GLMForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | Sequence[str],
+    *,
+    choices: ChoiceLists | None = None,
+    batch_size: int = 16,
+    **settings: Unpack[SettingsKeywords],
+) -> Infilling | list[Infilling]:
+    """Fills the blanks of a text, or of several in one batch, from left to right.
+
+    ``[MASK]`` stands for a few words, ``[sMASK]`` for a sentence, ``[gMASK]`` for all that follows; ``\\[MASK]`` is the
+    text "[MASK]". The model reads the text once, in both directions; each answer sees the text and the answers before
+    it. An answer brings its own leading space, which is dropped where the text has white space before the blank.
+
+    Args:
+        model, tokenizer: as `gmask.load` returns them.
+        text: one text, or several; the results of several are those of single runs.
+        choices: the answers to choose from, scored jointly over all blanks: a list for texts with one blank, else a
+            list of lists or a mapping from each blank (counted from 0). Up to 256 combinations are all scored, more
+            are searched by beams; `Infilling.choices` says which. A candidate is fitted to its place: after a space in
+            the text it is read with that space.
+        batch_size: rows that are decoded together.
+        settings: ``n=1`` alternatives: the best by beam search or, with a temperature, that many drawn ones, ranked by
+            the joint log-probability of all answers (one that was cut counts as far as it goes); ``max_tokens=64`` and
+            ``min_tokens=1`` of an answer; ``temperature=0``, ``top_k=0``, ``top_p=1``; ``num_beams=1``; ``seed`` (text
+            i of several draws as a single run does with ``seed + i``); ``stop``, texts that end an answer.
+
+    Returns:
+        An `Infilling` for a text, a list of them for several. All log-probabilities are exact and the model's own.
+
+    Raises:
+        GmaskError: no blank; an unknown special token; more tokens than the model has positions; a wrong setting.
+
+    Source: Du et al., ACL 2022, section 2; THUDM/GLM generate_samples.py.
+    """
+    infiller = Infiller(model, tokenizer, make_settings(settings), batch_size=batch_size)
+    if isinstance(text, str):
+        return infiller.fill([text], choices)[0]
+    return infiller.fill(text, choices)
+
+
+@dataclass(frozen=True)
+class Infiller:
+    """A model, its tokenizer and the settings by which blanks are filled."""
+
+    model: GLMForConditionalGeneration
+    tokenizer: PreTrainedTokenizerBase
+    settings: Settings
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise GmaskError(f"batch_size must be at least 1, not {self.batch_size}")
+        positions = self.model.config.max_position_embeddings
+        if self.settings.max_tokens > positions:
+            raise GmaskError(f"max_tokens is {self.settings.max_tokens}, but the model has only {positions} positions")
+
+    @cached_property
+    def reader(self) -> TextReader:
+        return TextReader(self.tokenizer)
+
+    @cached_property
+    def rules(self) -> Rules:
+        """When answers end. Special tokens and the rows that pad the vocabulary are never part of one."""
+        special, settings = self.reader.special, self.settings
+        ends = (special.eop, special.eos)
+        padding = range(len(self.tokenizer), self.model.config.vocab_size)
+        forbidden = tuple(sorted({*self.reader.special_ids.values(), *padding} - set(ends)))
+        return Rules(ends, forbidden, settings.max_tokens, settings.min_tokens, self._is_stopped)
+
+    def fill(
+        self, texts: Sequence[str], choices: ChoiceLists | None = None, *, seeds: Sequence[int] | None = None
+    ) -> list[Infilling]:
+        """Fills texts; arguments and errors as in `infill`. ``seeds`` has one for each text."""
+        blanked = [self.read(text) for text in texts]
+        if choices is not None:
+            return [self._choose(text, choices) for text in blanked]
+        seeds = self.make_seeds(len(texts)) if seeds is None else seeds
+        size = max(1, self.batch_size // max(self.settings.beams, self.settings.n))
+        filled: list[Infilling] = []
+        for start in range(0, len(blanked), size):
+            batch = blanked[start : start + size]
+            search = self.make_search([text.context for text in batch], seeds[start : start + size])
+            for _ in decode(self.model, search.contexts, search, special=self.reader.special):
+                pass
+            filled += map(self._rank, batch, search.complete)
+        return filled
+
+    def read(self, text: str) -> BlankedText:
+        """Cuts and encodes a text, and checks that it fits the model."""
+        blanked = self.reader.read(text)
+        length, positions = len(blanked.context.ids), self.model.config.max_position_embeddings
+        if length > positions:
+            raise GmaskError(f"the text has {length} tokens, but the model has only {positions} positions: shorten it")
+        return blanked
+
+    def make_seeds(self, count: int) -> list[int]:
+        """Seeds of the first ``count`` texts; of a throw of the dice if the settings have none."""
+        first = self.settings.seed
+        if first is None:
+            first = int(np.random.default_rng().integers(2**62))
+        return list(range(first, first + count))
+
+    def make_search(self, contexts: Sequence[Context], seeds: Sequence[int]) -> Sampling | BeamSearch:
+        """The search that the settings ask for."""
+        if self.settings.beams > 1:
+            return BeamSearch(contexts, self.settings, self.rules)
+        return Sampling(contexts, self.settings, self.rules, seeds=seeds)
+
+    def _is_stopped(self, ids: tuple[int, ...]) -> bool:
+        if not self.settings.stop:
+            return False
+        text = "".join(token_texts(ids, self.tokenizer))
+        return any(stop in text for stop in self.settings.stop)
+
+    def _rank(self, text: BlankedText, found: Sequence[Hypothesis]) -> Infilling:
+        filled = [
+            assemble_infilling(text, hypothesis.done, self.tokenizer, stops=self.settings.stop)
+            for hypothesis in sorted(found, key=lambda hypothesis: -hypothesis.logprob)
+        ]
+        if self.settings.beams > 1:  # different tokens may spell the same text: the best ones stand for it
+            unique: dict[str, Infilling] = {}
+            for infilling in filled:
+                unique.setdefault(infilling.text, infilling)
+            filled = list(unique.values())
+        best, *others = filled[: self.settings.n]
+        return replace(best, alternatives=tuple(others))
+
+    def _choose(self, text: BlankedText, choices: ChoiceLists) -> Infilling:
+        if self.settings.temperature > 0:
+            raise GmaskError("choices are scored, not drawn: leave temperature at 0")
+        lists = read_choices(choices, len(text.context.places))
+        scored = score_choices(self.model, self.reader, text, lists, batch_size=self.batch_size)
+        filled = [assemble_infilling(text, answers, self.tokenizer) for answers in scored.answers[: self.settings.n]]
+        return replace(filled[0], alternatives=tuple(filled[1:]), choices=scored.choices)

@@ -1,0 +1,126 @@
+"""Are files filled line by line, and does a stopped run go on without loss?"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import gmask
+from gmask.generation import files
+from gmask.generation.files import FileReport, fill_file
+from gmask.generation.infill import Infiller
+from gmask.generation.settings import Settings
+from tiny_folder import make_folder
+
+TEXTS = [f"The {word} [MASK] dog." for word in ("old", "sunny", "rainy")] + ["我[MASK]苹果[sMASK]", "river [MASK]"]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory):
+    return gmask.load(make_folder(tmp_path_factory.mktemp("model")), device="cpu")
+
+
+@pytest.fixture
+def infiller(pair) -> Infiller:
+    return Infiller(*pair, Settings(max_tokens=6, temperature=1.0, seed=11), batch_size=2)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in TEXTS), "utf-8")
+    return path
+
+
+def read(path: Path) -> list[dict[str, object] | None]:
+    return [json.loads(line) if line else None for line in path.read_text("utf-8").split("\n")[:-1]]
+
+
+def test_each_line_is_what_a_single_run_gives(pair, infiller: Infiller, source: Path, tmp_path: Path) -> None:
+    assert fill_file(infiller, source, tmp_path / "out.jsonl") == FileReport(lines=5, resumed=0, skipped=0)
+    filled = read(tmp_path / "out.jsonl")
+    for index, (text, line) in enumerate(zip(TEXTS, filled, strict=True)):
+        alone = gmask.infill(*pair, text, max_tokens=6, temperature=1.0, seed=11 + index)
+        assert line["text"] == alone.text
+        assert line["logprob"] == pytest.approx(alone.logprob, abs=1e-5)
+        assert set(line) == {"text", "logprob", "blanks"}
+        for blank in line["blanks"]:
+            assert {"text", "logprob", "tokens"} <= set(blank) <= {"text", "logprob", "tokens", "finished"}
+            assert all(set(token) == {"id", "text", "logprob"} for token in blank["tokens"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "texts.jsonl"]
+
+
+def test_plain_text_files_have_a_text_on_each_line_and_empty_lines_stay(infiller: Infiller, tmp_path: Path) -> None:
+    source = tmp_path / "texts.txt"
+    source.write_text("a [MASK]\r\n\nb [MASK]", "utf-8")
+    fill_file(infiller, source, tmp_path / "out.jsonl")
+    first, empty, last = read(tmp_path / "out.jsonl")
+    assert first["text"].startswith("a ") and empty is None and last["text"].startswith("b ")
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"text": "The old'])
+def test_a_stopped_run_goes_on_where_it_stopped(
+    infiller: Infiller, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: bytes
+) -> None:
+    fill_file(infiller, source, tmp_path / "whole.jsonl")
+    fill = Infiller.fill
+    calls = []
+
+    def stop_at_the_second_batch(self: Infiller, texts, *args, **keywords):
+        calls.append(list(texts))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return fill(self, texts, *args, **keywords)
+
+    monkeypatch.setattr(Infiller, "fill", stop_at_the_second_batch)
+    target = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        fill_file(infiller, source, target)
+    assert not target.exists()
+    (partial,) = tmp_path.glob("out.jsonl.*.partial")
+    with partial.open("ab") as file:
+        file.write(torn)  # as after a kill in the middle of a line
+    assert fill_file(infiller, source, target) == FileReport(lines=5, resumed=2, skipped=0)
+    assert calls[2] == TEXTS[2:4]
+    assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_run_with_other_settings_does_not_take_over_lines(pair, infiller: Infiller, source: Path) -> None:
+    other = Infiller(*pair, Settings(max_tokens=5), batch_size=2)
+    names = {files._fingerprint(each, source, None) for each in (infiller, other)}
+    assert len(names | {files._fingerprint(infiller, source, [["a"]])}) == 3
+
+
+BAD_LINES = {
+    b"{": "not JSON",
+    b"[1]": 'not an object with a "text"',
+    b'{"txt": ""}': 'not an object with a "text"',
+    b'{"text": 1}': "not a string",
+    b"\xff": "not UTF-8",
+    b'{"text": "no blank"}': "no blank",
+    b'{"text": "[XMASK]"}': "XMASK",
+}
+
+
+@pytest.mark.parametrize("bad", BAD_LINES)
+def test_a_bad_line_is_an_error_with_its_number_or_is_skipped_and_counted(
+    infiller: Infiller, source: Path, tmp_path: Path, bad: bytes
+) -> None:
+    lines = source.read_bytes().splitlines()
+    source.write_bytes(b"\n".join([*lines[:3], bad, *lines[3:]]) + b"\n")
+    target = tmp_path / "out.jsonl"
+    with pytest.raises(gmask.GmaskError, match=rf"texts.jsonl, line 4: .*{BAD_LINES[bad]}"):
+        fill_file(infiller, source, target)
+    (partial,) = tmp_path.glob("*.partial")
+    assert len(read(partial)) == 3, "what came before it is kept"
+    report = fill_file(infiller, source, target, skip_bad_lines=True)
+    assert report == FileReport(lines=6, resumed=3, skipped=1)
+    filled = read(target)
+    assert BAD_LINES[bad] in filled[3]["error"]
+    assert [line["text"][0] for line in filled if "text" in line] == [text[0] for text in TEXTS]
+
+
+def test_a_target_that_cannot_be_written_is_an_error(infiller: Infiller, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No such file"):
+        fill_file(infiller, source, tmp_path / "nowhere" / "out.jsonl")
