@@ -1,0 +1,119 @@
+"""How are the numbers of an evaluation laid out in tables? For the terminal and, as markdown, for the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+SYSTEMS = {
+    "model": "this model",
+    "model_told_length": "this model, told the length",
+    "trigram": "3-gram",
+    "unigram": "unigram",
+}
+MEASURES = {"exact": "exact match", "f1": "F1", "choice": "one of 10"}
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A table of texts; the first `n_labels` columns are words, the others numbers."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    n_labels: int = 1
+
+    def to_markdown(self) -> str:
+        rule = ["---"] * self.n_labels + ["---:"] * (len(self.columns) - self.n_labels)
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in (self.columns, rule, *self.rows))
+
+    def to_rich(self, title: str) -> Table:
+        table = Table(title=title)
+        for index, column in enumerate(self.columns):
+            table.add_column(column, justify="left" if index < self.n_labels else "right", no_wrap=True)
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+def fill_rows(evaluation: Mapping[str, Any]) -> Rows:
+    """Exact match with its interval, F1 and choice, by language, span length and system; in per cent."""
+    rows = []
+    for language, report in evaluation["languages"].items():
+        for span, comparison in report["comparisons"].items():
+            for system, score in comparison["scores"].items():
+                rows.append(
+                    (
+                        language,
+                        span,
+                        SYSTEMS[system],
+                        f"{comparison['n_blanks']}",
+                        format_estimate(score["exact"]),
+                        f"{100 * score['f1']['mean']:.1f}",
+                        f"{100 * score['choice']['mean']:.1f}",
+                    )
+                )
+    return Rows(("language", "hidden", "system", "blanks", *(f"{m}, %" for m in MEASURES.values())), rows, n_labels=3)
+
+
+def loss_rows(evaluation: Mapping[str, Any]) -> Rows:
+    """Nats per labelled token (bits per hidden character), by source and objective."""
+    objectives = list(dict.fromkeys(name for losses in evaluation["losses"].values() for name in losses))
+    rows = [
+        (source, *(_format_loss(losses[name]) if name in losses else "-" for name in objectives))
+        for source, losses in evaluation["losses"].items()
+    ]
+    means = [mean_loss(evaluation, name) for name in objectives]
+    rows.append(("mean of the sources", *(f"{mean:.2f}" for mean in means)))
+    return Rows(("source", *objectives), rows)
+
+
+def mean_loss(evaluation: Mapping[str, Any], objective: str) -> float:
+    """Nats per labelled token, every source counting the same."""
+    values = [losses[objective]["nats_per_token"] for losses in evaluation["losses"].values() if objective in losses]
+    return float(sum(values) / len(values))
+
+
+def example_rows(evaluation: Mapping[str, Any], language: str) -> Rows:
+    """The first blanks of the sample, with the answers of the model and of the trigrams."""
+    blanks = evaluation["languages"][language]["first_blanks"]
+    columns = ("held-out sentence", "hidden", "this model", "3-gram")
+    return Rows(columns, [[_cell(b[key]) for key in ("text", "answer", "model", "trigram")] for b in blanks], 4)
+
+
+def describe_leads(evaluation: Mapping[str, Any], language: str) -> list[str]:
+    """What the paired differences to the trigrams allow to say."""
+    leads = evaluation["languages"][language]["comparisons"]["all"]["leads"]
+    return [f"{language}: {_describe_lead(SYSTEMS[system], lead)}" for system, lead in leads.items()]
+
+
+def _describe_lead(system: str, lead: Mapping[str, float]) -> str:
+    low, high = (f"{100 * lead[key]:+.1f}" for key in ("low", "high"))
+    margin = f"({100 * lead['mean']:+.1f} points, 95 % interval {low} to {high})"
+    if lead["low"] > 0:
+        return f"{system} gives the hidden text more often than the 3-gram model {margin}."
+    if lead["high"] < 0:
+        return f"{system} gives the hidden text less often than the 3-gram model {margin}."
+    return f"no difference between {system} and the 3-gram model can be told {margin}."
+
+
+def format_estimate(estimate: Mapping[str, float]) -> str:
+    return f"{100 * estimate['mean']:.1f} [{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}]"
+
+
+def print_evaluation(evaluation: Mapping[str, Any], console: Console) -> None:
+    console.print(loss_rows(evaluation).to_rich("Held-out loss: nats per hidden token (bits per hidden character)"))
+    console.print(fill_rows(evaluation).to_rich("Blanks in held-out sentences"))
+    for language in evaluation["languages"]:
+        console.print(*describe_leads(evaluation, language), sep="\n")
+
+
+def _format_loss(loss: Mapping[str, float]) -> str:
+    return f"{loss['nats_per_token']:.2f} ({loss['bits_per_character']:.2f})"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("[MASK]", "`[MASK]`").strip() or "(nothing)"
