@@ -1,0 +1,58 @@
+"""What can be typed after ``gmask``?
+
+One thin function a verb; each imports what it needs when it runs, so that ``gmask --help`` is quick.
+"""
+
+import os
+import sys
+import warnings
+from typing import NoReturn
+
+import typer
+
+from gmask.cli.evaluation import evaluate
+from gmask.cli.filling import infill
+from gmask.cli.inspection import info
+from gmask.cli.training import pretrain, train_tokenizer
+from gmask.errors import GmaskError
+
+app = typer.Typer(
+    name="gmask",
+    help="Fill in the blanks: the first-generation GLM family on today's PyTorch and transformers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # it would take [sMASK] for markup
+)
+app.command()(infill)
+app.command()(info)
+app.command()(pretrain)
+app.command()(evaluate)
+app.command("train-tokenizer")(train_tokenizer)
+
+
+def main() -> None:
+    """Runs a verb. A mistake of the user's is one line on standard error and exit code 2; Ctrl-C is exit code 130."""
+    _quiet_libraries()
+    try:
+        app()
+    except GmaskError as error:
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        _fail(f"{error.name} is not installed; training needs pip install 'gmask[train]'")
+    except OSError as error:  # no such file, no permission, disk full
+        _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(message: str) -> NoReturn:
+    print("gmask:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def _quiet_libraries() -> None:
+    """Their progress bars and advice are not this program's."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")

@@ -1,0 +1,152 @@
+"""How does ``gmask infill`` read its texts, and where do the answers go?"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gmask.errors import GmaskError
+
+if TYPE_CHECKING:
+    from gmask.generation.infill import Infiller
+    from gmask.generation.settings import Settings
+
+
+Texts = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="TEXT",
+        help="Texts with [MASK], [sMASK] or [gMASK]; \\[MASK] is meant as text. Without any, the lines of standard"
+        " input; on a terminal, a prompt.",
+        show_default=False,
+    ),
+]
+Model = Annotated[str, typer.Option("--model", "-m", help="Folder of a model, or bundled.")]
+Alternatives = Annotated[int, typer.Option("-n", "--n", help="Alternatives of a text, best first.")]
+Choices = Annotated[
+    list[str] | None,
+    typer.Option(help="Candidates of a blank, as 'sunny|rainy'; once for each blank.", show_default=False),
+]
+MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+Source = Annotated[Path | None, typer.Option("--input", help='File of texts: .jsonl with a "text", or one a line.')]
+Target = Annotated[Path | None, typer.Option("--output", help="Where the filled texts of --input go, as .jsonl.")]
+SkipBadLines = Annotated[bool, typer.Option("--skip-bad-lines", help="Go on after a line that cannot be filled.")]
+Json = Annotated[bool, typer.Option("--json", help="Print a JSON object for each text.")]
+Pairs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="temperature, top_k, top_p, seed, num_beams, min_tokens or stop, such as temperature=0.8; once for each.",
+        show_default=False,
+    ),
+]
+
+
+def infill(
+    texts: Texts = None,
+    model: Model = "bundled",
+    n: Alternatives = 1,
+    choices: Choices = None,
+    max_tokens: MaxTokens = 64,
+    source: Source = None,
+    target: Target = None,
+    skip_bad_lines: SkipBadLines = False,
+    as_json: Json = False,
+    pairs: Pairs = None,
+) -> None:
+    """Fill the blanks of texts, from left to right, each answer with the earlier ones in sight."""
+    from gmask.generation.settings import make_settings
+
+    settings = make_settings({"n": n, "max_tokens": max_tokens, **read_pairs(pairs or [])})
+    candidates = [read_candidates(choice) for choice in choices or []] or None
+    if (source is None) != (target is None):
+        raise GmaskError("--input and --output go together: name the file of texts and the file of filled texts")
+    if source is not None and target is not None:
+        if texts:
+            raise GmaskError("give texts or --input, not both")
+        _fill_file(_load(model, settings), source, target, candidates, skip_bad_lines)
+    elif texts or not sys.stdin.isatty():
+        texts = texts or [line for line in sys.stdin.read().splitlines() if line.strip()]
+        if not texts:
+            raise GmaskError("standard input is empty: give a text with a blank")
+        _fill_texts(_load(model, settings), texts, candidates, as_json=as_json)
+    else:
+        from gmask.cli.interactive import converse
+
+        converse(_load(model, settings), candidates, as_json=as_json)
+
+
+def read_pairs(pairs: Sequence[str]) -> dict[str, Any]:
+    """The values of ``--set key=value``, as YAML reads them.
+
+    Raises:
+        GmaskError: no ``=``, or no YAML.
+    """
+    import yaml
+
+    values = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise GmaskError(f"--set {pair}: write it as key=value, such as temperature=0.8")
+        try:
+            values[key.strip()] = value if key.strip() == "stop" else yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise GmaskError(f"--set {pair}: the value cannot be read") from error
+    return values
+
+
+def read_candidates(choice: str) -> list[str]:
+    """The candidates of ``--choices 'a|b'``."""
+    candidates = choice.split("|")
+    if not all(candidates):
+        raise GmaskError(f"--choices {choice!r}: a candidate is empty; write them as 'sunny|rainy'")
+    return candidates
+
+
+def _load(model: str, settings: "Settings") -> "Infiller":
+    from gmask.generation.infill import Infiller
+    from gmask.loading import load
+
+    return Infiller(*load(model), settings)
+
+
+def _fill_texts(
+    infiller: "Infiller", texts: Sequence[str], candidates: list[list[str]] | None, *, as_json: bool
+) -> None:
+    from gmask.cli.rendering import print_infilling
+
+    filled = infiller.fill(texts, candidates)
+    for infilling in filled:
+        if as_json:
+            print(json.dumps(infilling.to_dict(), ensure_ascii=False))
+        else:
+            print_infilling(infilling)
+    cut = sum(not blank.finished for infilling in filled for blank in infilling.blanks)
+    if cut:
+        limit = infiller.settings.max_tokens
+        print(f"note: {cut} answer(s) cut at {limit} tokens; --max-tokens sets the limit", file=sys.stderr)
+    if any(infilling.choices and not infilling.choices.exact for infilling in filled):
+        print("note: too many combinations of choices to score all; searched by beams", file=sys.stderr)
+
+
+def _fill_file(
+    infiller: "Infiller", source: Path, target: Path, candidates: list[list[str]] | None, skip_bad_lines: bool
+) -> None:
+    from gmask.generation.files import fill_file
+
+    report = fill_file(
+        infiller,
+        source,
+        target,
+        choices=candidates,
+        skip_bad_lines=skip_bad_lines,
+        progress=sys.stderr.isatty(),
+    )
+    resumed = f", {report.resumed} of them by an earlier run" if report.resumed else ""
+    skipped = f'; {report.skipped} could not be filled, see their "error"' if report.skipped else ""
+    print(f"{target}: {report.lines} lines{resumed}{skipped}", file=sys.stderr)

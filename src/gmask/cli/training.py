@@ -1,0 +1,75 @@
+"""How do ``gmask pretrain`` and ``gmask train-tokenizer`` start?"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gmask.errors import GmaskError
+
+if TYPE_CHECKING:
+    from gmask.tasks.corpus import Source
+
+
+def pretrain(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file: texts, model, objective, optimization.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Values to change, such as optimization.steps=8000.", show_default=False
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint of the run, if it has one.")] = True,
+) -> None:
+    """Train a GLM from scratch. A run that was stopped goes on when the same command is given again."""
+    from gmask.training.pretrain import run
+
+    print(run(recipe, overrides or [], resume=resume))
+
+
+def train_tokenizer(
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE", help="Texts (.txt, .jsonl, .jsonl.zst; globs), or one recipe (.yaml)."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "--out", "-o", help="Folder for the tokenizer.", show_default=False)
+    ],
+    vocab_size: Annotated[int | None, typer.Option(help="Tokens.", show_default="the recipe's, or 12288")] = None,
+    sample_bytes: Annotated[int, typer.Option(help="Bytes of text to learn from.")] = 45_000_000,
+    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    skip_bad_lines: Annotated[
+        bool, typer.Option("--skip-bad-lines", help="Go on after lines that cannot be read.")
+    ] = False,
+) -> None:
+    """Learn a bilingual BPE tokenizer with GLM's special tokens from texts, or from the texts of a recipe."""
+    from gmask.training.tokenizer import train_from_sources
+
+    sources, recipe_size = read_text_sources(files)
+    tokenizer = train_from_sources(
+        sources,
+        vocab_size=vocab_size or recipe_size or 12288,
+        out=output,
+        sample_bytes=sample_bytes,
+        seed=seed,
+        skip_bad_lines=skip_bad_lines,
+    )
+    print(f"{output}: {tokenizer.get_vocab_size()} tokens")
+
+
+def read_text_sources(files: list[str]) -> tuple[list["Source"], int | None]:
+    """The texts to learn from, and the size of the vocabulary if a recipe says it.
+
+    Raises:
+        GmaskError: a recipe among other files.
+    """
+    from gmask.tasks.corpus import Source
+    from gmask.tasks.recipe import load_recipe
+
+    recipes = [name for name in files if name.endswith((".yaml", ".yml"))]
+    if not recipes:
+        return [Source(name=name, train=name) for name in files], None
+    if len(files) > 1:
+        raise GmaskError(f"give text files or one recipe, not {recipes[0]} and others")
+    recipe = load_recipe(recipes[0])
+    return recipe.data.placed_sources, recipe.tokenizer.vocab_size

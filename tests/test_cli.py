@@ -1,0 +1,317 @@
+"""Does the command line do what it says, and say in one line what is wrong?"""
+
+import io
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import gmask
+from gmask.cli import interactive, main
+from gmask.cli.rendering import highlight
+from tiny_folder import make_folder
+
+TEXT = "The [MASK] dog [MASK]."
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    def run(*arguments: object, stdin: str = "") -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["gmask", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return Outcome(int(ended.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+def test_texts_are_filled_in_plain_text(run: Run, folder: Path) -> None:
+    model, tokenizer = gmask.load(folder, device="cpu")
+    expected = [infilling.text for infilling in gmask.infill(model, tokenizer, [TEXT, "我[MASK]苹果"], max_tokens=4)]
+    assert run("infill", TEXT, "我[MASK]苹果", "-m", folder, "--max-tokens", 4).out.splitlines() == expected
+    piped = run("infill", "-m", folder, "--max-tokens", 4, stdin=f"{TEXT}\n\n我[MASK]苹果\n")
+    assert piped.out.splitlines() == expected
+    assert "\x1b" not in piped.out
+    assert "cut at 4 tokens" in piped.err
+
+
+def test_json_has_the_promised_form(run: Run, folder: Path) -> None:
+    done = run("infill", TEXT, "--json", "-m", folder, "--max-tokens", 4)
+    values = json.loads(done.out)
+    assert list(values) == ["text", "logprob", "blanks"]
+    assert len(values["blanks"]) == 2
+    for blank in values["blanks"]:
+        assert list(blank)[:3] == ["text", "logprob", "tokens"]
+        assert blank.get("finished", True) == (len(blank["tokens"]) < 4)
+        assert all(list(token) == ["id", "text", "logprob"] for token in blank["tokens"])
+    several = json.loads(run("infill", TEXT, "--json", "-m", folder, "-n", 3, "--max-tokens", 4).out)
+    assert len(several["alternatives"]) == 2
+
+
+def test_alternatives_come_best_first_behind_their_scores(run: Run, folder: Path) -> None:
+    lines = run("infill", TEXT, "-m", folder, "-n", 3, "--max-tokens", 3).out.splitlines()
+    scores = [float(line.split("\t")[0]) for line in lines]
+    assert len(scores) == 3
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_choices_are_given_once_a_blank_and_shown_with_their_probability(run: Run, folder: Path) -> None:
+    options = ("-m", folder, "--choices", "old|sunny", "--choices", "ran|took", "-n", 4)
+    lines = [line.split("\t") for line in run("infill", TEXT, *options).out.splitlines()]
+    assert sum(float(probability) for probability, _ in lines) == pytest.approx(1, abs=1e-3)
+    assert {text for _, text in lines} == {f"The {a} dog {b}." for a in ("old", "sunny") for b in ("ran", "took")}
+    values = json.loads(run("infill", TEXT, *options, "--json").out)
+    assert values["choices"]["exact"] is True
+    assert set(values["choices"]["combinations"][0]) == {"texts", "logprob", "probability"}
+
+
+def test_settings_pass_through(run: Run, folder: Path) -> None:
+    options = ("-m", folder, "--max-tokens", 6, "--set", "temperature=1.5", "--set", "seed=3", "--set", "top_k=50")
+    once, again = (run("infill", TEXT, *options).out for _ in range(2))
+    other = run("infill", TEXT, *options, "--set", "seed=4").out
+    assert once == again != other
+
+
+def test_a_file_is_filled_and_its_report_is_not_part_of_the_output(run: Run, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text(f"{TEXT}\nno blank\n", "utf-8")
+    files = ("--input", tmp_path / "in.txt", "--output", tmp_path / "out.jsonl")
+    bad = run("infill", "-m", folder, *files)
+    assert bad.code == 2
+    assert "in.txt, line 2: the text has no blank" in bad.err
+    done = run("infill", "-m", folder, *files, "--skip-bad-lines")
+    assert (done.code, done.out) == (0, "")
+    assert "2 lines, 1 of them by an earlier run; 1 could not be filled" in done.err
+    assert len((tmp_path / "out.jsonl").read_text("utf-8").splitlines()) == 2
+
+
+MISTAKES = [
+    (["infill", "no blank"], "no blank"),
+    (["infill", "[XMASK]"], "unknown special token [XMASK]"),
+    (["infill", "x " * 300 + "[MASK]"], "96 positions"),
+    (["infill", "[MASK]", "--set", "temprature=1"], "nearest is 'temperature'"),
+    (["infill", "[MASK]", "--set", "temperature"], "key=value"),
+    (["infill", "[MASK]", "--set", "temperature=[1"], "cannot be read"),
+    (["infill", "[MASK]", "--choices", "a||b"], "candidate is empty"),
+    (["infill", "[MASK]", "--choices", "a", "--choices", "b"], "choices for 2 blanks"),
+    (["infill", "[MASK]", "--input", "x"], "--input and --output go together"),
+    (["infill", "[MASK]", "--input", "x", "--output", "y"], "not both"),
+    (["infill", "--input", "no-such-file", "--output", "y"], "no-such-file: No such file"),
+    (["infill"], "standard input is empty"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(run: Run, folder: Path, arguments: list[str], message: str) -> None:
+    done = run(*arguments, "-m", folder)
+    assert done.code == 2
+    assert message in done.err
+    assert len(done.err.splitlines()) == 1
+    assert done.out == ""
+
+
+def test_mistakes_in_names_of_models_and_recipes_too(run: Run, tmp_path: Path) -> None:
+    for arguments in (
+        ["info", "nowhere"],
+        ["pretrain", "no.yaml"],
+        ["train-tokenizer", "no.txt", "--output", tmp_path],
+    ):
+        done = run(*arguments)
+        assert done.code == 2
+        assert len(done.err.splitlines()) == 1
+
+
+def test_a_full_disk_is_one_line_too(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "in.txt").write_text(TEXT, "utf-8")
+    monkeypatch.setattr(os, "fsync", fail)
+    done = run("infill", "-m", folder, "--input", tmp_path / "in.txt", "--output", tmp_path / "out.jsonl")
+    assert (done.code, done.err) == (2, "gmask: No space left on device\n")
+    assert list(tmp_path.glob("*.partial")), "what was done is kept"
+
+
+def test_info_tells_size_ids_memory_and_licence(run: Run, folder: Path) -> None:
+    model, _ = gmask.load(folder, device="cpu")
+    values = json.loads(run("info", folder, "--json").out)
+    assert values["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert values["memory_bytes"] == {"float32": 4 * values["parameters"], "bfloat16": 2 * values["parameters"]}
+    assert values["special_ids"]["sop"] == 8
+    assert values["licence"] is None
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Model\n", "utf-8")
+    assert "apache-2.0" in run("info", folder).out
+
+
+def test_a_tokenizer_is_learnt_from_files(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 200, "utf-8")
+    done = run("train-tokenizer", tmp_path / "text.txt", "--output", tmp_path / "tok", "--vocab-size", 380)
+    assert done.code == 0, done.err
+    assert "380 tokens" in done.out
+    assert (tmp_path / "tok" / "tokenizer.json").is_file()
+
+
+def test_pretrain_hands_recipe_and_overrides_over(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gmask.training import pretrain
+
+    calls = []
+    monkeypatch.setattr(pretrain, "run", lambda *args, **keywords: calls.append((args, keywords)) or Path("model"))
+    assert run("pretrain", "r.yaml", "run.out=x", "optimization.steps=1", "--no-resume").out == "model\n"
+    assert calls == [(("r.yaml", ["run.out=x", "optimization.steps=1"]), {"resume": False})]
+
+
+@pytest.mark.parametrize("verb", ["infill", "info", "pretrain", "train-tokenizer"])
+def test_every_verb_has_help_and_at_most_eight_options_beside_set(run: Run, verb: str) -> None:
+    done = run(verb, "--help")
+    options = [line.split()[0] for line in done.out.splitlines() if line.startswith("  -")]
+    assert done.code == 0
+    assert len([option for option in options if option not in ("--set", "--help")]) <= 8
+    assert "[sMASK]" in done.out or verb != "infill"
+
+
+def test_on_a_terminal_answers_are_highlighted(folder: Path) -> None:
+    infilling = gmask.infill(*gmask.load(folder, device="cpu"), TEXT, max_tokens=4)
+    text = highlight(infilling)
+    assert text.plain == infilling.text
+    assert [(span.start, span.end) for span in text.spans] == [(blank.start, blank.end) for blank in infilling.blanks]
+
+
+class Terminal:
+    """A program on a terminal of its own."""
+
+    def __init__(self, command: list[str], **environment: str) -> None:
+        self.leader, follower = pty.openpty()
+        settings = {**os.environ, "TERM": "xterm", "COLUMNS": "200", "PROMPT_TOOLKIT_NO_CPR": "1", **environment}
+        self.process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=settings)
+        os.close(follower)
+        self.unread = b""
+
+    def press(self, keys: str) -> None:
+        os.write(self.leader, keys.encode())
+
+    def read_until(self, text: str, *, seconds: float = 60) -> None:
+        """Reads what it shows up to and with a text; an error if that does not come."""
+        deadline = time.monotonic() + seconds
+        while text.encode() not in self.unread:
+            ready, _, _ = select.select([self.leader], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"{text!r} did not come, but {self.unread.decode(errors='replace')!r}"
+            self.unread += os.read(self.leader, 4096)
+        self.unread = self.unread.partition(text.encode())[2]
+
+    def read_until_prompt(self) -> None:
+        self.read_until("\x1b[?2004h")  # pasting is switched on when a line begins
+        self.read_until("\x1b[?25h")  # the cursor is shown when the prompt has been drawn
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.leader)
+
+
+@pytest.mark.slow
+def test_a_conversation_streams_highlights_remembers_and_ends(folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gmask", "infill", "-m", str(folder), "--max-tokens", "4"]
+    terminal = Terminal(command, HOME=str(tmp_path), XDG_CONFIG_HOME=str(tmp_path))
+    try:
+        terminal.read_until("Ctrl-D ends.")
+        terminal.read_until_prompt()
+        terminal.press("The [MASK] dog\r")
+        terminal.read_until("\x1b[1;32m")  # bold and green
+        terminal.read_until(" dog")
+        terminal.read_until_prompt()
+        terminal.press("no blank\r")
+        terminal.read_until("no blank: put")
+        terminal.read_until_prompt()
+        terminal.press("\x04")
+        assert terminal.process.wait(timeout=60) == 0
+    finally:
+        terminal.close()
+    assert "The [MASK] dog" in (tmp_path / "gmask" / "history").read_text("utf-8")
+
+
+def test_a_conversation_goes_on_after_mistakes_and_ends_with_ctrl_d(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import prompt_toolkit
+
+    from gmask.generation.infill import Infiller
+    from gmask.generation.settings import Settings
+
+    typed = iter(["", TEXT, "no blank", KeyboardInterrupt(), EOFError()])
+
+    class Session:
+        def __init__(self, history: object) -> None: ...
+
+        def __class_getitem__(cls, _: object) -> type["Session"]:
+            return cls
+
+        def prompt(self, _: str) -> str:
+            key = next(typed)
+            if isinstance(key, BaseException):
+                raise key
+            return key
+
+    monkeypatch.setattr(prompt_toolkit, "PromptSession", Session)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    pair = gmask.load(folder, device="cpu")
+    interactive.converse(Infiller(*pair, Settings(max_tokens=4)), None, as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == gmask.infill(*pair, TEXT, max_tokens=4).text
+    assert "no blank" in lines[2]
+
+
+def test_ctrl_c_is_exit_code_130(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gmask.generation.infill import Infiller
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Infiller, "fill", interrupt)
+    done = run("infill", TEXT, "-m", folder)
+    assert done.code == 130
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_a_real_run_without_a_traceback(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text(f"{TEXT}\n" * 5000, "utf-8")
+    command = [
+        "infill",
+        "-m",
+        str(folder),
+        "--input",
+        str(tmp_path / "in.txt"),
+        "--output",
+        str(tmp_path / "out.jsonl"),
+    ]
+    process = subprocess.Popen([sys.executable, "-m", "gmask", *command], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("*.partial")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
