@@ -61,9 +61,7 @@ def splice(example: InfillingExample) -> list[int]:
 
 @given(rows, seeds, st.sampled_from(OBJECTIVES), st.booleans())
 @every_row
-def test_a_sequence_is_the_text_taken_apart(
-    row: np.ndarray, seed: int, objective: Objective, shuffle: bool
-) -> None:
+def test_a_sequence_is_the_text_taken_apart(row: np.ndarray, seed: int, objective: Objective, shuffle: bool) -> None:
     example = replace(MIXTURE, shuffle=shuffle).sample(row, np.random.default_rng(seed), objective)
     if example is None:
         return
@@ -125,9 +123,7 @@ def test_hidden_sentences_are_whole(row: np.ndarray, seed: int) -> None:
 
 @given(rows, seeds)
 @every_row
-def test_a_document_answer_has_the_asked_length_and_only_a_cut_one_is_open(
-    row: np.ndarray, seed: int
-) -> None:
+def test_a_document_answer_has_the_asked_length_and_only_a_cut_one_is_open(row: np.ndarray, seed: int) -> None:
     example = MIXTURE.sample(row, np.random.default_rng(seed), "document")
     if example is None:
         assert len(row) < 3

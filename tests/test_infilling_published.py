@@ -84,9 +84,7 @@ class Record:
             special = SPECIAL if mask == SPECIAL.gmask else SPECIAL.with_one_mask()
             return cut_suffix(self.tokens, len(self.targets) - self.context_length, special=special)
         spans, order = self.spans()
-        return blank_out(
-            self.tokens, spans, mask=mask, special=SPECIAL, objective=self.objective, order=order
-        )
+        return blank_out(self.tokens, spans, mask=mask, special=SPECIAL, objective=self.objective, order=order)
 
 
 def mask_of(objective: str, task_mask: bool) -> int:
@@ -95,9 +93,7 @@ def mask_of(objective: str, task_mask: bool) -> int:
 
 
 @pytest.mark.parametrize(("name", "kwargs", "example"), RECORDS)
-def test_the_same_spans_give_the_published_sequence(
-    name: str, kwargs: dict[str, Any], example: dict[str, Any]
-) -> None:
+def test_the_same_spans_give_the_published_sequence(name: str, kwargs: dict[str, Any], example: dict[str, Any]) -> None:
     record = Record(example)
     ours = record.rebuild(mask_of(record.objective, kwargs["task_mask"]))
     # A flat second row is what a model without block positions is given; it is never read there.
@@ -113,9 +109,7 @@ def test_the_same_spans_give_the_published_sequence(
 
 @pytest.mark.parametrize(
     ("name", "kwargs", "example"),
-    [
-        record for record in RECORDS if record.values[0] != "token_random_position"
-    ],  # draws the offset in between
+    [record for record in RECORDS if record.values[0] != "token_random_position"],  # draws the offset in between
 )
 def test_the_plain_program_gives_the_published_record_from_its_seed(
     name: str, kwargs: dict[str, Any], example: dict[str, Any]

@@ -56,9 +56,7 @@ class Counted:
         context, answers = np.split(example.input_ids, [example.context_length])
         places, numbers = example.layout[:, example.context_length :]
         starts = np.flatnonzero(numbers == 1)
-        lengths = (
-            np.diff(starts, append=len(answers)) - 1
-        )  # of an open answer, the last token is only a label
+        lengths = np.diff(starts, append=len(answers)) - 1  # of an open answer, the last token is only a label
         return cls(
             objective=example.objective,
             text_length=int(len(context) - len(starts) + lengths.sum()),
@@ -71,9 +69,7 @@ class Counted:
         )
 
 
-def assert_same_share(
-    parts: Sequence[float], wholes: Sequence[float], published: float, bunch: float = 1
-) -> None:
+def assert_same_share(parts: Sequence[float], wholes: Sequence[float], published: float, bunch: float = 1) -> None:
     """`sum(parts) / sum(wholes)` is the published ratio; a mean is one whose wholes are all 1.
 
     The published sample has the size of ours, so its error is taken to be the same.
@@ -191,9 +187,7 @@ def test_sentences_of_several_documents_follow_the_published_law() -> None:
     for _ in range(SAMPLES):
         spans = choose_sentences(sentences, int(0.15 * len(tokens)), rng=rng)
         order = rng.permutation(len(spans))
-        example = blank_out(
-            tokens, spans, mask=SPECIAL.smask, special=SPECIAL, objective="sentence", order=order
-        )
+        example = blank_out(tokens, spans, mask=SPECIAL.smask, special=SPECIAL, objective="sentence", order=order)
         samples.append(Counted.of(example))
     assert_published(samples, name)
 
@@ -214,9 +208,7 @@ def test_the_tests_can_tell_a_wrong_law() -> None:
     rng = np.random.default_rng(1)
     longer = Mixture(SPECIAL, SENTENCE_ENDS, mean_span_length=3.1)
     with pytest.raises(AssertionError):
-        assert_published(
-            [Counted.of(e) for _ in range(SAMPLES) if (e := longer.sample(tokens, rng, "token"))], name
-        )
+        assert_published([Counted.of(e) for _ in range(SAMPLES) if (e := longer.sample(tokens, rng, "token"))], name)
     with pytest.raises(AssertionError):
         samples = [bunch[0] for bunch in draw(name, rng)]
         for sample in samples[::50]:

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from gmask.errors import GmaskError
 from gmask.models.glm import GLMForConditionalGeneration
+from gmask.tasks.recipe import OptimizationSettings, load_recipe
 from gmask.training import checkpoint, pretrain
-from gmask.training.recipe import OptimizationSettings, load_recipe
 from gmask.training.report import read_records
 
 SENTENCES = [

@@ -18,14 +18,15 @@ CONTEXT_OFFSETS = (-1, 1, -2, 2)  # places from the blank, or from a token of th
 ANSWER_OFFSETS = (-1, -2, -3, -4)  # places back in the answer
 FASTEST = 3.0  # radians a place; a little under half a turn, so that the next place is far away
 AMPLITUDE = 2.0  # of the sinusoids, in standard deviations of the word embeddings
-SHARPNESS = 2.0  # makes the chosen neighbour outweigh every other place by a factor of about e^4
+SHARPNESS = 2.0  # gives the chosen neighbour a third or more of its head's attention
 
 
 def start_with_neighbours(model: GLMForConditionalGeneration) -> None:
     """Sets the position tables and the queries and keys of the first two layers in place.
 
     The context's places rotate in the first half of the hidden dimensions, the answer's in the second. Layer 0 looks
-    beside the blank (`CONTEXT_OFFSETS`, a head each), layer 1 back along the answer (`ANSWER_OFFSETS`).
+    beside the blank (`CONTEXT_OFFSETS`, a head each). Layer 1 leans back along the answer (`ANSWER_OFFSETS`), a weak
+    start only: what layer 0 adds to the residual stream blurs the places that it compares.
     """
     config = model.config
     half = config.hidden_size // 2

@@ -1,0 +1,165 @@
+"""Does the house keep its rules: short files, a true README, light imports?"""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "gmask"
+READMES = ["README.md", "README.zh.md"]
+FOLDERS = ["src", "tests", "benchmarks", "docs", "recipes", ".ci", ".github"]  # beside the files of the root
+MAX_FILE_LINES = 400
+MAX_BODY_LINES = 50  # of a function, below its signature and docstring
+
+
+def project_files(*suffixes: str) -> Iterator[Path]:
+    """The project's own text files: those of the root and of FOLDERS, caches left out."""
+    folders = (path for name in FOLDERS for path in sorted((ROOT / name).rglob("*")))
+    for path in [*sorted(ROOT.iterdir()), *folders]:
+        if path.is_file() and path.suffix in suffixes and "__pycache__" not in path.parts:
+            yield path
+
+
+def python_modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def fenced_blocks(page: str, language: str) -> list[str]:
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text("utf-8"), re.M | re.S)
+    return [text for found, text in blocks if found == language]
+
+
+def tree_of(readme: str) -> set[str]:
+    """The paths below src/gmask of the block that draws the tree; two spaces of indent are one level."""
+    (block,) = (text for text in fenced_blocks(readme, "") if text.startswith("src/gmask/\n"))
+    paths: set[str] = set()
+    parents: list[str] = []
+    for line in block.splitlines()[1:]:
+        indent, name = re.match(r"( *)(\S+)", line).groups()  # type: ignore[union-attr]
+        depth = len(indent) // 2 - 1
+        parents = [*parents[:depth], name.rstrip("/")]
+        paths.add("/".join(parents))
+    return paths
+
+
+def tree_on_disk() -> set[str]:
+    """The modules and folders of the package, two levels deep; `__init__.py` counts at the top only."""
+    paths: set[str] = set()
+    for path in [*PACKAGE.glob("*"), *PACKAGE.glob("*/*")]:
+        is_module = path.suffix == ".py" and (path.name != "__init__.py" or path.parent == PACKAGE)
+        if is_module or (path.is_dir() and path.name != "__pycache__" and any(path.iterdir())):
+            paths.add(path.relative_to(PACKAGE).as_posix())
+    return paths
+
+
+def commands(readme: str) -> list[str]:
+    """The lines of the shell and Python blocks, comments left out: those are translated."""
+    text = "".join(fenced_blocks(readme, "bash") + fenced_blocks(readme, "python"))
+    return [line for line in (line.split("#")[0].rstrip() for line in text.splitlines()) if line]
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_no_file_is_longer_than_400_lines() -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text("utf-8").splitlines()) for path in project_files(".py")}
+    assert {name: n for name, n in lengths.items() if n > MAX_FILE_LINES} == {}
+
+
+def test_no_function_is_longer_than_50_lines() -> None:
+    long = {}
+    for path in python_modules():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                lines = node.end_lineno - body[0].lineno + 1 if body else 0
+                if lines > MAX_BODY_LINES:
+                    long[f"{path.relative_to(PACKAGE)}:{node.name}"] = lines
+    assert long == {}
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    silent = [
+        str(path.relative_to(PACKAGE))
+        for path in python_modules()
+        if not ast.get_docstring(ast.parse(path.read_text("utf-8")))
+    ]
+    assert silent == []
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_tree_in_the_readme_is_true(readme: str) -> None:
+    listed, present = tree_of(readme), tree_on_disk()
+    assert {path for path in listed if not (PACKAGE / path).exists()} == set(), "listed, but not there"
+    assert present - listed == set(), "there, but not listed"
+
+
+def test_both_readmes_show_the_same_tree_and_commands() -> None:
+    english, chinese = READMES
+    assert tree_of(english) == tree_of(chinese)
+    assert commands(english) == commands(chinese)
+
+
+def test_no_file_names_a_place_on_somebodys_machine() -> None:
+    place = re.compile(r"/(?:work|root|home|Users)/\w")
+    text_files = project_files(".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".json", "")
+    assert [str(path.relative_to(ROOT)) for path in text_files if place.search(path.read_text("utf-8"))] == []
+
+
+def test_importing_the_package_loads_neither_torch_nor_transformers() -> None:
+    done = run_python("import sys, gmask; print({'torch', 'transformers', 'numpy'} & set(sys.modules))")
+    assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
+def test_help_lists_the_verbs_without_loading_torch() -> None:
+    done = run_python(
+        "import sys; sys.argv = ['gmask', '--help']\n"
+        "from gmask.cli import main\n"
+        "try: main()\n"
+        "finally: print('torch loaded:', 'torch' in sys.modules)"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "torch loaded: False" in done.stdout
+    for verb in ["infill", "pretrain", "train-tokenizer", "info"]:
+        assert verb in done.stdout
+
+
+def test_the_worked_example_of_the_documentation_is_what_the_code_computes() -> None:
+    import numpy as np
+    import torch
+
+    from gmask.infilling.blanks import BlankTokens, blank_out
+    from gmask.models.layout import visible_keys
+
+    words = ["[CLS]", "The", "old", "cat", "sat", "on", "it", "eos", "[MASK]", "`<sop>`", "`<eop>`"]
+    special = BlankTokens(mask=8, smask=8, gmask=8, sop=9, eop=10, pad=-1, cls=0, eos=7)
+    spans, answers_in_order = np.array([[2, 4], [6, 7]]), np.array([1, 0])
+    text = np.arange(8)
+    example = blank_out(text, spans, mask=8, special=special, objective="token", order=answers_in_order)
+    in_context = torch.from_numpy(example.layout[1] == 0)[None]
+    visible = visible_keys(in_context, key_length=len(example.input_ids))[0, 0]
+
+    page = (ROOT / "docs/explanation/blank-infilling.md").read_text("utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in page.splitlines() if line.startswith("| `")]
+    tokens, places, answer_places, labels = rows[:4]
+    assert [token.strip("`") for token in tokens] == [words[i].strip("`") for i in example.input_ids]
+    assert [list(map(int, places)), list(map(int, answer_places))] == example.layout.tolist()
+    assert labels == ["-" if i == -100 else words[i] for i in example.labels]
+    picture = [re.findall("[■·]", line) for line in page.splitlines()]
+    assert [row for row in picture if row] == [["·■"[seen] for seen in row] for row in visible.int().tolist()]
+
+
+def test_the_recipes_shown_and_shipped_are_valid() -> None:
+    import yaml
+
+    from gmask.tasks.recipe import load_recipe, read_recipe
+
+    (shown,) = fenced_blocks("docs/how-to/pretrain.md", "yaml")
+    assert read_recipe(yaml.safe_load(shown)).run.out == "runs/mine"
+    assert load_recipe(ROOT / "recipes" / "bundled.yaml").data.sources
