@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check bench docs clean
+.PHONY: help demo test test-all check bench bundled docs clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,12 @@ bench: $(VENV)/.installed-dev  ## measure against peers, all in one run
 	$(BIN)/python benchmarks/decoding.py
 	$(BIN)/python benchmarks/cold_start.py
 	$(if $(CORPUS),$(BIN)/python benchmarks/tokenizer.py $(CORPUS) --ours src/gmask/pretrained)
+
+bundled: $(VENV)/.installed-dev  ## train, evaluate and ship the bundled model: make bundled CORPUS=folder
+	$(BIN)/gmask pretrain recipes/bundled.yaml data.root=$(CORPUS)
+	cp runs/bundled/model/* src/gmask/pretrained/
+	$(BIN)/gmask evaluate bundled --recipe recipes/bundled.yaml --corpus $(CORPUS) \
+	  --card src/gmask/pretrained/README.md $(if $(HARDWARE),--hardware "$(HARDWARE)")
 
 docs: $(VENV)/.installed-dev  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

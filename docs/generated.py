@@ -1,0 +1,59 @@
+"""How do the generated pages come about? From the verbs themselves and from the model card, when the site is built."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+from mkdocs.structure.files import File, Files
+
+from gmask.cli import app
+
+VERBS = "<!-- verbs -->"
+CARD = "<!-- card -->"
+PRETRAINED = Path(__file__).parents[1] / "src" / "gmask" / "pretrained"
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """A hook of mkdocs: the card's picture belongs to the site."""
+    files.append(File.generated(config, "reference/curves.png", abs_src_path=str(PRETRAINED / "curves.png")))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """A hook that mkdocs calls for every page: a marker becomes one section a verb, or the model card."""
+    if VERBS in markdown:
+        return markdown.replace(VERBS, "\n".join(describe_verbs()))
+    return markdown.replace(CARD, read_card()) if CARD in markdown else markdown
+
+
+def read_card() -> str:
+    """The bundled model's card without its front matter and title."""
+    text = (PRETRAINED / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"\A---\n.*?\n---\n|^# .*\n", "", text, flags=re.S | re.M)
+
+
+def describe_verbs() -> Iterator[str]:
+    program = typer.main.get_command(app)
+    context = typer.Context(program, info_name="gmask")
+    for name in program.list_commands(context):
+        yield from describe_verb(program.get_command(context, name), parent=context)
+
+
+def describe_verb(verb: Any, *, parent: typer.Context) -> Iterator[str]:
+    context = typer.Context(verb, info_name=verb.name, parent=parent)
+    usage = " ".join([context.command_path, *verb.collect_usage_pieces(context)])
+    yield f"## {verb.name}\n\n```\n{usage}\n```\n\n{verb.help}\n"
+    yield "| option | meaning |\n|---|---|"
+    for parameter in verb.get_params(context):
+        record = parameter.get_help_record(context)
+        if record is not None:
+            option, meaning = (escape_cell(text) for text in record)
+            yield f"| `{option}` | {meaning} |"
+    yield ""
+
+
+def escape_cell(text: str) -> str:
+    """Text for one cell of a Markdown table."""
+    return text.replace("\n", " ").replace("\\", "\\\\").replace("|", "\\|")
