@@ -37,8 +37,15 @@ def test_overrides_are_yaml_values_at_dotted_keys(recipe_path: Path) -> None:
 def test_a_recipe_written_out_reads_back_equal(recipe_path: Path, tmp_path: Path) -> None:
     recipe = load_recipe(recipe_path)
     copy = tmp_path / "copy.yaml"
-    copy.write_text(yaml.safe_dump({**recipe.to_dict(), "data": TREE["data"], "optimization": {"steps": 10}}))
+    copy.write_text(recipe.to_yaml())
     assert load_recipe(copy) == recipe
+
+
+def test_a_recipe_that_travels_names_no_place(recipe_path: Path) -> None:
+    places = ["run.out=/home/me/out", "run.threads=2", "data.root=/data", "data.cache=/cache", "tokenizer.path=/tokens"]
+    travels = load_recipe(recipe_path, places).without_places()
+    assert "/" not in travels.to_yaml().replace("/pretrain", "")
+    assert (travels.run.out, travels.run.threads, travels.data.root) == ("out", None, ".")
 
 
 @pytest.mark.parametrize(

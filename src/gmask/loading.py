@@ -51,7 +51,7 @@ def load(
             published Hugging Face form. Needs no network and runs no code from the folder.
         dtype: of the weights, such as ``"bfloat16"``. By default float32 on a CPU, where log-probabilities are then
             exact, and as stored elsewhere.
-        device: such as ``"cpu"`` or ``"cuda:1"``. By default a CUDA device if there is one, else the CPU.
+        device: such as ``"cpu"`` or ``"cuda:1"``. By default the best there is: CUDA, Apple's MPS, the CPU.
 
     Raises:
         GmaskError: no such folder; a missing, damaged or unsuitable file, which is named.
@@ -88,7 +88,7 @@ def load_model(
     folder: Path, *, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
 ) -> GLMForConditionalGeneration:
     """The model alone, in evaluation mode; arguments and errors as in `load`."""
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = torch.device(device or best_device())
     wanted = _read_dtype(dtype, place)
     with torch.device("meta"):  # shapes alone: the weights come from the files
         model = GLMForConditionalGeneration(read_config(folder))
@@ -98,6 +98,13 @@ def load_model(
     model.tie_weights()
     model.eval()
     return model
+
+
+def best_device() -> str:
+    """The fastest device of this machine: CUDA, Apple's MPS, or the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

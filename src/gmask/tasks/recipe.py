@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -94,7 +95,19 @@ class Recipe:
     objective: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Plain values, which `read_recipe` turns into the same recipe."""
+        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))  # lists in place of tuples
+        return values
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), allow_unicode=True, sort_keys=False)
+
+    def without_places(self) -> "Recipe":
+        """The recipe without what holds on one machine only: folders, device, threads."""
+        tokenizer = dataclasses.replace(self.tokenizer, path=None)
+        data = dataclasses.replace(self.data, root=DataSettings.root, cache=DataSettings.cache)
+        run = dataclasses.replace(self.run, out=Path(self.run.out).name, device=None, threads=None)
+        return dataclasses.replace(self, run=run, data=data, tokenizer=tokenizer)
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:

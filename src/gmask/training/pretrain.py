@@ -4,7 +4,6 @@
 gradients of a step's passes; the loss is the mean over all labelled tokens of the step, whatever pass they fall into.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -23,6 +21,7 @@ from gmask.errors import GmaskError
 from gmask.infilling.blanks import InfillingExample
 from gmask.infilling.collator import collate
 from gmask.infilling.objectives import OBJECTIVES, Objective
+from gmask.loading import best_device
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from gmask.tasks.recipe import OptimizationSettings, Recipe, load_recipe
 from gmask.tasks.vocabulary import make_mixture
@@ -67,7 +66,7 @@ class Pretraining:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.out = Path(settings.out)
-        self.device = torch.device(settings.device or _best_device())
+        self.device = torch.device(settings.device or best_device())
         torch.manual_seed(settings.seed)
         data = self.recipe.data
         sources = data.placed_sources
@@ -129,7 +128,7 @@ class Pretraining:
         if checkpoints:
             self._restore(checkpoints[-1])
         self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(self.recipe.to_dict()))), "utf-8")
+        (self.out / "recipe.yaml").write_text(self.recipe.to_yaml(), "utf-8")
         steps = self.recipe.optimization.steps
         self.model.train()
         with (
@@ -261,8 +260,11 @@ class Pretraining:
             self.model.to(torch.bfloat16).save_pretrained(folder)
             for name in ("tokenizer.json", "tokenizer_config.json"):
                 (folder / name).write_bytes((self.tokenizer_folder / name).read_bytes())
-            for name in ("curves.png", "metrics.jsonl", "recipe.yaml"):
+            for name in ("curves.png", "metrics.jsonl"):
                 (folder / name).write_bytes((self.out / name).read_bytes())
+            (folder / "recipe.yaml").write_text(self.recipe.without_places().to_yaml(), "utf-8")
+            for path in folder.iterdir():
+                path.chmod(0o644)  # safetensors' own would keep other users out
 
         write_folder(self.out / "model", fill)
         return self.out / "model"
@@ -285,12 +287,6 @@ def learning_rate(step: int, settings: OptimizationSettings) -> float:
     done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
     fall = settings.learning_rate - settings.final_learning_rate
     return settings.final_learning_rate + fall * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _progress_bar(done: int, steps: int) -> Any:
