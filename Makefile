@@ -21,8 +21,8 @@ help:  ## show this list
 
 demo: $(VENV)/.installed  ## fill blanks in English and Chinese with the bundled model
 	$(BIN)/gmask infill \
-	  "The little girl opened the [MASK] and saw a big [MASK]." \
-	  "我今天早上去[MASK]买了一些[MASK]。"
+	  "He did not [MASK] what to do, so he went [MASK] the house." \
+	  "中华人民共和国[MASK]法，由[MASK]公布。"
 
 test: $(VENV)/.installed-dev  ## run the default tests
 	$(BIN)/pytest -m "not slow and not gpu"
