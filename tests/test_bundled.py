@@ -34,7 +34,14 @@ def test_its_files_are_whole_and_small() -> None:
 
 def test_its_card_says_where_it_comes_from() -> None:
     card = (BUNDLED / "README.md").read_text("utf-8")
-    for heading in ("## Intended use", "## Training", "## Data", "## Limits", "## Reproduce"):
+    for heading in (
+        "## Intended use",
+        "## Training",
+        "## Training data",
+        "## Attribution",
+        "## Limits",
+        "## Reproduce",
+    ):
         assert heading in card
     evaluation = json.loads((BUNDLED / "evaluation.json").read_text("utf-8"))
     assert evaluation["ngram_tokens"] >= 30_000_000  # tokens that the model has seen
