@@ -95,6 +95,12 @@ def test_twenty_documents_are_learnt(recipe_path: Path, tmp_path: Path) -> None:
     assert sum(found[-20:]) / 20 < 3.0  # guessing by word frequency alone stays near 4
 
 
+def test_rows_longer_than_the_positions_are_cut_into_pieces(recipe_path: Path, tmp_path: Path) -> None:
+    longer = ["data.row_length=256", "model.max_position_embeddings=40", "optimization.steps=8"]
+    pretrain.run(str(recipe_path), longer)
+    assert [step for step, _, validation in losses(tmp_path / "out") if validation] == [8]
+
+
 def test_a_killed_run_goes_on_bit_for_bit(recipe_path: Path, tmp_path: Path) -> None:
     pretrain.run(str(recipe_path), [f"run.out={tmp_path / 'whole'}"])
     overrides = [f"run.out={tmp_path / 'killed'}"]

@@ -79,6 +79,7 @@ class Pretraining:
                 vocab_size=self.recipe.tokenizer.vocab_size,
                 sample_bytes=self.recipe.tokenizer.sample_bytes,
                 seed=settings.seed,
+                skip_bad_lines=data.skip_bad_lines,
                 out=self.tokenizer_folder,
             )
         tokenizer = Tokenizer.from_file(str(self.tokenizer_folder / "tokenizer.json"))
@@ -93,13 +94,14 @@ class Pretraining:
         cache = {"cache": data.cache, "skip_bad_lines": data.skip_bad_lines}
         self.train_sources = open_sources(sources, tokenizer, split="train", **cache)  # type: ignore[arg-type]
         self.validation_sources = open_sources(sources, tokenizer, split="validation", **cache)  # type: ignore[arg-type]
-        max_piece = data.max_piece or min(data.row_length, self.model.config.max_position_embeddings)
+        # No place in a layout may lie beyond the model's tables, in training or in validation.
+        self.max_piece = min(data.max_piece or data.row_length, self.model.config.max_position_embeddings)
         self.stream = RowStream(
             self.train_sources,
             self.mixture,
             row_length=data.row_length,
             seed=settings.seed,
-            max_piece=max_piece,
+            max_piece=self.max_piece,
         )
         self.optimizer = make_optimizer(self.model, self.recipe.optimization)
 
@@ -233,6 +235,7 @@ class Pretraining:
             objective,
             row_length=self.recipe.data.row_length,
             max_rows=self.recipe.run.validation_rows,
+            max_piece=self.max_piece,
         )
         losses = torch.cat([self._losses(batch) for batch in self._batches(rows)])
         return float(losses.mean())
