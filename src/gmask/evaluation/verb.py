@@ -53,7 +53,7 @@ def run(
     metrics = _read_metrics(folder / "metrics.jsonl")
     if card and not metrics:
         raise GmaskError(f"{folder}: no metrics.jsonl of its training there, which the model card needs")
-    origins = _read_yaml(Path(recipe).with_name(f"{Path(recipe).stem}-sources.yaml")) if card else []
+    origins = _read_origins(recipe) if card else {}
     network, tokenizer = load(folder, dtype="float32", device=device)
     tokens_seen = metrics[-1]["tokens"] if metrics else None
     with console.status("evaluating") as status:
@@ -69,8 +69,9 @@ def run(
             seed=seed,
             on_progress=status.update,
         )
+    settings = {"sentences": sentences, "loss_tokens": loss_tokens, "seed": seed, "dtype": "float32"}
     evaluation = {
-        "settings": {"sentences": sentences, "loss_tokens": loss_tokens, "seed": seed, "dtype": "float32"},
+        "settings": settings,
         "versions": {name: version(name) for name in ("gmask", "torch", "transformers", "tokenizers")},
         "parameters": network.num_parameters(),
         "ngram_tokens": tokens_seen,
@@ -87,11 +88,17 @@ def run(
             config=network.config.to_dict(),
             recipe=plan.to_dict(),
             recipe_path=recipe,
-            origins={entry["name"]: entry for entry in origins},
+            origins=origins,
             hardware=hardware,
         )
         _write_text(Path(card), render_card(facts))
     return written
+
+
+def _read_origins(recipe: str) -> dict[str, Any]:
+    """Origin, licence and credit of each source, from the table beside the recipe."""
+    table = Path(recipe)
+    return {entry["name"]: entry for entry in _read_yaml(table.with_name(f"{table.stem}-sources.yaml"))}
 
 
 def _read_yaml(path: Path) -> Any:
