@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from conftest import EOP, GMASK, MASK, ORDINARY, PAD, SOP
+from gmask.errors import GmaskError
 from gmask.infilling.blanks import BlankTokens, InfillingExample, blank_out
 from gmask.infilling.collator import collate
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration, GLMModel
@@ -208,13 +209,13 @@ def test_keys_load_with_and_without_their_prefix(
         assert torch.equal(base(ids).last_hidden_state, model.glm(ids).last_hidden_state)
 
 
-def test_a_missing_weight_is_reported(build_glm: BuildGLM, tmp_path: Path) -> None:
+def test_a_missing_weight_is_an_error_that_names_it(build_glm: BuildGLM, tmp_path: Path) -> None:
     build_glm().save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["glm.transformer.final_layernorm.bias"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    _, report = GLMForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
-    assert report["missing_keys"] == {"glm.transformer.final_layernorm.bias"}
+    with pytest.raises(GmaskError, match=r"lack glm\.transformer\.final_layernorm\.bias;"):
+        GLMForConditionalGeneration.from_pretrained(tmp_path)
 
 
 def test_published_names_configure_it() -> None:
@@ -355,3 +356,23 @@ def test_cached_tokens_need_a_layout(build_glm: BuildGLM) -> None:
     layout = torch.tensor([[[1], [2]]])
     step = model(ids[:, 3:], past_key_values=past, layout=layout).logits
     assert torch.allclose(step, model(ids).logits[:, 3:], atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_context_without_padding_is_read_without_a_mask(
+    build_glm: BuildGLM, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_glm(attn_implementation=attention)
+    masks = []
+    model.glm.transformer.layers[0].register_forward_pre_hook(
+        lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    context = torch.tensor([[16, 17, MASK, 18]])
+    with torch.no_grad():
+        bare = model(context).logits
+        model(context, torch.ones_like(context))
+        model(torch.cat((context, torch.tensor([[SOP]])), dim=1))
+        model(context, torch.tensor([[0, 1, 1, 1]]))
+        assert [mask is None for mask in masks] == [True, True, False, False]
+        monkeypatch.setattr("gmask.models.inputs._drop_idle", lambda mask: mask)
+        assert torch.equal(model(context).logits, bare)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import gmask
-from gmask.generation import files
-from gmask.generation.files import FileReport, fill_file
+from gmask.generation.files import fill_file
 from gmask.generation.infill import Infiller
+from gmask.generation.lines import FileReport
 from gmask.generation.settings import Settings
 from tiny_folder import make_folder
 
@@ -86,10 +86,21 @@ def test_a_stopped_run_goes_on_where_it_stopped(
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_a_run_with_other_settings_does_not_take_over_lines(pair, infiller: Infiller, source: Path) -> None:
-    other = Infiller(*pair, Settings(max_tokens=5), batch_size=2)
-    names = {files._fingerprint(each, source, None) for each in (infiller, other)}
-    assert len(names | {files._fingerprint(infiller, source, [["a"]])}) == 3
+def test_a_run_with_other_settings_does_not_take_over_lines(
+    pair, infiller: Infiller, source: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "out.jsonl"
+    with source.open("a") as file:
+        file.write("{")
+    first = Infiller(*pair, Settings(max_tokens=6), batch_size=2)
+    with pytest.raises(gmask.GmaskError, match="line 6"):
+        fill_file(first, source, target)
+    resumed = []
+    for settings, choices in ((Settings(max_tokens=5), None), (first.settings, ["old"]), (first.settings, None)):
+        other = Infiller(*pair, settings, batch_size=2)
+        resumed.append(fill_file(other, source, target, choices=choices, skip_bad_lines=True).resumed)
+        target.unlink()
+    assert resumed == [0, 0, 5]
 
 
 BAD_LINES = {
@@ -119,6 +130,19 @@ def test_a_bad_line_is_an_error_with_its_number_or_is_skipped_and_counted(
     filled = read(target)
     assert BAD_LINES[bad] in filled[3]["error"]
     assert [line["text"][0] for line in filled if "text" in line] == [text[0] for text in TEXTS]
+
+
+def test_choices_that_do_not_fit_a_line_are_an_error_of_that_line(pair, source: Path, tmp_path: Path) -> None:
+    infiller = Infiller(*pair, Settings())
+    with pytest.raises(gmask.GmaskError, match=r"line 4: choices for 1 blanks, but the text has 2"):
+        fill_file(infiller, source, tmp_path / "out.jsonl", choices=["old", "new"])
+
+
+def test_a_target_that_is_there_is_not_overwritten(infiller: Infiller, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.jsonl").write_text("precious", "utf-8")
+    with pytest.raises(gmask.GmaskError, match="is there already"):
+        fill_file(infiller, source, tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_text("utf-8") == "precious"
 
 
 def test_a_target_that_cannot_be_written_is_an_error(infiller: Infiller, source: Path, tmp_path: Path) -> None:

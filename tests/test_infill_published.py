@@ -9,12 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from gmask.generation.context import Context
+import gmask
+from gmask.checkpoints.tokenizer_files import read_tokenizer
+from gmask.generation.context import Context, TextReader
 from gmask.generation.decoding import Answer, Hypothesis, Rules, decode
+from gmask.generation.infill import Infiller
 from gmask.generation.search import BeamSearch, Sampling
 from gmask.generation.settings import Settings
 from gmask.infilling.blanks import BlankTokens
+from gmask.loading import load_model
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
+from published_vocabularies import SHARED, needs_vocabularies
 
 GOLDEN = Path(__file__).parent / "golden" / "thudm-glm-tiny"
 CASE = json.loads((GOLDEN / "case.json").read_text("utf-8"))
@@ -62,6 +67,47 @@ def test_greedy_ids_are_those_of_the_original_code(published: GLMForConditionalG
         rules = Rules(end_ids, max_tokens=cases[0]["out_seq_length"], min_tokens=0)
         for case, hypothesis in zip(cases, greedy(published, contexts, rules, published_tokens()), strict=True):
             assert [fed(answer) for answer in hypothesis.done] == case[end]["per_mask"], case["raw_text"]
+
+
+@needs_vocabularies
+def test_texts_are_read_as_the_original_code_read_them() -> None:
+    """`[CLS]` before, `<|endoftext|>` behind unless `[gMASK]` is the last; that is added where there is no blank."""
+    reader = TextReader(read_tokenizer(SHARED / "hf-glm-tiny" / "model"))
+    for case in CASE["blank_filling"]:
+        context = reader.read(with_blank(case["raw_text"])).context
+        assert context == Context(tuple(case["context_ids"]), tuple(case["mask_positions"]))
+
+
+@needs_vocabularies
+def test_infill_gives_the_greedy_answers_of_the_original_code(published: GLMForConditionalGeneration) -> None:
+    """From text to text, with the published vocabulary, the weights of the original checkpoint, and no settings."""
+    tokenizer = read_tokenizer(SHARED / "hf-glm-tiny" / "model")
+    cases = CASE["blank_filling"]
+    (length,) = {case["out_seq_length"] for case in cases}
+    found = gmask.infill(published, tokenizer, [with_blank(case["raw_text"]) for case in cases], max_tokens=length)
+    for case, infilling in zip(cases, found, strict=True):
+        answers = [[published_tokens().sop, *(token.id for token in blank.tokens)] for blank in infilling.blanks]
+        assert answers == case["real_end"]["per_mask"]
+        assert infilling.text.startswith(case["raw_text"].split("[")[0])
+
+
+@needs_vocabularies
+def test_infill_on_a_published_folder_follows_the_same_rule() -> None:
+    folder = SHARED / "hf-glm-tiny" / "model"
+    model, tokenizer = load_model(folder), read_tokenizer(folder)
+    for case in CASE["blank_filling"]:
+        text = with_blank(case["raw_text"])
+        infiller = Infiller(model, tokenizer, Settings(max_tokens=6))  # type: ignore[arg-type]
+        context = Context(tuple(case["context_ids"]), tuple(case["mask_positions"]))
+        plain = plain_greedy(model, context, infiller.rules, sop=published_tokens().sop)  # type: ignore[arg-type]
+        (infilling,) = infiller.fill([text])
+        assert [tuple(token.id for token in blank.tokens) for blank in infilling.blanks] == [ids for ids, _ in plain]
+        assert [blank.logprob for blank in infilling.blanks] == pytest.approx([total for _, total in plain], abs=2e-5)
+
+
+def with_blank(text: str) -> str:
+    """The original program's own addition to a text without a blank."""
+    return text if "MASK]" in text else f"{text} [gMASK]"
 
 
 def recompute(

@@ -1,17 +1,28 @@
 """Does `gmask.load` read good folders exactly, and name what is wrong with bad ones?"""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import gmask
-from gmask.loading import load_model, read_config
+from gmask.checkpoints import memory
+from gmask.checkpoints.reading import Checkpoint
+from gmask.loading import load_model, load_tokenizer, read_config
+from gmask.models.glm import (
+    GLMConfig,
+    GLMForConditionalGeneration,
+    GLMForMultipleChoice,
+    GLMForSequenceClassification,
+)
 from tiny_folder import SPECIAL, make_folder
 
 GOLDEN = Path(__file__).parent / "golden" / "hf-glm-tiny" / "model"
@@ -76,7 +87,7 @@ def test_a_published_folder_loads_and_gets_its_special_ids_from_the_added_tokens
     assert (model.config.sop_token_id, model.config.eop_token_id) == (476, 477)
     assert model.config.blank_token_ids == [473, 478, 479]
     assert model.config.hidden_act == "gelu"
-    with pytest.raises(gmask.GmaskError, match=r"tokenizer\.json"):
+    with pytest.raises(gmask.GmaskError, match=r"cog-pretrain\.model"):
         gmask.load(GOLDEN)
 
 
@@ -85,8 +96,9 @@ def test_a_name_that_is_no_folder_says_what_to_give(tmp_path: Path) -> None:
     assert "config.json" in load_error(tmp_path)
     (tmp_path / "file").write_text("")
     assert "is a file" in load_error(tmp_path / "file")
-    with pytest.raises(gmask.GmaskError, match="hub"):
-        gmask.load("THUDM/glm-10b")
+    assert "no such folder" in load_error(Path("nothing here"))
+    with pytest.raises(gmask.GmaskError, match="has no revision v1"):
+        gmask.load(tmp_path, revision="v1")
 
 
 def test_missing_and_damaged_files_are_named(folder: Path) -> None:
@@ -126,12 +138,12 @@ def test_a_pickle_cannot_run_code(folder: Path) -> None:
     [
         (
             lambda weights: weights.pop("glm.transformer.final_layernorm.bias"),
-            "lack glm.transformer.final_layernorm.bias",
+            "lack transformer.final_layernorm.bias",
         ),
         (lambda weights: weights.update(extra=torch.zeros(1)), "unexpected extra"),
         (
             lambda weights: weights.update({"glm.transformer.final_layernorm.bias": torch.zeros(3)}),
-            r"final_layernorm.bias has the shape [3], but config.json asks for [32]",
+            r"final_layernorm.bias has the shape [3], but the config asks for [32]",
         ),
     ],
 )
@@ -153,9 +165,9 @@ def test_a_config_that_is_not_a_glm_is_refused(folder: Path) -> None:
 def test_a_damaged_tokenizer_is_named(folder: Path) -> None:
     values = json.loads((folder / "tokenizer.json").read_text("utf-8"))
     (folder / "tokenizer.json").write_text(json.dumps({**values, "model": {"type": "?"}}))
-    assert "tokenizer.json: not a tokenizer" in load_error(folder)
+    assert "tokenizer.json: not that of a tokenizer" in load_error(folder)
     (folder / "tokenizer.json").unlink()
-    assert "no tokenizer.json" in load_error(folder)
+    assert "tokenizer.json: missing" in load_error(folder)
 
 
 def test_ids_that_a_config_lacks_come_from_the_tokenizer(folder: Path) -> None:
@@ -179,3 +191,133 @@ def test_public_names_are_imported_on_first_use() -> None:
     for name, loads_torch in (("GmaskError", "False"), ("infill", "True")):
         done = subprocess.run([sys.executable, "-c", code.format(name)], capture_output=True, text=True, timeout=120)
         assert done.stdout.strip() == loads_torch
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **values}))
+
+
+def test_the_config_or_the_caller_chooses_the_class(folder: Path) -> None:
+    change_config(folder, architectures=["GLMForMultipleChoice"])
+    assert type(gmask.load(folder, device="cpu")[0]) is GLMForMultipleChoice
+    change_config(folder, architectures=["GLMModel"], auto_map={"AutoModel": "modeling_glm.GLMModel"})
+    model, _ = gmask.load(folder, device="cpu")
+    assert type(model) is GLMForConditionalGeneration and not model.config.auto_map
+    assert type(gmask.load(folder, device="cpu", model_class=GLMForMultipleChoice)[0]) is GLMForMultipleChoice
+    with pytest.raises(gmask.GmaskError, match=r"lack dense.bias.*GLMForSequenceClassification"):
+        gmask.load(folder, device="cpu", model_class=GLMForSequenceClassification)
+
+
+def test_a_classifier_comes_back_with_its_head(folder: Path) -> None:
+    config = GLMConfig.from_pretrained(folder, num_labels=3)
+    model = GLMForSequenceClassification(config)
+    model.save_pretrained(folder)
+    again, _ = gmask.load(folder, device="cpu")
+    assert type(again) is GLMForSequenceClassification
+    assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        (dict(model_type="glm", architectures=["GlmForCausalLM"]), "is GLM-4 or later.*AutoModelForCausalLM"),
+        (dict(model_type="glm4", architectures=["Glm4ForCausalLM"]), "is GLM-4 or later.*AutoModelForCausalLM"),
+        (dict(model_type="chatglm", multi_query_attention=True), "is ChatGLM2, ChatGLM3 or GLM-4-9B"),
+        (dict(model_type="llama", architectures=["LlamaForCausalLM"]), "'llama' is not a first-generation GLM"),
+        (dict(block_position_encoding=True, architectures=["GLMForTables"]), "GLMForTables is not known"),
+        ({}, "None is not a first-generation GLM"),
+    ],
+)
+def test_other_architectures_are_told_from_ours(values: dict[str, Any], named: str, folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"hidden_size": 32, "num_layers": 2, **values}))
+    assert re.search(named, load_error(folder))
+
+
+def test_a_vocabulary_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(gmask.GmaskError, match=r"has 440 tokens, but the model only 439"):
+        change_config(folder, vocab_size=439)
+        gmask.load(folder, device="cpu")
+    change_config(folder, vocab_size=448, sop_token_id=11)
+    assert "sop_token_id is 8, but that of the model 11" in load_error(folder)
+    change_config(folder, sop_token_id=448)
+    assert "sop_token_id 448 is beyond the vocab_size of 448" in load_error(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
+def test_pointers_folders_and_nothing_in_place_of_a_file_are_named(name: str, folder: Path) -> None:
+    path = folder / name
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 7432\n")
+    assert f"{name}: a Git LFS pointer" in load_error(folder) and "git lfs pull" in load_error(folder)
+    path.write_text("")
+    assert f"{name}: truncated or damaged" in load_error(folder)
+    path.unlink()
+    path.mkdir()
+    assert f"{name}: is a folder" in load_error(folder)
+
+
+def test_a_stored_head_must_equal_the_embedding_that_it_is_tied_to(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    embedding = weights["glm.word_embeddings.weight"]
+    save_file({**weights, "lm_head.weight": embedding.clone()}, folder / "model.safetensors")
+    model, _ = gmask.load(folder, device="cpu")
+    assert model.lm_head.weight is model.glm.word_embeddings.weight
+    save_file({**weights, "lm_head.weight": embedding + 1}, folder / "model.safetensors")
+    assert "lm_head.weight differs" in load_error(folder)
+    change_config(folder, tie_word_embeddings=False)
+    assert torch.equal(gmask.load(folder, device="cpu")[0].lm_head.weight, embedding + 1)
+
+
+def test_too_little_memory_is_said_with_the_numbers_before_anything_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
+
+    def refuse(*args: Any, **settings: Any) -> None:
+        raise AssertionError("read before the check")
+
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * size)
+    assert gmask.load(folder, device="cpu", dtype="float16")[0].dtype == torch.float16
+    monkeypatch.setattr(Checkpoint, "read", refuse)
+    numbers = f"needs {4 * size / 1e6:.1f} MB of memory on cpu, {2 * size / 1e6:.1f} MB are free"
+    assert f"{numbers}; dtype='bfloat16' needs {2 * size / 1e6:.1f} MB" in load_error(folder)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * size - 1)
+    with pytest.raises(gmask.GmaskError, match=r"are free$"):
+        gmask.load(folder, device="cpu", dtype="bfloat16")
+
+
+def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    cpu = torch.device("cpu")
+    unlimited = memory.free_bytes(cpu)
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("4000\n")
+    (tmp_path / "memory.stat").write_text("anon 900\ninactive_file 2000\nactive_file 100\n")
+    assert memory.free_bytes(cpu) == 3100 < unlimited
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_bytes(cpu) > 3100
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="measured as Linux counts it")
+def test_loading_takes_no_more_memory_than_the_model_and_one_tensor(tmp_path: Path) -> None:
+    worker = Path(__file__).with_name("loading_memory_worker.py")
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once
+    done = subprocess.run(
+        [sys.executable, str(worker), str(tmp_path)], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    peaks = json.loads(done.stdout)
+    assert len(peaks) == 9
+    assert {form: peak for form, peak in peaks.items() if not 0.9 < peak <= 1.15} == {}
+
+
+def test_a_megatron_folder_with_a_config_of_its_own_is_read_by_it(folder: Path) -> None:
+    weights = {key.removeprefix("glm."): tensor for key, tensor in load_file(folder / "model.safetensors").items()}
+    (folder / "model.safetensors").unlink()
+    (folder / "latest").write_text("global_step9")
+    (folder / "global_step9").mkdir()
+    torch.save({"module": weights}, folder / "global_step9" / "mp_rank_00_model_states.pt")
+    model, tokenizer = gmask.load(folder, device="cpu")
+    assert torch.equal(model.glm.word_embeddings.weight, weights["word_embeddings.weight"])
+    assert tokenizer.sop_token_id == 8
+    assert load_tokenizer(folder).get_vocab() == tokenizer.get_vocab()

@@ -1,6 +1,7 @@
 """gmask: the first-generation GLM family, which fills in blanks, on today's PyTorch and transformers.
 
-The public names are imported on first use, so that ``import gmask`` loads neither torch nor transformers.
+The public names are imported on first use, so that ``import gmask`` loads neither torch nor transformers. It also lets
+transformers' Auto classes read published GLM folders.
 """
 
 import importlib
@@ -11,12 +12,25 @@ if TYPE_CHECKING:
     from gmask.generation.answers import Blank as Blank
     from gmask.generation.answers import Infilling as Infilling
     from gmask.generation.answers import Token as Token
+    from gmask.generation.chat import Chat as Chat
+    from gmask.generation.chat import Reply as Reply
+    from gmask.generation.chat import reply_all as reply_all
+    from gmask.generation.embed import embed as embed
     from gmask.generation.infill import infill as infill
+    from gmask.generation.score import ScoredAnswer as ScoredAnswer
+    from gmask.generation.score import Scoring as Scoring
+    from gmask.generation.score import score as score
     from gmask.generation.streaming import Fragment as Fragment
     from gmask.generation.streaming import stream_infill as stream_infill
     from gmask.loading import load as load
+    from gmask.models.chatglm import ChatGLMConfig as ChatGLMConfig
+    from gmask.models.chatglm import ChatGLMForConditionalGeneration as ChatGLMForConditionalGeneration
     from gmask.models.glm import GLMConfig as GLMConfig
     from gmask.models.glm import GLMForConditionalGeneration as GLMForConditionalGeneration
+    from gmask.models.glm import GLMForMultipleChoice as GLMForMultipleChoice
+    from gmask.models.glm import GLMForMultiTokenCloze as GLMForMultiTokenCloze
+    from gmask.models.glm import GLMForSequenceClassification as GLMForSequenceClassification
+    from gmask.models.glm import GLMForSingleTokenCloze as GLMForSingleTokenCloze
     from gmask.models.glm import GLMModel as GLMModel
 
 __version__ = "0.1.0"
@@ -26,27 +40,53 @@ _HOMES = {
     "Blank": "gmask.generation.answers",
     "Infilling": "gmask.generation.answers",
     "Token": "gmask.generation.answers",
+    "Chat": "gmask.generation.chat",
+    "Reply": "gmask.generation.chat",
+    "reply_all": "gmask.generation.chat",
+    "embed": "gmask.generation.embed",
     "infill": "gmask.generation.infill",
+    "ScoredAnswer": "gmask.generation.score",
+    "Scoring": "gmask.generation.score",
+    "score": "gmask.generation.score",
     "Fragment": "gmask.generation.streaming",
     "stream_infill": "gmask.generation.streaming",
     "load": "gmask.loading",
+    "ChatGLMConfig": "gmask.models.chatglm",
+    "ChatGLMForConditionalGeneration": "gmask.models.chatglm",
     "GLMConfig": "gmask.models.glm",
     "GLMForConditionalGeneration": "gmask.models.glm",
+    "GLMForMultipleChoice": "gmask.models.glm",
+    "GLMForMultiTokenCloze": "gmask.models.glm",
+    "GLMForSequenceClassification": "gmask.models.glm",
+    "GLMForSingleTokenCloze": "gmask.models.glm",
     "GLMModel": "gmask.models.glm",
 }
 
 __all__ = [
     "Blank",
+    "Chat",
+    "ChatGLMConfig",
+    "ChatGLMForConditionalGeneration",
     "Fragment",
     "GLMConfig",
     "GLMForConditionalGeneration",
+    "GLMForMultiTokenCloze",
+    "GLMForMultipleChoice",
+    "GLMForSequenceClassification",
+    "GLMForSingleTokenCloze",
     "GLMModel",
     "GmaskError",
     "Infilling",
+    "Reply",
+    "ScoredAnswer",
+    "Scoring",
     "Token",
     "__version__",
+    "embed",
     "infill",
     "load",
+    "reply_all",
+    "score",
     "stream_infill",
 ]
 
@@ -61,3 +101,13 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def _register() -> None:
+    """Lets transformers' Auto classes know the GLMs, now or when they are first imported."""
+    from gmask.registration import register
+
+    register()
+
+
+_register()

@@ -10,9 +10,12 @@ from typing import NoReturn
 
 import typer
 
+from gmask.cli.chatting import chat
+from gmask.cli.conversion import convert
 from gmask.cli.evaluation import evaluate
 from gmask.cli.filling import infill
 from gmask.cli.inspection import info
+from gmask.cli.scoring import embed, score
 from gmask.cli.training import pretrain, train_tokenizer
 from gmask.errors import GmaskError
 
@@ -24,6 +27,10 @@ app = typer.Typer(
     rich_markup_mode=None,  # it would take [sMASK] for markup
 )
 app.command()(infill)
+app.command()(chat)
+app.command()(score)
+app.command()(embed)
+app.command()(convert)
 app.command()(info)
 app.command()(pretrain)
 app.command()(evaluate)

@@ -12,6 +12,7 @@ from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
     from gmask.generation.infill import Infiller
+    from gmask.generation.lines import FileReport
     from gmask.generation.settings import Settings
 
 
@@ -33,7 +34,7 @@ Choices = Annotated[
 MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 Source = Annotated[Path | None, typer.Option("--input", help='File of texts: .jsonl with a "text", or one a line.')]
 Target = Annotated[Path | None, typer.Option("--output", help="Where the filled texts of --input go, as .jsonl.")]
-SkipBadLines = Annotated[bool, typer.Option("--skip-bad-lines", help="Go on after a line that cannot be filled.")]
+SkipBadLines = Annotated[bool, typer.Option("--skip-bad-lines", help="Go on after a line that cannot be used.")]
 Json = Annotated[bool, typer.Option("--json", help="Print a JSON object for each text.")]
 Pairs = Annotated[
     list[str] | None,
@@ -63,21 +64,46 @@ def infill(
 
     settings = make_settings({"n": n, "max_tokens": max_tokens, **read_pairs(pairs or [])})
     candidates = [read_candidates(choice) for choice in choices or []] or None
-    if (source is None) != (target is None):
-        raise GmaskError("--input and --output go together: name the file of texts and the file of filled texts")
-    if source is not None and target is not None:
-        if texts:
-            raise GmaskError("give texts or --input, not both")
-        _fill_file(_load(model, settings), source, target, candidates, skip_bad_lines)
+    if files := read_files(texts, source, target):
+        _fill_file(_load(model, settings), *files, candidates, skip_bad_lines)
     elif texts or not sys.stdin.isatty():
-        texts = texts or [line for line in sys.stdin.read().splitlines() if line.strip()]
-        if not texts:
-            raise GmaskError("standard input is empty: give a text with a blank")
+        texts = read_texts(texts)
         _fill_texts(_load(model, settings), texts, candidates, as_json=as_json)
     else:
         from gmask.cli.interactive import converse
 
         converse(_load(model, settings), candidates, as_json=as_json)
+
+
+def read_files(texts: Sequence[str] | None, source: Path | None, target: Path | None) -> tuple[Path, Path] | None:
+    """The files of ``--input`` and ``--output``, or None if there are none.
+
+    Raises:
+        GmaskError: one without the other, or beside texts.
+    """
+    if source is None and target is None:
+        return None
+    if source is None or target is None:
+        raise GmaskError("--input and --output go together: name the file of texts and the file of results")
+    if texts:
+        raise GmaskError("give texts or --input, not both")
+    return source, target
+
+
+def read_texts(texts: list[str] | None) -> list[str]:
+    """The texts of the command line, else the lines of standard input.
+
+    Raises:
+        GmaskError: there are none.
+    """
+    if texts:
+        return texts
+    if sys.stdin.isatty():
+        raise GmaskError("there is no text: give one, or --input")
+    lines = [line for line in sys.stdin.read().splitlines() if line.strip()]
+    if not lines:
+        raise GmaskError("standard input is empty: give a text")
+    return lines
 
 
 def read_pairs(pairs: Sequence[str]) -> dict[str, Any]:
@@ -100,11 +126,11 @@ def read_pairs(pairs: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def read_candidates(choice: str) -> list[str]:
+def read_candidates(choice: str, *, option: str = "--choices") -> list[str]:
     """The candidates of ``--choices 'a|b'``."""
     candidates = choice.split("|")
     if not all(candidates):
-        raise GmaskError(f"--choices {choice!r}: a candidate is empty; write them as 'sunny|rainy'")
+        raise GmaskError(f"{option} {choice!r}: a candidate is empty; write them as 'sunny|rainy'")
     return candidates
 
 
@@ -147,6 +173,11 @@ def _fill_file(
         skip_bad_lines=skip_bad_lines,
         progress=sys.stderr.isatty(),
     )
+    print_report(report, target, deed="filled")
+
+
+def print_report(report: "FileReport", target: Path, *, deed: str) -> None:
+    """Tells on standard error what became of a file."""
     resumed = f", {report.resumed} of them by an earlier run" if report.resumed else ""
-    skipped = f'; {report.skipped} could not be filled, see their "error"' if report.skipped else ""
+    skipped = f'; {report.skipped} could not be {deed}, see their "error"' if report.skipped else ""
     print(f"{target}: {report.lines} lines{resumed}{skipped}", file=sys.stderr)

@@ -20,7 +20,7 @@ def converse(infiller: "Infiller", candidates: list[list[str]] | None, *, as_jso
     """Fills one text after the other. Ctrl-C drops the current one; Ctrl-D ends."""
     from prompt_toolkit import PromptSession
 
-    session: PromptSession[str] = PromptSession(history=open_history(Path(typer.get_app_dir("gmask")) / "history"))
+    session: PromptSession[str] = PromptSession(history=open_history(history_file("history")))
     print(GREETING)
     while True:
         try:
@@ -46,6 +46,11 @@ def answer(infiller: "Infiller", text: str, candidates: list[list[str]] | None, 
         print_infilling(infiller.fill([text], candidates)[0])
     else:
         print_stream(infiller.read(text).pieces, stream_answers(infiller, text))
+
+
+def history_file(name: str) -> Path:
+    """Where earlier texts of one kind are kept."""
+    return Path(typer.get_app_dir("gmask")) / name
 
 
 def open_history(path: Path) -> "History":

@@ -101,6 +101,7 @@ class TextAssembler:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        self.continuation: str = getattr(tokenizer, "continuation", "")  # spelt before a piece inside a word
         self.ids: list[int] = []
         self.anchor = 0  # decoding starts here: far enough back for a tokenizer that looks at its neighbours
         self.told = 0  # ids before this one have been given out
@@ -111,7 +112,9 @@ class TextAssembler:
         text = self._new_text()
         if text.endswith("\ufffd"):
             return ""
-        self.anchor, self.told = self.told, len(self.ids)
+        if text:  # a token without text tells nothing of its neighbours
+            self.anchor = self.told
+        self.told = len(self.ids)
         return text
 
     def finish(self) -> str:
@@ -122,7 +125,8 @@ class TextAssembler:
 
     def _new_text(self) -> str:
         known = self._decode(self.ids[self.anchor : self.told])
-        return self._decode(self.ids[self.anchor :])[len(known) :]
+        text = self._decode(self.ids[self.anchor :])[len(known) :]
+        return text if self.told else text.removeprefix(self.continuation)  # the answer may continue a word of the text
 
     def _decode(self, ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

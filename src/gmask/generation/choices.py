@@ -1,20 +1,16 @@
 """Which of the given answers fit the blanks best, jointly?"""
 
-import copy
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import torch
-from transformers import DynamicCache
-
 from gmask.errors import GmaskError
 from gmask.generation.answers import Choices, Combination
-from gmask.generation.context import BlankedText, Context, TextReader
-from gmask.generation.decoding import Answer, log_softmax
-from gmask.infilling.blanks import BlankTokens
+from gmask.generation.context import BlankedText, TextReader
+from gmask.generation.decoding import Answer
+from gmask.generation.likelihood import AnswerRow, AnswerScorer, encode_answer
 from gmask.models.glm import GLMForConditionalGeneration
 
 EXACT_LIMIT = 256
@@ -73,10 +69,10 @@ def score_choices(
         GmaskError: a candidate longer than the model has positions.
     """
     ids = [
-        [_encode_candidate(candidate, text, blank, reader, model) for candidate in candidates]
+        [encode_answer(candidate, text, blank, reader, model) for candidate in candidates]
         for blank, candidates in enumerate(lists)
     ]
-    scorer = AnswerScorer(model, text.context, reader.special, batch_size)
+    scorer = AnswerScorer(model, [text.context], reader.special, batch_size=batch_size)
     is_exact = math.prod(map(len, lists)) <= EXACT_LIMIT
     stages = [len(lists)] if is_exact else range(1, len(lists) + 1)
     picks: list[tuple[int, ...]] = [()]
@@ -84,7 +80,8 @@ def score_choices(
     for stage in stages:
         new = [range(len(candidates)) for candidates in lists[len(picks[0]) : stage]]
         picks = [(*pick, *more) for pick in picks for more in itertools.product(*new)]
-        scored = scorer.score([[ids[blank][choice] for blank, choice in enumerate(pick)] for pick in picks])
+        rows = [tuple(ids[blank][choice] for blank, choice in enumerate(pick)) for pick in picks]
+        scored = scorer.score([AnswerRow(0, row) for row in rows])
         ranking = sorted(range(len(picks)), key=lambda index: -_joint(scored[index]))
         ranking = ranking if is_exact else ranking[:BEAM_WIDTH]
         picks, scored = [picks[index] for index in ranking], [scored[index] for index in ranking]
@@ -101,86 +98,3 @@ def score_choices(
 
 def _joint(answers: Sequence[Answer]) -> float:
     return sum(answer.logprob for answer in answers)
-
-
-def _encode_candidate(
-    candidate: str, text: BlankedText, blank: int, reader: TextReader, model: GLMForConditionalGeneration
-) -> tuple[int, ...]:
-    """The ids of a candidate, with the white space that the blank took from the text before it."""
-    space = text.swallowed_space(blank)[-1:]
-    ids = reader.encode_plain(candidate if candidate[:1].isspace() else space + candidate)
-    positions = model.config.max_position_embeddings
-    if len(ids) >= positions:
-        raise GmaskError(
-            f"the choice {candidate[:20]!r} has {len(ids)} tokens; the model's {positions} positions hold fewer"
-        )
-    return tuple(ids)
-
-
-class AnswerScorer:
-    """Log-probabilities of given answers to the blanks of one context, which is read once.
-
-    An answer ends with ``<eop>`` or ``<|endoftext|>``, whichever is more probable.
-    """
-
-    def __init__(
-        self, model: GLMForConditionalGeneration, context: Context, special: BlankTokens, batch_size: int
-    ) -> None:
-        self.model = model
-        self.context = context
-        self.special = special
-        self.batch_size = batch_size
-        self.cache = DynamicCache(config=model.config)
-        places = torch.arange(len(context.ids), device=model.device)
-        with torch.inference_mode():
-            model(
-                input_ids=torch.tensor([context.ids], device=model.device),
-                layout=torch.stack((places, torch.zeros_like(places)))[None],
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-
-    def score(self, rows: Sequence[Sequence[tuple[int, ...]]]) -> list[tuple[Answer, ...]]:
-        """Scores R rows of answers, each to the first blanks of the context, in order."""
-        with torch.inference_mode():
-            chunks = (rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size))
-            return [answers for chunk in chunks for answers in self._score_chunk(chunk)]
-
-    def _score_chunk(self, rows: Sequence[Sequence[tuple[int, ...]]]) -> list[tuple[Answer, ...]]:
-        width = max(sum(len(ids) + 1 for ids in row) for row in rows)
-        input_ids = torch.full((len(rows), width), self.special.pad)
-        targets = torch.zeros(len(rows), width, dtype=torch.long)
-        layout = torch.zeros(len(rows), 2, width, dtype=torch.long)
-        layout[:, 1] = 1  # padding: behind the answers, so that none of them sees it
-        for index, row in enumerate(rows):
-            start = 0
-            for place, ids in zip(self.context.places, row, strict=False):
-                piece = slice(start, start + len(ids) + 1)
-                input_ids[index, piece] = torch.tensor((self.special.sop, *ids))
-                targets[index, piece] = torch.tensor((*ids, self.special.eop))
-                layout[index, 0, piece] = place
-                layout[index, 1, piece] = torch.arange(1, len(ids) + 2)
-                start = piece.stop
-        cache = copy.deepcopy(self.cache)
-        cache.batch_repeat_interleave(len(rows))
-        device = self.model.device
-        outputs = self.model(
-            input_ids=input_ids.to(device), layout=layout.to(device), past_key_values=cache, use_cache=True
-        )
-        logprobs = log_softmax(outputs.logits)  # R T V
-        of_target = logprobs.gather(-1, targets.to(device)[..., None])[..., 0].tolist()
-        of_end = logprobs[..., [self.special.eop, self.special.eos]].amax(-1).tolist()
-        return [_cut_answers(row, tokens, ends) for row, tokens, ends in zip(rows, of_target, of_end, strict=True)]
-
-
-def _cut_answers(
-    row: Sequence[tuple[int, ...]], of_target: Sequence[float], of_end: Sequence[float]
-) -> tuple[Answer, ...]:
-    """The answers of one row, from the log-probabilities of its tokens and of an end at each position."""
-    answers, start = [], 0
-    for ids in row:
-        end = start + len(ids)
-        answers.append(Answer(tuple(ids), tuple(of_target[start:end]), of_end[end], "end"))
-        start = end + 1
-    return tuple(answers)

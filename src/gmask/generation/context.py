@@ -3,11 +3,12 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from transformers import PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
-from gmask.infilling.blanks import BlankTokens
+from gmask.tasks.vocabulary import find_blank_tokens
 
 BLANKS = ("[MASK]", "[sMASK]", "[gMASK]")
 
@@ -18,6 +19,13 @@ class Context:
 
     ids: tuple[int, ...]
     places: tuple[int, ...]  # of the blanks among the ids, ascending
+
+    def check_length(self, positions: int) -> None:
+        """Raises `GmaskError` for a context longer than the positions of the model."""
+        if len(self.ids) > positions:
+            raise GmaskError(
+                f"the text has {len(self.ids)} tokens, but the model has only {positions} positions: shorten it"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,27 +72,6 @@ class BlankedText:
         return SplicedText(text, fitted, tuple(spans))
 
 
-def find_blank_tokens(tokenizer: PreTrainedTokenizerBase) -> BlankTokens:
-    """The special ids of a tokenizer.
-
-    Raises:
-        GmaskError: it is not a GLM's.
-    """
-    try:
-        return BlankTokens(
-            mask=tokenizer.mask_token_id,
-            smask=tokenizer.smask_token_id,
-            gmask=tokenizer.gmask_token_id,
-            sop=tokenizer.sop_token_id,
-            eop=tokenizer.eop_token_id,
-            pad=tokenizer.pad_token_id,
-            cls=tokenizer.cls_token_id,
-            eos=tokenizer.eos_token_id,
-        )
-    except AttributeError as error:
-        raise GmaskError(f"the tokenizer is not a GLM's: {error}") from error
-
-
 class TextReader:
     """Reads texts with blanks by the vocabulary of one tokenizer.
 
@@ -95,10 +82,14 @@ class TextReader:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.special = find_blank_tokens(tokenizer)
-        self.special_ids = {
-            token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.special_ids: dict[str, int] = {
+            token: tokenizer.convert_tokens_to_ids(token) for token in [*added, *tokenizer.all_special_tokens]
         }
-        spellings = "|".join(map(re.escape, sorted(self.special_ids, key=len, reverse=True)))
+        known = {token: self.special_ids[token] for token in BLANKS if token in self.special_ids}
+        self.blank_ids = {BLANKS[0]: self.special.mask, **known}
+        self.blank_ids[str(tokenizer.mask_token)] = self.special.mask  # RoBERTa's is <mask>
+        spellings = "|".join(map(re.escape, sorted({*self.special_ids, *BLANKS}, key=len, reverse=True)))
         self.pattern = re.compile(rf"(\\*)({spellings}|\[(?i:[a-z]*mask)\])")
 
     def read(self, text: str) -> BlankedText:
@@ -110,6 +101,15 @@ class TextReader:
         Raises:
             GmaskError: no blank, or another special token that is not escaped.
         """
+        blanked = self.read_any(text)
+        if not blanked.context.places:
+            raise GmaskError(
+                f"the text has no blank: put {BLANKS[0]}, {BLANKS[1]} or {BLANKS[2]} where words are missing"
+            )
+        return blanked
+
+    def read_any(self, text: str) -> BlankedText:
+        """As `read`, of a text that need not have a blank."""
         pieces, blanks, end = [""], [], 0
         for match in self.pattern.finditer(text):
             slashes, token = match.groups()
@@ -117,20 +117,26 @@ class TextReader:
             end = match.end()
             if len(slashes) % 2:
                 pieces[-1] += token
-            elif token in BLANKS and token in self.special_ids:
-                blanks.append(self.special_ids[token])
+            elif token in self.blank_ids:
+                blanks.append(self.blank_ids[token])
                 pieces.append("")
             else:
-                kind = "holds the special token" if token in self.special_ids else "holds the unknown special token"
-                raise GmaskError(
-                    f"the text {kind} {token}: blanks are {', '.join(BLANKS)}; write \\{token} if it is meant as text"
-                )
+                self._refuse(token)
         pieces[-1] += text[end:]
-        if not blanks:
-            raise GmaskError(
-                f"the text has no blank: put {BLANKS[0]}, {BLANKS[1]} or {BLANKS[2]} where words are missing"
-            )
         return BlankedText(tuple(pieces), self._encode(pieces, blanks))
+
+    def _refuse(self, token: str) -> NoReturn:
+        known = [blank for blank in BLANKS if blank in self.blank_ids]
+        if token in BLANKS:
+            raise GmaskError(f"this model was not trained with {token}: write {' or '.join(known)}")
+        kind = "holds the special token" if token in self.special_ids else "holds the unknown special token"
+        raise GmaskError(
+            f"the text {kind} {token}: blanks are {', '.join(known)}; write \\{token} if it is meant as text"
+        )
+
+    def read_blank(self, blank: int) -> Context:
+        """The text that is nothing but a blank, of this id."""
+        return self._encode(("", ""), [blank])
 
     def encode_plain(self, text: str) -> list[int]:
         """The ids of a text in which special tokens are text like any other."""
@@ -145,6 +151,6 @@ class TextReader:
             places.append(len(ids))
             ids.append(blank)
         ids += self.encode_plain(pieces[-1])
-        if ids[-1] != self.special.gmask:
+        if ids[-1] != self.blank_ids.get("[gMASK]"):
             ids.append(self.special.eos)
         return Context(tuple(ids), tuple(places))

@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import DynamicCache
 
 from gmask.errors import GmaskError
@@ -100,6 +101,23 @@ class Search(Protocol):
         """What follows the live hypotheses (``logprobs`` ``[B, V]``), each with the row that it grew from."""
 
 
+def stack_contexts(contexts: Sequence[Context], *, pad: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ids ``[B, T]``, layout ``[B, 2, T]`` and a mask ``[B, T]``, False at the padding, which is on the left.
+
+    The mask is None where nothing is padded.
+    """
+    width = max(len(context.ids) for context in contexts)
+    input_ids = torch.full((len(contexts), width), pad)
+    layout = torch.zeros(len(contexts), 2, width, dtype=torch.long)
+    is_real = torch.zeros(len(contexts), width, dtype=torch.bool)
+    for row, context in enumerate(contexts):
+        start = width - len(context.ids)
+        input_ids[row, start:] = torch.tensor(context.ids)
+        layout[row, 0, start:] = torch.arange(len(context.ids))
+        is_real[row, start:] = True
+    return input_ids, layout, None if bool(is_real.all()) else is_real
+
+
 class Memory:
     """The keys and values of what B rows have read so far."""
 
@@ -111,19 +129,14 @@ class Memory:
 
     def read(self, contexts: Sequence[Context]) -> Tensor:
         """Reads the contexts and the first ``<sop>``; returns log-probabilities ``[B, V]`` of what follows."""
-        width = max(len(context.ids) for context in contexts)
-        input_ids = torch.full((len(contexts), width + 1), self.special.pad)
-        layout = torch.zeros(len(contexts), 2, width + 1, dtype=torch.long)
-        is_real = torch.zeros(len(contexts), width + 1, dtype=torch.bool)
-        for row, context in enumerate(contexts):
-            start = width - len(context.ids)
-            input_ids[row, start:] = torch.tensor((*context.ids, self.special.sop))
-            layout[row, 0, start:width] = torch.arange(len(context.ids))
-            layout[row, :, width] = torch.tensor((context.places[0], 1))
-            is_real[row, start:] = True
-        if not bool(is_real.all()):
-            self.is_real = is_real.to(self.model.device)
-        return self._forward(input_ids, layout)
+        input_ids, layout, is_real = stack_contexts(contexts, pad=self.special.pad)
+        first_places = torch.tensor([(context.places[0], 1) for context in contexts])
+        if is_real is not None:
+            self.is_real = F.pad(is_real, (0, 1), value=True).to(self.model.device)
+        return self._forward(
+            F.pad(input_ids, (0, 1), value=self.special.sop),
+            torch.cat((layout, first_places[..., None]), dim=-1),
+        )
 
     def feed(self, inputs: Sequence[tuple[int, int, int]]) -> Tensor:
         """Reads one token a row (its id, its place, its place in the answer); returns ``[B, V]`` as `read` does."""
@@ -161,11 +174,16 @@ def log_softmax(logits: Tensor) -> Tensor:
         GmaskError: not a number among the logits.
     """
     logprobs = logits.float().log_softmax(-1)
-    if bool(logprobs.isnan().any()):
+    check_numbers(logprobs)
+    return logprobs
+
+
+def check_numbers(values: Tensor) -> None:
+    """Raises `GmaskError` if some of what a model computed is not a number."""
+    if bool(values.isnan().any()):
         raise GmaskError(
             "the model computes values that are not numbers: its weights are damaged, or overflow in this dtype"
         )
-    return logprobs
 
 
 def decode(

@@ -130,9 +130,7 @@ class Infiller:
     def read(self, text: str) -> BlankedText:
         """Cuts and encodes a text, and checks that it fits the model."""
         blanked = self.reader.read(text)
-        length, positions = len(blanked.context.ids), self.model.config.max_position_embeddings
-        if length > positions:
-            raise GmaskError(f"the text has {length} tokens, but the model has only {positions} positions: shorten it")
+        blanked.context.check_length(self.model.config.max_position_embeddings)
         return blanked
 
     def make_seeds(self, count: int) -> list[int]:

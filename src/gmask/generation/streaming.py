@@ -1,6 +1,6 @@
 """How are answers given out while they are written?"""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Unpack
 
@@ -50,28 +50,33 @@ def stream_answers(infiller: Infiller, text: str) -> Generator[Fragment, None, I
 def _tell_answers(infiller: Infiller, blanked: BlankedText) -> Generator[Fragment, None, Infilling]:
     stops = infiller.settings.stop
     search = infiller.make_search([blanked.context], infiller.make_seeds(1))
-    answer_stream = AnswerStream(infiller.tokenizer, blanked, blank=0, stops=stops)
+    answer_stream = AnswerStream(infiller.tokenizer, settle_blank(blanked, 0), stops=stops)
     done: tuple[Answer, ...] = ()
     for (hypothesis,) in decode(infiller.model, search.contexts, search, special=infiller.reader.special):
         has_ended = len(hypothesis.done) > len(done)
         done = hypothesis.done
         new = answer_stream.take(done[-1] if has_ended else hypothesis.open)
         if new:
-            yield Fragment(answer_stream.blank, new)
+            yield Fragment(len(done) - has_ended, new)
         if has_ended and not hypothesis.is_complete:
-            answer_stream = AnswerStream(infiller.tokenizer, blanked, blank=len(done), stops=stops)
+            answer_stream = AnswerStream(infiller.tokenizer, settle_blank(blanked, len(done)), stops=stops)
     return assemble_infilling(blanked, done, infiller.tokenizer, stops=stops)
+
+
+def settle_blank(blanked: BlankedText, blank: int) -> Callable[[str, bool], str]:
+    """What is certain of an answer in its text: spaces at its end may be its last, which the text may drop."""
+    return lambda text, is_whole: blanked.fit_answer(text if is_whole else text.rstrip(" "), blank)
 
 
 class AnswerStream:
     """What can be told of one answer so far without having to be taken back."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, blanked: BlankedText, *, blank: int, stops: Sequence[str]
+        self, tokenizer: PreTrainedTokenizerBase, settle: Callable[[str, bool], str], *, stops: Sequence[str]
     ) -> None:
+        """``settle`` gives what is certain of a text, and is told whether that is the whole answer."""
         self.assembler = TextAssembler(tokenizer)
-        self.blanked = blanked
-        self.blank = blank
+        self.settle = settle
         self.stops = stops
         self.text = ""
         self.told = ""
@@ -84,16 +89,16 @@ class AnswerStream:
             self.text += self.assembler.finish()
             text = cut_at_stop(self.text, self.stops) if answer.finish == "stop" else self.text
         else:
-            text = self._without_open_end()
-        certain = self.blanked.fit_answer(text, self.blank)
+            text = self._without_open_stop()
+        certain = self.settle(text, answer.finish is not None)
         new = certain[len(self.told) :]
         self.told = certain
         return new
 
-    def _without_open_end(self) -> str:
-        """The text without what may be the start of a stop text, and without spaces that may be its last."""
+    def _without_open_stop(self) -> str:
+        """The text without what may be the start of a stop text."""
         keep = min((self._start_of(stop) for stop in self.stops), default=len(self.text))
-        return self.text[:keep].rstrip(" ")
+        return self.text[:keep]
 
     def _start_of(self, stop: str) -> int:
         """Where the text's longest ending that begins a stop text starts."""

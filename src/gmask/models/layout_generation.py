@@ -29,8 +29,9 @@ class LayoutGenerationMixin(GenerationMixin):
     ) -> GenerateOutput | Tensor:
         """transformers' `generate`; the prompt ends with ``<sop>``, and what follows fills the blank that it answers.
 
-        Also takes what the published ``build_inputs_for_generation`` returns: ``position_ids [B, 2, >= S]`` and
-        ``generation_attention_mask [B, 1, >= S, >= S]`` (1 = visible), of which the layout and the padding are kept.
+        Also takes the published forms, of which the layout and the padding are kept: ``position_ids [B, 2, >= S]``,
+        GLM's ``generation_attention_mask [B, 1, >= S, >= S]`` (1 = visible) and ChatGLM's boolean ``attention_mask
+        [B, 1, S, S]`` (True = hidden).
 
         Raises:
             ValueError: no blank or no ``<sop>`` in a prompt; chunked prefill, which a bidirectional context rules out.
@@ -41,6 +42,9 @@ class LayoutGenerationMixin(GenerationMixin):
         if generation_attention_mask is not None and input_ids is not None:
             length = input_ids.shape[1]
             kwargs["attention_mask"] = generation_attention_mask[:, 0, length - 1, :length].long()
+        hidden = kwargs.get("attention_mask")
+        if hidden is not None and hidden.ndim == 4:
+            kwargs["attention_mask"] = (~hidden[:, 0, -1]).long()
         output: GenerateOutput | Tensor = super().generate(inputs, *args, **kwargs)
         return output
 
@@ -64,20 +68,30 @@ class LayoutGenerationMixin(GenerationMixin):
         if layout is not None and layout.shape[-1] > inputs_tensor.shape[1]:  # an assistant's may be shorter
             raise ValueError(f"layout covers {layout.shape[-1]} tokens, the prompt has {inputs_tensor.shape[1]}")
         if layout is None:
-            sop = self.config.sop_token_id
-            if sop is None:
-                raise ValueError("the config has no sop_token_id: load with gmask.load, or pass layout [B, 2, T]")
-            if not bool((input_ids == sop).any(-1).all()):
-                raise ValueError("generate continues an answer: end each prompt with <sop> after a text with a blank")
             mask = model_kwargs.get("attention_mask")
-            model_kwargs["layout"] = derive_layout(
-                input_ids,
-                blank_token_ids=self.config.blank_token_ids,
-                sop_token_id=sop,
-                attention_mask=None if mask is None else mask[:, -input_ids.shape[1] :],
+            model_kwargs["layout"] = self.read_prompt_layout(
+                input_ids, None if mask is None else mask[:, -input_ids.shape[1] :]
             )
         positions: Tensor = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         return positions  # 1-D, which forward ignores: generate wants them for its own bookkeeping
+
+    def read_prompt_layout(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """The layout ``[B, 2, S]`` of prompts ``[B, S]``; the mask has 0 at padding.
+
+        Raises:
+            ValueError: a prompt without a blank or ``<sop>``.
+        """
+        sop = self.config.sop_token_id
+        if sop is None:
+            raise ValueError("the config has no sop_token_id: load with gmask.load, or pass layout [B, 2, T]")
+        if not bool((input_ids == sop).any(-1).all()):
+            raise ValueError("generate continues an answer: end each prompt with <sop> after a text with a blank")
+        return derive_layout(
+            input_ids,
+            blank_token_ids=self.config.blank_token_ids,
+            sop_token_id=sop,
+            attention_mask=attention_mask,
+        )
 
     def prepare_inputs_for_generation(
         self,

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
 from gmask.infilling.blanks import BlankTokens
@@ -15,19 +16,34 @@ SPELLINGS = {
     "mask": "[MASK]", "smask": "[sMASK]", "gmask": "[gMASK]", "sop": "<|startofpiece|>", "eop": "<|endofpiece|>",
     "pad": "[PAD]", "cls": "[CLS]", "eos": "<|endoftext|>", "dblock": "[dBLOCK]",
 }  # fmt: skip
+"""In the vocabularies that gmask trains; the published ones name their tokens themselves."""
 
 
-def find_blank_tokens(tokenizer: Tokenizer) -> BlankTokens:
+def find_blank_tokens(tokenizer: Tokenizer | PreTrainedTokenizerBase) -> BlankTokens:
     """The ids of the special tokens.
+
+    Where there is no ``[sMASK]`` or ``[gMASK]``, the id is that of ``[MASK]``, as in training without ``--task-mask``.
 
     Raises:
         GmaskError: a token that the vocabulary lacks.
     """
-    ids = {role: tokenizer.token_to_id(spelling) for role, spelling in SPELLINGS.items()}
+    if isinstance(tokenizer, Tokenizer):
+        ids = {role: tokenizer.token_to_id(spelling) for role, spelling in SPELLINGS.items()}
+    else:
+        ids = {role: _find_id(tokenizer, role) for role in SPELLINGS}
+    ids = {**ids, **{role: ids["mask"] for role in ("smask", "gmask") if ids[role] is None}}
     missing = [SPELLINGS[role] for role, token_id in ids.items() if token_id is None and role != "dblock"]
     if missing:
-        raise GmaskError(f"the tokenizer has no {', '.join(missing)}: train one with gmask train-tokenizer")
+        raise GmaskError(f"the tokenizer is not a GLM's: it has no {', '.join(missing)}")
     return BlankTokens(**ids)  # type: ignore[arg-type]  # none of them is None but dblock's
+
+
+def _find_id(tokenizer: PreTrainedTokenizerBase, role: str) -> int | None:
+    try:
+        token_id: int | None = getattr(tokenizer, f"{role}_token_id", None)
+    except NotImplementedError:  # as published, for a token that the vocabulary has not
+        return None
+    return token_id
 
 
 def find_sentence_ends(tokenizer: Tokenizer) -> BoolArray:

@@ -1,7 +1,8 @@
 """What shapes a GLM, and which of its tokens carry the layout?"""
 
+from collections.abc import Callable, Mapping
 from dataclasses import field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from transformers import PreTrainedConfig
 
@@ -26,6 +27,13 @@ class GLMConfig(PreTrainedConfig):
         "attention_dropout_prob": "attention_dropout",
         "output_dropout_prob": "hidden_dropout",
     }
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "word_embeddings": "embedding_rowwise",
+        "transformer.layers.*.attention.query_key_value": "colwise_thirds",
+        "transformer.layers.*.attention.dense": "rowwise",
+        "transformer.layers.*.mlp.dense_h_to_4h": "colwise",
+        "transformer.layers.*.mlp.dense_4h_to_h": "rowwise",
+    }
 
     vocab_size: int = 30592
     hidden_size: int = 1024
@@ -37,6 +45,8 @@ class GLMConfig(PreTrainedConfig):
     embedding_dropout: float = 0.1
     attention_dropout: float = 0.1
     hidden_dropout: float = 0.1
+    classifier_dropout: float | None = None  # as hidden_dropout if absent
+    pool_token: Literal["cls", "start", "pad"] = "cls"
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-5
     use_cache: bool = True
@@ -49,6 +59,16 @@ class GLMConfig(PreTrainedConfig):
     smask_token_id: int | None = None
     gmask_token_id: int | None = None
     auto_map: dict[str, Any] = field(default_factory=dict)  # no remote code; trainers read it unasked
+
+    complete_published: ClassVar[Callable[[Mapping[str, Any], str], dict[str, Any]] | None] = None
+    """Fills in what the published config of a folder or hub name leaves out; whoever knows the vocabularies sets it."""
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
+        values, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if cls.complete_published is not None and values.get("model_type") == "glm":
+            values = cls.complete_published(values, str(pretrained_model_name_or_path))
+        return values, rest
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.hidden_size % self.num_attention_heads:

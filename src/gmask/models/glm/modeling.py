@@ -16,38 +16,20 @@ from torch.nn import functional as F
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.distributed import DistributedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from gmask.models.attention import eager_attention
 from gmask.models.glm.configuration import GLMConfig
-from gmask.models.glm.inputs import build_mask, check_layout, read_layout, resolve_sequences
+from gmask.models.glm.inputs import check_layout, read_layout
+from gmask.models.glm.tensor_parallel import check_processes
+from gmask.models.inputs import build_mask, resolve_sequences
 from gmask.models.layout_generation import LayoutGenerationMixin
-
-
-def eager_attention(
-    module: nn.Module,
-    query: Tensor,  # B N T D
-    key: Tensor,  # B N K D
-    value: Tensor,  # B N K D
-    attention_mask: Tensor | None,  # B 1 T K, boolean (True = visible) or additive
-    *,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention written out: the plain twin of the fused kernels, and the one that returns the weights."""
-    scores = query @ key.transpose(-1, -2) * scaling
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None:
-        # In float16 the sum could fall to -inf, and a row that sees nothing to NaN.
-        scores = (scores + attention_mask).clamp(min=torch.finfo(scores.dtype).min)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2), weights
+from gmask.models.strict_loading import StrictLoadingMixin
 
 
 class ResidualLinear(nn.Linear):
@@ -176,7 +158,7 @@ class GLMTransformer(nn.Module):
         return output
 
 
-class GLMPreTrainedModel(PreTrainedModel):
+class GLMPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     config: GLMConfig
     config_class = GLMConfig
     base_model_prefix = "glm"
@@ -197,6 +179,14 @@ class GLMPreTrainedModel(PreTrainedModel):
                 module.weight,
                 std=self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers),
             )
+
+    @classmethod
+    def maybe_distribute_model(
+        cls, model: PreTrainedModel, distributed_config: DistributedConfig | None, *args: Any
+    ) -> PreTrainedModel:
+        if distributed_config is not None:
+            check_processes(model.config.num_attention_heads, distributed_config.tp_size)
+        return super().maybe_distribute_model(model, distributed_config, *args)
 
 
 class GLMModel(GLMPreTrainedModel):
@@ -265,16 +255,21 @@ class GLMModel(GLMPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
 
-class GLMForConditionalGeneration(GLMPreTrainedModel, LayoutGenerationMixin, GenerationMixin):
-    """GLM with its language-modelling head, tied to the word embeddings."""
+class GLMLanguageModel(GLMPreTrainedModel):
+    """GLM and its language-modelling head, tied to the word embeddings: what writing and scoring share."""
 
     _tied_weights_keys = {"lm_head.weight": "glm.word_embeddings.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__(config)
         self.glm = GLMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+
+class GLMForConditionalGeneration(GLMLanguageModel, LayoutGenerationMixin, GenerationMixin):
+    """GLM that writes: logits at every position, and `generate`."""
 
     @can_return_tuple
     def forward(

@@ -1,0 +1,127 @@
+"""How does the name of a published model become a folder of this machine?
+
+The downloading, its cache and its settings (``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_TOKEN``, ``HF_HOME``) are those
+of huggingface_hub.
+"""
+
+import errno
+import re
+from pathlib import Path
+from typing import Any
+
+from gmask.checkpoints.catalog import find_family
+from gmask.errors import GmaskError
+
+DESCRIPTIONS = ("*.json", "*.model", "merges.txt", "vocab.txt")
+WEIGHTS = {"safetensors": "model*.safetensors", "bin": "pytorch_model*.bin"}
+"""The forms that weights may have, in the order of preference; one of them is fetched."""
+
+MODELSCOPE = "ZhipuAI"
+"""The organisation that publishes the GLMs on ModelScope; it has none on Hugging Face."""
+
+
+def looks_like_hub_name(name: str) -> bool:
+    """Whether a name has the form ``organisation/model``."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+
+
+def fetch(name: str, *, revision: str | None = None) -> Path:
+    """The folder of a published model in the local cache, downloaded first if need be.
+
+    Config, vocabulary and weights alone are fetched, never code; of weights in both forms, the safetensors.
+
+    Args:
+        name: ``THUDM/glm-10b`` or the like, a ModelScope name such as ``ZhipuAI/glm-10b``, or a name of the catalog
+            such as ``GLM-10B``.
+        revision: a branch, tag or commit; the default branch if absent.
+
+    Raises:
+        GmaskError: no such model or revision, no permission, no connection, no space: in one line, with what to do.
+    """
+    repository = _find_repository(name)
+    try:
+        folder = _download(repository, revision, DESCRIPTIONS)
+        files = _list_files(repository, folder)
+        form = next((pattern for pattern in WEIGHTS.values() if any(Path(file).match(pattern) for file in files)), None)
+        if form is None:
+            raise GmaskError(f"{repository}: holds no weights, {' or '.join(WEIGHTS.values())}; name another model")
+        return _download(repository, folder.name, (*DESCRIPTIONS, form))
+    except GmaskError:
+        raise
+    except Exception as error:  # of this library, of the HTTP library below it, and of the operating system
+        raise GmaskError(_explain(error, repository, revision)) from error
+
+
+def _find_repository(name: str) -> str:
+    family = find_family(name)
+    if looks_like_hub_name(name) and (family is None or name.split("/")[0].casefold() != MODELSCOPE.casefold()):
+        return name
+    if family is None:
+        raise GmaskError(f"{name}: no such model; `gmask info --zoo` lists the published ones")
+    if not family.hub_names:
+        raise GmaskError(
+            f"{family.name} is on no hub: download its archive (the README of github.com/THUDM/GLM says where) "
+            "and name its folder"
+        )
+    return family.hub_names[0]
+
+
+def _download(repository: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class TerminalBar(tqdm):
+        """Shown on a terminal only, and there unless HF_HUB_DISABLE_PROGRESS_BARS says otherwise."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": kwargs.get("disable") or None})  # type: ignore[no-untyped-call]
+
+    folder = snapshot_download(
+        repository,
+        revision=revision,
+        allow_patterns=[*patterns],
+        ignore_patterns=["*/*"],
+        tqdm_class=TerminalBar,
+    )
+    return Path(folder)
+
+
+def _list_files(repository: str, folder: Path) -> list[str]:
+    """The files that the hub has at this commit; those of the cache, if it alone can be asked."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        files = [file.path for file in get_cached_repo_tree(repository, revision=folder.name)]
+    except CachedRepoTreeNotFoundError:
+        files = [path.name for path in folder.iterdir()]
+    return [file for file in files if "/" not in file]
+
+
+def _explain(error: Exception, repository: str, revision: str | None) -> str:
+    """One line on why a download failed, and what to do."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repository}: needs permission: accept its terms on {constants.ENDPOINT}, and set HF_TOKEN"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"{repository}: not on {constants.ENDPOINT}; check the name, or set HF_TOKEN if it is private"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repository}: has no revision {revision}; name a branch, tag or commit of it"
+    if isinstance(error, errors.HFValidationError):
+        return f"{repository}: not a name of the hub ({_one_line(error)})"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"{repository}: no space left in {constants.HF_HUB_CACHE}; free some, or set HF_HOME to another place"
+    if isinstance(error, errors.HfHubHTTPError):
+        return f"{repository}: {constants.ENDPOINT} refused ({_one_line(error)}); try again later"
+    if isinstance(error, errors.LocalEntryNotFoundError | ConnectionError | OSError):
+        wanted = f"revision {revision}" if revision else "the model"
+        return (
+            f"{repository}: {constants.ENDPOINT} cannot be reached, and {wanted} is not whole in the cache: "
+            "set HF_ENDPOINT to a mirror, or download it elsewhere and name its folder"
+        )
+    return f"{repository}: the download failed ({_one_line(error)}); try again, whole files are kept"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -1,0 +1,115 @@
+"""What stands in a folder that transformers reads, in our form and in the published one?"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gmask.checkpoints.architectures import LANGUAGE_MODEL
+from gmask.checkpoints.configs import SPECIAL_IDS, read_glm_config
+from gmask.checkpoints.content import EMBEDDING, Content
+from gmask.checkpoints.tensor_files import SafetensorsFile
+from gmask.checkpoints.tokenizer_files import read_tokenizer
+from gmask.checkpoints.writing import SafetensorsWriter, plan_shards
+from gmask.errors import GmaskError
+from gmask.models.glm import GLMConfig
+from gmask.models.glm.published_vocabulary import PublishedVocabulary
+
+SHARD_BYTES = 5 * 10**9
+
+ROWS_FILE = "training_rows.safetensors"
+"""Rows of the word embedding that the training checkpoint had where the model has copies of others, by their number."""
+
+PUBLISHED_ONLY = {
+    "attention_scale": 1.0, "checkpoint_activations": False, "checkpoint_num_layers": 1, "output_predict": True,
+    "parallel_output": True, "relative_encoding": False, "spell_func": "lstm", "spell_length": None,
+}  # fmt: skip
+"""What published configs state beside what ours does. Source: configuration_glm.py of THUDM/glm-large-chinese."""
+
+OF_THIS_MACHINE = ("local_files_only", "is_local", "name_or_path")
+OF_LATER_VERSIONS = ("added_tokens_decoder", "backend")
+"""Settings of a tokenizer that say nothing about it, and those that the published code does not know."""
+
+
+def write_shards(content: Content, folder: Path, advance: Callable[[int], object]) -> None:
+    """Writes the weights as safetensors, in several files and an index if they are large.
+
+    Args:
+        advance: is told the bytes that were written.
+    """
+    plan = {content.names[key]: content.plan(key) for key in content}
+    keys = {name: key for key, name in content.names.items()}
+    shards = plan_shards(plan, SHARD_BYTES)
+    for file, shard in shards.items():
+        with SafetensorsWriter(folder / file, shard) as writer:
+            for name in shard:
+                writer.write(name, content.read(keys[name]))
+                advance(shard[name].nbytes)
+    if len(shards) > 1:
+        places = {name: file for file, shard in shards.items() for name in shard}
+        write_json(
+            folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": content.nbytes}, "weight_map": dict(sorted(places.items()))},
+        )
+
+
+def write_config(config: GLMConfig, folder: Path, *, published: bool) -> None:
+    """Writes ``config.json``; where the published form has no name for a value, it stands under ours."""
+    values = json.loads(config.to_json_string())
+    values.pop("auto_map", None)
+    if published:
+        names = {ours: theirs for theirs, ours in GLMConfig.attribute_map.items()}
+        values = PUBLISHED_ONLY | {names.get(name, name): value for name, value in values.items()}
+        values |= {"model_type": "glm", "torch_dtype": values.pop("dtype")}
+        values.pop("transformers_version", None)
+        if values["architectures"] == [LANGUAGE_MODEL]:
+            values["architectures"] = ["GLMModel"]
+    write_json(folder / "config.json", values)
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, published: bool) -> None:
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    left_out = set(OF_THIS_MACHINE)
+    if published and isinstance(tokenizer, PublishedVocabulary):
+        left_out.update(OF_LATER_VERSIONS)
+        values |= {"additional_special_tokens": values.pop("extra_special_tokens"), "use_fast": False}
+    write_json(path, {name: value for name, value in values.items() if name not in left_out})
+
+
+def write_rows(rows: Mapping[int, Tensor], folder: Path) -> None:
+    with SafetensorsWriter(folder / ROWS_FILE, {str(row): values.to("meta") for row, values in rows.items()}) as writer:
+        for row, values in rows.items():
+            writer.write(str(row), values)
+
+
+def read_rows(folder: Path, content: Content) -> dict[int, Tensor]:
+    """The rows that `write_rows` wrote into a folder, if they fit the content; none without such a file."""
+    if not (folder / ROWS_FILE).is_file():
+        return {}
+    file = SafetensorsFile(folder / ROWS_FILE)
+    vocab_size, hidden_size = content.checkpoint.shape(EMBEDDING)
+    for name in file.names():
+        if not name.isdecimal() or int(name) >= vocab_size or file.shape(name) != torch.Size([hidden_size]):
+            raise GmaskError(f"{file.path}: does not belong to the weights beside it; remove it")
+    return {int(name): file.read(name).to(content.dtype(EMBEDDING)) for name in file.names()}
+
+
+def verify_folder(folder: Path, config: GLMConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `GmaskError` if config or vocabulary are not read back as they were written."""
+    found, words = read_glm_config(folder), read_tokenizer(folder)
+    names = ("architectures", "hidden_act", "num_attention_heads", "num_hidden_layers", "pool_token", *SPECIAL_IDS)
+    differing = [name for name in names if getattr(found, name) != getattr(config, name)]
+    if type(words) is not type(tokenizer) or words.get_vocab() != tokenizer.get_vocab():
+        differing.append("the vocabulary")
+    if differing:
+        raise GmaskError(f"{differing[0]} was not written as it should be; this is a fault of gmask: report it")
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

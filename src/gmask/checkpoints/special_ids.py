@@ -1,0 +1,157 @@
+"""Which ids do the special tokens of a folder have, where its config leaves them out?"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gmask.checkpoints.architectures import CHATGLM, GLM, Architecture
+from gmask.checkpoints.catalog import FAMILIES, Family, family_of_shape, find_family
+from gmask.errors import GmaskError
+
+SPELLINGS = {
+    "pad_token_id": ("</s>", "<|endoftext|>", "[PAD]"),  # RoBERTa's vocabulary has the second, too, and never uses it
+    "eos_token_id": ("</s>", "<|endoftext|>", "[PAD]"),
+    "sop_token_id": ("<|startofpiece|>",),
+    "eop_token_id": ("<|endofpiece|>",),
+    "mask_token_id": ("[MASK]", "<mask>"),
+    "smask_token_id": ("[sMASK]",),
+    "gmask_token_id": ("[gMASK]",),
+}
+"""The ids that a model needs, by their names in a config, and how the published vocabularies spell their tokens."""
+
+TOKENIZER_CLASSES = {
+    "GLMChineseTokenizer": "chinese",
+    "GLMGPT2Tokenizer": "gpt2",
+    "GLMBertTokenizer": "bert",
+    "GLMRobertaTokenizer": "roberta",
+}
+"""Published tokenizer classes, and what the catalog calls them."""
+
+
+def special_ids(folder: Path | None, values: Mapping[str, Any], architecture: Architecture = GLM) -> dict[str, int]:
+    """The special ids that a config lacks.
+
+    They come from the vocabulary beside it, whichever of the published forms it has, else from the catalog: from the
+    row that the config or the tokenizer names, or that has its shape, unless it contradicts the ids that are known. For
+    a ChatGLM from the row with its number of tokens.
+
+    Args:
+        folder: that of the config; None without one.
+        values: of ``config.json``.
+
+    Returns:
+        Ids by their names in a config; only such as the config does not state, and nothing that is not certain.
+
+    Raises:
+        GmaskError: a file of the vocabulary is not JSON, or is another model's: it has ids that the model has not.
+    """
+    if architecture is CHATGLM:
+        return _chat_ids(values)
+    stated = {role: values[role] for role in SPELLINGS if isinstance(values.get(role), int)}
+    if len(stated) == len(SPELLINGS):
+        return {}
+    settings = _read_json(folder / "tokenizer_config.json") if folder else {}
+    found = _read_vocabulary(folder, settings) if folder else {}
+    _check_range(found, values.get("vocab_size"), folder)
+    known = {**found, **stated}
+    family = _find_row(values, settings)
+    if family and all(known.get(role, token_id) == token_id for role, token_id in family.special_ids.items()):
+        known = {**family.special_ids, **known}
+    return {role: known[role] for role in SPELLINGS if role in known and values.get(role) is None}
+
+
+def _chat_ids(values: Mapping[str, Any]) -> dict[str, int]:
+    for row in FAMILIES:
+        if row.architecture == "chatglm" and row.vocab_size == values.get("vocab_size"):
+            ids = {**row.special_ids, "bos_token_id": row.special_ids["sop_token_id"]}
+            return {role: ids[role] for role in CHATGLM.special_ids if values.get(role) is None}
+    return {}
+
+
+def _check_range(found: Mapping[str, int], vocab_size: int | None, folder: Path | None) -> None:
+    largest = max(found.values(), default=0)
+    if vocab_size is not None and largest >= vocab_size:
+        raise GmaskError(
+            f"{folder}: its vocabulary has the id {largest}, but config.json a vocab_size of {vocab_size};"
+            " the vocabulary files belong to another model"
+        )
+
+
+def _read_vocabulary(folder: Path, settings: Mapping[str, Any]) -> dict[str, int]:
+    ids = _read_added_tokens(folder, settings)
+    wanted = {role: _spell(role, settings) for role in SPELLINGS}
+    if any(not any(token in ids for token in tokens) for tokens in wanted.values()):  # the large files, if need be
+        ids = {**_read_pieces(folder), **ids}
+    found = {role: [ids[token] for token in tokens if token in ids] for role, tokens in wanted.items()}
+    return {role: token_ids[0] for role, token_ids in found.items() if token_ids}
+
+
+def _spell(role: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """How a role's token is spelled: as the tokenizer's settings say, else in one of the usual ways."""
+    token = settings.get(role.removesuffix("_id"))
+    if isinstance(token, Mapping):  # a serialized AddedToken
+        token = token.get("content")
+    return (token,) if isinstance(token, str) else SPELLINGS[role]
+
+
+def _read_added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, int]:
+    ids: dict[str, int] = {}
+    for token_id, token in _mapping(settings.get("added_tokens_decoder")).items():
+        if token_id.isdecimal() and isinstance(token, Mapping):
+            ids[str(token.get("content"))] = int(token_id)
+    for token in _read_json(folder / "tokenizer.json").get("added_tokens") or []:
+        ids[token["content"]] = token["id"]
+    return ids | _only_ids(_read_json(folder / "added_tokens.json"))
+
+
+def _read_pieces(folder: Path) -> dict[str, int]:
+    """The vocabulary of BERT (``vocab.txt``; line numbers are the ids) or of GPT-2 and RoBERTa (``vocab.json``)."""
+    words = folder / "vocab.txt"
+    if words.is_file():
+        lines = words.read_text(encoding="utf-8").split("\n")
+        return {line.rstrip("\r"): number for number, line in enumerate(lines)}
+    return _only_ids(_read_json(folder / "vocab.json"))
+
+
+def _find_row(values: Mapping[str, Any], settings: Mapping[str, Any]) -> Family | None:
+    """The row of the catalog that a config and the settings of its tokenizer point at."""
+    names = [values.get(key) for key in ("_name_or_path", "name_or_path", "model_name_or_path")]
+    for name in (*names, settings.get("name_or_path")):
+        family = find_family(name) if isinstance(name, str) else None
+        if family and family.vocab_size == values.get("vocab_size"):
+            return family
+    kind = TOKENIZER_CLASSES.get(str(settings.get("tokenizer_class")))
+    for family in FAMILIES:
+        if family.tokenizer == kind and family.vocab_size == values.get("vocab_size"):
+            return family
+    return _row_of_shape(values)
+
+
+def _row_of_shape(values: Mapping[str, Any]) -> Family | None:
+    shape = {
+        "layers": values.get("num_layers", values.get("num_hidden_layers")),
+        "hidden_size": values.get("hidden_size"),
+        "vocab_size": values.get("vocab_size"),
+        "positions": values.get("max_sequence_length", values.get("max_position_embeddings")),
+    }
+    return family_of_shape(**shape)  # what is missing fits no row
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; an empty one if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise GmaskError(f"{path}: not JSON; download or copy it again") from error
+    return _mapping(values)
+
+
+def _mapping(values: Any) -> dict[str, Any]:
+    return values if isinstance(values, dict) else {}
+
+
+def _only_ids(values: Mapping[str, Any]) -> dict[str, int]:
+    return {token: token_id for token, token_id in values.items() if isinstance(token_id, int)}

@@ -1,0 +1,274 @@
+"""How does a conversation go on: at once, as it is written, or many in one batch?"""
+
+import json
+import os
+import warnings
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gmask.errors import GmaskError
+from gmask.generation.answers import cut_at_stop, token_texts
+from gmask.generation.conversation import Prompt, PromptFormat, Rounds, find_format, fit_prompt
+from gmask.generation.decoding import Answer, Rules, decode
+from gmask.generation.search import Sampling
+from gmask.generation.settings import make_settings
+from gmask.generation.streaming import AnswerStream
+
+Message = Mapping[str, str]
+"""``{"role": "user" or "assistant", "content": text}``."""
+
+DEFAULTS = {"temperature": 0.95, "top_p": 0.7, "top_k": 50}
+"""Those of the published ``chat``, where transformers' top-k of 50 was active unsaid."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a model answered."""
+
+    text: str
+    finish: Literal["end", "stop", "length", "cancelled"]
+    prompt_tokens: int
+    reply_tokens: int
+    rounds_left_out: int = 0  # the oldest ones, which had no room in the context
+    logprob: float = 0.0  # of its tokens and its end, in nats
+
+
+class Chatter:
+    """A model, its tokenizer and the settings by which it replies."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        context_length: int | None = None,
+        **settings: Any,
+    ) -> None:
+        """Arguments as for `Chat`."""
+        trained = model.config.max_position_embeddings
+        self.model, self.tokenizer = model, tokenizer
+        self.context_length = trained if context_length is None else context_length
+        self.settings = make_settings({**DEFAULTS, "max_tokens": self.context_length // 2, **settings})
+        if self.settings.beams > 1 or self.settings.n > 1:
+            raise GmaskError("a conversation has one reply: leave n and num_beams at 1")
+        if self.settings.max_tokens >= self.context_length:
+            raise GmaskError(
+                f"max_tokens {self.settings.max_tokens} leaves no room for a prompt in {self.context_length} tokens"
+            )
+        if self.context_length > trained:
+            warnings.warn(
+                f"a context of {self.context_length} tokens, but the model was trained on at most {trained}: replies "
+                "get worse beyond them",
+                stacklevel=3,
+            )
+        self.format: PromptFormat = find_format(model, tokenizer)
+        padding = range(len(tokenizer), model.config.vocab_size)
+        ends = (self.format.special.eop, self.format.special.eos)
+        forbidden = tuple(sorted({*self.format.forbidden_ids, *padding} - set(ends)))
+        self.rules = Rules(ends, forbidden, self.settings.max_tokens, self.settings.min_tokens, self._is_stopped)
+
+    def fit(self, query: str, rounds: Rounds) -> Prompt:
+        """The prompt of a query, with as many earlier rounds as leave room for the reply."""
+        return fit_prompt(query, rounds, self.format, room=self.context_length - self.settings.max_tokens)
+
+    def first_seed(self) -> int:
+        """Of a throw of the dice, if the settings have none."""
+        seed = self.settings.seed
+        return int(np.random.default_rng().integers(2**62)) if seed is None else seed
+
+    def reply(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Reply]:
+        """Replies to prompts in one batch; each draws by a seed of its own, as it would alone."""
+        search = Sampling([prompt.context for prompt in prompts], self.settings, self.rules, seeds=seeds)
+        for _ in decode(self.model, search.contexts, search, special=self.format.special):
+            pass
+        return [self._read(prompt, found[0].done[0]) for prompt, found in zip(prompts, search.complete, strict=True)]
+
+    def stream(self, prompt: Prompt, seed: int) -> Generator[str, None, Reply]:
+        """The reply, in fragments that are never taken back; their sum is its text."""
+        search = Sampling([prompt.context], self.settings, self.rules, seeds=[seed])
+        stream = AnswerStream(self.tokenizer, self._settle, stops=self.settings.stop)
+        answer = Answer()
+        for (hypothesis,) in decode(self.model, search.contexts, search, special=self.format.special):
+            answer = hypothesis.done[0] if hypothesis.done else hypothesis.open
+            if new := stream.take(answer):
+                yield new
+        return self._read(prompt, answer)
+
+    def _settle(self, text: str, is_whole: bool) -> str:
+        return self.format.clean(text) if is_whole else self.format.settled(text)
+
+    def _read(self, prompt: Prompt, answer: Answer) -> Reply:
+        assert answer.finish is not None, "a reply is read once it is complete"
+        text = "".join(token_texts(answer.ids, self.tokenizer))
+        if answer.finish == "stop":
+            text = cut_at_stop(text, self.settings.stop)
+        left_out = prompt.rounds_left_out
+        return Reply(self.format.clean(text), answer.finish, prompt.length, len(answer.ids), left_out, answer.logprob)
+
+    def _is_stopped(self, ids: tuple[int, ...]) -> bool:
+        if not self.settings.stop:
+            return False
+        text = "".join(token_texts(ids, self.tokenizer))
+        return any(stop in text for stop in self.settings.stop)
+
+
+class Chat:
+    """A conversation.
+
+    Args:
+        model, tokenizer: as `gmask.load` returns them. A ChatGLM-6B is prompted as published, another GLM as
+            ``问：...答：[gMASK]``.
+        context_length: tokens of prompt and reply together; by default what the model was trained on. The oldest
+            rounds are left out where they have no room.
+        settings: as of `gmask.infill`; by default ``temperature=0.95``, ``top_p=0.7``, ``top_k=50``, as published, and
+            ``max_tokens`` half of the context. ``seed``: round i draws by ``seed + i``.
+
+    Raises:
+        GmaskError: a wrong setting.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        context_length: int | None = None,
+        **settings: Any,
+    ) -> None:
+        self.chatter = Chatter(model, tokenizer, context_length=context_length, **settings)
+        self.first_seed = self.chatter.first_seed()
+        self.rounds: list[tuple[str, str]] = []
+        self.last_reply: Reply | None = None
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation as a list of messages."""
+        return [
+            {"role": role, "content": content}
+            for asked, answered in self.rounds
+            for role, content in (("user", asked), ("assistant", answered))
+        ]
+
+    def ask(self, text: str) -> Reply:
+        """The reply to a message; both become part of the conversation.
+
+        Raises:
+            GmaskError: the message alone has no room.
+        """
+        prompt = self.chatter.fit(text, self.rounds)
+        (reply,) = self.chatter.reply([prompt], [self._seed()])
+        self._keep(text, reply)
+        return reply
+
+    def stream(self, text: str) -> Generator[str, None, Reply]:
+        """The reply in fragments; the generator returns the `Reply`.
+
+        Left early, it stops the model, and what was said so far stays in the conversation.
+        """
+        prompt = self.chatter.fit(text, self.rounds)
+        said = ""
+        reply: Reply | None = None
+        fragments = self.chatter.stream(prompt, self._seed())
+        try:
+            while True:
+                try:
+                    fragment = next(fragments)
+                except StopIteration as done:
+                    reply = done.value
+                    break
+                said += fragment
+                yield fragment
+        finally:
+            fragments.close()
+            self._keep(text, reply or Reply(said, "cancelled", prompt.length, 0, prompt.rounds_left_out))
+        assert reply is not None
+        return reply
+
+    def undo(self) -> bool:
+        """Takes the last round back; False if there is none."""
+        if not self.rounds:
+            return False
+        self.rounds.pop()
+        return True
+
+    def clear(self) -> None:
+        """Begins anew."""
+        self.rounds.clear()
+
+    def save(self, path: str | Path) -> None:
+        """Writes the messages to a JSON file, through a temporary one beside it."""
+        path = Path(path)
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2) + "\n", "utf-8")
+        os.replace(partial, path)
+
+    def load(self, path: str | Path) -> None:
+        """Goes on with the messages of a JSON file.
+
+        Raises:
+            GmaskError: not such a file.
+        """
+        try:
+            messages = json.loads(Path(path).read_text("utf-8"))["messages"]
+            self.rounds = read_rounds(messages)
+        except (ValueError, KeyError, TypeError) as error:
+            raise GmaskError(f"{path}: not a saved conversation ({error})") from error
+
+    def _seed(self) -> int:
+        return self.first_seed + len(self.rounds)
+
+    def _keep(self, text: str, reply: Reply) -> None:
+        self.rounds.append((text, reply.text))
+        self.last_reply = reply
+
+
+def read_rounds(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    """Rounds from messages that take turns.
+
+    Raises:
+        GmaskError: another role than user and assistant, or two messages in a row of one of them.
+    """
+    roles = [message["role"] for message in messages]
+    if unknown := set(roles) - {"user", "assistant"}:
+        raise GmaskError(f"the role {min(unknown)!r} is not one of user, assistant: these models know no other")
+    if roles != ["user", "assistant"] * (len(roles) // 2):
+        raise GmaskError("messages must take turns, user first, assistant last")
+    contents = [message["content"] for message in messages]
+    return list(zip(contents[::2], contents[1::2], strict=True))
+
+
+def reply_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    context_length: int | None = None,
+    batch_size: int = 8,
+    **settings: Any,
+) -> list[Reply]:
+    """A reply to each of several conversations, whose last message is the user's; what `Chat` would answer.
+
+    Args:
+        batch_size: conversations that are answered together.
+        settings: as of `Chat`; conversation i draws by ``seed + i``.
+
+    Raises:
+        GmaskError: messages that do not take turns; a message that has no room.
+    """
+    chatter = Chatter(model, tokenizer, context_length=context_length, **settings)
+    prompts = []
+    for messages in conversations:
+        if not messages or messages[-1]["role"] != "user":
+            raise GmaskError("a conversation to reply to ends with a message of the user")
+        prompts.append(chatter.fit(messages[-1]["content"], read_rounds(messages[:-1])))
+    first = chatter.first_seed()
+    replies: list[Reply] = []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        replies += chatter.reply(batch, [first + start + index for index in range(len(batch))])
+    return replies

@@ -1,0 +1,162 @@
+"""What vector stands for a text?
+
+Shape letters: B texts of a batch, T positions, H hidden size, N texts, L layers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from gmask.errors import GmaskError
+from gmask.generation.context import Context, TextReader
+from gmask.generation.decoding import check_numbers, stack_contexts
+from gmask.models.glm import GLMForConditionalGeneration
+
+Pooling = Literal["mean", "first", "last", "mask"]
+"""Which hidden states make the vector; see `embed`."""
+
+Vectors = npt.NDArray[np.float32]
+
+
+def embed(
+    model: GLMForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    pooling: Pooling = "mean",
+    layer: int = -1,
+    normalize: bool = True,
+    truncate: bool = False,
+    batch_size: int = 16,
+) -> Vectors:
+    """The hidden states of texts, pooled into one vector for each: float32 ``[N, H]``.
+
+    A text is read as the context of `infill`, in both directions: ``[CLS] text <|endoftext|>``. It may have blanks and
+    needs none; ``\\[MASK]`` is the text "[MASK]".
+
+    A model that fills blanks was not trained to put like texts near each other, so these vectors are features to train
+    on rather than sentence vectors to search with; docs/how-to/embed.md has measured it.
+
+    Args:
+        model, tokenizer: as `gmask.load` returns them.
+        pooling: ``"mean"`` of all tokens, ``[CLS]`` and ``<|endoftext|>`` included; ``"first"``, which is ``[CLS]``;
+            ``"last"``, which is ``<|endoftext|>``, or ``[gMASK]`` in a text that ends with it; ``"mask"``, the first
+            blank; a text without one gets a ``[MASK]`` at its end.
+        layer: which hidden states: -1 are those that the head reads, behind the final norm; -2 to -L, or 1 to L - 1,
+            those behind an earlier layer; 0 the embeddings.
+        normalize: to Euclidean length 1, so that a dot product is a cosine.
+        truncate: cut texts that are longer than the model has positions, at their end, instead of refusing them.
+        batch_size: texts that are read together. Like lengths go together; results are those of single runs.
+
+    Raises:
+        GmaskError: a text with an unknown special token, or too long; an unknown pooling; no such layer.
+    """
+    if isinstance(texts, str):
+        raise GmaskError("embed takes a list of texts, not one text: write [text]")
+    embedder = Embedder(model, tokenizer, pooling, layer, normalize, truncate, batch_size)
+    return embedder.embed([embedder.read(text) for text in texts])
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """A model, its tokenizer and the way in which texts become vectors; arguments and errors as in `embed`."""
+
+    model: GLMForConditionalGeneration
+    tokenizer: PreTrainedTokenizerBase
+    pooling: Pooling = "mean"
+    layer: int = -1
+    normalize: bool = True
+    truncate: bool = False
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.pooling not in get_args(Pooling):
+            raise GmaskError(f"pooling must be one of {', '.join(get_args(Pooling))}, not {self.pooling!r}")
+        layers = self.model.config.num_hidden_layers
+        if not -layers - 1 <= self.layer <= layers:
+            raise GmaskError(f"layer must be from {-layers - 1} to {layers} in this model, not {self.layer}")
+        if self.batch_size < 1:
+            raise GmaskError(f"batch_size must be at least 1, not {self.batch_size}")
+
+    @cached_property
+    def reader(self) -> TextReader:
+        return TextReader(self.tokenizer)
+
+    def read(self, text: str) -> Context:
+        """Encodes a text, and cuts it or checks that it fits the model."""
+        context = self.reader.read_any(text).context
+        tail = 1  # tokens that stay when the text is cut
+        if self.pooling == "mask" and not context.places:
+            *ids, end = context.ids
+            context, tail = Context((*ids, self.reader.special.mask, end), (len(ids),)), 2
+        positions = self.model.config.max_position_embeddings
+        if self.truncate and len(context.ids) > positions:
+            context = _cut(context, positions, tail)
+        context.check_length(positions)
+        if self.pooling == "mask" and not context.places:
+            raise GmaskError(f"the blank is beyond the {positions} positions of the model: shorten the text before it")
+        return context
+
+    def embed(self, contexts: Sequence[Context]) -> Vectors:
+        """The vectors ``[N, H]`` of contexts that were read by this embedder."""
+        vectors = np.empty((len(contexts), self.model.config.hidden_size), np.float32)
+        order = sorted(range(len(contexts)), key=lambda index: len(contexts[index].ids))
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            vectors[batch] = self._embed_batch([contexts[index] for index in batch]).cpu().numpy()
+        return vectors
+
+    def _embed_batch(self, contexts: Sequence[Context]) -> Tensor:
+        input_ids, layout, is_real = stack_contexts(contexts, pad=self.reader.special.pad)
+        device = self.model.device
+        with torch.inference_mode():
+            outputs = self.model.glm(
+                input_ids=input_ids.to(device),
+                layout=layout.to(device),
+                attention_mask=None if is_real is None else is_real.to(device),
+                use_cache=False,
+                output_hidden_states=[self.layer],
+            )
+            weights = self._weigh(contexts, width=input_ids.shape[1]).to(device)
+            pooled = (weights[:, None] @ outputs.hidden_states[self.layer].float())[:, 0]
+            check_numbers(pooled)
+            return F.normalize(pooled, dim=-1) if self.normalize else pooled
+
+    def _weigh(self, contexts: Sequence[Context], *, width: int) -> Tensor:
+        """How much each token adds to the vector of its text: ``[B, T]``; rows sum to 1, and padding adds nothing."""
+        weights = torch.zeros(len(contexts), width)
+        for row, context in enumerate(contexts):
+            start = width - len(context.ids)  # padding is on the left
+            if self.pooling == "mean":
+                weights[row, start:] = 1 / len(context.ids)
+            elif self.pooling == "first":
+                weights[row, start] = 1
+            elif self.pooling == "last":
+                weights[row, -1] = 1
+            else:
+                weights[row, start + context.places[0]] = 1
+        return weights
+
+
+def _cut(context: Context, length: int, tail: int) -> Context:
+    """The context without the tokens before its last ``tail`` ones that are too many."""
+    kept, surplus = length - tail, len(context.ids) - length
+    places = [place if place < kept else place - surplus for place in context.places]
+    stays = [place < kept or place >= len(context.ids) - tail for place in context.places]
+    return Context(
+        context.ids[:kept] + context.ids[-tail:],
+        tuple(place for place, stay in zip(places, stays, strict=True) if stay),
+    )
+
+
+def as_floats(vector: Vectors) -> list[float]:
+    """The shortest decimals that are this float32 vector."""
+    return [float(str(value)) for value in vector]

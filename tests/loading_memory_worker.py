@@ -1,0 +1,72 @@
+"""How much memory does loading a checkpoint of each form take? Prints peaks, as multiples of the size of the weights.
+
+A process of its own, so that nothing freed before is used again unseen; run with ``MALLOC_MMAP_THRESHOLD_=65536``.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from gmask.checkpoints.reading import Checkpoint
+from gmask.checkpoints.weight_maps import divide
+from gmask.loading import load_model
+from gmask.models.glm import GLMConfig, GLMModel
+
+IDS = dict(pad_token_id=0, eos_token_id=1, mask_token_id=5, smask_token_id=6, gmask_token_id=7, sop_token_id=8,
+           eop_token_id=9)  # fmt: skip
+CONVERSIONS = (("float16", "float32"), ("float32", "bfloat16"), ("float16", "float16"))
+
+
+def anonymous_bytes() -> int:
+    (kilobytes,) = re.findall(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(kilobytes)
+
+
+def write(folder: Path, form: str, dtype: str) -> None:
+    config = GLMConfig(vocab_size=2048, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, **IDS)
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {key: tensor.shape for key, tensor in GLMModel(config).state_dict().items()}
+    weights = {key: torch.zeros(shape, dtype=getattr(torch, dtype)) for key, shape in shapes.items()}
+    if form == "safetensors":
+        save_file(weights, folder / "model.safetensors")
+    elif form == "bin":
+        torch.save(weights, folder / "pytorch_model.bin")
+    else:
+        for rank in range(2):
+            module = {key: divide(key, tensor, 2)[rank].clone() for key, tensor in weights.items()}
+            torch.save({"module": module}, folder / f"mp_rank_{rank:02d}_model_states.pt")
+
+
+def main(parent: Path) -> None:
+    grown: list[int] = []
+    copy = Checkpoint.copy
+
+    def measured(*args: Any, **settings: Any) -> torch.Tensor:
+        tensor = copy(*args, **settings)
+        grown.append(anonymous_bytes())
+        return tensor
+
+    Checkpoint.copy = measured  # type: ignore[method-assign]
+    peaks = {}
+    for form in ("safetensors", "bin", "megatron"):
+        for stored, wanted in CONVERSIONS:
+            folder = parent / f"{form} {stored} {wanted}"
+            folder.mkdir()
+            write(folder, form, stored)
+            before = anonymous_bytes()
+            grown.clear()
+            model = load_model(folder, device="cpu", dtype=wanted)
+            size = sum(parameter.nbytes for parameter in model.parameters())
+            peaks[folder.name] = (max(*grown, anonymous_bytes()) - before) / size
+            del model
+    print(json.dumps(peaks))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

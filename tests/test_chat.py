@@ -1,0 +1,143 @@
+"""Does a conversation go on as it would message by message, within its context, and as its user steers it?"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import gmask
+from gmask.cli.chatting import answer
+from gmask.generation.chat import Chat, Reply, read_rounds, reply_all
+from gmask.generation.conversation import ChatGLMFormat, fit_prompt
+from gmask.models.chatglm.tokenization import ChatGLMTokenizer
+from test_chatglm_chat import VOCABULARY, needs_vocabulary
+from test_chatglm_parity import TINY, load_chatglm, read_case
+
+pytestmark = needs_vocabulary
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_chatglm()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> ChatGLMTokenizer:
+    return ChatGLMTokenizer(str(VOCABULARY))
+
+
+@pytest.fixture
+def chat(model, tokenizer) -> Chat:
+    return Chat(model, tokenizer, context_length=64, max_tokens=12, seed=3)
+
+
+def stream_all(chat: Chat, text: str) -> tuple[str, Reply]:
+    said, fragments = "", chat.stream(text)
+    while True:
+        try:
+            said += next(fragments)
+        except StopIteration as done:
+            return said, done.value
+
+
+def test_greedy_replies_are_the_published_ones(model, tokenizer) -> None:
+    for found in read_case(TINY)[0]["chat_end_to_end"]:
+        chat = Chat(model, tokenizer, context_length=found["max_length"], max_tokens=10, temperature=0)
+        chat.rounds = [tuple(pair) for pair in found["history"]]
+        reply = chat.ask(found["query"])
+        assert found["chat_response"].startswith(reply.text.rstrip("\ufffd")) and reply.text
+        assert (reply.finish, reply.reply_tokens) == ("length", 10)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"seed": 5}, {"seed": 5, "stop": ["一", "上海"]}])
+def test_a_streamed_reply_is_the_whole_one_and_nothing_is_taken_back(model, tokenizer, settings) -> None:
+    at_once = Chat(model, tokenizer, context_length=64, max_tokens=20, **settings)
+    streamed = Chat(model, tokenizer, context_length=64, max_tokens=20, **settings)
+    for text in ("你是谁？", "hello", "再见"):
+        reply = at_once.ask(text)
+        said, last = stream_all(streamed, text)
+        assert last == reply
+        assert said == reply.text
+    assert at_once.messages == streamed.messages
+
+
+def test_a_batch_replies_as_single_conversations_do(model, tokenizer) -> None:
+    texts = ["你是谁？", "hello", "一加一等于几？请回答"]
+    conversations = [[{"role": "user", "content": text}] for text in texts]
+    settings = dict(context_length=64, max_tokens=16)
+    together = reply_all(model, tokenizer, conversations, seed=5, **settings)
+    alone = [reply_all(model, tokenizer, [one], seed=5 + row, **settings)[0] for row, one in enumerate(conversations)]
+    assert [reply.text for reply in together] == [reply.text for reply in alone]
+    assert [reply.logprob for reply in together] == pytest.approx([reply.logprob for reply in alone], abs=1e-4)
+    assert reply_all(model, tokenizer, conversations, seed=5, batch_size=2, **settings) != []
+
+
+def test_the_oldest_rounds_give_way_and_the_prompt_stays_whole(tokenizer) -> None:
+    prompt_format = ChatGLMFormat(tokenizer)
+    rounds = [(f"问题{number}", "好" * number) for number in range(6)]
+    everything = fit_prompt("再见", rounds, prompt_format, room=10_000)
+    assert everything.rounds_left_out == 0
+    for room in range(everything.length - 1, 30, -7):
+        prompt = fit_prompt("再见", rounds, prompt_format, room=room)
+        assert prompt.length <= room and prompt.rounds_left_out > 0
+        assert prompt.context == prompt_format.encode("再见", rounds[prompt.rounds_left_out :])
+        assert prompt.context.ids[-1] == tokenizer.gmask_token_id
+        fuller = prompt_format.encode("再见", rounds[prompt.rounds_left_out - 1 :])
+        assert len(fuller.ids) + 1 > room
+    with pytest.raises(gmask.GmaskError, match=r"3 tokens, but there is room for 2"):
+        fit_prompt("你好", rounds, prompt_format, room=2)
+
+
+def test_a_conversation_says_how_many_rounds_it_forgot(chat: Chat) -> None:
+    replies = [chat.ask("请你说一说这个问题") for _ in range(4)]
+    assert replies[0].rounds_left_out == 0 < replies[-1].rounds_left_out
+    assert all(reply.prompt_tokens <= 64 - 12 for reply in replies)
+    assert len(chat.messages) == 8
+
+
+def test_a_stream_left_early_keeps_what_was_said(chat: Chat) -> None:
+    stream = chat.stream("你好")
+    said = next(stream)
+    stream.close()
+    assert chat.messages == [{"role": "user", "content": "你好"}, {"role": "assistant", "content": said}]
+    assert chat.last_reply is not None and chat.last_reply.finish == "cancelled"
+
+
+def test_settings_that_do_not_fit_are_refused(model, tokenizer) -> None:
+    for settings, named in (
+        ({"n": 2}, "one reply"),
+        ({"max_tokens": 64}, "no room for a prompt"),
+        ({"temprature": 1}, "temperature"),
+    ):
+        with pytest.raises(gmask.GmaskError, match=named):
+            Chat(model, tokenizer, context_length=64, **settings)
+    with pytest.warns(UserWarning, match="trained on at most 64"):
+        Chat(model, tokenizer, context_length=80)
+
+
+def test_messages_that_do_not_take_turns_are_refused() -> None:
+    user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    assert read_rounds([user, assistant, user, assistant]) == [("a", "b")] * 2
+    for wrong in ([user, user], [assistant, user], [user], [{"role": "system", "content": "c"}, assistant]):
+        with pytest.raises(gmask.GmaskError):
+            read_rounds(wrong)
+
+
+def test_commands_steer_the_conversation(chat: Chat, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "talk.json"
+    assert answer(chat, "你好") and answer(chat, "再见")
+    assert answer(chat, f"/save {path}")
+    messages = chat.messages
+    assert json.loads(path.read_text("utf-8"))["messages"] == messages
+    assert answer(chat, "/undo") and chat.messages == messages[:2]
+    assert answer(chat, "clear") and chat.messages == []
+    assert answer(chat, f"/load {path}") and chat.messages == messages
+    assert not answer(chat, "stop") and not answer(chat, "/stop")
+    assert answer(chat, "/help")
+    assert "/undo" in capsys.readouterr().out
+    for wrong in ("/nothing", "/save", f"/load {tmp_path / 'absent.json'}"):
+        with pytest.raises((gmask.GmaskError, OSError)):
+            answer(chat, wrong)
+    path.write_text("[]")
+    with pytest.raises(gmask.GmaskError, match="not a saved conversation"):
+        chat.load(path)

@@ -1,0 +1,114 @@
+"""Do two processes that run a GLM together compute what one computes?"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from conftest import GMASK, MASK, PAD, SHAPE, SOP, SPECIAL
+from gmask.models.glm import GLMConfig, GLMForConditionalGeneration, GLMForSequenceClassification
+from tensor_parallel_worker import CACHES, compute
+
+TESTS = Path(__file__).parent
+# Six heads, three for each process; a vocabulary that two processes do not share evenly.
+UNEVEN = dict(vocab_size=49, hidden_size=36, num_attention_heads=6)
+MODELS = {
+    "ours": GLMForConditionalGeneration,
+    "published": GLMForConditionalGeneration,
+    "classifier": GLMForSequenceClassification,
+}
+ROWS = [[16, 17, GMASK, SOP], [18, MASK, 19, 20, 21, SOP]]
+
+
+def make_folder(folder: Path, model_class: type[PreTrainedModel], **settings: Any) -> None:
+    """A model with random weights; the biases too, which would be zero and hide a wrong split."""
+    model = model_class(GLMConfig(**{**SHAPE, **SPECIAL, **settings}))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+
+
+def make_published(folder: Path) -> None:
+    """A checkpoint in the published form, a pickle with bare keys, and a config that this vocabulary suits."""
+    golden = TESTS / "golden" / "hf-glm-tiny" / "model"
+    folder.mkdir()
+    shutil.copy(golden / "pytorch_model.bin", folder)
+    shape = dict(vocab_size=512, hidden_size=64, num_hidden_layers=3, max_position_embeddings=128)
+    GLMConfig(**{**SHAPE, **SPECIAL, **shape}).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process computes, under "one", and what each of two does, under 0 and 1."""
+    folder = tmp_path_factory.mktemp("parallel")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        make_folder(folder / "ours", GLMForConditionalGeneration, **UNEVEN)
+        make_folder(folder / "classifier", GLMForSequenceClassification, **UNEVEN)
+        make_folder(folder / "odd", GLMForConditionalGeneration, hidden_size=33, num_attention_heads=3)
+    make_published(folder / "published")
+    width = max(map(len, ROWS))
+    ids = torch.tensor([[PAD] * (width - len(row)) + row for row in ROWS])
+    inputs = {"input_ids": ids, "attention_mask": (ids != PAD).long()}
+    torch.save(inputs, folder / "inputs.pt")
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*start, str(TESTS / "tensor_parallel_worker.py"), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    one = {
+        name: compute(model_class.from_pretrained(folder / name, dtype=torch.float32).eval(), inputs)
+        for name, model_class in MODELS.items()
+    }
+    return {"folder": folder, "one": one, **{rank: torch.load(folder / f"{rank}.pt") for rank in range(2)}}
+
+
+@pytest.mark.parametrize("rank", range(2))
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_one_process(computed: dict[str, Any], name: str, rank: int) -> None:
+    alone: Tensor = computed["one"][name]["logits"]
+    assert torch.allclose(computed[rank][name]["logits"], alone, atol=1e-4, rtol=0.0)
+
+
+@pytest.mark.parametrize("caching", CACHES)
+@pytest.mark.parametrize("name", ["ours", "published"])
+def test_greedy_ids_are_those_of_one_process(computed: dict[str, Any], name: str, caching: str) -> None:
+    for rank in range(2):
+        assert torch.equal(computed[rank][name][caching], computed["one"][name][caching])
+
+
+def test_each_process_holds_half_of_every_divided_weight(computed: dict[str, Any]) -> None:
+    block = "glm.transformer.layers.0"
+    shares = [computed[rank]["ours.local"] for rank in range(2)]
+    assert [share["glm.word_embeddings.weight"] for share in shares] == [(25, 36), (24, 36)]
+    for share in shares:
+        assert share[f"{block}.attention.query_key_value.weight"] == (54, 36)
+        assert share[f"{block}.attention.query_key_value.bias"] == (54,)
+        assert share[f"{block}.attention.dense.weight"] == (36, 18)
+        assert share[f"{block}.mlp.dense_h_to_4h.weight"] == (72, 36)
+        assert share[f"{block}.mlp.dense_4h_to_h.weight"] == (36, 72)
+
+
+def test_a_divided_model_is_saved_whole(computed: dict[str, Any]) -> None:
+    folder = computed["folder"]
+    saved = GLMForConditionalGeneration.from_pretrained(folder / "saved").state_dict()
+    for key, value in GLMForConditionalGeneration.from_pretrained(folder / "published").state_dict().items():
+        assert torch.equal(saved[key], value), key
+
+
+def test_an_odd_number_of_heads_is_refused_in_one_line(computed: dict[str, Any]) -> None:
+    for rank in range(2):
+        assert computed[rank]["odd"] == (
+            "3 attention heads cannot be divided among 2 processes: start one of 1, 3 processes"
+        )

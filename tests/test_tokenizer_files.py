@@ -1,0 +1,92 @@
+"""Is every folder of vocabulary files read, or refused by the name of the file at fault?"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gmask.checkpoints.tokenizer_files import CLASSES, read_tokenizer
+from gmask.errors import GmaskError
+from published_vocabularies import FILES, SHARED, copy_vocabulary, needs_vocabularies
+
+pytestmark = needs_vocabularies
+
+
+def published_settings(kind: str) -> dict[str, Any]:
+    """The tokenizer_config.json of a kind of vocabulary."""
+    record = json.loads((SHARED / "tokenizers" / f"hf-{kind}.json").read_text("utf-8"))
+    return record["config"]  # type: ignore[no-any-return]
+
+
+DAMAGE = {
+    "chinese": ["cog-pretrain.model"],
+    "gpt2": ["vocab.json", "merges.txt"],
+    "bert": ["vocab.txt"],
+    "roberta": ["vocab.json", "merges.txt"],
+}
+
+
+@pytest.mark.parametrize("fault", ["missing", "damaged"])
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in DAMAGE.items() for name in names])
+@pytest.mark.parametrize("is_published", [True, False])
+def test_a_vocabulary_file_at_fault_is_named(
+    kind: str, name: str, fault: str, is_published: bool, tmp_path: Path
+) -> None:
+    copy_vocabulary(kind, tmp_path)
+    if is_published:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(published_settings(kind)), "utf-8")
+    if fault == "missing":
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n\xff")
+    with pytest.raises(GmaskError) as caught:
+        read_tokenizer(tmp_path, kind=kind)
+    assert str(tmp_path / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "added_tokens.json", "tokenizer.json"])
+def test_another_file_at_fault_is_named(name: str, tmp_path: Path) -> None:
+    if name != "tokenizer.json":
+        copy_vocabulary("gpt2", tmp_path)
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(published_settings("gpt2")), "utf-8")
+    (tmp_path / name).write_text('{"model": ', "utf-8")
+    with pytest.raises(GmaskError, match=name) as caught:
+        read_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"tokenizer_class": "LlamaTokenizer"}, None, "LlamaTokenizer"),
+        ({"tokenizer_class": "GLMGPT2Tokenizer", "spacing": "wide"}, None, "spacing 'wide'"),
+        ({}, "cpm", "cpm: no such kind"),
+    ],
+)
+def test_what_is_not_a_glm_is_refused(settings: dict[str, Any], kind: str | None, message: str, tmp_path: Path) -> None:
+    copy_vocabulary("gpt2", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+    with pytest.raises(GmaskError, match=message):
+        read_tokenizer(tmp_path, kind=kind)
+
+
+def test_a_folder_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GmaskError, match="no vocabulary there"):
+        read_tokenizer(tmp_path)
+    with pytest.raises(GmaskError, match="no such folder"):
+        read_tokenizer(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_the_files_tell_their_kind(kind: str, tmp_path: Path) -> None:
+    assert type(read_tokenizer(copy_vocabulary(kind, tmp_path))) is CLASSES[kind]
+
+
+@pytest.mark.parametrize("name", ["hf-glm-tiny", "hf-glm-10b-tiny", "hf-glm-tiny-fullvocab"])
+def test_published_folders_are_read(name: str) -> None:
+    folder = SHARED / name / "model"
+    tokenizer = read_tokenizer(folder)
+    assert json.loads((folder / "added_tokens.json").read_text("utf-8")).items() <= tokenizer.get_added_vocab().items()
+    assert tokenizer.spacing == "published"
