@@ -11,6 +11,7 @@ CORPUS ?=
 export NO_MKDOCS_2_WARNING := 1
 
 BIN := $(VENV)/bin
+KERNEL := setup.py $(wildcard src/gmask/quantization/csrc/*)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -42,6 +43,10 @@ bench: $(VENV)/.installed-dev  ## measure against peers, all in one run
 	$(BIN)/python benchmarks/pretraining.py
 	$(BIN)/python benchmarks/decoding.py
 	$(BIN)/python benchmarks/cold_start.py
+	$(BIN)/python benchmarks/scoring.py
+	$(BIN)/python benchmarks/matmul.py
+	$(BIN)/python benchmarks/loading.py --like GLM-Large
+	$(BIN)/python benchmarks/forward.py
 	$(if $(CORPUS),$(BIN)/python benchmarks/tokenizer.py $(CORPUS) --ours src/gmask/pretrained)
 
 bundled: $(VENV)/.installed-dev  ## train, evaluate and ship the bundled model: make bundled CORPUS=folder
@@ -68,10 +73,10 @@ $(VENV)/.torch: | $(BIN)/python
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	@touch $@
 
-$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.torch
+$(VENV)/.installed: pyproject.toml constraints.txt $(KERNEL) | $(VENV)/.torch
 	$(PIP) -c constraints.txt --editable .
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.torch
+$(VENV)/.installed-dev: pyproject.toml constraints.txt $(KERNEL) | $(VENV)/.torch
 	$(PIP) -c constraints.txt --editable '.[dev,train]'
 	@touch $@ $(VENV)/.installed

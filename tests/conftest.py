@@ -8,6 +8,8 @@ import torch
 
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 
+torch.set_num_threads(1)  # tiny tensors gain nothing from more, and on a busy machine threads wait for each other
+
 PAD, MASK, SMASK, GMASK, SOP, EOP = 0, 5, 6, 7, 8, 9
 SPECIAL = dict(
     pad_token_id=PAD,

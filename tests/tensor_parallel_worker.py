@@ -1,4 +1,4 @@
-"""What does one of several processes compute that run a GLM together? Started by torchrun from test_tensor_parallel.py.
+"""What does one of several processes compute that run a model together? Started by test_tensor_parallel.py.
 
     torchrun ... tensor_parallel_worker.py FOLDER
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from gmask.errors import GmaskError
+from gmask.models.chatglm import ChatGLMForConditionalGeneration
 from gmask.models.glm import GLMForConditionalGeneration, GLMForSequenceClassification
 
 CACHES: dict[str, dict[str, Any]] = {
@@ -47,6 +48,11 @@ def main(folder: Path) -> None:
         found[f"{name}.local"] = {
             key: value.to_local().shape for key, value in model.named_parameters() if is_cut(value)
         }
+    chat = ChatGLMForConditionalGeneration.from_pretrained(
+        folder / "chat", distributed_config=divided, dtype=torch.float32
+    )
+    found["chat"] = compute(chat.eval(), torch.load(folder / "chat.pt"))
+    found["chat.local"] = {key: value.to_local().shape for key, value in chat.named_parameters() if is_cut(value)}
     classifier = GLMForSequenceClassification.from_pretrained(
         folder / "classifier", tp_plan="auto", dtype=torch.float32
     )  # the older keyword

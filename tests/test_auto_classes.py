@@ -149,20 +149,6 @@ def test_glm_4_stays_what_transformers_makes_of_it(tmp_path: Path) -> None:
     assert "GLM-4" in message and "AutoModelForCausalLM" in message
 
 
-def test_folders_of_chatglm2_still_reach_their_own_code(tmp_path: Path) -> None:
-    (tmp_path / "configuration_chatglm.py").write_text(
-        "from transformers import PreTrainedConfig\n"
-        f"open({str(tmp_path / 'mark')!r}, 'w').close()\n"
-        "class ChatGLMConfig(PreTrainedConfig):\n    model_type = 'chatglm'\n"
-    )
-    auto_map = {"AutoConfig": "configuration_chatglm.ChatGLMConfig"}
-    values = {"model_type": "chatglm", "multi_query_attention": True, "auto_map": auto_map}
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    config = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
-    assert type(config).__name__ == "ChatGLMConfig" and not type(config).__module__.startswith("gmask.")
-    assert (tmp_path / "mark").exists()
-
-
 def test_what_we_save_comes_back_through_the_auto_classes_and_gmask_alike(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "made")
     ours, tokenizer = gmask.load(folder, device="cpu")

@@ -192,7 +192,7 @@ def test_info_knows_a_published_model_that_is_not_here_and_says_how_to_get_it(in
     assert "gmask infill --model THUDM/glm-10b" in row["to_get_it"]
     assert "glm-base-blank.tar.bz2" in info("GLM-Base")[1]
     assert "(12.3 GB) when you name it: gmask chat --model THUDM/chatglm-6b" in info("chatglm-6b")[1]
-    assert "early revision of THUDM/chatglm-6b" in info("ChatGLM-6B-v0")[1]
+    assert "early revisions of THUDM/chatglm-6b" in info("ChatGLM-6B-v0")[1]
     code, out, err = info("THUDM/glm-11b")
     assert (code, out) == (2, "")
     assert err.startswith("gmask: THUDM/glm-11b: no such folder, and no published model")

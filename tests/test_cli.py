@@ -20,6 +20,7 @@ from gmask.cli import interactive, main
 from gmask.cli.rendering import highlight
 from tiny_folder import make_folder
 
+VERBS = "infill chat score embed convert quantize info pretrain evaluate train-tokenizer".split()
 TEXT = "The [MASK] dog [MASK]."
 
 
@@ -183,7 +184,7 @@ def test_pretrain_hands_recipe_and_overrides_over(run: Run, monkeypatch: pytest.
     assert calls == [(("r.yaml", ["run.out=x", "optimization.steps=1"]), {"resume": False})]
 
 
-@pytest.mark.parametrize("verb", ["infill", "info", "pretrain", "train-tokenizer"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_and_at_most_eight_options_beside_set(run: Run, verb: str) -> None:
     done = run(verb, "--help")
     options = [line.split()[0] for line in done.out.splitlines() if line.startswith("  -")]

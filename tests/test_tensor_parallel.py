@@ -1,4 +1,4 @@
-"""Do two processes that run a GLM together compute what one computes?"""
+"""Do two processes that run a GLM or a ChatGLM together compute what one computes?"""
 
 import os
 import shutil
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from conftest import GMASK, MASK, PAD, SHAPE, SOP, SPECIAL
+from conftest import EOP, GMASK, MASK, PAD, SHAPE, SOP, SPECIAL
+from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration, GLMForSequenceClassification
 from tensor_parallel_worker import CACHES, compute
 
@@ -23,16 +24,24 @@ MODELS = {
     "ours": GLMForConditionalGeneration,
     "published": GLMForConditionalGeneration,
     "classifier": GLMForSequenceClassification,
+    "chat": ChatGLMForConditionalGeneration,
 }
+SMALL_CHAT = dict(
+    vocab_size=49, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, intermediate_size=80,
+    pad_token_id=PAD, mask_token_id=MASK, gmask_token_id=GMASK, bos_token_id=SOP, eos_token_id=EOP,
+)  # fmt: skip
 ROWS = [[16, 17, GMASK, SOP], [18, MASK, 19, 20, 21, SOP]]
 
 
-def make_folder(folder: Path, model_class: type[PreTrainedModel], **settings: Any) -> None:
+def make_folder(folder: Path, model: PreTrainedModel) -> None:
     """A model with random weights; the biases too, which would be zero and hide a wrong split."""
-    model = model_class(GLMConfig(**{**SHAPE, **SPECIAL, **settings}))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
+
+
+def small_config(**settings: Any) -> GLMConfig:
+    return GLMConfig(**{**SHAPE, **SPECIAL, **settings})
 
 
 def make_published(folder: Path) -> None:
@@ -44,20 +53,28 @@ def make_published(folder: Path) -> None:
     GLMConfig(**{**SHAPE, **SPECIAL, **shape}).save_pretrained(folder)
 
 
+def make_inputs(rows: list[list[int]]) -> dict[str, Tensor]:
+    width = max(map(len, rows))
+    ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
+    return {"input_ids": ids, "attention_mask": (ids != PAD).long()}
+
+
 @pytest.fixture(scope="module")
 def computed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one process computes, under "one", and what each of two does, under 0 and 1."""
     folder = tmp_path_factory.mktemp("parallel")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        make_folder(folder / "ours", GLMForConditionalGeneration, **UNEVEN)
-        make_folder(folder / "classifier", GLMForSequenceClassification, **UNEVEN)
-        make_folder(folder / "odd", GLMForConditionalGeneration, hidden_size=33, num_attention_heads=3)
+        make_folder(folder / "ours", GLMForConditionalGeneration(small_config(**UNEVEN)))
+        make_folder(folder / "classifier", GLMForSequenceClassification(small_config(**UNEVEN)))
+        odd = small_config(hidden_size=33, num_attention_heads=3)
+        make_folder(folder / "odd", GLMForConditionalGeneration(odd))
+        make_folder(folder / "chat", ChatGLMForConditionalGeneration(ChatGLMConfig(**SMALL_CHAT)))
     make_published(folder / "published")
-    width = max(map(len, ROWS))
-    ids = torch.tensor([[PAD] * (width - len(row)) + row for row in ROWS])
-    inputs = {"input_ids": ids, "attention_mask": (ids != PAD).long()}
+    inputs = make_inputs(ROWS)
     torch.save(inputs, folder / "inputs.pt")
+    chat_inputs = make_inputs([[16, 17, 18, GMASK, SOP], [19, GMASK, SOP]])
+    torch.save(chat_inputs, folder / "chat.pt")
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*start, str(TESTS / "tensor_parallel_worker.py"), str(folder)],
@@ -68,7 +85,10 @@ def computed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     one = {
-        name: compute(model_class.from_pretrained(folder / name, dtype=torch.float32).eval(), inputs)
+        name: compute(
+            model_class.from_pretrained(folder / name, dtype=torch.float32).eval(),
+            chat_inputs if name == "chat" else inputs,
+        )
         for name, model_class in MODELS.items()
     }
     return {"folder": folder, "one": one, **{rank: torch.load(folder / f"{rank}.pt") for rank in range(2)}}
@@ -82,7 +102,7 @@ def test_logits_are_those_of_one_process(computed: dict[str, Any], name: str, ra
 
 
 @pytest.mark.parametrize("caching", CACHES)
-@pytest.mark.parametrize("name", ["ours", "published"])
+@pytest.mark.parametrize("name", ["ours", "published", "chat"])
 def test_greedy_ids_are_those_of_one_process(computed: dict[str, Any], name: str, caching: str) -> None:
     for rank in range(2):
         assert torch.equal(computed[rank][name][caching], computed["one"][name][caching])
@@ -98,6 +118,18 @@ def test_each_process_holds_half_of_every_divided_weight(computed: dict[str, Any
         assert share[f"{block}.attention.dense.weight"] == (36, 18)
         assert share[f"{block}.mlp.dense_h_to_4h.weight"] == (72, 36)
         assert share[f"{block}.mlp.dense_4h_to_h.weight"] == (36, 72)
+
+
+def test_each_process_holds_whole_heads_of_a_chatglm(computed: dict[str, Any]) -> None:
+    block = "transformer.layers.0"
+    for rank in range(2):
+        share = computed[rank]["chat.local"]
+        assert share["transformer.word_embeddings.weight"] == ((25, 48), (24, 48))[rank]
+        assert share[f"{block}.attention.query_key_value.weight"] == (72, 48)
+        assert share[f"{block}.attention.query_key_value.bias"] == (72,)
+        assert share[f"{block}.attention.dense.weight"] == (48, 24)
+        assert share[f"{block}.mlp.dense_h_to_4h.weight"] == (40, 48)
+        assert share[f"{block}.mlp.dense_4h_to_h.weight"] == (48, 40)
 
 
 def test_a_divided_model_is_saved_whole(computed: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gmask.generation.streaming import Fragment as Fragment
     from gmask.generation.streaming import stream_infill as stream_infill
     from gmask.loading import load as load
+    from gmask.loading import load_model_on_gpus as load_model_on_gpus
     from gmask.models.chatglm import ChatGLMConfig as ChatGLMConfig
     from gmask.models.chatglm import ChatGLMForConditionalGeneration as ChatGLMForConditionalGeneration
     from gmask.models.glm import GLMConfig as GLMConfig
@@ -51,6 +52,7 @@ _HOMES = {
     "Fragment": "gmask.generation.streaming",
     "stream_infill": "gmask.generation.streaming",
     "load": "gmask.loading",
+    "load_model_on_gpus": "gmask.loading",
     "ChatGLMConfig": "gmask.models.chatglm",
     "ChatGLMForConditionalGeneration": "gmask.models.chatglm",
     "GLMConfig": "gmask.models.glm",
@@ -85,6 +87,7 @@ __all__ = [
     "embed",
     "infill",
     "load",
+    "load_model_on_gpus",
     "reply_all",
     "score",
     "stream_infill",

@@ -1,28 +1,31 @@
 """How do a name or a folder become a model and its tokenizer?"""
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gmask.checkpoints.architectures import LANGUAGE_MODEL
-from gmask.checkpoints.configs import lacks_config
+from gmask.checkpoints.adapters import add_prefix, read_prefix
+from gmask.checkpoints.architectures import architecture_of
+from gmask.checkpoints.configs import Config, lacks_config
 from gmask.checkpoints.configs import read_config as read_config
 from gmask.checkpoints.fit import check_head, check_vocabulary, match_keys
 from gmask.checkpoints.memory import check_room
 from gmask.checkpoints.reading import Checkpoint, is_megatron, open_checkpoint
 from gmask.checkpoints.reading import weight_files as weight_files
-from gmask.checkpoints.tensor_files import refuse_placeholder
+from gmask.checkpoints.tensor_files import SCALES, refuse_placeholder
 from gmask.checkpoints.tokenizer_files import read_tokenizer
 from gmask.checkpoints.weight_maps import bare_name
 from gmask.errors import GmaskError
-from gmask.models import glm
-from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
-from gmask.models.glm.modeling import GLMPreTrainedModel
+from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+from gmask.models.chatglm.placement import spread_layers
+from gmask.models.glm import GLMForConditionalGeneration
+from gmask.quantization.quantizer import finish, form_of, lay_out
 
 BUNDLED = Path(__file__).parent / "pretrained"
 
@@ -36,22 +39,37 @@ VOCABULARY_FILES = {
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-Model = TypeVar("Model", bound=GLMPreTrainedModel)
+LanguageModel: TypeAlias = GLMForConditionalGeneration | ChatGLMForConditionalGeneration
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 @overload
 def load(
-    name: str | Path = ...,
+    name: Literal["bundled"] = ...,
     *,
     dtype: str | torch.dtype | None = ...,
     device: str | torch.device | None = ...,
-    revision: str | None = ...,
-    like: str | None = ...,
+    revision: None = ...,
+    like: None = ...,
     tokenizer: str | Path | None = ...,
+    adapter: None = ...,
     model_class: None = None,
 ) -> tuple[GLMForConditionalGeneration, PreTrainedTokenizerBase]: ...
 @overload
 def load(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype | None = ...,
+    device: str | torch.device | None = ...,
+    revision: str | None = ...,
+    like: str | None = ...,
+    tokenizer: str | Path | None = ...,
+    adapter: str | Path | None = ...,
+    model_class: None = None,
+) -> tuple[LanguageModel, PreTrainedTokenizerBase]: ...
+@overload
+def load(
     name: str | Path = ...,
     *,
     dtype: str | torch.dtype | None = ...,
@@ -59,6 +77,7 @@ def load(
     revision: str | None = ...,
     like: str | None = ...,
     tokenizer: str | Path | None = ...,
+    adapter: str | Path | None = ...,
     model_class: type[Model],
 ) -> tuple[Model, PreTrainedTokenizerBase]: ...
 def load(
@@ -69,9 +88,10 @@ def load(
     revision: str | None = None,
     like: str | None = None,
     tokenizer: str | Path | None = None,
-    model_class: type[GLMPreTrainedModel] | None = None,
+    adapter: str | Path | None = None,
+    model_class: type[PreTrainedModel] | None = None,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Loads a model, ready to fill blanks, and its tokenizer.
+    """Loads a model, ready to fill blanks or to chat, and its tokenizer.
 
     Tensors go one by one from the files to their places in the model, so that at no time more memory is taken than the
     model needs, and one tensor. No code from the folder is run.
@@ -79,7 +99,7 @@ def load(
     Args:
         name: ``"bundled"`` for the model that comes with gmask; the folder of another one: our own, one in the
             published Hugging Face form, or a checkpoint of the original training code (Megatron, DeepSpeed); or the
-            name of a published model, such as ``THUDM/glm-10b``, which is downloaded once.
+            name of a published model, such as ``THUDM/glm-10b`` or ``THUDM/chatglm-6b``, which is downloaded once.
         dtype: of the weights, such as ``"bfloat16"``. By default float32 on a CPU, where log-probabilities are then
             exact, and as stored elsewhere.
         device: such as ``"cpu"`` or ``"cuda:1"``. By default the best there is: CUDA, Apple's MPS, the CPU.
@@ -87,7 +107,9 @@ def load(
         like: for a checkpoint of the training code whose shape does not tell, the published model that it is made
             like, such as ``"GLM-10B"``: number of heads, vocabulary and special ids come from there.
         tokenizer: the folder with the vocabulary, if it is not beside the weights.
-        model_class: one of those in `gmask.models.glm`; by default the one that the config names.
+        adapter: for a ChatGLM, the folder of a trained P-tuning prefix, as the published ``ptuning`` code saved it.
+        model_class: one of those in `gmask.models.glm` or `gmask.models.chatglm`; by default the one that the config
+            names.
 
     Raises:
         GmaskError: no such model; a missing, damaged, dangerous or unsuitable file, which is named; too little memory.
@@ -96,8 +118,8 @@ def load(
     config = read_config(folder, like)
     words = load_tokenizer(folder if tokenizer is None else Path(tokenizer).expanduser(), kind=_find_kind(folder, like))
     check_vocabulary(words, config)
-    model = _fill_model(folder, config, dtype=dtype, device=device, like=like, model_class=model_class)
-    return model, words
+    prefix = None if adapter is None else Path(adapter).expanduser()
+    return _fill_model(folder, config, prefix, dtype=dtype, device=device, like=like, model_class=model_class), words
 
 
 def find_folder(name: str | Path, revision: str | None = None) -> Path:
@@ -141,40 +163,105 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     like: str | None = None,
-    model_class: type[GLMPreTrainedModel] | None = None,
+    model_class: type[PreTrainedModel] | None = None,
 ) -> Any:
     """The model alone, in evaluation mode; arguments and errors as in `load`."""
     return _fill_model(
-        folder, read_config(folder, like), dtype=dtype, device=device, like=like, model_class=model_class
+        folder, read_config(folder, like), None, dtype=dtype, device=device, like=like, model_class=model_class
     )
 
 
 def _fill_model(
     folder: Path,
-    config: GLMConfig,
+    config: Config,
+    adapter: Path | None,
     *,
     dtype: str | torch.dtype | None,
     device: str | torch.device | None,
     like: str | None,
-    model_class: type[GLMPreTrainedModel] | None,
-) -> GLMPreTrainedModel:
+    model_class: type[PreTrainedModel] | None,
+) -> PreTrainedModel:
     place = torch.device(device or best_device())
     wanted = _read_dtype(dtype, place)
-    chosen = model_class or getattr(glm, (config.architectures or [LANGUAGE_MODEL])[0])
-    with torch.device("meta"):  # shapes alone: the weights come from the files
-        model: GLMPreTrainedModel = chosen(config)
+    architecture = architecture_of(config)
+    model = _shape_model(folder, config, adapter, model_class)
+    prefix = {} if adapter is None else read_prefix(adapter, model)
     with open_checkpoint(folder) as checkpoint:
-        names = match_keys(checkpoint, model)
-        wanted = wanted or checkpoint.dtype("word_embeddings.weight")
-        _check_memory(checkpoint, names, wanted, place)
+        names = match_keys(checkpoint, model, elsewhere=prefix)
+        wanted = wanted or _find_dtype(checkpoint, architecture.embedding)
+        dtypes = {key: _place_dtype(checkpoint, key, wanted) for key in names}
+        _check_memory(checkpoint, dtypes, wanted, place)
         weights: dict[str, Tensor] = {}
         for key in tqdm(names, desc=f"loading {folder.name}", delay=3, leave=False, disable=None):
-            weights[names[key]] = checkpoint.copy(key, device=place, dtype=wanted)
+            weights[names[key]] = checkpoint.copy(key, device=place, dtype=dtypes[key])
+        weights |= {key: tensor.to(place) for key, tensor in prefix.items()}
         check_head(checkpoint, model)
         if lacks_config(folder):
             _copy_rows(checkpoint, weights, model, like)
     model.load_state_dict(weights, strict=False, assign=True)  # strict already, but for the tied head
     model.tie_weights()
+    model.eval()
+    form = form_of(config)
+    return model if form is None else finish(model, form)
+
+
+def _shape_model(
+    folder: Path, config: Config, adapter: Path | None, model_class: type[PreTrainedModel] | None
+) -> PreTrainedModel:
+    """The model of a config, without numbers, with room for the prefix of ``adapter``.
+
+    Raises:
+        GmaskError: a class or an adapter that is not for this kind of model.
+    """
+    architecture = architecture_of(config)
+    chosen = model_class or architecture.find_class((config.architectures or [None])[0])
+    if not issubclass(chosen.config_class, type(config)):
+        if isinstance(config, ChatGLMConfig):
+            raise GmaskError(f"{folder}: is a ChatGLM, which has no blanks to fill: use `gmask chat` or model.chat")
+        raise GmaskError(f"{folder}: is a GLM, and {chosen.__name__} is not for one")
+    if adapter is not None:
+        if not isinstance(config, ChatGLMConfig):
+            raise GmaskError(f"{adapter}: a P-tuning prefix belongs to a ChatGLM, and {folder} is a GLM")
+        add_prefix(config, adapter)
+    with torch.device("meta"):  # shapes alone: the weights come from the files
+        model: PreTrainedModel = chosen(config)
+        if form := form_of(config):
+            lay_out(model, form)
+    return model
+
+
+def load_model_on_gpus(
+    checkpoint_path: str | Path,
+    num_gpus: int = 2,
+    device_map: Mapping[str, int | str] | None = None,
+    **kwargs: Any,
+) -> ChatGLMForConditionalGeneration:
+    """A ChatGLM over several GPUs, in float16: the published ``utils.load_model_on_gpus``, for folders and hub names.
+
+    Args:
+        num_gpus: how many to spread the layers evenly over; the first also gets the embeddings, the last norm and the
+            head.
+        device_map: where each module goes instead, such as ``{"transformer.layers.0": 1, ...}``; a GPU's number,
+            ``"cpu"`` or ``"disk"``.
+        **kwargs: as for `transformers.PreTrainedModel.from_pretrained`, such as ``dtype`` or ``offload_folder``.
+
+    Raises:
+        GmaskError: fewer GPUs, or not a ChatGLM; else as of `load`.
+    """
+    folder = find_folder(checkpoint_path)
+    config = read_config(folder)
+    if not isinstance(config, ChatGLMConfig):
+        raise GmaskError(f"{folder}: is not a ChatGLM; from_pretrained(FOLDER, device_map='auto') spreads other models")
+    if importlib.util.find_spec("accelerate") is None:
+        raise GmaskError("placing a model on several devices needs accelerate: pip install accelerate")
+    if device_map is None:
+        if num_gpus > torch.cuda.device_count():
+            raise GmaskError(f"num_gpus is {num_gpus}, but this machine has {torch.cuda.device_count()}")
+        device_map = spread_layers(config, num_gpus)
+    settings: dict[str, Any] = {"dtype": torch.float16, "config": config, **kwargs}
+    model: ChatGLMForConditionalGeneration = ChatGLMForConditionalGeneration.from_pretrained(
+        folder, device_map=dict(device_map), **settings
+    )
     model.eval()
     return model
 
@@ -197,7 +284,7 @@ def load_tokenizer(folder: Path, *, kind: str | None = None) -> PreTrainedTokeni
     """
     if folder.is_dir():
         names = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                 "cog-pretrain.model", "vocab.txt", "vocab.json", "merges.txt"}  # fmt: skip
+                 "cog-pretrain.model", "ice_text.model", "vocab.txt", "vocab.json", "merges.txt"}  # fmt: skip
         found = [path for path in sorted(folder.iterdir()) if path.name in names]
         if is_megatron(folder) and not found:
             files = VOCABULARY_FILES[kind] if kind else " or ".join(VOCABULARY_FILES.values())
@@ -230,23 +317,36 @@ def _read_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.
     return DTYPES[str(dtype)]
 
 
-def _check_memory(checkpoint: Checkpoint, names: Mapping[str, str], dtype: torch.dtype, place: torch.device) -> None:
+def _find_dtype(checkpoint: Checkpoint, embedding: str) -> torch.dtype:
+    """The dtype that the weights are stored in, quantized ones and their scales left aside."""
+    keys = [embedding, *(key for key in checkpoint if not key.endswith(SCALES))]
+    return next(checkpoint.dtype(key) for key in keys if checkpoint.dtype(key).is_floating_point)
+
+
+def _place_dtype(checkpoint: Checkpoint, key: str, wanted: torch.dtype) -> torch.dtype:
+    """The dtype of a tensor in the model: integers and scales stay as they are stored."""
+    stored = checkpoint.dtype(key)
+    return wanted if stored.is_floating_point and not key.endswith(SCALES) else stored
+
+
+def _check_memory(
+    checkpoint: Checkpoint, dtypes: Mapping[str, torch.dtype], dtype: torch.dtype, place: torch.device
+) -> None:
     """Raises `GmaskError` if the weights do not fit into memory, before any is filled."""
-    numbers = [checkpoint.shape(key).numel() for key in names]
-    passing = max(checkpoint.shape(key).numel() * checkpoint.dtype(key).itemsize for key in names)
+    numbers = [checkpoint.shape(key).numel() for key in dtypes]
+    needed = sum(checkpoint.shape(key).numel() * kept.itemsize for key, kept in dtypes.items())
+    passing = max(checkpoint.shape(key).numel() * checkpoint.dtype(key).itemsize for key in dtypes)
     is_host = place.type != "cuda"
     extra = passing if checkpoint.parallel_size > 1 and is_host else 0
     if is_host:
-        extra = max(extra, checkpoint.unmapped_bytes - sum(numbers) * dtype.itemsize)
+        extra = max(extra, checkpoint.unmapped_bytes - needed)
     elif checkpoint.unmapped_bytes:
         check_room(checkpoint.folder, checkpoint.unmapped_bytes, torch.device("cpu"))
     smaller = 2 * sum(numbers) + extra if dtype.itemsize > 2 else None
-    check_room(checkpoint.folder, sum(numbers) * dtype.itemsize + extra, place, smaller=smaller)
+    check_room(checkpoint.folder, needed + extra, place, smaller=smaller)
 
 
-def _copy_rows(
-    checkpoint: Checkpoint, weights: Mapping[str, Tensor], model: GLMPreTrainedModel, like: str | None
-) -> None:
+def _copy_rows(checkpoint: Checkpoint, weights: Mapping[str, Tensor], model: PreTrainedModel, like: str | None) -> None:
     """Gives special tokens that the training code did not tell apart the rows that they have in the published form."""
     from gmask.checkpoints.megatron_config import rows_to_copy
 

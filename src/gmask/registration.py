@@ -2,14 +2,16 @@
 
 Nothing is imported for it: the modules that matter are watched, and what they need is done when they have been loaded.
 The published configs share their ``model_type``, ``glm``, with GLM-4, so a config class under that name sends each to
-its own. Configs and models from outside transformers come before a repository's remote code; tokenizers do if they are
-registered by name, not by config.
+its own. ``chatglm`` is shared with ChatGLM2, ChatGLM3 and GLM-4-9B, whose code is remote: as transformers asks for it
+only where no class is registered, they are refused with a word on `unregister`. Configs and models from outside
+transformers come before a repository's remote code; tokenizers do if they are registered by name, not by config.
 """
 
 import functools
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -19,18 +21,52 @@ from typing import Any
 from gmask.errors import GmaskError
 
 CONFIGS = "transformers.models.auto.configuration_auto"
-CLASSES = "gmask.models.glm"
-MODELS = {
-    "AutoModel": ("modeling", "GLMModel"),
-    "AutoModelForCausalLM": ("modeling", "GLMForConditionalGeneration"),
-    "AutoModelForSeq2SeqLM": ("modeling", "GLMForConditionalGeneration"),
-    "AutoModelForMultipleChoice": ("heads", "GLMForMultipleChoice"),
-    "AutoModelForSequenceClassification": ("heads", "GLMForSequenceClassification"),
-}
-"""The class for each Auto class, and its module in `CLASSES`."""
 
-TOKENIZERS = ("GLMChineseTokenizer", "GLMGPT2Tokenizer", "GLMBertTokenizer", "GLMRobertaTokenizer", "GLMTokenizer")
-"""By the names that published folders call them, in ``tokenization`` of `CLASSES`."""
+
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """The classes of one architecture that transformers learns of, each behind the name of its module."""
+
+    config: str
+    model_type: str  # that of the configs which we save
+    models: Mapping[str, tuple[str, str]]  # by Auto class
+    tokenizers: Sequence[tuple[str, str]]  # by the names that published folders call them
+
+    @property
+    def model_names(self) -> set[str]:
+        return {name for _, name in self.models.values()}
+
+
+GLM, CHATGLM = "gmask.models.glm", "gmask.models.chatglm"
+CLASSES = {
+    GLM: Classes(
+        config="GLMConfig",
+        model_type="glm_blank",
+        models={
+            "AutoModel": ("modeling", "GLMModel"),
+            "AutoModelForCausalLM": ("modeling", "GLMForConditionalGeneration"),
+            "AutoModelForSeq2SeqLM": ("modeling", "GLMForConditionalGeneration"),
+            "AutoModelForMultipleChoice": ("heads", "GLMForMultipleChoice"),
+            "AutoModelForSequenceClassification": ("heads", "GLMForSequenceClassification"),
+        },
+        tokenizers=[
+            ("tokenization", name)
+            for name in (
+                "GLMChineseTokenizer", "GLMGPT2Tokenizer", "GLMBertTokenizer", "GLMRobertaTokenizer", "GLMTokenizer",
+            )
+        ],
+    ),
+    CHATGLM: Classes(
+        config="ChatGLMConfig",
+        model_type="chatglm",
+        models=dict.fromkeys(
+            ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"),
+            ("modeling", "ChatGLMForConditionalGeneration"),
+        ),
+        tokenizers=[("tokenization", "ChatGLMTokenizer"), ("tokenization_v0", "ChatGLMTokenizerV0")],
+    ),
+}  # fmt: skip
+"""By their package. `AutoModel` gives ChatGLM with its head, as published."""
 
 
 def register() -> None:
@@ -40,7 +76,8 @@ def register() -> None:
     """
     if any(map(_is_ours, sys.meta_path)):
         return
-    watched = {CONFIGS: _register_configs, CLASSES: _register_classes}
+    watched: dict[str, Callable[[], None]] = {CONFIGS: _register_configs}
+    watched |= {home: functools.partial(_register_classes, home) for home in CLASSES}
     sys.meta_path.insert(0, _AfterImport(watched))
     for name, act in watched.items():
         if name in sys.modules:
@@ -55,12 +92,14 @@ def unregister() -> None:
         configs = sys.modules[CONFIGS].CONFIG_MAPPING._extra_content
         dispatcher = configs.get("glm")
         if dispatcher is not None and hasattr(dispatcher, "displaced"):
-            configs.pop("glm_blank", None)
+            for classes in CLASSES.values():
+                if _is_ours(configs.get(classes.model_type)):
+                    del configs[classes.model_type]
             configs.pop("glm")
             if dispatcher.displaced is not None:
                 configs["glm"] = dispatcher.displaced
-    if CLASSES in sys.modules:
-        _unregister_classes()
+    for home in CLASSES.keys() & sys.modules.keys():
+        _unregister_classes(home)
 
 
 class _AfterImport(MetaPathFinder):
@@ -89,8 +128,10 @@ class _AfterImport(MetaPathFinder):
         return spec
 
 
-def _is_ours(finder: object) -> bool:
-    return type(finder).__module__ == __name__  # by name, so that a reloaded module knows its earlier self
+def _is_ours(thing: object) -> bool:
+    """Whether a finder or a config class is one of gmask; by name, so that a reloaded module knows its earlier self."""
+    kind = thing if isinstance(thing, type) else type(thing)
+    return kind.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def _register_configs() -> None:
@@ -111,68 +152,85 @@ def _register_configs() -> None:
         def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
             if not _is_published_glm(config_dict):
                 return cls._find_other().from_dict(config_dict, **kwargs)
-            return _config_class().from_dict(_complete(config_dict, kwargs.get("name_or_path")), **kwargs)
+            return _config_class(GLM).from_dict(_complete(config_dict, kwargs.get("name_or_path")), **kwargs)
 
         @classmethod
         def _find_other(cls) -> Any:
             return cls.displaced or importlib.import_module("transformers").GlmConfig
 
-    class GLMOnUse(PreTrainedConfig):
-        """Stands for ``glm_blank`` until the real class is loaded."""
+    def stand_in(home: str) -> type[PreTrainedConfig]:
+        """What stands for a config class of ours until it is loaded."""
 
-        model_type = "glm_blank"
+        class OnUse(PreTrainedConfig):
+            model_type = CLASSES[home].model_type
 
-        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-            return _config_class()(*args, **kwargs)
+            def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+                return _config_class(home)(*args, **kwargs)
 
-        @classmethod
-        def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-            return _config_class().from_dict(config_dict, **kwargs)
+            @classmethod
+            def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+                return _config_class(home).from_dict(config_dict, **kwargs)
+
+        return OnUse
 
     CONFIG_MAPPING.register("glm", GLMDispatch, exist_ok=True)
-    if "glm_blank" not in CONFIG_MAPPING:
-        CONFIG_MAPPING.register("glm_blank", GLMOnUse)
+    for home, classes in CLASSES.items():
+        if classes.model_type not in CONFIG_MAPPING:
+            CONFIG_MAPPING.register(classes.model_type, stand_in(home))
 
 
 def _is_published_glm(values: Mapping[str, Any]) -> bool:
     """Whether a config of ``model_type`` glm is one of the first generation, and not GLM-4."""
-    ours = {name for _, name in MODELS.values()}
-    return "block_position_encoding" in values or not ours.isdisjoint(values.get("architectures") or ())
+    named = set(values.get("architectures") or ())
+    return "block_position_encoding" in values or bool(named & CLASSES[GLM].model_names)
 
 
-def _register_classes() -> None:
-    """The classes themselves; the Auto classes have been loaded with them."""
+def _register_classes(home: str) -> None:
+    """The classes of a package; the Auto classes have been loaded with it."""
     import transformers
     from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
 
-    _config_class().complete_published = _complete
-    transformers.AutoConfig.register("glm_blank", _config_class(), exist_ok=True)
-    for auto_name, (home, name) in MODELS.items():
-        model_class = getattr(importlib.import_module(f"{CLASSES}.{home}"), name)
-        getattr(transformers, auto_name).register(_config_class(), model_class, exist_ok=True)
+    classes, config_class = CLASSES[home], _config_class(home)
+    config_class.complete_published = _complete if home == GLM else _complete_chat
+    transformers.AutoConfig.register(classes.model_type, config_class, exist_ok=True)
+    for auto_name, (module, name) in classes.models.items():
+        model_class = _find_class(home, module, name)
+        getattr(transformers, auto_name).register(config_class, model_class, exist_ok=True)
         if not hasattr(transformers, name):  # where a config's `architectures` are looked up
             setattr(transformers, name, model_class)
-    tokenization = importlib.import_module(f"{CLASSES}.tokenization")
-    for name in TOKENIZERS:
-        REGISTERED_TOKENIZER_CLASSES[name] = getattr(tokenization, name)
+    for module, name in classes.tokenizers:
+        REGISTERED_TOKENIZER_CLASSES[name] = _find_class(home, module, name)
 
 
-def _unregister_classes() -> None:
+def _unregister_classes(home: str) -> None:
     import transformers
     from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
 
-    _config_class().complete_published = None
-    for auto_name, (home, name) in MODELS.items():
-        getattr(transformers, auto_name)._model_mapping._extra_content.pop(_config_class(), None)
-        model_class = getattr(importlib.import_module(f"{CLASSES}.{home}"), name)
-        if vars(transformers).get(name) is model_class:
+    classes, config_class = CLASSES[home], _config_class(home)
+    config_class.complete_published = None
+    for auto_name, (module, name) in classes.models.items():
+        getattr(transformers, auto_name)._model_mapping._extra_content.pop(config_class, None)
+        if vars(transformers).get(name) is _find_class(home, module, name):
             delattr(transformers, name)
-    for name in TOKENIZERS:
+    for _, name in classes.tokenizers:
         REGISTERED_TOKENIZER_CLASSES.pop(name, None)
 
 
-def _config_class() -> Any:
-    return importlib.import_module(CLASSES).GLMConfig
+def _find_class(home: str, module: str, name: str) -> Any:
+    return getattr(importlib.import_module(f"{home}.{module}"), name)
+
+
+def _config_class(home: str) -> Any:
+    return getattr(importlib.import_module(home), CLASSES[home].config)
+
+
+def _complete_chat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As `_complete` for the config of a ChatGLM."""
+    from gmask.checkpoints.architectures import CHATGLM as ARCHITECTURE
+    from gmask.checkpoints.special_ids import special_ids
+
+    own = {key: value for key, value in values.items() if key != "auto_map"}
+    return {**own, **special_ids(None, own, ARCHITECTURE)}
 
 
 def _complete(values: Mapping[str, Any], source: str | None) -> dict[str, Any]:

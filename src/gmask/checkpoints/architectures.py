@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from gmask.errors import GmaskError
 
 LANGUAGE_MODEL = "GLMForConditionalGeneration"
@@ -29,6 +31,7 @@ class Architecture:
     classes: tuple[str, ...]  # first the language model, which a config means unless it names another
     body: str  # what published configs name, too
     special_ids: tuple[str, ...]  # those that a published config may leave out
+    prompt_ids: tuple[str, ...]  # those that its prompts end with, and that its tokenizer must therefore agree on
     embedding: str  # the bare name of its word embedding
 
     @property
@@ -47,6 +50,7 @@ GLM = Architecture(
     body="GLMModel",
     special_ids=("pad_token_id", "eos_token_id", "sop_token_id", "eop_token_id", "mask_token_id", "smask_token_id",
                  "gmask_token_id"),
+    prompt_ids=("sop_token_id", "eop_token_id"),
     embedding="word_embeddings.weight",
 )  # fmt: skip
 CHATGLM = Architecture(
@@ -55,6 +59,7 @@ CHATGLM = Architecture(
     classes=("ChatGLMForConditionalGeneration",),
     body="ChatGLMModel",
     special_ids=("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id", "gmask_token_id"),
+    prompt_ids=("bos_token_id", "gmask_token_id"),
     embedding="transformer.word_embeddings.weight",
 )
 ARCHITECTURES = (GLM, CHATGLM)
@@ -78,6 +83,11 @@ def find_architecture(values: Mapping[str, Any], path: Path) -> Architecture:
     if kind == "glm_blank" or "block_position_encoding" in values or {*GLM.classes, GLM.body} & set(classes):
         return GLM
     raise GmaskError(f"{path}: {_name_other(values)}")
+
+
+def architecture_of(config: PreTrainedConfig) -> Architecture:
+    """The architecture that a config of ours is of."""
+    return next(row for row in ARCHITECTURES if isinstance(config, row.config_class))
 
 
 def find_class_name(values: Mapping[str, Any], path: Path) -> str:

@@ -1,13 +1,12 @@
 """Which config has a folder with weights of any published form?"""
 
-import json
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from gmask.checkpoints.architectures import GLM, find_architecture, find_class_name
+from gmask.checkpoints.json_files import read_object
 from gmask.checkpoints.reading import is_megatron, open_checkpoint
-from gmask.checkpoints.tensor_files import one_line, refuse_placeholder
-from gmask.errors import GmaskError
+from gmask.errors import GmaskError, one_line
 from gmask.models.chatglm import ChatGLMConfig
 from gmask.models.glm import GLMConfig
 
@@ -38,7 +37,7 @@ def read_config(folder: Path, like: str | None = None, heads: int | None = None)
             values = config_values(checkpoint, like, heads)
     else:
         source = path
-        values = _read_json(path)
+        values = read_object(path)
     values.pop("auto_map", None)  # names remote code
     architecture = find_architecture(values, source)
     values["architectures"] = [find_class_name(values, source)]
@@ -72,14 +71,3 @@ def read_glm_config(folder: Path, like: str | None = None, heads: int | None = N
 def lacks_config(folder: Path) -> bool:
     """Whether a folder is a checkpoint of the training code, whose config has to be inferred."""
     return not (folder / "config.json").is_file() and is_megatron(folder)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    refuse_placeholder(path)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise GmaskError(f"{path}: not JSON ({one_line(error)})") from error
-    if not isinstance(values, dict):
-        raise GmaskError(f"{path}: expected a JSON object")
-    return values

@@ -102,7 +102,7 @@ def has_overflown(stored: Tensor, tensor: Tensor) -> bool:
     """Whether finite numbers have become infinite in a smaller dtype."""
     if torch.finfo(tensor.dtype).max >= torch.finfo(stored.dtype).max:
         return False
-    pieces = zip(stored.reshape(-1).split(PIECE), tensor.reshape(-1).split(PIECE), strict=True)
+    pieces = zip(torch.split(stored.reshape(-1), PIECE), torch.split(tensor.reshape(-1), PIECE), strict=True)
     return any(not torch.equal(before.isfinite(), after.isfinite()) for before, after in pieces)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gmask.checkpoints.catalog import find_family
-from gmask.errors import GmaskError
+from gmask.errors import GmaskError, one_line
 
 DESCRIPTIONS = ("*.json", "*.model", "merges.txt", "vocab.txt")
 WEIGHTS = {"safetensors": "model*.safetensors", "bin": "pytorch_model*.bin"}
@@ -109,19 +109,15 @@ def _explain(error: Exception, repository: str, revision: str | None) -> str:
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repository}: has no revision {revision}; name a branch, tag or commit of it"
     if isinstance(error, errors.HFValidationError):
-        return f"{repository}: not a name of the hub ({_one_line(error)})"
+        return f"{repository}: not a name of the hub ({one_line(error)})"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"{repository}: no space left in {constants.HF_HUB_CACHE}; free some, or set HF_HOME to another place"
     if isinstance(error, errors.HfHubHTTPError):
-        return f"{repository}: {constants.ENDPOINT} refused ({_one_line(error)}); try again later"
+        return f"{repository}: {constants.ENDPOINT} refused ({one_line(error)}); try again later"
     if isinstance(error, errors.LocalEntryNotFoundError | ConnectionError | OSError):
         wanted = f"revision {revision}" if revision else "the model"
         return (
             f"{repository}: {constants.ENDPOINT} cannot be reached, and {wanted} is not whole in the cache: "
             "set HF_ENDPOINT to a mirror, or download it elsewhere and name its folder"
         )
-    return f"{repository}: the download failed ({_one_line(error)}); try again, whole files are kept"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    return f"{repository}: the download failed ({one_line(error)}); try again, whole files are kept"

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from gmask.checkpoints.megatron import find_rank_files, find_tracker, holds_ranks, open_ranks
-from gmask.checkpoints.tensor_files import PickledFile, SafetensorsFile, TensorFile, one_line, refuse_placeholder
+from gmask.checkpoints.tensor_files import PickledFile, SafetensorsFile, TensorFile, refuse_placeholder
 from gmask.checkpoints.weight_maps import Split, bare_name, merge, split_of
-from gmask.errors import GmaskError
+from gmask.errors import GmaskError, one_line
 from gmask.models.glm.heads import THUDM_CLASSIFIER_NAMES
 
 WEIGHT_FILES = (

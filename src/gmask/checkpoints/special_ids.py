@@ -1,12 +1,12 @@
 """Which ids do the special tokens of a folder have, where its config leaves them out?"""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gmask.checkpoints.architectures import CHATGLM, GLM, Architecture
 from gmask.checkpoints.catalog import FAMILIES, Family, family_of_shape, find_family
+from gmask.checkpoints.json_files import read_object
 from gmask.errors import GmaskError
 
 SPELLINGS = {
@@ -51,7 +51,7 @@ def special_ids(folder: Path | None, values: Mapping[str, Any], architecture: Ar
     stated = {role: values[role] for role in SPELLINGS if isinstance(values.get(role), int)}
     if len(stated) == len(SPELLINGS):
         return {}
-    settings = _read_json(folder / "tokenizer_config.json") if folder else {}
+    settings = read_object(folder / "tokenizer_config.json", required=False) if folder else {}
     found = _read_vocabulary(folder, settings) if folder else {}
     _check_range(found, values.get("vocab_size"), folder)
     known = {**found, **stated}
@@ -100,9 +100,9 @@ def _read_added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, i
     for token_id, token in _mapping(settings.get("added_tokens_decoder")).items():
         if token_id.isdecimal() and isinstance(token, Mapping):
             ids[str(token.get("content"))] = int(token_id)
-    for token in _read_json(folder / "tokenizer.json").get("added_tokens") or []:
+    for token in read_object(folder / "tokenizer.json", required=False).get("added_tokens") or []:
         ids[token["content"]] = token["id"]
-    return ids | _only_ids(_read_json(folder / "added_tokens.json"))
+    return ids | _only_ids(read_object(folder / "added_tokens.json", required=False))
 
 
 def _read_pieces(folder: Path) -> dict[str, int]:
@@ -111,7 +111,7 @@ def _read_pieces(folder: Path) -> dict[str, int]:
     if words.is_file():
         lines = words.read_text(encoding="utf-8").split("\n")
         return {line.rstrip("\r"): number for number, line in enumerate(lines)}
-    return _only_ids(_read_json(folder / "vocab.json"))
+    return _only_ids(read_object(folder / "vocab.json", required=False))
 
 
 def _find_row(values: Mapping[str, Any], settings: Mapping[str, Any]) -> Family | None:
@@ -136,17 +136,6 @@ def _row_of_shape(values: Mapping[str, Any]) -> Family | None:
         "positions": values.get("max_sequence_length", values.get("max_position_embeddings")),
     }
     return family_of_shape(**shape)  # what is missing fits no row
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; an empty one if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise GmaskError(f"{path}: not JSON; download or copy it again") from error
-    return _mapping(values)
 
 
 def _mapping(values: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ runs code: each is read with ``weights_only=True``.
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,11 +16,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gmask.errors import GmaskError
+from gmask.errors import GmaskError, one_line
 from gmask.models.strict_loading import LFS_POINTER
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Of floating-point numbers, as safetensors calls them."""
+
+INTEGERS = {"I8": torch.int8}
+"""Of quantized weights, which are read where there are scales beside them (`SCALES` ends the keys of these)."""
+
+SCALES = "weight_scale"
 
 UNREADABLE = (
     SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, ValueError, EOFError, TypeError,
@@ -81,8 +86,8 @@ class SafetensorsFile:
         except UNREADABLE as error:
             raise explain(path, error) from error
         for key, entry in self._entries.items():
-            if entry.get_dtype() not in DTYPES:
-                raise GmaskError(f"{path}: {key} is stored as {entry.get_dtype()}; quantized weights are not read")
+            if entry.get_dtype() not in DTYPES | (INTEGERS if _has_scales(self._entries) else {}):
+                raise GmaskError(_explain_integers(path, key, entry.get_dtype()))
 
     def names(self) -> list[str]:
         return list(self._entries)
@@ -91,7 +96,7 @@ class SafetensorsFile:
         return torch.Size(self._entries[key].get_shape())
 
     def dtype(self, key: str) -> torch.dtype:
-        return DTYPES[self._entries[key].get_dtype()]
+        return (DTYPES | INTEGERS)[self._entries[key].get_dtype()]
 
     def read(self, key: str) -> Tensor:
         tensor: Tensor = self._file.get_tensor(key)
@@ -119,7 +124,7 @@ class PickledFile:
         if not isinstance(tensors, dict):
             raise GmaskError(f"{path}: has no entry {entry!r}; it is no checkpoint of the training code")
         for key, tensor in tensors.items():
-            _check_plain(path, key, tensor)
+            _check_plain(path, key, tensor, may_be_integers=_has_scales(tensors))
         self._tensors: dict[str, Tensor] = {key: tensor.detach() for key, tensor in tensors.items()}
         self._whole: dict[str, Tensor] = {}
         others = {} if entry is None else {key: value for key, value in content.items() if key != entry}
@@ -186,11 +191,6 @@ def explain(path: Path, error: Exception) -> GmaskError:
     return GmaskError(f"{path}: truncated or damaged, download or copy it again ({one_line(error)})")
 
 
-def one_line(error: Exception) -> str:
-    """The start of another library's message; of torch's, of what stands behind its advice."""
-    return " ".join(str(error).split("WeightsUnpickler error:")[-1].split())[:160] or type(error).__name__
-
-
 def _is_zip(path: Path) -> bool:
     """Whether `torch.save` wrote the file in its form since PyTorch 1.6, the only one that can be mapped."""
     with path.open("rb") as file:
@@ -204,11 +204,23 @@ def _refuse_compressed(path: Path) -> None:
             raise GmaskError(f"{path}: an archiver has compressed it; use the file that torch.save wrote")
 
 
-def _check_plain(path: Path, key: Any, tensor: Any) -> None:
+def _has_scales(keys: Iterable[Any]) -> bool:
+    return any(str(key).endswith(SCALES) for key in keys)
+
+
+def _explain_integers(path: Path, key: str, dtype: object) -> str:
+    return (
+        f"{path}: {key} is stored as {dtype}, and the file holds no scales, without which quantized weights are not "
+        "read; download the model again, or quantize it anew"
+    )
+
+
+def _check_plain(path: Path, key: Any, tensor: Any, *, may_be_integers: bool) -> None:
     if not isinstance(key, str) or not isinstance(tensor, Tensor):
         raise GmaskError(f"{path}: holds {key!r}, which is no tensor; expected weights by name and nothing else")
-    if tensor.layout != torch.strided or tensor.is_quantized or not tensor.dtype.is_floating_point:
-        raise GmaskError(f"{path}: {key} is stored as {tensor.dtype}; quantized weights are not read")
+    is_integers = may_be_integers and tensor.dtype == torch.int8
+    if tensor.layout != torch.strided or tensor.is_quantized or not (tensor.dtype.is_floating_point or is_integers):
+        raise GmaskError(_explain_integers(path, key, tensor.dtype))
 
 
 def _is_data(value: Any, depth: int = 20) -> bool:

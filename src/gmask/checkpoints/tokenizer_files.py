@@ -1,12 +1,13 @@
 """How do the vocabulary files of a folder become a tokenizer?"""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from gmask.errors import GmaskError
+from gmask.checkpoints.json_files import read_object
+from gmask.errors import GmaskError, one_line
+from gmask.models.chatglm.tokenization import VOCABULARY_FILE, ChatGLMTokenizer
 from gmask.models.glm.published_vocabulary import read_ids
 from gmask.models.glm.special_tokens import TRAINING_TOKENS
 from gmask.models.glm.tokenization import (
@@ -27,6 +28,7 @@ CLASSES: dict[str, type[Any]] = {
 
 CLASS_NAMES: dict[str, type[Any]] = {
     **{tokenizer_class.__name__: tokenizer_class for tokenizer_class in CLASSES.values()},
+    **dict.fromkeys(("ChatGLMTokenizer", "ChatGLMTokenizerV0"), ChatGLMTokenizer),
     **dict.fromkeys(("GLMTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend"), GLMTokenizer),
 }
 """What ``tokenizer_class`` may say in ``tokenizer_config.json``."""
@@ -50,8 +52,12 @@ def read_tokenizer(folder: Path, *, kind: str | None = None) -> PreTrainedTokeni
         raise GmaskError(f"{folder}: no such folder; name the one that holds the vocabulary files")
     if kind is not None and kind not in TRAINING_TOKENS:
         raise GmaskError(f"{kind}: no such kind of vocabulary; there are {', '.join(TRAINING_TOKENS)}")
-    config = _read_json(folder / "tokenizer_config.json")
+    config = read_object(folder / "tokenizer_config.json", required=False)
     tokenizer_class = _named_class(folder, config)
+    if tokenizer_class is None and kind is None and (folder / VOCABULARY_FILE).is_file():
+        tokenizer_class = ChatGLMTokenizer
+    if tokenizer_class is ChatGLMTokenizer:
+        return _from_folder(ChatGLMTokenizer, folder, folder / VOCABULARY_FILE)
     if tokenizer_class is None:
         kind = kind or _find_kind(folder)
         tokenizer_class = CLASSES[kind.split("-")[0]] if kind else GLMTokenizer
@@ -59,7 +65,7 @@ def read_tokenizer(folder: Path, *, kind: str | None = None) -> PreTrainedTokeni
         return _from_folder(GLMTokenizer, folder, folder / "tokenizer.json")
     if config or (folder / "added_tokens.json").is_file():
         for name in ("added_tokens.json", "special_tokens_map.json"):
-            _read_json(folder / name)
+            read_object(folder / name, required=False)
         return _from_folder(tokenizer_class, folder, folder / "tokenizer_config.json")
     files = {key: str(folder / name) for key, name in tokenizer_class.vocab_files_names.items()}
     settings: dict[str, Any] = {"spacing": "training", "name_or_path": str(folder)}
@@ -70,14 +76,14 @@ def read_tokenizer(folder: Path, *, kind: str | None = None) -> PreTrainedTokeni
 
 def _from_folder(tokenizer_class: type[Any], folder: Path, path: Path) -> PreTrainedTokenizerBase:
     """Lets transformers put files and settings together; ``path`` is blamed for what only it can say."""
-    if tokenizer_class is GLMTokenizer and not path.is_file():
+    if path.name in tokenizer_class.vocab_files_names.values() and not path.is_file():
         raise GmaskError(f"{path}: missing; download or copy it there")
     try:
         tokenizer: PreTrainedTokenizerBase = tokenizer_class.from_pretrained(folder, local_files_only=True)
     except GmaskError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception, transformers whatever its parts raise
-        message = " ".join(str(error).split())[:160] or type(error).__name__
+        message = one_line(error)
         raise GmaskError(f"{path}: not that of a tokenizer, download or copy it again ({message})") from error
     return tokenizer
 
@@ -102,19 +108,6 @@ def _find_kind(folder: Path) -> str | None:
     if (folder / "vocab.json").is_file():
         return "roberta" if "<s>" in read_ids(str(folder / "vocab.json")) else "gpt2"
     raise GmaskError(
-        f"{folder}: no vocabulary there; expected tokenizer.json, cog-pretrain.model, vocab.txt, or vocab.json and"
-        " merges.txt"
+        f"{folder}: no vocabulary there; expected tokenizer.json, cog-pretrain.model, ice_text.model, vocab.txt, or"
+        " vocab.json and merges.txt"
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; an empty one if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise GmaskError(f"{path}: not JSON; download or copy it again") from error
-    if not isinstance(values, dict):
-        raise GmaskError(f"{path}: expected a JSON object")
-    return values

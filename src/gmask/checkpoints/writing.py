@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gmask.checkpoints.megatron import WEIGHTS_ENTRY
-from gmask.checkpoints.tensor_files import DTYPES
+from gmask.checkpoints.tensor_files import DTYPES, INTEGERS
 
 ALIGNMENT = 64  # of tensors in an archive, so that they can be mapped; as torch.save has it
 LARGE = 2**30  # from here on an entry of an archive has the long form of its header
@@ -77,7 +77,7 @@ class SafetensorsWriter(TensorWriter):
 
     def __init__(self, path: Path, plan: Mapping[str, Tensor]) -> None:
         super().__init__(path, plan)
-        names = {dtype: name for name, dtype in DTYPES.items()}
+        names = {dtype: name for name, dtype in (DTYPES | INTEGERS).items()}
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
         end = 0
         self._offsets: dict[str, int] = {}

@@ -15,6 +15,7 @@ from gmask.cli.conversion import convert
 from gmask.cli.evaluation import evaluate
 from gmask.cli.filling import infill
 from gmask.cli.inspection import info
+from gmask.cli.quantizing import quantize
 from gmask.cli.scoring import embed, score
 from gmask.cli.training import pretrain, train_tokenizer
 from gmask.errors import GmaskError
@@ -31,6 +32,7 @@ app.command()(chat)
 app.command()(score)
 app.command()(embed)
 app.command()(convert)
+app.command()(quantize)
 app.command()(info)
 app.command()(pretrain)
 app.command()(evaluate)

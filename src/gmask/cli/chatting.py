@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gmask.cli.filling import Pairs, read_pairs
+from gmask.cli.filling import Pairs, read_pairs, read_texts
 from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
@@ -27,7 +27,18 @@ Ctrl-C stops the reply that is being written and keeps what was said; \\ at the 
 Texts = Annotated[
     list[str] | None, typer.Argument(metavar="MESSAGE...", help="Answer these in turn and end.", show_default=False)
 ]
-Model = Annotated[str, typer.Option(help="Folder or name of a model.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="Folder or name of a model.")]
+Adapter = Annotated[
+    Path | None, typer.Option(help="Folder of a P-tuning prefix that was trained for it.", show_default=False)
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="float32|bfloat16|float16",
+        help="Precision of the weights.",
+        show_default="float32 on a CPU, else as stored",
+    ),
+]
 ContextLength = Annotated[
     int | None,
     typer.Option(help="Tokens of prompt and reply together.", show_default="what the model was trained on"),
@@ -44,6 +55,8 @@ def chat(
     context_length: ContextLength = None,
     max_tokens: MaxTokens = None,
     history: History = None,
+    adapter: Adapter = None,
+    dtype: Dtype = None,
     pairs: Pairs = None,
 ) -> None:
     """Talk with a model: ChatGLM-6B, or another GLM by questions and answers."""
@@ -53,12 +66,16 @@ def chat(
     settings = read_pairs(pairs or [])
     if max_tokens is not None:
         settings["max_tokens"] = max_tokens
-    conversation = Chat(*load(model), context_length=context_length, **settings)
+    network, tokenizer = load(model, dtype=dtype, adapter=adapter)
+    conversation = Chat(network, tokenizer, context_length=context_length, **settings)
+    _tell_context(conversation.chatter.context_length, network.config.max_position_embeddings)
     if history is not None:
         conversation.load(history)
     if texts or not sys.stdin.isatty():
-        for text in texts or [line for line in sys.stdin.read().splitlines() if line.strip()]:
-            print(conversation.ask(text).text)
+        for text in read_texts(texts):
+            reply = conversation.ask(text)
+            print(reply.text, flush=True)
+            _tell(reply)
     else:
         converse(conversation)
 
@@ -144,6 +161,15 @@ def print_reply(fragments: Generator[str, None, "Reply"]) -> None:
     except KeyboardInterrupt:
         fragments.close()
         print(" ...")
+
+
+def _tell_context(wanted: int, trained: int) -> None:
+    if wanted > trained:
+        print(
+            f"note: a context of {wanted} tokens, but the model was trained on at most {trained}: replies get worse "
+            "beyond them",
+            file=sys.stderr,
+        )
 
 
 def _tell(reply: "Reply") -> None:

@@ -137,8 +137,9 @@ def read_candidates(choice: str, *, option: str = "--choices") -> list[str]:
 def _load(model: str, settings: "Settings") -> "Infiller":
     from gmask.generation.infill import Infiller
     from gmask.loading import load
+    from gmask.models.glm import GLMForConditionalGeneration
 
-    return Infiller(*load(model), settings)
+    return Infiller(*load(model, model_class=GLMForConditionalGeneration), settings)
 
 
 def _fill_texts(

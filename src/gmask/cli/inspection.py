@@ -100,28 +100,28 @@ def describe_folder(name: str) -> dict[str, Any]:
 def _describe_config(folder: Path) -> dict[str, Any]:
     import torch
 
+    from gmask.checkpoints.architectures import architecture_of
     from gmask.loading import read_config
-    from gmask.models import glm
 
     config = read_config(folder)
-    kind = (config.architectures or ["GLMForConditionalGeneration"])[0]
+    model_class = architecture_of(config).find_class((config.architectures or [None])[0])
     with torch.device("meta"):
-        count = getattr(glm, kind)(config).num_parameters()
+        count = model_class(config).num_parameters()
     shape = {
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "attention_heads": config.num_attention_heads,
         "positions": config.max_position_embeddings,
         "vocabulary": config.vocab_size,
-        "activation": config.hidden_act,
+        "activation": getattr(config, "hidden_act", "gelu_pytorch_tanh"),
     }
     roles = ("pad", "eos", "sop", "eop", "mask", "smask", "gmask")
     return {
-        "kind": kind,
+        "kind": model_class.__name__,
         "same_shape_as": _names_of_shape(shape),
         "parameters": count,
         "shape": shape,
-        "special_ids": {role: getattr(config, f"{role}_token_id") for role in roles},
+        "special_ids": {role: getattr(config, f"{role}_token_id", None) for role in roles},
     }
 
 

@@ -110,17 +110,18 @@ def embed(
     """
     from gmask.generation.embed import Embedder, as_floats
     from gmask.loading import load
+    from gmask.models.glm import GLMForConditionalGeneration
 
     settings: dict[str, Any] = {"pooling": pooling, "layer": layer, "normalize": normalize, "truncate": truncate}
     if files := read_files(texts, source, target):
         from gmask.generation.files import embed_file
 
-        embedder = Embedder(*load(model), **settings)
+        embedder = Embedder(*load(model, model_class=GLMForConditionalGeneration), **settings)
         report = embed_file(embedder, *files, skip_bad_lines=skip_bad_lines, progress=sys.stderr.isatty())
         print_report(report, files[1], deed="embedded")
         return
     texts = read_texts(texts)
-    embedder = Embedder(*load(model), **settings)
+    embedder = Embedder(*load(model, model_class=GLMForConditionalGeneration), **settings)
     vectors = embedder.embed([embedder.read(text) for text in texts])
     for text, vector in zip(texts, vectors, strict=True):
         print(json.dumps({"text": text, "embedding": as_floats(vector)}, ensure_ascii=False))
@@ -131,8 +132,11 @@ def _load_scorer(model: str, normalization: str, batch_size: int) -> "Scorer":
 
     from gmask.generation import score as scoring
     from gmask.loading import load
+    from gmask.models.glm import GLMForConditionalGeneration
 
-    return scoring.Scorer(*load(model), cast(scoring.Normalization, normalization), batch_size)
+    return scoring.Scorer(
+        *load(model, model_class=GLMForConditionalGeneration), cast(scoring.Normalization, normalization), batch_size
+    )
 
 
 def _score_file(

@@ -108,7 +108,7 @@ def tell_how_to_get(family: "Family") -> str:
         verb, text = ("chat", "") if is_chat else ("infill", " '... [MASK] ...'")
         return f"gmask fetches it{size} when you name it: gmask {verb} --model {family.hub_names[0]}{text}"
     if family.architecture == "chatglm":
-        return "an early revision of THUDM/chatglm-6b: git clone it, check that revision out, and name the folder"
+        return f"{family.archive}: git clone it, check one of March 2023 out, and name the folder"
     return (
         f"not on a hub; {family.archive} is linked from {README}: unpack it, then"
         f" gmask convert FOLDER NEW-FOLDER --like {family.name} --tokenizer VOCABULARY-FOLDER"

@@ -16,6 +16,7 @@ from gmask.evaluation.infilling import evaluate_infilling
 from gmask.evaluation.model_card import Card, render_card
 from gmask.evaluation.report import print_evaluation
 from gmask.loading import find_folder, load
+from gmask.models.glm import GLMForConditionalGeneration
 from gmask.tasks.recipe import load_recipe
 from gmask.tasks.vocabulary import make_mixture
 
@@ -54,7 +55,7 @@ def run(
     if card and not metrics:
         raise GmaskError(f"{folder}: no metrics.jsonl of its training there, which the model card needs")
     origins = _read_origins(recipe) if card else {}
-    network, tokenizer = load(folder, dtype="float32", device=device)
+    network, tokenizer = load(folder, dtype="float32", device=device, model_class=GLMForConditionalGeneration)
     tokens_seen = metrics[-1]["tokens"] if metrics else None
     with console.status("evaluating") as status:
         report = evaluate_infilling(

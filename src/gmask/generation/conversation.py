@@ -45,7 +45,7 @@ class ChatGLMFormat:
             smask=ids["sMASK"],
             gmask=ids["gMASK"],
             sop=tokenizer.bos_token_id,
-            eop=tokenizer.eos_token_id,
+            eop=tokenizer.convert_tokens_to_ids("<eop>"),  # of the first vocabulary, eos is </s>
             pad=tokenizer.pad_token_id,
             cls=tokenizer.pad_token_id,  # has none, and begins with the text
             eos=tokenizer.eos_token_id,

@@ -7,8 +7,10 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
 
-from gmask.errors import GmaskError
+from gmask.errors import GmaskError, one_line
 
 UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError)
 LFS_POINTER = b"version https://git-lfs"
@@ -58,6 +60,23 @@ class StrictLoadingMixin:
             _check(model, info, pretrained_model_name_or_path)
         return (model, info) if wants_info else model
 
+    @classmethod
+    def maybe_distribute_model(
+        cls, model: PreTrainedModel, distributed_config: DistributedConfig | None, *args: Any
+    ) -> PreTrainedModel:
+        if distributed_config is not None:
+            check_processes(model.config.num_attention_heads, distributed_config.tp_size)
+        return super().maybe_distribute_model(model, distributed_config, *args)  # type: ignore[misc]
+
+
+def check_processes(heads: int, processes: int) -> None:
+    """Raises `GmaskError` for a number of processes that would have to cut a head."""
+    if heads % processes:
+        fitting = ", ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
+        raise GmaskError(
+            f"{heads} attention heads cannot be divided among {processes} processes: start one of {fitting} processes"
+        )
+
 
 def _check(model: Any, info: Mapping[str, Any], source: Any) -> None:
     """Raises for what the loading report `info` says is amiss, but for heads."""
@@ -101,7 +120,7 @@ def _explain(source: Any, error: Exception) -> None:
                     f"{path}: a Git LFS pointer, not the weights: run `git lfs pull` there, or download the file"
                 ) from error
     if isinstance(error, UNREADABLE):
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = one_line(error)
         raise GmaskError(f"{folder}: the weights cannot be read, download or copy them again ({reason})") from error
 
 

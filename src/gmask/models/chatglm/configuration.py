@@ -1,10 +1,14 @@
 """What shapes a ChatGLM-6B, and which of its tokens carry the layout?"""
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
+
+from gmask.errors import GmaskError
+from gmask.quantization.quantizer import QuantizationConfig
 
 PUBLISHED_LAYERS = 28
 """The published block never learns ``num_layers`` and scales its residual for 28 layers, whatever the depth."""
@@ -40,6 +44,14 @@ class ChatGLMConfig(PreTrainedConfig):
         "eop_token_id": "eos_token_id",
     }
 
+    base_model_tp_plan: ClassVar[dict[str, str]] = {  # rows of whole heads: query, key and value of each lie together
+        "word_embeddings": "embedding_rowwise",
+        "layers.*.attention.query_key_value": "colwise",
+        "layers.*.attention.dense": "rowwise",
+        "layers.*.mlp.dense_h_to_4h": "colwise",
+        "layers.*.mlp.dense_4h_to_h": "rowwise",
+    }
+
     vocab_size: int = 130528
     hidden_size: int = 4096
     num_hidden_layers: int = 28
@@ -64,11 +76,21 @@ class ChatGLMConfig(PreTrainedConfig):
     gmask_token_id: int | None = 130001
     auto_map: dict[str, Any] = field(default_factory=dict)  # no remote code; trainers read it unasked
 
+    complete_published: ClassVar[Callable[[Mapping[str, Any]], dict[str, Any]] | None] = None
+    """Fills in what an early published config leaves out; whoever knows the vocabularies sets it."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        if cls.complete_published is not None:
+            config_dict = cls.complete_published(config_dict)
+        return super().from_dict(config_dict, **kwargs)
+
     def __post_init__(self, **kwargs: Any) -> None:
         later = LATER_GENERATIONS & kwargs.keys()
         if later:
-            raise ValueError(
-                f"{min(later)} belongs to ChatGLM2, ChatGLM3 or GLM-4, which gmask does not run: use transformers"
+            raise GmaskError(
+                f"{min(later)} belongs to ChatGLM2, ChatGLM3 or GLM-4-9B, which gmask does not run: call "
+                "gmask.registration.unregister(), and transformers loads them with trust_remote_code=True"
             )
         quarters = 4 * self.num_attention_heads  # two rotary groups of channels, each of which turns in pairs
         if self.hidden_size % quarters:
@@ -76,6 +98,9 @@ class ChatGLMConfig(PreTrainedConfig):
         for name, known in (("rotary_dtype", ("float32", "module")), ("position_rule", ("v1.1", "v0"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
+        bits, with_embeddings = kwargs.pop("quantization_bit", 0), kwargs.pop("quantization_embeddings", False)
+        if bits:  # a published checkpoint of integers
+            kwargs["quantization_config"] = QuantizationConfig(bits, embeddings=with_embeddings).to_dict()
         super().__post_init__(**kwargs)
 
     @property

@@ -26,10 +26,12 @@ from gmask.models.attention import eager_attention
 from gmask.models.chatglm.chatting import ChatMixin
 from gmask.models.chatglm.configuration import ChatGLMConfig
 from gmask.models.chatglm.inputs import read_chat_layout, visible_from_published
+from gmask.models.chatglm.placement import running_device
 from gmask.models.chatglm.positions import inverse_frequencies, rotary_tables, rotate
 from gmask.models.chatglm.prefix import PrefixEncoder
 from gmask.models.inputs import build_mask, resolve_sequences
 from gmask.models.layout_generation import LayoutGenerationMixin
+from gmask.models.quantizing import QuantizingMixin
 from gmask.models.strict_loading import StrictLoadingMixin
 
 
@@ -101,7 +103,7 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         return output
 
 
-class ChatGLMPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
+class ChatGLMPreTrainedModel(StrictLoadingMixin, QuantizingMixin, PreTrainedModel):
     config: ChatGLMConfig
     config_class = ChatGLMConfig
     base_model_prefix = "transformer"
@@ -173,7 +175,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             layout = read_chat_layout(self.config, input_ids, attention_mask, sequence_ids, past_key_values)
         past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if self.config.pre_seq_len is not None and past_key_values is not None and past_length == 0:
-            self.prefix_encoder.fill(past_key_values, batch=len(inputs_embeds), dtype=inputs_embeds.dtype)
+            self.prefix_encoder.fill(
+                past_key_values,
+                batch=len(inputs_embeds),
+                dtype=inputs_embeds.dtype,
+                devices=[running_device(layer) for layer in self.layers],
+            )
             past_length = self.config.pre_seq_len
         mask = build_mask(
             layout,
@@ -218,6 +225,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, LayoutG
     """ChatGLM with its language-modelling head, by default tied to the word embeddings, as published."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)

@@ -3,6 +3,8 @@
 Source: Liu et al., "P-Tuning v2", ACL 2022; published code ``PrefixEncoder`` of modeling_chatglm.py.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers import Cache
@@ -37,8 +39,13 @@ class PrefixEncoder(nn.Module):
         heads, head_dim = self.config.num_attention_heads, self.config.head_dim
         return prefix.view(self.length, -1, heads, head_dim).permute(1, 2, 0, 3)
 
-    def fill(self, cache: Cache, *, batch: int, dtype: torch.dtype) -> None:
-        """Puts the prefix into an empty cache, for ``batch`` rows."""
+    def fill(self, cache: Cache, *, batch: int, dtype: torch.dtype, devices: Sequence[torch.device]) -> None:
+        """Puts the prefix into an empty cache, for ``batch`` rows.
+
+        Args:
+            devices: that each layer runs on.
+        """
         states = self().to(dtype)[:, None].expand(-1, batch, -1, -1, -1)
-        for layer in range(self.config.num_hidden_layers):
-            cache.update(states[2 * layer], states[2 * layer + 1], layer)
+        for layer, device in enumerate(devices):
+            key, value = states[2 * layer : 2 * layer + 2].to(device)
+            cache.update(key, value, layer)

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken
@@ -46,6 +46,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     than the model's: a ``[MASK]`` in the text went before the ``[gMASK]`` at its end. Decoding gives the text as the
     model wrote it; with ``clean_up_tokenization_spaces=True``, as published, spaces before punctuation are lost.
 
+    Published folders call the class of either vocabulary by this name: a file of the first one, which has no ``<sop>``,
+    gives a `ChatGLMTokenizerV0`.
+
     Args:
         vocab_file: the published ``ice_text.model``.
 
@@ -57,9 +60,18 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
     padding_side = "left"
 
+    def __new__(cls, vocab_file: str | None = None, *args: Any, **kwargs: Any) -> Self:
+        if vocab_file is None or not Path(vocab_file).is_file() or b"\x05<sop>" in Path(vocab_file).read_bytes():
+            made: Self = super().__new__(cls)
+            return made
+        from gmask.models.chatglm.tokenization_v0 import ChatGLMTokenizerV0  # a subclass
+
+        made = super().__new__(ChatGLMTokenizerV0 if issubclass(ChatGLMTokenizerV0, cls) else cls)
+        return made
+
     def __init__(
         self,
-        vocab_file: str,
+        vocab_file: str | None = None,
         bos_token: str = "<sop>",
         eos_token: str = "<eop>",
         end_token: str = "</s>",
@@ -72,6 +84,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         remove_space: bool = False,
         **kwargs: Any,
     ) -> None:
+        if vocab_file is None:
+            source = kwargs.get("name_or_path", "the folder")
+            raise GmaskError(
+                f"{source}: lacks {VOCABULARY_FILE}, the vocabulary of ChatGLM-6B: copy it there; ChatGLM2 and later "
+                "need their own code, and gmask.registration.unregister() before it"
+            )
         self.vocab_file = str(vocab_file)
         self.pieces = self.read_vocabulary(self.vocab_file)
         self.do_lower_case, self.remove_space = do_lower_case, remove_space

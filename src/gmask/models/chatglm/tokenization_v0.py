@@ -34,7 +34,7 @@ class ChatGLMTokenizerV0(ChatGLMTokenizer):
 
     def __init__(
         self,
-        vocab_file: str,
+        vocab_file: str | None = None,
         eos_token: str = "</s>",
         end_token: str = "<eop>",
         padding_side: str = "right",
@@ -42,6 +42,7 @@ class ChatGLMTokenizerV0(ChatGLMTokenizer):
         **kwargs: Any,
     ) -> None:
         self.num_image_tokens = num_image_tokens
+        end_token = kwargs.pop("eop_token", end_token)  # as the folders of that time call it
         super().__init__(vocab_file, eos_token=eos_token, end_token=end_token, padding_side=padding_side, **kwargs)
         self.init_kwargs["num_image_tokens"] = num_image_tokens
 

@@ -16,19 +16,19 @@ from torch.nn import functional as F
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.distributed import DistributedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+import gmask.models.glm.tensor_parallel  # noqa: F401 - has transformers know the styles of the config's plan
 from gmask.models.attention import eager_attention
 from gmask.models.glm.configuration import GLMConfig
 from gmask.models.glm.inputs import check_layout, read_layout
-from gmask.models.glm.tensor_parallel import check_processes
 from gmask.models.inputs import build_mask, resolve_sequences
 from gmask.models.layout_generation import LayoutGenerationMixin
+from gmask.models.quantizing import QuantizingMixin
 from gmask.models.strict_loading import StrictLoadingMixin
 
 
@@ -158,7 +158,7 @@ class GLMTransformer(nn.Module):
         return output
 
 
-class GLMPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
+class GLMPreTrainedModel(StrictLoadingMixin, QuantizingMixin, PreTrainedModel):
     config: GLMConfig
     config_class = GLMConfig
     base_model_prefix = "glm"
@@ -179,14 +179,6 @@ class GLMPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
                 module.weight,
                 std=self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers),
             )
-
-    @classmethod
-    def maybe_distribute_model(
-        cls, model: PreTrainedModel, distributed_config: DistributedConfig | None, *args: Any
-    ) -> PreTrainedModel:
-        if distributed_config is not None:
-            check_processes(model.config.num_attention_heads, distributed_config.tp_size)
-        return super().maybe_distribute_model(model, distributed_config, *args)
 
 
 class GLMModel(GLMPreTrainedModel):

@@ -12,8 +12,6 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.distributed.tensor_parallel import PackedColwiseParallel
 
-from gmask.errors import GmaskError
-
 
 class ThirdsColwiseParallel(PackedColwiseParallel):
     """Divides a fused projection ``q|k|v`` by rows within each third, its bias too: every process has whole heads."""
@@ -32,12 +30,3 @@ class ThirdsColwiseParallel(PackedColwiseParallel):
 
 
 ALL_PARALLEL_STYLES.register("colwise_thirds", ThirdsColwiseParallel())
-
-
-def check_processes(heads: int, processes: int) -> None:
-    """Raises `GmaskError` for a number of processes that would have to cut a head."""
-    if heads % processes:
-        fitting = ", ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
-        raise GmaskError(
-            f"{heads} attention heads cannot be divided among {processes} processes: start one of {fitting} processes"
-        )

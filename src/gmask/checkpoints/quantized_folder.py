@@ -1,0 +1,142 @@
+"""How does a folder with a model become one with int8 or int4 weights?"""
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gmask.checkpoints.architectures import architecture_of
+from gmask.checkpoints.configs import read_config
+from gmask.checkpoints.convert import COMPANIONS
+from gmask.checkpoints.fit import check_head, match_keys
+from gmask.checkpoints.model_folder import SHARD_BYTES, write_config, write_json, write_tokenizer
+from gmask.checkpoints.placing import check_places, check_space, placed_at_last
+from gmask.checkpoints.reading import open_checkpoint
+from gmask.checkpoints.writing import SafetensorsWriter, plan_shards
+from gmask.errors import GmaskError
+from gmask.quantization.quantizer import QuantizationConfig, check_model, lay_out, quantize_weight
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationReport:
+    """What was written."""
+
+    source: str
+    target: str
+    form: str
+    layers: int  # quantized
+    calibrated: bool
+    bytes_before: int  # of all weights
+    bytes_after: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check_source(source: Path, target: Path, form: QuantizationConfig, *, force: bool) -> None:
+    """Raises `GmaskError` for what would keep `quantize_folder` from its work, before that begins."""
+    check_places(source, target, force=force)
+    check_model(_shape(source), form)
+
+
+def quantize_folder(
+    source: Path,
+    target: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    form: QuantizationConfig,
+    *,
+    calibrated: PreTrainedModel | None = None,
+    force: bool = False,
+) -> QuantizationReport:
+    """Writes a model anew in a quantized form, with its config and tokenizer; the source stays as it is.
+
+    Without calibration tensors go one by one from file to file, so no more memory is taken than the largest needs. The
+    target appears at once when all is done, or not at all.
+
+    Args:
+        calibrated: the model of the source, quantized in the form; by default its weights are rounded as published.
+        force: replaces a checkpoint that is at the target, after the new one is complete.
+
+    Raises:
+        GmaskError: a source that cannot be read or is quantized already, a form that does not fit it, a target that is
+            in use, no room on the disk.
+    """
+    started = time.monotonic()
+    check_source(source, target, form, force=force)
+    with open_checkpoint(source) as checkpoint:
+        model = _shape(source)
+        names = match_keys(checkpoint, model)
+        check_head(checkpoint, model)
+        layers = len(check_model(model, form))
+        lay_out(model, form)
+        stored = {names[key]: checkpoint.dtype(key) for key in names}
+        dtype = checkpoint.dtype(architecture_of(model.config).embedding)
+        plan = _plan(model, stored)
+        before = sum(checkpoint.shape(key).numel() * checkpoint.dtype(key).itemsize for key in names)
+        after = sum(tensor.nbytes for tensor in plan.values())
+        check_space(target, after)
+        with placed_at_last(target) as folder:
+            if calibrated is None:
+                tensors = ((names[key], checkpoint.read(key)) for key in names)
+                pieces = (item for name, tensor in tensors for item in quantize_weight(model, name, tensor).items())
+            else:
+                state = calibrated.state_dict()
+                pieces = ((name, state[name].cpu().to(meta.dtype)) for name, meta in plan.items())
+            _write(folder, plan, pieces)
+            for name in COMPANIONS:
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, folder / name)
+            model.config.quantization_config, model.config.dtype = form, dtype
+            write_config(model.config, folder, published=False)
+            write_tokenizer(tokenizer, folder, published=False)
+    seconds = round(time.monotonic() - started, 1)
+    return QuantizationReport(
+        str(source), str(target), str(form), layers, calibrated is not None, before, after, seconds
+    )
+
+
+def _shape(folder: Path) -> PreTrainedModel:
+    """The model of a folder, without numbers.
+
+    Raises:
+        GmaskError: the folder holds no model, or one that is quantized already.
+    """
+    config = read_config(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise GmaskError(f"{folder}: is quantized already; name the folder of the unquantized model")
+    with torch.device("meta"):
+        model: PreTrainedModel = architecture_of(config).find_class((config.architectures or [None])[0])(config)
+    return model
+
+
+def _plan(model: PreTrainedModel, stored: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """What will be written, without numbers: other tensors than integers and scales stay in their stored dtype."""
+    tied = model.all_tied_weights_keys
+    return {
+        name: tensor if name.endswith("weight_scale") or tensor.dtype == torch.int8 else tensor.to(stored[name])
+        for name, tensor in model.state_dict().items()
+        if name not in tied
+    }
+
+
+def _write(folder: Path, plan: Mapping[str, Tensor], pieces: Iterator[tuple[str, Tensor]]) -> None:
+    shards = plan_shards(plan, SHARD_BYTES)
+    places = {name: file for file, shard in shards.items() for name in shard}
+    with ExitStack() as stack, tqdm(total=len(plan), desc="quantizing", leave=False, disable=None) as bar:
+        writers = {file: stack.enter_context(SafetensorsWriter(folder / file, shard)) for file, shard in shards.items()}
+        for name, tensor in pieces:
+            writers[places[name]].write(name, tensor)
+            bar.update()
+    if len(shards) > 1:
+        size = sum(tensor.nbytes for tensor in plan.values())
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+        write_json(folder / "model.safetensors.index.json", index)

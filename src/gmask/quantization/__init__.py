@@ -1,0 +1,1 @@
+"""Which weight-only int8 and int4 formats and matrix products are there?"""

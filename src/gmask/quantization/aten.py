@@ -1,0 +1,75 @@
+"""How do torch's own weight-only CPU operations serve, where the package's kernel was not built?
+
+They take bfloat16 activations only: float32 ones cost a hundred times more, and float16 sums may overflow. A scale a
+row is applied to the output, in float32, with ones in the pack, which is more accurate than the bfloat16 scale of the
+pack; group-wise scales must go into the pack.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from gmask.quantization.packing import pack_int4, unpack
+
+ROW_CHUNK = 1024  # rows packed at a time: the operation wants 32-bit integers, eight times the packed size
+BLOCK_ROWS = 64  # of torch's widest layout
+MAX_ROWS = {4: 56, 8: 14}  # of activations; above, dequantizing pays
+
+
+def is_usable(*, bits: int, outputs: int, columns: int, group_size: int | None) -> bool:
+    if bits == 8:
+        return group_size is None and columns % 32 == 0 and outputs % 16 == 0
+    return columns % 32 == 0 and outputs % BLOCK_ROWS == 0 and _layout() is not None
+
+
+@cache
+def _layout() -> int | None:
+    """The rows whose nibbles lie side by side in torch's int4 layout, which hangs on the CPU; None if it is another."""
+    integers = torch.arange(BLOCK_ROWS * 32).mul(7).remainder(16).sub(8).to(torch.int8).view(BLOCK_ROWS, 32)
+    try:
+        packed = pack(pack_int4(integers), bits=4)
+    except RuntimeError:
+        return None
+    return next((lanes for lanes in (32, 16) if torch.equal(_unpack_int4(packed, lanes), integers)), None)
+
+
+def pack(packed: Tensor, *, bits: int) -> Tensor:
+    """The published integers in torch's layout."""
+    if bits == 8:
+        return packed.contiguous()
+    out = torch.empty(packed.shape, dtype=torch.uint8)
+    for start in range(0, packed.shape[0], ROW_CHUNK):
+        unsigned = unpack(packed[start : start + ROW_CHUNK], 4).int() + 8
+        out[start : start + ROW_CHUNK] = torch._convert_weight_to_int4pack_for_cpu(unsigned, 1)
+    return out
+
+
+def integers(data: Tensor, *, bits: int) -> Tensor:
+    """The inverse of `pack` for whole blocks of rows: int8 ``[N, K]``."""
+    if bits == 8:
+        return data
+    lanes = _layout()
+    assert lanes is not None
+    return _unpack_int4(data, lanes)
+
+
+def _unpack_int4(data: Tensor, lanes: int) -> Tensor:
+    """From ``[N / (2 * lanes), K, lanes]`` bytes: low nibbles are the first rows of a block, high ones the rest."""
+    rows, width = data.shape
+    blocks = data.view(-1, 2 * width, lanes)
+    nibbles = torch.stack((blocks & 15, blocks >> 4), dim=1)  # [blocks, 2, K, lanes]
+    return nibbles.transpose(2, 3).reshape(rows, 2 * width).to(torch.int8).sub_(8)
+
+
+def matmul(x: Tensor, data: Tensor, scale: Tensor, *, bits: int, group_size: int | None) -> Tensor:
+    """``x @ dequantized.T`` for a few rows of bfloat16 ``[M, K]``; ``scale`` float32 ``[N]`` or ``[N, G]``."""
+    if bits == 8:
+        ones = torch.ones(data.shape[0], dtype=x.dtype)
+        return torch._weight_int8pack_mm(x, data, ones).mul(scale).to(x.dtype)
+    group = group_size or next(size for size in (256, 128, 64, 32) if x.shape[1] % size == 0)
+    in_pack = torch.ones(data.shape[0], 1) if group_size is None else scale
+    scales = in_pack.to(x.dtype).T.expand(x.shape[1] // group, -1)
+    scales_and_zeros = torch.stack((scales, torch.zeros_like(scales)), dim=-1)
+    y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, data, group, scales_and_zeros)
+    return y if group_size else y.mul(scale).to(x.dtype)

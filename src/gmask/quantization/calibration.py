@@ -1,0 +1,214 @@
+"""How are weights rounded so that what the layers put out changes least on real text?
+
+GPTQ: columns are rounded one after another, and what rounding one of them changes in the layer's output is made up for
+by those that are still to come, by the second moments of the layer's inputs. The result has the same form as without
+calibration, and runs as fast.
+Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", ICLR 2023,
+section 3 and algorithm 1; columns in the order of their second
+moments as in the authors' code (``act-order``), with scales that are found beforehand.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from gmask.errors import GmaskError
+from gmask.quantization.linear import SCALE_DTYPE, QuantEmbedding, QuantLinear
+from gmask.quantization.packing import check_format
+from gmask.quantization.quantizer import LINEARS, QuantizationConfig, check_model, finish
+
+BLOCK_COLUMNS = 128  # whose corrections reach the later columns in one product
+DAMPING = 0.01  # of the mean second moment, added to each
+CLIPPINGS = torch.linspace(0.7, 1.15, 19)  # of the scale by which the extreme of a group becomes the lowest integer
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What the first block is called with."""
+
+    hidden_states: Tensor
+    others: Mapping[str, Any]
+
+
+def calibrate_model(
+    model: Model,
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    bits: int = 4,
+    group_size: int | None = 128,
+    embeddings: bool = False,
+) -> Model:
+    """Quantizes a model in place, block by block, each on what the quantized blocks before it put out.
+
+    Beside the model it takes the hidden states of all batches, and K^2 numbers for a layer of K columns.
+
+    Args:
+        model: a GLM or ChatGLM, with or without a head.
+        batches: arguments of the model's ``forward``, without padding (`calibration_texts.cut_texts`).
+        bits, group_size, embeddings: as in `quantizer.quantize_model`; embeddings are quantized without calibration.
+
+    Returns:
+        The same model.
+
+    Raises:
+        GmaskError: as of `quantizer.quantize_model`; no batches.
+    """
+    config = QuantizationConfig(bits, group_size, embeddings)
+    names = check_model(model, config)
+    if not batches:
+        raise GmaskError("no text to calibrate with: give some that is like what the model will read")
+    was_training = model.training
+    model.eval()
+    for name in names:
+        layer = model.get_submodule(name)
+        if isinstance(layer, nn.Embedding):
+            model.set_submodule(name, QuantEmbedding.from_embedding(layer, bits=bits, group_size=group_size))
+            finish(model, config)
+    blocks = [module for name, module in model.named_modules() if name.rpartition(".")[0].endswith("layers")]
+    with torch.no_grad():
+        entries = _enter(model, blocks[0], batches)
+        for block in tqdm(blocks, desc=f"calibrating int{bits}", delay=3, leave=False, disable=None):
+            _quantize_block(block, entries, bits=bits, group_size=group_size)
+            entries = [_Entry(block(entry.hidden_states, **entry.others), entry.others) for entry in entries]
+    for name in names:  # a head of its own
+        layer = model.get_submodule(name)
+        if not isinstance(layer, QuantLinear | QuantEmbedding):
+            assert isinstance(layer, nn.Linear)
+            model.set_submodule(name, QuantLinear.from_linear(layer, bits=bits, group_size=group_size))
+    model.train(was_training)
+    return finish(model, config)
+
+
+class _Entered(Exception):
+    """Ends a pass over the model at its first block."""
+
+
+def _enter(model: PreTrainedModel, block: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> list[_Entry]:
+    entries = []
+
+    def hold(module: nn.Module, args: tuple[Tensor, ...], others: dict[str, Any]) -> None:
+        entries.append(_Entry(args[0], others))
+        raise _Entered
+
+    handle = block.register_forward_pre_hook(hold, with_kwargs=True)
+    try:
+        for batch in batches:
+            try:
+                model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False)
+            except _Entered:
+                continue
+    finally:
+        handle.remove()
+    return entries
+
+
+def _quantize_block(block: nn.Module, entries: Sequence[_Entry], *, bits: int, group_size: int | None) -> None:
+    linears = {name: module for name, module in block.named_modules() if LINEARS.search(f"layers.0.{name}")}
+    for name, linear in linears.items():  # in the order in which they are run, so that each sees the errors before it
+        assert isinstance(linear, nn.Linear)
+        with _second_moments(linear) as moments:
+            for entry in entries:
+                block(entry.hidden_states, **entry.others)
+        layer = QuantLinear.like(linear, bits=bits, group_size=group_size)
+        layer.set_integers(*round_columns(linear.weight, moments, bits=bits, group_size=group_size))
+        block.set_submodule(name, layer)
+
+
+@contextmanager
+def _second_moments(linear: nn.Linear) -> Iterator[Tensor]:
+    """``[K, K]`` in float32: the sum of the products of all inputs that the layer sees inside the block."""
+    moments = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
+
+    def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs = args[0].flatten(0, -2).float()
+        moments.addmm_(inputs.T, inputs)
+
+    with ExitStack() as stack:
+        stack.callback(linear.register_forward_pre_hook(add).remove)
+        yield moments
+
+
+def round_columns(weight: Tensor, moments: Tensor, *, bits: int, group_size: int | None) -> tuple[Tensor, Tensor]:
+    """The integers and scales of a weight, rounded by GPTQ.
+
+    Args:
+        weight: ``[N, K]``, floating point.
+        moments: ``[K, K]`` float32, the sum of ``x x^T`` over the inputs x of the layer.
+
+    Returns:
+        int8 ``[N, K]``, and float16 scales ``[N]`` or ``[N, K / group_size]``, some of which may be negative.
+
+    Raises:
+        GmaskError: a form that is not supported, a weight or inputs with NaN or infinity.
+    """
+    rows, columns = weight.shape
+    width = check_format(columns, bits, group_size)
+    weight = weight.detach().float().clone()
+    if not (weight.isfinite().all() and moments.isfinite().all()):
+        raise GmaskError("a weight, or what the model computes on the text, is not finite: it cannot be calibrated")
+    lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    groups = torch.split(weight, width, dim=1)
+    scales = torch.stack([_find_scale(group, lowest, highest) for group in groups], dim=1)
+    # The columns that matter most go first, while there are many others left to make up for them.
+    order = moments.diagonal().argsort(descending=True)
+    weight, factor = weight[:, order], _inverse_factor(moments[order][:, order])
+    integers = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
+    for start in range(0, columns, BLOCK_COLUMNS):
+        stop = min(start + BLOCK_COLUMNS, columns)
+        errors = weight.new_empty(rows, stop - start)
+        for column in range(start, stop):
+            place = int(order[column])
+            scale = scales[:, place // width].float()
+            values = weight[:, column]
+            rounded = (values / torch.where(scale == 0, 1, scale)).round().clamp_(lowest, highest)
+            integers[:, place] = rounded.to(torch.int8)
+            error = (values - rounded * scale) / factor[column, column]
+            weight[:, column:stop] -= torch.outer(error, factor[column, column:stop])
+            errors[:, column - start] = error
+        weight[:, stop:] -= errors @ factor[start:stop, stop:]
+    return integers, scales if group_size else scales.squeeze(1)
+
+
+def _inverse_factor(moments: Tensor) -> Tensor:
+    """The upper Cholesky factor of the inverse of the damped second moments."""
+    moments = moments.clone()
+    diagonal = moments.diagonal()
+    unused = diagonal == 0
+    damping = DAMPING * diagonal.mean().clamp(min=torch.finfo(moments.dtype).tiny)
+    diagonal[unused] = diagonal.mean().clamp(min=1e-6)
+    for _ in range(6):
+        diagonal += damping
+        factor, failed = torch.linalg.cholesky_ex(moments)
+        if not failed:
+            inverse = torch.cholesky_inverse(factor)
+            upper: Tensor = torch.linalg.cholesky_ex(inverse, upper=True).L
+            if bool(upper.isfinite().all()) and bool((upper.diagonal() > 0).all()):
+                return upper
+        damping *= 10
+    raise GmaskError("what the model computes on the text does not suffice to calibrate with; give more text")
+
+
+def _find_scale(group: Tensor, lowest: int, highest: int) -> Tensor:
+    """For each row of ``[N, W]``, the scale that keeps the squared error least.
+
+    The integers reach one further below zero than above, so the extreme of a group is put there: by a scale of its
+    opposite sign.
+    """
+    extreme = group.gather(1, group.abs().argmax(dim=1, keepdim=True)) / lowest  # [N, 1]
+    best = torch.zeros_like(extreme)
+    least = torch.full_like(extreme, torch.inf)
+    for clipping in CLIPPINGS.tolist():
+        scale = (extreme * clipping).to(SCALE_DTYPE).float()
+        rounded = (group / torch.where(scale == 0, 1, scale)).round().clamp_(lowest, highest)
+        error = (group - rounded * scale).square().sum(dim=1, keepdim=True)
+        best = torch.where(error < least, scale, best)
+        least = torch.minimum(error, least)
+    return best.squeeze(1).to(SCALE_DTYPE)

@@ -1,0 +1,132 @@
+// The kernels for any CPU, four floats at a time, and for ARM, where the four are a NEON register.
+#include <cstring>
+
+#include "blocks.h"
+#include "vector.h"
+
+#ifdef GMASK_ARM
+#include <arm_neon.h>
+#endif
+
+namespace gmask {
+namespace {
+
+#if defined(__GNUC__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define GMASK_GNU_VECTORS 1
+typedef float Four __attribute__((vector_size(16)));
+typedef uint32_t FourWords __attribute__((vector_size(16)));
+typedef int32_t FourIntegers __attribute__((vector_size(16)));
+typedef int8_t FourBytes __attribute__((vector_size(4)));
+#else
+struct Four {
+  float v[4];
+};
+inline Four operator+(Four a, Four b) {
+  return {{a.v[0] + b.v[0], a.v[1] + b.v[1], a.v[2] + b.v[2], a.v[3] + b.v[3]}};
+}
+inline Four operator*(Four a, Four b) {
+  return {{a.v[0] * b.v[0], a.v[1] * b.v[1], a.v[2] * b.v[2], a.v[3] * b.v[3]}};
+}
+#endif
+
+struct FourFloats {
+  static constexpr int lanes = 4;
+  using type = Four;
+
+  GMASK_INLINE type zero() { return Four{0, 0, 0, 0}; }
+  GMASK_INLINE type broadcast(const float* x) { return Four{*x, *x, *x, *x}; }
+  GMASK_INLINE type load(const float* x) { return Four{x[0], x[1], x[2], x[3]}; }
+  GMASK_INLINE type load_half(const uint16_t* x) {
+    return Four{half_to_float(x[0]), half_to_float(x[1]), half_to_float(x[2]), half_to_float(x[3])};
+  }
+  GMASK_INLINE void store(float* out, type a) { std::memcpy(out, &a, sizeof a); }
+  GMASK_INLINE type add(type a, type b) { return a + b; }
+  GMASK_INLINE type multiply_add(type a, type b, type c) { return a * b + c; }
+#ifdef GMASK_GNU_VECTORS
+  GMASK_INLINE type from_int8(const uint8_t* data) {
+    FourBytes bytes;
+    std::memcpy(&bytes, data, sizeof bytes);
+    return __builtin_convertvector(__builtin_convertvector(bytes, FourIntegers), Four);
+  }
+  GMASK_INLINE type from_int4(const uint8_t* data, int nibble) {
+    FourWords words;
+    std::memcpy(&words, data, sizeof words);
+    return __builtin_convertvector((FourIntegers)(words >> (4 * nibble) & 15) - 8, Four);
+  }
+#else
+  GMASK_INLINE type from_int8(const uint8_t* data) {
+    return Four{float(int8_t(data[0])), float(int8_t(data[1])), float(int8_t(data[2])), float(int8_t(data[3]))};
+  }
+  GMASK_INLINE type from_int4(const uint8_t* data, int nibble) {  // little-endian words, whatever the machine
+    const uint8_t* byte = data + nibble / 2;
+    const int down = nibble % 2 * 4;
+    return Four{float((byte[0] >> down & 15) - 8), float((byte[4] >> down & 15) - 8),
+                float((byte[8] >> down & 15) - 8), float((byte[12] >> down & 15) - 8)};
+  }
+#endif
+
+  static float half_to_float(uint16_t half) {
+    const uint32_t exponent = half >> 10 & 31, fraction = half & 1023, sign = uint32_t(half & 0x8000) << 16;
+    float value = float(fraction) * 0x1p-24f;  // a subnormal number
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    if (exponent != 0) bits = (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13;
+    bits |= sign;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+};
+
+#define GMASK_NAME portable
+#define GMASK_TARGET
+#define GMASK_VECTOR FourFloats
+#define GMASK_SUMS 8
+#include "blocks_float32.inc"
+
+#ifdef GMASK_ARM
+struct Neon {
+  static constexpr int lanes = 4;
+  using type = float32x4_t;
+
+  GMASK_INLINE type zero() { return vdupq_n_f32(0); }
+  GMASK_INLINE type broadcast(const float* x) { return vld1q_dup_f32(x); }
+  GMASK_INLINE type load(const float* x) { return vld1q_f32(x); }
+  GMASK_INLINE type load_half(const uint16_t* x) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x))); }
+  GMASK_INLINE void store(float* out, type a) { vst1q_f32(out, a); }
+  GMASK_INLINE type add(type a, type b) { return vaddq_f32(a, b); }
+  GMASK_INLINE type multiply_add(type a, type b, type c) { return vfmaq_f32(c, a, b); }
+  GMASK_INLINE type from_int8(const uint8_t* data) {
+    uint32_t four;
+    std::memcpy(&four, data, sizeof four);
+    const int16x8_t wide = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four)));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+  }
+  GMASK_INLINE type from_int4(const uint8_t* data, int nibble) {
+    const uint32x4_t words = vreinterpretq_u32_u8(vld1q_u8(data));
+    const uint32x4_t low = vandq_u32(vshlq_u32(words, vdupq_n_s32(-4 * nibble)), vdupq_n_u32(15));
+    return vcvtq_f32_s32(vsubq_s32(vreinterpretq_s32_u32(low), vdupq_n_s32(8)));
+  }
+};
+
+#define GMASK_NAME neon
+#define GMASK_TARGET
+#define GMASK_VECTOR Neon
+#define GMASK_SUMS 16
+#include "blocks_float32.inc"
+#endif
+
+}  // namespace
+
+const Kernels& portable_kernels() {
+  static const Kernels kernels = {{GMASK_ROW(portable, 4, kFloats), GMASK_ROW(portable, 8, kFloats)}};
+  return kernels;
+}
+
+#ifdef GMASK_ARM
+const Kernels& neon_kernels() {
+  static const Kernels kernels = {{GMASK_ROW(neon, 4, kFloats), GMASK_ROW(neon, 8, kFloats)}};
+  return kernels;
+}
+#endif
+
+}  // namespace gmask

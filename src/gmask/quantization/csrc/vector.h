@@ -1,0 +1,21 @@
+// The macros that the kernels share.
+#pragma once
+
+#define GMASK_JOIN_(a, b) a##b
+#define GMASK_JOIN(a, b) GMASK_JOIN_(a, b)
+
+#if defined(__clang__)
+#define GMASK_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define GMASK_UNROLL _Pragma("GCC unroll 32")
+#else
+#define GMASK_UNROLL
+#endif
+
+#if defined(__GNUC__)
+#define GMASK_INLINE static inline __attribute__((always_inline))
+#define GMASK_PREFETCH(address) __builtin_prefetch(address)
+#else
+#define GMASK_INLINE static inline
+#define GMASK_PREFETCH(address) (void)(address)
+#endif

@@ -1,0 +1,210 @@
+"""How is an activation multiplied by an int8 or int4 weight, and by which of the ways that this machine has?
+
+Paths, fastest first: the package's C++ kernel with the widest instruction set of the machine ("avx512_bf16", "avx512",
+"neon", "avx2"), torch's own CPU operations ("aten"), the same C++ for any CPU ("portable"), and plain torch ("torch"),
+which dequantizes a few rows at a time: on GPUs, and wherever nothing else fits. ``GMASK_MATMUL`` names one to force.
+Every path computes the same numbers up to rounding; sums are float32. Shape letters: packing.py, M rows of activations.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmask.errors import GmaskError
+from gmask.quantization import aten, native
+from gmask.quantization.packing import (
+    BLOCK_ROWS,
+    check_format,
+    dequantize,
+    pack,
+    pack_blocks,
+    pack_scale_blocks,
+    unpack,
+    unpack_blocks,
+    unpack_scale_blocks,
+)
+
+PATHS = ("avx512_bf16", "avx512", "neon", "avx2", "aten", "portable", "torch")
+NATIVE_PATHS = native.INSTRUCTION_SETS
+ROW_CHUNK = 512  # weight rows dequantized at a time: a buffer that stays in the cache
+PATH_VARIABLE = "GMASK_MATMUL"
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A weight in the layout of the path that will multiply by it."""
+
+    data: Tensor
+    scale: Tensor
+    bits: int
+    outputs: int  # N
+    columns: int  # K
+    group_size: int | None  # None: a scale a row
+    path: str
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + self.scale.nbytes
+
+    def unpack(self) -> tuple[Tensor, Tensor]:
+        """The weight and scale that were given to `prepare`, bit for bit."""
+        if self.path in NATIVE_PATHS:
+            weight = unpack_blocks(self.data, self.bits, self.outputs, self.columns)
+            return weight, unpack_scale_blocks(self.scale, self.outputs, group_size=self.group_size)
+        if self.path == "aten":
+            return pack(aten.integers(self.data, bits=self.bits), self.bits), self.scale
+        return self.data, self.scale
+
+    def integers(self, start: int, stop: int) -> Tensor:
+        """Rows ``[start, stop)`` as int8 ``[rows, K]``; both multiples of `ROW_CHUNK`, or the end."""
+        if self.path in NATIVE_PATHS:
+            blocks = self.data[start // BLOCK_ROWS : -(-stop // BLOCK_ROWS)]
+            count = min(stop, self.outputs) - start
+            return unpack(unpack_blocks(blocks, self.bits, count, self.columns), self.bits)
+        rows = self.data[start:stop]
+        return aten.integers(rows, bits=self.bits) if self.path == "aten" else unpack(rows, self.bits)
+
+    def row_scale(self) -> Tensor:
+        """``[N]`` or ``[N, G]``."""
+        if self.path in NATIVE_PATHS:
+            return unpack_scale_blocks(self.scale, self.outputs, group_size=self.group_size)
+        return self.scale
+
+
+def available_paths() -> tuple[str, ...]:
+    """The paths of this machine's CPU, the preferred first."""
+    built = native.instruction_sets()
+    return tuple(path for path in PATHS if path in built or path in ("aten", "torch"))
+
+
+def describe() -> str:
+    """Which path serves on this machine's CPU, for people."""
+    path = _chosen_path() or available_paths()[0]
+    if path in NATIVE_PATHS:
+        return f"the package's C++ kernel ({path.replace('_', ' ')})"
+    reason = "" if native.instruction_sets() else "; the package's C++ kernel was not built"
+    return {"aten": "torch's int4pack and int8pack operations", "torch": "plain torch"}[path] + reason
+
+
+def _chosen_path() -> str | None:
+    """The path that the environment forces."""
+    path = os.environ.get(PATH_VARIABLE) or None
+    if path is not None and path not in available_paths():
+        raise GmaskError(f"{PATH_VARIABLE}={path}: this machine has {', '.join(available_paths())}")
+    return path
+
+
+def prepare(
+    weight: Tensor, scale: Tensor, *, bits: int, group_size: int | None = None, path: str | None = None
+) -> PackedWeight:
+    """A weight, repacked without loss for the fastest path of its device.
+
+    Args:
+        weight: published integers, int8 ``[N, K * bits / 8]`` (`packing.pack`).
+        scale: float16 or float32 (others become float32), ``[N]``, or ``[N, K / group_size]``.
+        group_size: columns that share a scale; None for all.
+        path: one of `available_paths`, instead of the best.
+
+    Raises:
+        GmaskError: shapes that do not belong together, or a format or path that is not supported.
+    """
+    outputs, columns = weight.shape[0], weight.shape[1] * 8 // bits
+    groups = columns // check_format(columns, bits, group_size)
+    expected = (outputs,) if group_size is None else (outputs, groups)
+    if weight.dtype != torch.int8 or tuple(scale.shape) != expected:
+        raise GmaskError(
+            f"an int{bits} weight {list(weight.shape)} of {weight.dtype} needs scales {list(expected)}, "
+            f"not {list(scale.shape)}, and must be int8"
+        )
+    if scale.dtype not in (torch.float16, torch.float32):
+        scale = scale.float()
+    path = path or _chosen_path()
+    if weight.device.type != "cpu":
+        path = "torch"
+    usable = aten.is_usable(bits=bits, outputs=outputs, columns=columns, group_size=group_size)
+    candidates = [name for name in available_paths() if name != "aten" or usable]
+    path = path if path in candidates else candidates[0] if path is None else "torch"
+    data = weight
+    if path in NATIVE_PATHS:
+        data, scale = pack_blocks(weight, bits), pack_scale_blocks(scale)
+    elif path == "aten":
+        data = aten.pack(weight, bits=bits)
+    return PackedWeight(data, scale, bits, outputs, columns, group_size, path)
+
+
+def matmul(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """``x @ dequantized.T + bias``; gradients flow to x and bias.
+
+    Args:
+        x: ``[..., K]``, floating point, on the weight's device.
+        bias: ``[N]`` or None.
+
+    Returns:
+        ``[..., N]`` in x's dtype.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _Matmul.apply(x, bias, packed)  # type: ignore[no-any-return, no-untyped-call]
+    return _multiply(x, packed, bias)
+
+
+class _Matmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, packed: PackedWeight) -> Tensor:
+        ctx.packed, ctx.bias_dtype = packed, None if bias is None else bias.dtype
+        return _multiply(x, packed, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _multiply_transposed(rows, ctx.packed).view(*grad.shape[:-1], ctx.packed.columns)
+        if ctx.needs_input_grad[1]:
+            grad_bias = rows.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
+        return grad_x, grad_bias, None
+
+
+def _multiply(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+    rows = x.reshape(-1, packed.columns)
+    if packed.path in NATIVE_PATHS and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        served = rows.float() if x.dtype == torch.float16 else rows
+        y = native.matmul(
+            served, packed.data, packed.scale, bias, bits=packed.bits, outputs=packed.outputs, isa=packed.path
+        ).to(x.dtype)
+    else:
+        if packed.path == "aten" and x.dtype == torch.bfloat16 and rows.shape[0] <= aten.MAX_ROWS[packed.bits]:
+            scale = packed.scale.float()
+            y = aten.matmul(rows.contiguous(), packed.data, scale, bits=packed.bits, group_size=packed.group_size)
+        else:
+            y = _multiply_in_chunks(rows, packed)
+        y = y if bias is None else (y + bias).to(x.dtype)
+    return y.view(*x.shape[:-1], packed.outputs)
+
+
+def _multiply_in_chunks(x: Tensor, packed: PackedWeight) -> Tensor:
+    """Dequantizes `ROW_CHUNK` rows of the weight, multiplies, and goes on."""
+    y = x.new_empty(x.shape[0], packed.outputs)
+    scale = packed.row_scale()
+    # A bfloat16 holds the integers exactly, the scaled weights not; a float16 sum of unscaled products may overflow.
+    scale_output = x.dtype == torch.bfloat16 and packed.group_size is None
+    for start in range(0, packed.outputs, ROW_CHUNK):
+        chunk = slice(start, start + ROW_CHUNK)
+        integers = packed.integers(start, start + ROW_CHUNK)
+        if scale_output:
+            y[:, chunk] = (x @ integers.to(x.dtype).T) * scale[chunk].float()
+        else:
+            y[:, chunk] = x @ dequantize(integers, scale[chunk], x.dtype).T
+    return y
+
+
+def _multiply_transposed(grad: Tensor, packed: PackedWeight) -> Tensor:
+    """``grad @ dequantized``: what flows back to the activations, summed in float32."""
+    total = grad.new_zeros(grad.shape[0], packed.columns, dtype=torch.promote_types(grad.dtype, torch.float32))
+    scale = packed.row_scale()
+    for start in range(0, packed.outputs, ROW_CHUNK):
+        chunk = slice(start, start + ROW_CHUNK)
+        total += grad[:, chunk] @ dequantize(packed.integers(start, start + ROW_CHUNK), scale[chunk], grad.dtype)
+    return total.to(grad.dtype)

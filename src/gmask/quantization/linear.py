@@ -1,0 +1,273 @@
+"""How does a layer keep its weight in int8 or int4, and still pass for an ordinary linear layer or embedding?
+
+A layer holds the integers and scales as published, under the published names ``weight`` and ``weight_scale``. The first
+product repacks them for the fastest path of the machine and lets the published form go, so that one copy is held; who
+reads ``weight`` or ``weight_scale``, saves or copies the layer finds the published form again, bit for bit.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from gmask.quantization.kernels import NATIVE_PATHS, PackedWeight, matmul, prepare
+from gmask.quantization.packing import check_format, dequantize, pack, quantize, unpack, unpack_blocks
+
+SCALE_DTYPE = torch.float16  # in which the published checkpoints were quantized
+_packing = threading.Lock()  # two threads may share a model
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """What hangs on a weight whose numbers are held in the layout of a fast path."""
+
+    product: PackedWeight
+    scale: nn.Parameter  # its numbers are held there too
+
+
+class QuantizedLayer(nn.Module):
+    """A weight ``[N, K]`` as integers and scales, which no cast to another precision touches.
+
+    Attributes:
+        weight: int8 ``[N, K * bits / 8]``, as `packing.pack` has it.
+        weight_scale: float16 (or float32), ``[N]``, or ``[N, K / group_size]``.
+        group_size: columns that share a scale; None for all of a row.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bits: int
+    group_size: int | None
+
+    def _set_format(
+        self, rows: int, columns: int, bits: int, group_size: int | None, device: torch.device | str | None
+    ) -> None:
+        self.bits, self.group_size = bits, group_size
+        groups = columns // check_format(columns, bits, group_size)
+        integers = torch.empty(rows, columns * bits // 8, dtype=torch.int8, device=device)
+        shape = (rows,) if group_size is None else (rows, groups)
+        self.weight = nn.Parameter(integers, requires_grad=False)
+        self.weight_scale = nn.Parameter(torch.empty(shape, dtype=SCALE_DTYPE, device=device), requires_grad=False)
+
+    def set_integers(self, integers: Tensor, scale: Tensor) -> None:
+        """Takes int8 ``[N, K]`` and their scales, as `packing.quantize` gives them."""
+        self.weight = nn.Parameter(pack(integers, self.bits), requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight ``[N, K]`` that the integers stand for."""
+        return dequantize(unpack(self.weight.data, self.bits), self.weight_scale.data, dtype)
+
+    def _product(self) -> PackedWeight:
+        """The weight in the layout that its device multiplies fastest by; the published form is let go for it."""
+        weight: nn.Parameter = self._parameters["weight"]  # type: ignore[assignment]
+        packed: _Packed | None = getattr(weight, "packed", None)
+        if packed is not None:
+            return packed.product
+        with _packing, torch.inference_mode(False), torch.no_grad():
+            now: _Packed | None = getattr(weight, "packed", None)
+            if now is not None:  # by another thread
+                return now.product
+            scale: nn.Parameter = self._parameters["weight_scale"]  # type: ignore[assignment]
+            product: PackedWeight = prepare(weight.data, scale.data, bits=self.bits, group_size=self.group_size)
+            is_offloaded = hasattr(self, "_hf_hook")  # accelerate puts other numbers in place before each product
+            if product.data.data_ptr() != weight.data_ptr() and not is_offloaded:
+                weight.packed = _Packed(product, scale)  # type: ignore[attr-defined]
+                weight.data, scale.data = _without_numbers(weight), _without_numbers(scale)
+            return product
+
+    def _unpack(self) -> None:
+        """Puts the published form back in place."""
+        weight = self._parameters.get("weight")
+        if getattr(weight, "packed", None) is None:
+            return
+        with _packing, torch.inference_mode(False), torch.no_grad():
+            packed: _Packed | None = getattr(weight, "packed", None)
+            if packed is not None:
+                weight.data, packed.scale.data = packed.product.unpack()  # type: ignore[union-attr]
+                del weight.packed  # type: ignore[union-attr]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "weight_scale"):
+            self._unpack()
+        return super().__getattr__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._unpack()
+        return self.__dict__.copy()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._unpack()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._unpack()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves everything, casts nothing but the bias."""
+        names = ("weight", "weight_scale")
+        place = fn(torch.empty(0, dtype=torch.int8, device=self._parameters["weight"].device)).device  # type: ignore[union-attr]
+        if any(self._parameters[name].device != place for name in names):  # type: ignore[union-attr]
+            self._unpack()
+            for name in names:
+                parameter: nn.Parameter = self._parameters[name]  # type: ignore[assignment]
+                moved = fn(parameter.data)
+                if moved.dtype != parameter.dtype:
+                    moved = parameter.data.to(place)
+                if torch._has_compatible_shallow_copy_type(parameter.data, moved):
+                    parameter.data = moved
+                else:
+                    self._parameters[name] = nn.Parameter(moved, requires_grad=False)
+        kept = {name: self._parameters[name] for name in names}
+        self._parameters.update(dict.fromkeys(names))
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._parameters.update(kept)
+        return self
+
+
+def _without_numbers(parameter: Tensor) -> Tensor:
+    """A tensor of the same shape that takes no room; what reads it without asking the layer finds zeros."""
+    return torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+
+
+class QuantLinear(QuantizedLayer, nn.Linear):
+    """A linear layer whose weight is kept in int8 or int4. Gradients flow to its input and its bias."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bits: int,
+        group_size: int | None = None,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """An empty layer; ``dtype`` is that of the bias.
+
+        Raises:
+            GmaskError: a format that is not supported.
+        """
+        nn.Module.__init__(self)  # not nn.Linear's, which would make room for the weight
+        self.in_features, self.out_features = in_features, out_features
+        self._set_format(out_features, in_features, bits, group_size, device)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
+
+    @classmethod
+    def like(cls, linear: nn.Linear, *, bits: int, group_size: int | None = None) -> Self:
+        """An empty layer in place of another, whose bias it takes over."""
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            bits=bits,
+            group_size=group_size,
+            bias=False,
+            device=linear.weight.device,
+        )
+        layer.bias = linear.bias
+        return layer.train(linear.training)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, bits: int, group_size: int | None = None) -> Self:
+        """Quantizes a layer by `packing.quantize`, in float16 as the published checkpoints were.
+
+        Raises:
+            GmaskError: a format that is not supported, or a weight with NaN or infinity.
+        """
+        layer = cls.like(linear, bits=bits, group_size=group_size)
+        layer.set_integers(*quantize(linear.weight.detach(), bits, group_size=group_size, dtype=SCALE_DTYPE))
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., K]`` to ``[..., N]`` in the precision of the input."""
+        return matmul(input, self._product(), self._parameters["bias"])
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
+
+
+class QuantEmbedding(QuantizedLayer, nn.Embedding):
+    """An embedding whose table is kept in int8 or int4, and may be shared with the head as the published one is.
+
+    Attributes:
+        dtype: of what it returns; casts of the model change it.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        bits: int,
+        group_size: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """An empty table.
+
+        Raises:
+            GmaskError: a format that is not supported.
+        """
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim, self.dtype = num_embeddings, embedding_dim, dtype
+        self.padding_idx = self.max_norm = None
+        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
+        self._set_format(num_embeddings, embedding_dim, bits, group_size, device)
+
+    @classmethod
+    def like(cls, embedding: nn.Embedding, *, bits: int, group_size: int | None = None) -> Self:
+        """An empty table in place of another."""
+        layer = cls(
+            embedding.num_embeddings,
+            embedding.embedding_dim,
+            bits=bits,
+            group_size=group_size,
+            device=embedding.weight.device,
+            dtype=embedding.weight.dtype,
+        )
+        return layer.train(embedding.training)
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding, *, bits: int, group_size: int | None = None) -> Self:
+        """Quantizes a table; errors as of `QuantLinear.from_linear`."""
+        layer = cls.like(embedding, bits=bits, group_size=group_size)
+        layer.set_integers(*quantize(embedding.weight.detach(), bits, group_size=group_size, dtype=SCALE_DTYPE))
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Ids ``[...]`` to ``[..., K]``."""
+        ids = input.flatten()
+        packed: _Packed | None = getattr(self._parameters["weight"], "packed", None)
+        if packed is not None and packed.product.path not in NATIVE_PATHS:
+            self._unpack()
+            packed = None
+        if packed is None:
+            integers, scale = unpack(self.weight[ids], self.bits), self.weight_scale[ids]
+        else:  # by the head that shares it
+            integers, scale = _read_rows(packed.product, ids)
+        return dequantize(integers, scale, self.dtype).view(*input.shape, self.embedding_dim)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
+
+
+def _read_rows(product: PackedWeight, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 ``[n, K]`` and scales ``[n, G]`` of some rows of a weight in blocks."""
+    lanes = product.data.shape[2]
+    block, lane = ids // lanes, ids % lanes
+    rows = product.data[block, :, lane].transpose(0, 1).unsqueeze(0)
+    integers = unpack(unpack_blocks(rows, product.bits, len(ids), product.columns), product.bits)
+    return integers, product.scale[block, :, lane]

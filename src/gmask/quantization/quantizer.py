@@ -1,0 +1,246 @@
+"""How does a model get int8 or int4 weights: in memory, while it is loaded, or from a file that holds them?
+
+As published, the four linear layers of every block are quantized, and on demand the word embeddings with the head that
+is tied to them. The quantizer is registered with transformers, whose `from_pretrained` and `save_pretrained` then know
+such models.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from gmask.errors import GmaskError
+from gmask.quantization.linear import SCALE_DTYPE, QuantEmbedding, QuantizedLayer, QuantLinear
+from gmask.quantization.packing import BITS, GROUP_SIZES, check_format, pack, quantize
+
+METHOD = "gmask"  # what a config calls it
+
+LINEARS = re.compile(
+    r"(?:^|\.)layers\.\d+\.(?:attention\.(?:query_key_value|dense)|mlp\.(?:dense_h_to_4h|dense_4h_to_h))$"
+)
+"""Names of the layers that are quantized, in GLM and ChatGLM."""
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+@register_quantization_config(METHOD)
+class QuantizationConfig(QuantizationConfigMixin):
+    """In which form the weights of a model are kept.
+
+    Args:
+        bits: 4 or 8.
+        group_size: columns that share a scale, 32, 64 or 128; None for a scale a row, as published.
+        embeddings: whether the word embeddings and the head are quantized too.
+
+    Raises:
+        GmaskError: a form that is not supported.
+    """
+
+    def __init__(
+        self, bits: int = 4, group_size: int | None = None, embeddings: bool = False, **others: Any
+    ) -> None:  # others: transformers gives quant_method back
+        if bits not in BITS:
+            raise GmaskError(f"weights can be kept in 4 or 8 bits, not in {bits}")
+        if group_size is not None and group_size not in GROUP_SIZES:
+            raise GmaskError(f"a group of {group_size} columns: choose 32, 64 or 128, or none for a scale a row")
+        self.quant_method = METHOD
+        self.bits, self.group_size, self.embeddings = bits, group_size, embeddings
+
+    def __str__(self) -> str:
+        scales = "a scale a row" if self.group_size is None else f"a scale for {self.group_size} columns"
+        return f"int{self.bits}, {scales}{', with embeddings' if self.embeddings else ''}"
+
+
+def form_of(config: Any) -> QuantizationConfig | None:
+    """The form of a model's weights by its config; None if they are not quantized.
+
+    Raises:
+        GmaskError: they are, in a way that is not ours.
+    """
+    found = getattr(config, "quantization_config", None)
+    if found is None or isinstance(found, QuantizationConfig):
+        return found
+    method = dict(found).get("quant_method")
+    if method != METHOD:
+        raise GmaskError(f"the weights are quantized by {method}, which gmask does not read; use transformers")
+    return QuantizationConfig(**dict(found))
+
+
+def quantize_model(model: Model, *, bits: int, group_size: int | None = None, embeddings: bool = False) -> Model:
+    """Quantizes a model in place, layer by layer, so that no more memory is taken than the model has and one layer.
+
+    Integers and scales are those of the published checkpoints: computed in float16, whatever the model is in.
+
+    Args:
+        model: a GLM or ChatGLM, with or without a head.
+        bits: 4 or 8.
+        group_size: columns that share a scale, 32, 64 or 128; None for a scale a row, as published.
+        embeddings: quantizes the word embeddings and the head too; if they are tied, they share the result.
+
+    Returns:
+        The same model.
+
+    Raises:
+        GmaskError: a form that is not supported or does not fit the model, a model that is quantized already, weights
+            with NaN or infinity.
+    """
+    config = QuantizationConfig(bits, group_size, embeddings)
+    names = check_model(model, config)
+    for name in tqdm(names, desc=f"quantizing to int{bits}", delay=3, leave=False, disable=None):
+        layer = model.get_submodule(name)
+        if isinstance(layer, nn.Embedding):
+            model.set_submodule(name, QuantEmbedding.from_embedding(layer, bits=bits, group_size=group_size))
+        elif name != _tied_head(model):
+            assert isinstance(layer, nn.Linear)
+            model.set_submodule(name, QuantLinear.from_linear(layer, bits=bits, group_size=group_size))
+    return finish(model, config)
+
+
+def check_model(model: PreTrainedModel, config: QuantizationConfig) -> list[str]:
+    """The names of the layers that are to be quantized, the word embeddings last.
+
+    Raises:
+        GmaskError: as of `quantize_model`; nothing has been changed then.
+    """
+    if any(isinstance(module, QuantizedLayer) for module in model.modules()):
+        raise GmaskError("the model is quantized already; load its unquantized weights to quantize it otherwise")
+    names = [name for name, module in model.named_modules() if LINEARS.search(name) and isinstance(module, nn.Linear)]
+    if not names:
+        raise GmaskError(f"{type(model).__name__} has no layers of a GLM or ChatGLM, which could be quantized")
+    if config.embeddings:
+        names += _embedding_names(model)
+    for name in names:
+        check_format(model.get_submodule(name).weight.shape[1], config.bits, config.group_size)
+    return names
+
+
+def _embedding_names(model: PreTrainedModel) -> list[str]:
+    """Those of the head, if there is one, and of the word embeddings."""
+    wanted = (model.get_output_embeddings(), model.get_input_embeddings())
+    places = {id(module): name for name, module in model.named_modules()}
+    return [places[id(module)] for module in wanted if module is not None]
+
+
+def _tied_head(model: PreTrainedModel) -> str | None:
+    """The name of the head, if it shares the weight of the word embeddings."""
+    if model.get_output_embeddings() is None or not getattr(model.config, "tie_word_embeddings", False):
+        return None
+    return _embedding_names(model)[0]
+
+
+def lay_out(model: PreTrainedModel, config: QuantizationConfig) -> None:
+    """Puts empty quantized layers in place, for weights that will be loaded; `finish` when they are."""
+    for name in check_model(model, config):
+        layer = model.get_submodule(name)
+        form = {"bits": config.bits, "group_size": config.group_size}
+        if isinstance(layer, nn.Embedding):
+            model.set_submodule(name, QuantEmbedding.like(layer, **form))  # type: ignore[arg-type]
+        else:
+            assert isinstance(layer, nn.Linear)
+            model.set_submodule(name, QuantLinear.like(layer, **form))  # type: ignore[arg-type]
+    if config.embeddings:
+        _tie(model)
+
+
+def quantize_weight(model: PreTrainedModel, name: str, weight: Tensor) -> dict[str, Tensor]:
+    """What becomes of an unquantized tensor in a model that `lay_out` has prepared: the tensors to load, by name."""
+    path, _, parameter = name.rpartition(".")
+    layer = model.get_submodule(path)
+    if not isinstance(layer, QuantizedLayer) or parameter != "weight" or not weight.is_floating_point():
+        return {name: weight}
+    integers, scale = quantize(weight, layer.bits, group_size=layer.group_size, dtype=SCALE_DTYPE)
+    return {name: pack(integers, layer.bits), f"{path}.weight_scale": scale}
+
+
+def finish(model: Model, config: QuantizationConfig) -> Model:
+    """Has a model whose layers are quantized know it, as transformers has it after loading."""
+    for _, layer in quantized_layers(model):
+        layer.weight_scale.requires_grad_(False)
+        if isinstance(layer, QuantEmbedding):
+            layer.dtype = model.dtype
+    if config.embeddings:
+        _tie(model)
+    model.config.quantization_config = config
+    model.hf_quantizer = WeightQuantizer(config, pre_quantized=True)
+    model.is_quantized, model.quantization_method = True, METHOD
+    return model
+
+
+def _tie(model: PreTrainedModel) -> None:
+    """Has the head share the integers and scales of the word embeddings."""
+    name = _tied_head(model)
+    if name is None:
+        return
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, QuantEmbedding)
+    head = model.get_submodule(name)
+    if not isinstance(head, QuantLinear):
+        assert isinstance(head, nn.Linear)
+        head = QuantLinear.like(head, bits=embedding.bits, group_size=embedding.group_size)
+        model.set_submodule(name, head)
+    head.weight, head.weight_scale = embedding.weight, embedding.weight_scale
+    tied = {f"{name}.weight_scale": f"{_embedding_names(model)[1]}.weight_scale"}
+    model._tied_weights_keys = {**(model._tied_weights_keys or {}), **tied}
+    model.all_tied_weights_keys = {**model.all_tied_weights_keys, **tied}
+
+
+class _QuantizeWeight(ConversionOps):
+    """Quantizes one weight while the others are still on the disk."""
+
+    def convert(self, input_dict: dict[str, Any], *, model: PreTrainedModel, **others: Any) -> dict[str, Tensor]:
+        ((name, found),) = input_dict.items()
+        return quantize_weight(model, name, found[0] if isinstance(found, list) else found)
+
+
+@register_quantizer(METHOD)
+class WeightQuantizer(HfQuantizer):
+    """What transformers' `from_pretrained` and `save_pretrained` ask about quantized weights."""
+
+    quantization_config: QuantizationConfig
+    is_qat_trainable = False
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **others: Any) -> PreTrainedModel:
+        lay_out(model, self.quantization_config)
+        if not self.pre_quantized:  # bfloat16 would round the weights before they are quantized
+            names = {f"{name}.weight" for name, _ in quantized_layers(model)}
+            model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), *names}
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **others: Any) -> PreTrainedModel:
+        model.__dict__.pop("_keep_in_fp32_modules_strict", None)
+        return finish(model, self.quantization_config)
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **others: Any) -> bool:
+        path, _, parameter = param_name.rpartition(".")
+        is_quantized = isinstance(model.get_submodule(path), QuantizedLayer)
+        return is_quantized and parameter == "weight" and not self.pre_quantized
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _QuantizeWeight()
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Scales keep the precision that they are stored in."""
+        if any(target.endswith("weight_scale") for target in converter.target_patterns):
+            return None
+        kept: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return kept
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # by adapters
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    """Those of a model, by name."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLayer))

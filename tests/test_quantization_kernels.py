@@ -1,0 +1,229 @@
+"""Does every way to multiply by an int8 or int4 weight give what the plain reference gives?"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gmask.errors import GmaskError
+from gmask.quantization import aten, kernels, native, packing
+
+PATHS = kernels.available_paths()
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+seeds = st.integers(0, 2**31)
+
+
+def make_weight(
+    rows: int,
+    columns: int,
+    bits: int,
+    group_size: int | None = None,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float16,
+) -> tuple[Tensor, Tensor]:
+    """Published integers over their whole range, and scales of like size."""
+    generator = torch.Generator().manual_seed(seed)
+    low = -(2 ** (bits - 1))
+    integers = torch.randint(low, -low, (rows, columns), generator=generator).to(torch.int8)
+    shape = (rows,) if group_size is None else (rows, columns // group_size)
+    scale = torch.rand(shape, generator=generator).mul(0.01).add(0.001).to(dtype)
+    scale[0] = 0
+    return packing.pack(integers, bits), scale
+
+
+def error_bound(x: Tensor, weight: Tensor, exact: Tensor, bias: Tensor, path: str, *, fixed: bool) -> Tensor:
+    """How far from the float64 product a path may be.
+
+    All sum K products in float32. The C++ kernels round once more, to the output; the others also round what they
+    dequantize, or the product before its scale and its bias, to the activations' dtype. With `fixed`, activations are
+    off by 2^-15 of the largest of 128.
+    """
+    rounding, size = ROUNDING[x.dtype], x.double().abs()
+    products = size @ weight.abs().T
+    bound = 2.0**-23 * (x.shape[1] + 8) * (products + bias.abs()) + rounding * exact.abs()
+    if path not in kernels.NATIVE_PATHS:
+        return bound + rounding * (products + 2 * exact.abs() + 3 * bias.abs())
+    if fixed:
+        for columns in range(0, x.shape[1], 128):
+            group = slice(columns, columns + 128)
+            bound += 2.0**-15 * size[:, group].amax(dim=1, keepdim=True) * weight[:, group].abs().sum(dim=1)
+    return bound
+
+
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 64]),
+    outputs=st.sampled_from([1, 16, 31, 33, 64, 192]),
+    columns=st.sampled_from([2, 30, 32, 64, 94, 128, 384]),
+    bits=st.sampled_from([4, 8]),
+    group_size=st.sampled_from([None, 32, 64, 128]),
+    dtype=st.sampled_from(DTYPES),
+    scale_dtype=st.sampled_from([torch.float16, torch.float32]),
+    seed=seeds,
+)
+def test_a_path_equals_the_reference(
+    path: str,
+    rows: int,
+    outputs: int,
+    columns: int,
+    bits: int,
+    group_size: int | None,
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    seed: int,
+) -> None:
+    if group_size is not None and columns % group_size:
+        group_size = None
+    weight, scale = make_weight(outputs, columns, bits, group_size, seed=seed, dtype=scale_dtype)
+    packed = kernels.prepare(weight, scale, bits=bits, group_size=group_size, path=path)
+    for given_tensor, unpacked in zip((weight, scale), packed.unpack(), strict=True):
+        assert torch.equal(given_tensor, unpacked)
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(rows, columns, generator=generator) * 4.0 ** torch.randn(columns, generator=generator)).to(dtype)
+    bias = torch.randn(outputs, generator=generator).to(dtype)
+    dense = packing.dequantize(packing.unpack(weight, bits), scale, torch.float64)
+    exact = x.double() @ dense.T + bias.double()
+    y = kernels.matmul(x, packed, bias)
+    assert y.dtype == dtype and y.shape == (rows, outputs)
+    fixed = packed.path == "avx512_bf16" and bits == 8 and dtype == torch.bfloat16
+    bound = error_bound(x, dense, exact, bias.double(), packed.path, fixed=fixed)
+    assert ((y.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_outliers_cost_less_than_the_rounding_of_the_weight(path: str, bits: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(256, 1024, generator=generator)
+    integers, scale = packing.quantize(weight, bits)
+    x = torch.randn(8, 1024, generator=generator)
+    x[:, ::128] *= 1000
+    x = x.bfloat16()
+    quantized = x.double() @ packing.dequantize(integers, scale, torch.float64).T
+    weight_error = (quantized - x.double() @ weight.double().T).norm()
+    y = kernels.matmul(x, kernels.prepare(packing.pack(integers, bits), scale, bits=bits, path=path))
+    assert (y.double() - quantized).norm() < 0.6 * weight_error
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_aligned_weight_is_served_by_the_path_that_was_asked_for(path: str, bits: int) -> None:
+    weight, scale = make_weight(128, 256, bits)
+    assert kernels.prepare(weight, scale, bits=bits, path=path).path == path
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_reaches_its_row_and_no_other(path: str, dtype: torch.dtype, bits: int, bad: float) -> None:
+    weight, scale = make_weight(64, 64, bits)
+    scale[0] = 0.5
+    packed = kernels.prepare(weight, scale, bits=bits, path=path)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    clean = kernels.matmul(x, packed)
+    x[1, 5] = bad
+    y = kernels.matmul(x, packed)
+    assert not y[1].isfinite().any()
+    assert torch.equal(y[0], clean[0]) and torch.equal(y[2], clean[2])
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("path", [path for path in PATHS if path in kernels.NATIVE_PATHS])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_number_of_threads_changes_nothing(path: str, bits: int) -> None:
+    weight, scale = make_weight(1000, 1024, bits)
+    packed = kernels.prepare(weight, scale, bits=bits, path=path)
+    x = torch.randn(11, 1024, generator=torch.Generator().manual_seed(1), dtype=torch.bfloat16)
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(kernels.matmul(x, packed))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_row_is_the_same_alone_and_among_others(path: str) -> None:
+    weight, scale = make_weight(96, 256, 4)
+    packed = kernels.prepare(weight, scale, bits=4, path=path)
+    x = torch.randn(13, 256, generator=torch.Generator().manual_seed(1))
+    together = kernels.matmul(x, packed)
+    alone = torch.cat([kernels.matmul(row, packed)[None] for row in x])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_activations_of_any_shape_and_layout_are_taken(path: str) -> None:
+    weight, scale = make_weight(48, 64, 8)
+    packed = kernels.prepare(weight, scale, bits=8, path=path)
+    x = torch.randn(64, 2, 5, generator=torch.Generator().manual_seed(1))
+    y = kernels.matmul(x.permute(1, 2, 0), packed)
+    assert y.shape == (2, 5, 48)
+    torch.testing.assert_close(y, kernels.matmul(x.permute(1, 2, 0).contiguous(), packed))
+    assert kernels.matmul(x.new_empty(0, 64), packed).shape == (0, 48)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_gradients_are_those_of_the_dequantized_weight(path: str) -> None:
+    weight, scale = make_weight(600, 64, 4)
+    dense = packing.dequantize(packing.unpack_int4(weight), scale)
+    packed = kernels.prepare(weight, scale, bits=4, path=path)
+    generator = torch.Generator().manual_seed(1)
+    x, bias = torch.randn(2, 3, 64, generator=generator), torch.randn(600, generator=generator)
+    into, wanted = torch.randn(2, 3, 600, generator=generator), []
+    for multiply in (lambda x, b: kernels.matmul(x, packed, b), lambda x, b: x @ dense.T + b):
+        x_leaf, bias_leaf = x.clone().requires_grad_(), bias.clone().requires_grad_()
+        multiply(x_leaf, bias_leaf).backward(into)
+        wanted.append((x_leaf.grad, bias_leaf.grad))
+    for ours, reference in zip(*wanted, strict=True):
+        torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-4)
+
+
+def test_a_path_can_be_forced_and_an_unknown_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, scale = make_weight(64, 64, 4)
+    monkeypatch.setenv(kernels.PATH_VARIABLE, "torch")
+    assert kernels.prepare(weight, scale, bits=4).path == "torch"
+    assert kernels.describe() == "plain torch"
+    monkeypatch.setenv(kernels.PATH_VARIABLE, "fastest")
+    with pytest.raises(GmaskError, match="this machine has"):
+        kernels.prepare(weight, scale, bits=4)
+
+
+def test_without_the_cpp_kernel_torch_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native, "instruction_sets", lambda: ())
+    weight, scale = make_weight(64, 64, 4)
+    expected = "aten" if aten.is_usable(bits=4, outputs=64, columns=64, group_size=None) else "torch"
+    assert kernels.prepare(weight, scale, bits=4).path == expected
+    assert "was not built" in kernels.describe()
+    odd = kernels.prepare(*make_weight(33, 30, 4), bits=4)
+    assert odd.path == "torch"
+
+
+def test_a_missing_or_foreign_library_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    foreign = tmp_path / "_matmul.so"
+    foreign.write_bytes(b"not a library")
+    for path in (foreign, tmp_path / "absent.so"):
+        monkeypatch.setattr(native, "LIBRARY", path)
+        assert native._library.__wrapped__() is None
+
+
+def test_shapes_that_do_not_belong_together_are_refused() -> None:
+    weight, scale = make_weight(64, 64, 4)
+    with pytest.raises(GmaskError, match=r"needs scales \[64\]"):
+        kernels.prepare(weight, scale[:-1], bits=4)
+    with pytest.raises(GmaskError, match=r"needs scales \[64, 2\]"):
+        kernels.prepare(weight, scale, bits=4, group_size=32)
