@@ -20,7 +20,7 @@ from gmask.cli import interactive, main
 from gmask.cli.rendering import highlight
 from tiny_folder import make_folder
 
-VERBS = "infill chat score embed convert quantize info pretrain evaluate train-tokenizer".split()
+VERBS = ["infill", "chat", "score", "embed", "convert", "quantize", "info", "pretrain", "evaluate", "train-tokenizer"]
 TEXT = "The [MASK] dog [MASK]."
 
 
