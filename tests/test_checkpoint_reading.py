@@ -243,7 +243,7 @@ def test_shards_that_do_not_belong_together_are_named(suffix: str, weights, tmp_
 def test_a_damaged_index_is_named(weights, tmp_path: Path) -> None:
     write_shards(tmp_path, weights)
     index = tmp_path / "pytorch_model.bin.index.json"
-    for text, fault in (("{", "not JSON"), ("[]", "no weight_map"), ('{"weight_map": {}}', "no weight_map"),
+    for text, fault in (("{", "not JSON"), ("[]", "expected a JSON object"), ('{"weight_map": {}}', "no weight_map"),
                         ("", "empty"), (POINTER, "git lfs pull")):  # fmt: skip
         index.write_text(text)
         assert index.name in refusal(tmp_path) and fault in refusal(tmp_path)

@@ -12,6 +12,7 @@ from gmask.checkpoints.reading import Checkpoint
 from gmask.checkpoints.tensor_files import SCALES
 from gmask.checkpoints.weight_maps import bare_name
 from gmask.errors import GmaskError
+from gmask.models.glm.prompts import find_token_id
 
 HEAD = "lm_head.weight"
 PREFIX = "transformer.prefix_encoder."
@@ -27,10 +28,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Config) -> None
             "belong to another model or revision"
         )
     for role in architecture_of(config).prompt_ids:
-        try:
-            token_id = getattr(tokenizer, role, None)
-        except NotImplementedError:  # a GLM tokenizer whose vocabulary has no such token
-            token_id = None
+        token_id = find_token_id(tokenizer, role)
         known = getattr(config, role)
         if token_id is not None and known is not None and token_id != known:
             raise GmaskError(

@@ -29,6 +29,7 @@ from gmask.errors import GmaskError
 from gmask.models import glm
 from gmask.models.glm import GLMConfig
 from gmask.models.glm.modeling import GLMPreTrainedModel
+from gmask.models.glm.prompts import find_token_id
 
 TANH, ERF = "gelu_pytorch_tanh", "gelu"
 
@@ -164,10 +165,7 @@ def _read_training_config(
     config = read_glm_config(folder, origin.like, heads)
     check_vocabulary(tokenizer, config)
     for role in SPECIAL_IDS:
-        try:
-            token_id = getattr(tokenizer, role, None)
-        except NotImplementedError:  # a vocabulary without such a token
-            token_id = None
+        token_id = find_token_id(tokenizer, role)
         if token_id is not None:
             setattr(config, role, token_id)
     if family and heads is None:

@@ -1,6 +1,5 @@
 """How is a checkpoint of any published form read, tensor by tensor, and what is wrong with a bad one?"""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -9,10 +8,11 @@ from typing import Any, Literal, Self, TypeAlias
 import torch
 from torch import Tensor
 
+from gmask.checkpoints.json_files import read_object
 from gmask.checkpoints.megatron import find_rank_files, find_tracker, holds_ranks, open_ranks
 from gmask.checkpoints.tensor_files import PickledFile, SafetensorsFile, TensorFile, refuse_placeholder
 from gmask.checkpoints.weight_maps import Split, bare_name, merge, split_of
-from gmask.errors import GmaskError, one_line
+from gmask.errors import GmaskError
 from gmask.models.glm.heads import THUDM_CLASSIFIER_NAMES
 
 WEIGHT_FILES = (
@@ -182,11 +182,7 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     path = _find_weights(folder)
     if path.suffix != ".json":
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise GmaskError(f"{path}: not JSON ({one_line(error)})") from error
-    index = content.get("weight_map") if isinstance(content, dict) else None
+    index = read_object(path).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise GmaskError(f"{path}: has no weight_map; download or copy it again")
     suffix = Path(path.name.removesuffix(".index.json")).suffix

@@ -11,6 +11,7 @@ from gmask.errors import GmaskError
 from gmask.infilling.blanks import BlankTokens
 from gmask.infilling.objectives import Mixture
 from gmask.infilling.spans import BoolArray, mark_sentence_ends
+from gmask.models.glm.prompts import find_token_id
 
 SPELLINGS = {
     "mask": "[MASK]", "smask": "[sMASK]", "gmask": "[gMASK]", "sop": "<|startofpiece|>", "eop": "<|endofpiece|>",
@@ -30,20 +31,12 @@ def find_blank_tokens(tokenizer: Tokenizer | PreTrainedTokenizerBase) -> BlankTo
     if isinstance(tokenizer, Tokenizer):
         ids = {role: tokenizer.token_to_id(spelling) for role, spelling in SPELLINGS.items()}
     else:
-        ids = {role: _find_id(tokenizer, role) for role in SPELLINGS}
+        ids = {role: find_token_id(tokenizer, f"{role}_token_id") for role in SPELLINGS}
     ids = {**ids, **{role: ids["mask"] for role in ("smask", "gmask") if ids[role] is None}}
     missing = [SPELLINGS[role] for role, token_id in ids.items() if token_id is None and role != "dblock"]
     if missing:
         raise GmaskError(f"the tokenizer is not a GLM's: it has no {', '.join(missing)}")
     return BlankTokens(**ids)  # type: ignore[arg-type]  # none of them is None but dblock's
-
-
-def _find_id(tokenizer: PreTrainedTokenizerBase, role: str) -> int | None:
-    try:
-        token_id: int | None = getattr(tokenizer, f"{role}_token_id", None)
-    except NotImplementedError:  # as published, for a token that the vocabulary has not
-        return None
-    return token_id
 
 
 def find_sentence_ends(tokenizer: Tokenizer) -> BoolArray:

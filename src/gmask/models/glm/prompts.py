@@ -162,6 +162,18 @@ class BlankFilling:
         return token
 
 
+def find_token_id(tokenizer: Any, name: str) -> int | None:
+    """The id that a tokenizer has under a name such as ``sop_token_id``; None if its vocabulary has no such token.
+
+    The published classes raise for those that they know and lack.
+    """
+    try:
+        token_id: int | None = getattr(tokenizer, name, None)
+    except NotImplementedError:
+        return None
+    return token_id
+
+
 def read_context(model_input: Any) -> tuple[Tensor, Tensor]:
     """Ids ``[B, S]`` and padding mask ``[B, S]``, int64, of what a tokenizer returned for a batch of texts.
 
