@@ -11,7 +11,7 @@ CORPUS ?=
 export NO_MKDOCS_2_WARNING := 1
 
 BIN := $(VENV)/bin
-KERNEL := setup.py $(wildcard src/gmask/quantization/csrc/*)
+KERNEL := setup.py $(wildcard src/gmask/native/csrc/*)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help

@@ -1,17 +1,18 @@
-"""How is the optional C++ kernel of gmask.quantization built? Everything else is in pyproject.toml.
+"""How is the optional C++ library of gmask.native built? Everything else is in pyproject.toml.
 
 A plain shared library with a C interface (it includes neither Python's headers nor torch's), loaded through ctypes.
 Without a C++ compiler the package installs all the same, and torch's own operations serve.
 """
 
 import sys
+from glob import glob
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
-FOLDER = "src/gmask/quantization/csrc"
+FOLDER = "src/gmask/native/csrc"
 IS_WINDOWS = sys.platform == "win32"
 
 
@@ -46,9 +47,9 @@ class TagWheel(bdist_wheel):
 setup(
     ext_modules=[
         Extension(
-            "gmask.quantization._matmul",
-            sources=[f"{FOLDER}/{name}.cpp" for name in ("matmul", "blocks_portable", "blocks_x86")],
-            depends=[f"{FOLDER}/{name}" for name in ("blocks.h", "blocks_float32.inc", "vector.h")],
+            "gmask.native._native",
+            sources=sorted(glob(f"{FOLDER}/*.cpp")),
+            depends=sorted(glob(f"{FOLDER}/*.h") + glob(f"{FOLDER}/*.inc")),
             language="c++",
             extra_compile_args=["/O2", "/std:c++17"]
             if IS_WINDOWS

@@ -1,4 +1,4 @@
-"""How much memory does loading a checkpoint of each form take? Prints peaks, as multiples of the size of the weights.
+"""How much memory does loading a checkpoint of each form take? Prints peaks, as multiples of the size of the model.
 
 A process of its own, so that nothing freed before is used again unseen; run with ``MALLOC_MMAP_THRESHOLD_=65536``.
 """
@@ -6,20 +6,27 @@ A process of its own, so that nothing freed before is used again unseen; run wit
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from gmask.checkpoints.reading import Checkpoint
+from gmask.checkpoints import model_weights
 from gmask.checkpoints.weight_maps import divide
 from gmask.loading import load_model
 from gmask.models.glm import GLMConfig, GLMModel
 
 IDS = dict(pad_token_id=0, eos_token_id=1, mask_token_id=5, smask_token_id=6, gmask_token_id=7, sop_token_id=8,
            eop_token_id=9)  # fmt: skip
-CONVERSIONS = (("float16", "float32"), ("float32", "bfloat16"), ("float16", "float16"))
+CONVERSIONS = (
+    ("float16", "float32", None),
+    ("float32", "bfloat16", None),
+    ("float16", "float16", None),
+    ("float16", "bfloat16", "int4"),
+    ("float32", "bfloat16", "int8"),
+)
 
 
 def anonymous_bytes() -> int:
@@ -45,23 +52,23 @@ def write(folder: Path, form: str, dtype: str) -> None:
 
 def main(parent: Path) -> None:
     grown: list[int] = []
-    copy = Checkpoint.copy
+    stream = model_weights.stream_weights
 
-    def measured(*args: Any, **settings: Any) -> torch.Tensor:
-        tensor = copy(*args, **settings)
-        grown.append(anonymous_bytes())
-        return tensor
+    def measured(*args: Any, **settings: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for item in stream(*args, **settings):
+            yield item
+            grown.append(anonymous_bytes())  # the tensor has its place in the model, and what was read is still held
 
-    Checkpoint.copy = measured  # type: ignore[method-assign]
+    model_weights.stream_weights = measured  # type: ignore[assignment]
     peaks = {}
     for form in ("safetensors", "bin", "megatron"):
-        for stored, wanted in CONVERSIONS:
-            folder = parent / f"{form} {stored} {wanted}"
+        for stored, wanted, quantize in CONVERSIONS:
+            folder = parent / f"{form} {stored} {wanted} {quantize}"
             folder.mkdir()
             write(folder, form, stored)
             before = anonymous_bytes()
             grown.clear()
-            model = load_model(folder, device="cpu", dtype=wanted)
+            model = load_model(folder, device="cpu", dtype=wanted, quantize=quantize)
             size = sum(parameter.nbytes for parameter in model.parameters())
             peaks[folder.name] = (max(*grown, anonymous_bytes()) - before) / size
             del model

@@ -23,6 +23,12 @@ CACHES: dict[str, dict[str, Any]] = {
     "static": {"cache_implementation": "static"},
     "none": {"use_cache": False},
 }
+REFUSED = {
+    "odd": GLMForConditionalGeneration,
+    "int4": GLMForConditionalGeneration,
+    "chat-int8": ChatGLMForConditionalGeneration,
+    "chat-prefix": ChatGLMForConditionalGeneration,
+}
 
 
 @torch.no_grad()
@@ -58,10 +64,11 @@ def main(folder: Path) -> None:
     )  # the older keyword
     found["classifier"] = compute(classifier.eval(), inputs)
     model.save_pretrained(folder / "saved")
-    try:
-        GLMForConditionalGeneration.from_pretrained(folder / "odd", distributed_config=divided)
-    except GmaskError as error:
-        found["odd"] = str(error)
+    for name, model_class in REFUSED.items():
+        try:
+            model_class.from_pretrained(folder / name, distributed_config=divided)
+        except GmaskError as error:
+            found[name] = str(error)
     torch.save(found, folder / f"{os.environ['RANK']}.pt")
 
 

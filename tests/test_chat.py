@@ -1,9 +1,14 @@
 """Does a conversation go on as it would message by message, within its context, and as its user steers it?"""
 
+import gc
+import itertools
 import json
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import gmask
 from gmask.cli.chatting import answer
@@ -61,6 +66,30 @@ def test_a_streamed_reply_is_the_whole_one_and_nothing_is_taken_back(model, toke
     assert at_once.messages == streamed.messages
 
 
+def test_a_seed_repeats_a_conversation_and_no_seed_is_that_of_a_draw(model, tokenizer) -> None:
+    settings = dict(context_length=64, max_tokens=20, temperature=3.0, top_p=1.0)
+    first, again, other = (Chat(model, tokenizer, seed=seed, **settings) for seed in (5, 5, 6))
+    said = [[chat.ask(text).text for text in ("你是谁？", "hello")] for chat in (first, again, other)]
+    assert said[0] == said[1] != said[2]
+    assert Chat(model, tokenizer, **settings).first_seed != Chat(model, tokenizer, **settings).first_seed
+
+
+@pytest.mark.parametrize("fault", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_broken_model_does_not_chat(model, tokenizer, fault: float, temperature: float) -> None:
+    chat = Chat(model, tokenizer, context_length=64, max_tokens=8, temperature=temperature)
+    bias = model.transformer.final_layernorm.bias
+    kept = bias.detach().clone()
+    try:
+        bias.data[0] = fault
+        with pytest.raises(gmask.GmaskError, match="values that are not numbers"):
+            chat.ask("你好")
+        with pytest.raises(gmask.GmaskError, match="values that are not numbers"):
+            next(chat.stream("你好"))
+    finally:
+        bias.data.copy_(kept)
+
+
 def test_a_batch_replies_as_single_conversations_do(model, tokenizer) -> None:
     texts = ["你是谁？", "hello", "一加一等于几？请回答"]
     conversations = [[{"role": "user", "content": text}] for text in texts]
@@ -103,9 +132,85 @@ def test_a_stream_left_early_keeps_what_was_said(chat: Chat) -> None:
     assert chat.last_reply is not None and chat.last_reply.finish == "cancelled"
 
 
+SHORTAGES = [  # as torch words them for a GPU, the CPU of Linux and Windows, and Apple's GPU, and as the kernel does
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried 8 bytes."
+    ),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried 8 bytes."),
+    RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)."),
+    MemoryError("no memory for the activations of a quantized matrix product"),
+]
+
+
+def fail_after(chat: Chat, tokens: int, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the model raise an error once it has given some tokens."""
+    forward, passes = chat.chatter.model.forward, itertools.count()
+
+    def failing(*args: Any, **settings: Any) -> Any:
+        if next(passes) >= tokens:
+            raise error
+        return forward(*args, **settings)
+
+    monkeypatch.setattr(chat.chatter.model, "forward", failing)
+
+
+@pytest.mark.parametrize("tokens", [0, 8])
+@pytest.mark.parametrize("error", SHORTAGES)
+def test_too_little_memory_is_one_line_and_the_conversation_stays(
+    chat: Chat, error: Exception, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat.ask("你好")
+    before, prompt = chat.messages, chat.chatter.fit("hello", chat.rounds)
+    for attempt in (chat.ask, lambda text: list(chat.stream(text))):
+        with monkeypatch.context() as patch:
+            fail_after(chat, tokens, error, patch)
+            with pytest.raises(gmask.GmaskError) as caught:
+                attempt("hello")
+        message = str(caught.value)
+        assert message.startswith(
+            f"not enough memory for a context of {prompt.length + 12} tokens (a prompt of {prompt.length}): "
+        )
+        assert "--context-length" in message and "--quantize int4" in message and "\n" not in message
+        assert chat.messages == before
+    assert chat.ask("hello").text and len(chat.messages) == 4
+
+
+def test_what_torch_says_of_this_machine_is_understood(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat.chatter.model, "forward", lambda **settings: torch.empty(1 << 60, dtype=torch.uint8))
+    conversations = [[{"role": "user", "content": text}] for text in ("hello", "你好")]
+    with pytest.raises(gmask.GmaskError, match="not enough memory for 2 conversations at once, with a context of"):
+        reply_all(chat.chatter.model, chat.chatter.tokenizer, conversations, max_tokens=4)
+
+
+def test_the_tensors_of_a_failed_reply_are_let_go(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+
+    def failing(**settings: Any) -> Any:
+        activations = torch.zeros(8)
+        held.append(weakref.ref(activations))
+        raise MemoryError
+
+    monkeypatch.setattr(chat.chatter.model, "forward", failing)
+    with pytest.raises(gmask.GmaskError) as caught:
+        chat.ask("hello")
+    assert isinstance(caught.value.__cause__, MemoryError)
+    gc.collect()
+    assert held[0]() is None
+
+
+def test_no_other_error_is_explained_away(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_after(chat, 2, RuntimeError("mat1 and mat2 shapes cannot be multiplied"), monkeypatch)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        chat.ask("hello")
+
+
 def test_settings_that_do_not_fit_are_refused(model, tokenizer) -> None:
     for settings, named in (
         ({"n": 2}, "one reply"),
+        ({"temperature": 0, "num_beams": 3}, "one reply"),
+        ({"temperature": -1}, "temperature must be 0 or above"),
+        ({"do_sample": False}, "no setting 'do_sample'"),
         ({"max_tokens": 64}, "no room for a prompt"),
         ({"temprature": 1}, "temperature"),
     ):

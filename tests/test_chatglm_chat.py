@@ -1,6 +1,8 @@
 """Does ChatGLM build its prompts, stream and clean its replies as published, without hiding failures?"""
 
+import copy
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +77,10 @@ def test_streamed_ids_are_the_published_ones_and_the_last_is_not_lost(case: dict
 def test_sampling_shapes_scores_in_the_published_order(case: dict[str, Any], model) -> None:
     tensors = read_case(TINY)[1]
     settings = model._chat_settings(2048, 1, True, 0.7, 0.95, None, {})
-    finite = settings.pop("logits_processor")
+    own = settings.pop("logits_processor")
     config = GenerationConfig(**settings)
     processors = model._get_logits_processor(
-        config, input_ids_seq_length=1, encoder_input_ids=None, logits_processor=finite, device="cpu"
+        config, input_ids_seq_length=1, encoder_input_ids=None, logits_processor=own, device="cpu"
     )
     names = [type(processor).__name__ for processor in processors]
     assert names[1:] == [found["class"] for found in case["sampling"]["order"][1:]]
@@ -100,6 +102,8 @@ def test_scores_that_are_not_finite_raise(model, tokenizer, fault: float) -> Non
         with pytest.raises(FloatingPointError, match="not finite"):
             model.chat(tokenizer, "你好", max_length=12)
         with pytest.raises(FloatingPointError, match="not finite"):
+            model.chat(tokenizer, "你好", max_length=12, num_beams=2, do_sample=False)
+        with pytest.raises(FloatingPointError, match="not finite"):
             list(model.stream_chat(tokenizer, "你好", max_length=12))
     finally:
         weight.data.copy_(kept)
@@ -114,6 +118,64 @@ def test_temperature_0_is_greedy_and_seeds_repeat(model, tokenizer) -> None:
         torch.manual_seed(seed)
         drawn.append(model.chat(tokenizer, "你好", top_p=1.0, temperature=3.0, max_length=30)[0])
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+@needs_vocabulary
+@pytest.mark.parametrize("ban", [{"min_new_tokens": 8}, {"bad_words_ids": [[301]]}, {"suppress_tokens": [301, 319]}])
+def test_a_forbidden_token_is_no_damage_and_a_seed_repeats_in_a_stream(model, tokenizer, ban: dict[str, Any]) -> None:
+    settings = dict(max_length=20, temperature=3.0, top_p=1.0, **ban)
+    torch.manual_seed(4)
+    reply, history = model.chat(tokenizer, "你好", **settings)
+    torch.manual_seed(4)
+    assert list(model.stream_chat(tokenizer, "你好", **settings))[-1] == (reply, history)
+
+
+@needs_vocabulary
+def test_beams_find_a_reply_at_least_as_probable_and_are_not_streamed(model, tokenizer) -> None:
+    ids = model.encode_chat(tokenizer, "你好", [], max_length=None)["input_ids"]
+    settings = dict(max_length=12, do_sample=False, pad_token_id=3)
+    wanted = model.generate(ids, num_beams=4, **settings)[0, ids.shape[1] :].tolist()
+    reply = clean_reply(tokenizer.decode(wanted, skip_special_tokens=True))
+    assert model.chat(tokenizer, "你好", max_length=12, num_beams=4, do_sample=False)[0] == reply
+    assert model.chat(tokenizer, "你好", max_length=12, num_beams=4, temperature=0)[0] == reply
+    assert model.chat(tokenizer, "你好", max_length=12, do_sample=False)[0] != reply
+    with pytest.raises(gmask.GmaskError, match=r"cannot be streamed: use chat$"):
+        next(model.stream_chat(tokenizer, "你好", num_beams=4, max_length=12))
+
+
+@needs_vocabulary
+@pytest.mark.parametrize("tables", ["float32", "module"])
+def test_a_half_precision_model_chats_on_a_cpu(tokenizer, tables: str) -> None:
+    model = copy.deepcopy(load_chatglm(rotary_dtype=tables)).half()
+    settings = dict(do_sample=False, max_length=30)
+    reply, history = model.chat(tokenizer, "你好", **settings)
+    assert reply and list(model.stream_chat(tokenizer, "你好", **settings))[-1] == (reply, history)
+    model.chat(tokenizer, "再见", history, max_length=60)
+
+
+def test_a_temperature_below_0_is_no_greedy_search(model) -> None:
+    settings = model._chat_settings(2048, 1, True, 0.7, -1.0, None, {})
+    with pytest.raises(ValueError, match="temperature"):
+        model.generate(torch.tensor([[20, 513, 516]]), **settings)
+
+
+@needs_vocabulary
+@pytest.mark.parametrize("limit", [{"max_length": 80}, {"max_new_tokens": 77}])
+def test_a_model_warns_once_with_counts_of_a_text_longer_than_it_was_trained_on(tokenizer, limit: Any) -> None:
+    model = copy.copy(load_chatglm())
+    model.generate = lambda input_ids, **_: input_ids
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model.chat(tokenizer, "你好", max_length=64)
+        assert not told
+        for _ in range(2):
+            model.chat(tokenizer, "你好", **limit)
+            list(model.stream_chat(tokenizer, "你好", **limit))
+    assert [str(one.message) for one in told] == [
+        "the prompt has 3 tokens and may grow to 80 with the reply, but the model was trained on at most 64: replies "
+        "get worse beyond them"
+    ]
+    assert told[0].filename == __file__
 
 
 @needs_vocabulary
@@ -142,6 +204,8 @@ def test_stop_strings_and_own_processors_reach_the_model(model, tokenizer) -> No
     whole, _ = model.chat(tokenizer, "你是谁？", do_sample=False, max_length=60)
     cut, _ = model.chat(tokenizer, "你是谁？", do_sample=False, max_length=60, stop_strings=["一k"])
     assert whole.startswith(cut) and len(cut) < len(whole) and cut.endswith("一k")
+    streamed = list(model.stream_chat(tokenizer, "你是谁？", do_sample=False, max_length=60, stop_strings=["一k"]))
+    assert streamed[-1][0] == cut
 
     def forbid(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         seen.append(ids.shape[1])

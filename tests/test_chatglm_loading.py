@@ -1,9 +1,7 @@
-"""Does `gmask.load` read every published form of ChatGLM-6B, and say in one line what is wrong with another?"""
+"""Does `gmask.load` read every published form of ChatGLM-6B?"""
 
 import json
-import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +21,25 @@ GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared" / "golden"
 VOCABULARY = SHARED / TINY / "model" / "ice_text.model"
 FIRST_VOCABULARY = SHARED / "tokenizers" / "chatglm" / "ice_text.base.model"
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 2706249\n"
 
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="the tiny vocabulary is not here")
-Change = Callable[[Path], None]
+
+
+def publish(folder: Path, case: str = TINY) -> Path:
+    """A published folder: shards with heads stored beside the embedding, and numbers that are never read.
+
+    case: whose weights and config it holds.
+    """
+    folder.mkdir()
+    files = (GOLDEN / case / "model").iterdir()
+    for path in {GOLDEN / TINY / "model" / "tokenizer_config.json", VOCABULARY, *files}:
+        shutil.copyfile(path, folder / path.name)
+    return folder
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A published folder: shards with heads stored beside the embedding, and numbers that are never read."""
-    folder = tmp_path / "chatglm-6b"
-    shutil.copytree(GOLDEN / TINY / "model", folder)
-    shutil.copyfile(VOCABULARY, folder / "ice_text.model")
-    for path in [folder, *folder.iterdir()]:
-        path.chmod(0o755)
-    return folder
+    return publish(tmp_path / "chatglm-6b")
 
 
 def load(folder: Path, **settings: Any) -> tuple[ChatGLMForConditionalGeneration, ChatGLMTokenizer]:
@@ -170,63 +172,6 @@ def test_the_first_vocabulary_gets_its_own_tokenizer_and_a_reply_ends_with_eop(f
     assert chat.ask("你好").reply_tokens <= 4
     reply, _ = model.chat(tokenizer, "你好", max_length=len(ids) + 4, do_sample=False)
     assert chat.messages[-1]["content"] == reply
-
-
-def put_first_vocabulary(folder: Path) -> None:
-    shutil.copyfile(FIRST_VOCABULARY, folder / "ice_text.model")
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ChatGLMTokenizer"}')
-
-
-def keep_later_vocabulary(folder: Path) -> None:
-    make_first_folder(folder)
-    shutil.copyfile(VOCABULARY, folder / "ice_text.model")
-
-
-def mix_shards(folder: Path) -> None:
-    weights = read_weights(folder)
-    write_weights(folder, {**weights, "lm_head.weight": torch.zeros(900, 64)})
-
-
-def lose_a_tensor(folder: Path) -> None:
-    weights = read_weights(folder)
-    del weights["transformer.layers.1.mlp.dense_4h_to_h.bias"]
-    write_weights(folder, weights)
-
-
-FAULTS: dict[str, tuple[Change, str]] = {
-    "first vocabulary": (put_first_vocabulary, r"bos_token_id is 20516, but that of the model 516; .* revision"),
-    "later vocabulary": (keep_later_vocabulary, r"bos_token_id is 516, but that of the model \d+; .* revision"),
-    "shards of two revisions": (mix_shards, r"lm_head\.weight has the shape \[900, 64\].*take all files from one rev"),
-    "no vocabulary": (lambda folder: (folder / "ice_text.model").unlink(), r"ice_text\.model: missing"),
-    "pointer": (lambda folder: (folder / "ice_text.model").write_text(POINTER), r"ice_text\.model: a Git LFS pointer"),
-    "pointer weights": (
-        lambda folder: (folder / "pytorch_model-00002-of-00002.bin").write_text(POINTER),
-        r"pytorch_model-00002-of-00002\.bin: a Git LFS pointer",
-    ),
-    "other vocabulary": (
-        lambda folder: (folder / "ice_text.model").write_bytes(b"no pieces"),
-        r"ice_text\.model: not a SentencePiece model",
-    ),
-    "missing": (lose_a_tensor, r"the weights lack transformer\.layers\.1\.mlp\.dense_4h_to_h\.bias;"),
-    "images": (
-        lambda folder: write_weights(folder, {**read_weights(folder), "image_encoder.vit.weight": torch.ones(2)}),
-        r"holds an image_encoder, so it is VisualGLM",
-    ),
-    "image config": (
-        lambda folder: change_config(folder, architectures=["ChatGLMForConditionalGenerationWithImage"]),
-        r"config\.json: is VisualGLM",
-    ),
-    "chatglm2": (lambda folder: change_config(folder, multi_query_attention=True), r"is ChatGLM2, ChatGLM3 or GLM-4"),
-    "ids": (lambda folder: change_config(folder, gmask_token_id=None), r"gmask_token_id 130001 is beyond the vocab_s"),
-    "heads": (lambda folder: change_config(folder, num_attention_heads=3), r"config\.json: hidden_size 64 is not a"),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_named_in_one_line_with_its_file(folder: Path, fault: str) -> None:
-    change, message = FAULTS[fault]
-    change(folder)
-    assert re.search(message, load_error(folder)) and str(folder) in load_error(folder)
 
 
 def test_a_published_name_is_fetched_without_its_code_and_loaded(

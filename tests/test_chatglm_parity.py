@@ -315,7 +315,7 @@ def test_every_published_generation(attention: str, caching: str) -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("caching", ["dynamic", "none"])
+@pytest.mark.parametrize("caching", CACHES)
 @pytest.mark.parametrize("name", PREFIXES)
 def test_every_published_generation_behind_a_prefix(name: str, caching: str) -> None:
     case, tensors = read_case(name)

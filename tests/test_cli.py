@@ -60,6 +60,16 @@ def test_texts_are_filled_in_plain_text(run: Run, folder: Path) -> None:
     assert "cut at 4 tokens" in piped.err
 
 
+@pytest.mark.parametrize("verb", [("infill", "--json"), ("score", "--json", "--answers", "old|small"), ("embed",)])
+def test_integers_answer_as_the_folder_that_gmask_quantize_writes(
+    run: Run, folder: Path, tmp_path: Path, verb: tuple[str, ...]
+) -> None:
+    assert run("quantize", folder, tmp_path / "small", "--bits", "4").code == 0
+    text = "The [MASK] dog."
+    quantized = run(*verb, text, "-m", folder, "--quantize", "int4").out
+    assert quantized == run(*verb, text, "-m", tmp_path / "small").out != run(*verb, text, "-m", folder).out
+
+
 def test_json_has_the_promised_form(run: Run, folder: Path) -> None:
     done = run("infill", TEXT, "--json", "-m", folder, "--max-tokens", 4)
     values = json.loads(done.out)
@@ -185,11 +195,12 @@ def test_pretrain_hands_recipe_and_overrides_over(run: Run, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help_and_at_most_eight_options_beside_set(run: Run, verb: str) -> None:
+def test_every_verb_has_help_and_at_most_eight_options_of_its_own(run: Run, verb: str) -> None:
     done = run(verb, "--help")
     options = [line.split()[0] for line in done.out.splitlines() if line.startswith("  -")]
     assert done.code == 0
-    assert len([option for option in options if option not in ("--set", "--help")]) <= 8
+    shared = {"--set", "--quantize", "--help"}
+    assert len(set(options) - shared) <= 8
     assert "[sMASK]" in done.out or verb != "infill"
 
 

@@ -11,6 +11,7 @@ import pytest
 
 import gmask
 from gmask.cli import main
+from gmask.models.chatglm import ChatGLMForConditionalGeneration
 from test_chatglm_chat import VOCABULARY, needs_vocabulary
 from test_chatglm_parity import TINY, read_case
 from test_cli import Outcome, Terminal
@@ -84,6 +85,27 @@ def test_mistakes_are_one_line(run: Run) -> None:
     ):
         done = run("chat", *arguments)
         assert (done.code, len(done.err.splitlines())) == (2, 1) and message in done.err
+
+
+def test_integers_reply_as_those_of_the_folder_that_gmask_quantize_writes(run: Run, tmp_path: Path) -> None:
+    options = ("--max-tokens", 12, *GREEDY, "你是谁？")
+    quantized = run("chat", "--quantize", "int4", *options).out
+    model, tokenizer = gmask.load(FOLDER, device="cpu")
+    chat = gmask.Chat(model.quantize(4), tokenizer, temperature=0, max_tokens=12)
+    assert quantized.strip() == chat.ask("你是谁？").text
+    assert quantized != run("chat", *options).out
+    refused = run("chat", "--quantize", "int5", *options)
+    assert (refused.code, refused.err) == (2, "gmask: quantize 'int5' is not one of int8, int4\n")
+
+
+def test_too_little_memory_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **settings: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(ChatGLMForConditionalGeneration, "forward", fail)
+    done = run("chat", "--context-length", 48, "--max-tokens", 12, "hello")
+    assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1)
+    assert done.err.startswith("gmask: not enough memory for a context of") and "--context-length" in done.err
 
 
 @pytest.fixture

@@ -169,6 +169,13 @@ def test_every_refusal_is_one_line_that_says_what_to_do(hub: FakeHub, monkeypatc
     assert "no space left" in fetch_error("a/gated")
 
 
+@pytest.mark.parametrize("config", [b'{"model_type": "chatglm", "rmsnorm": true}', b'{"model_type": "glm4"}'])
+def test_the_weights_of_another_model_are_not_fetched(hub: FakeHub, config: bytes) -> None:
+    hub.add("THUDM/chatglm2-6b", {**FILES, "config.json": config})
+    assert "not a first-generation GLM" in fetch_error("THUDM/chatglm2-6b")
+    assert "pytorch_model.bin" not in hub.downloads()
+
+
 def test_offline_the_message_names_the_ways_out(hub: FakeHub, offline: None) -> None:
     message = fetch_error(NAME)
     assert "HF_ENDPOINT" in message and "name its folder" in message

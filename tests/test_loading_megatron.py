@@ -9,9 +9,11 @@ import torch
 
 import gmask
 from gmask.checkpoints import catalog, megatron_config
+from gmask.checkpoints.quantized_folder import quantize_folder
 from gmask.checkpoints.reading import open_checkpoint
-from gmask.loading import load_model, read_config
+from gmask.loading import load_model, load_tokenizer, read_config
 from gmask.models.glm import GLMForConditionalGeneration, GLMForSequenceClassification
+from gmask.quantization.quantizer import QuantizationConfig
 
 THUDM = Path(__file__).parent / "golden" / "thudm-glm-tiny"
 SHARED = Path(__file__).parents[2] / "shared" / "golden"
@@ -62,6 +64,24 @@ def test_a_checkpoint_of_the_training_code_loads_with_a_config_from_its_shapes(
             expected = expected.clone()
             expected[479] = expected[477]
         assert torch.equal(tensor, expected)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the tiny vocabulary is not here")
+@pytest.mark.parametrize("name", ["ckpt", "ckpt_MP2"])
+def test_it_is_quantized_with_the_rows_of_its_special_tokens(
+    name: str, tiny_family: catalog.Family, tmp_path: Path
+) -> None:
+    form, tokenizer = QuantizationConfig(8, embeddings=True), load_tokenizer(SHARED / "hf-glm-tiny" / "model")
+    quantize_folder(THUDM / name, tmp_path / "small", tokenizer, form)
+    written = load_model(tmp_path / "small", device="cpu").state_dict()
+    expected = load_model(THUDM / name, device="cpu").quantize(8, embeddings=True).state_dict()
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[key], expected[key]) for key in expected)
+    loaded = load_model(THUDM / name, device="cpu", quantize="int8").state_dict()
+    embedding = loaded["glm.word_embeddings.weight"]
+    assert torch.equal(embedding[479], embedding[477])
+    layers = [key for key in loaded if ".layers." in key]
+    assert len(layers) > 30 and all(torch.equal(loaded[key], written[key]) for key in layers)
 
 
 def test_only_a_token_that_the_training_code_did_not_tell_apart_gets_a_copied_row(

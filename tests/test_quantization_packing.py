@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gmask.errors import GmaskError
+from gmask.native import matmul as native
+from gmask.native.library import instruction_sets
 from gmask.quantization import packing
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -144,3 +146,14 @@ def test_what_cannot_be_quantized_is_said_in_one_line(
     with pytest.raises(GmaskError, match=message) as told:
         packing.quantize(weight, bits, group_size=group_size)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.skipif(not instruction_sets(), reason="the C++ library was not built")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 2), (31, 30), (32, 32), (33, 94), (100, 1024)])
+def test_the_kernels_blocks_are_packed_in_one_pass_as_in_many(bits: int, rows: int, columns: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randint(-128, 128, (rows, columns * bits // 8), generator=generator).to(torch.int8)
+    blocks = native.pack_blocks(packed, bits)
+    assert torch.equal(blocks, packing.pack_blocks(packed, bits))
+    assert torch.equal(packing.unpack_blocks(blocks, bits, rows, columns), packed)

@@ -33,10 +33,12 @@ SMALL_CHAT = dict(
 ROWS = [[16, 17, GMASK, SOP], [18, MASK, 19, 20, 21, SOP]]
 
 
-def make_folder(folder: Path, model: PreTrainedModel) -> None:
+def make_folder(folder: Path, model: PreTrainedModel, *, bits: int | None = None) -> None:
     """A model with random weights; the biases too, which would be zero and hide a wrong split."""
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
+    if bits is not None:
+        model.quantize(bits)
     model.save_pretrained(folder)
 
 
@@ -70,6 +72,10 @@ def computed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         odd = small_config(hidden_size=33, num_attention_heads=3)
         make_folder(folder / "odd", GLMForConditionalGeneration(odd))
         make_folder(folder / "chat", ChatGLMForConditionalGeneration(ChatGLMConfig(**SMALL_CHAT)))
+        make_folder(folder / "int4", GLMForConditionalGeneration(small_config()), bits=4)
+        make_folder(folder / "chat-int8", ChatGLMForConditionalGeneration(ChatGLMConfig(**SMALL_CHAT)), bits=8)
+        prefixed = ChatGLMConfig(**SMALL_CHAT, pre_seq_len=2)
+        make_folder(folder / "chat-prefix", ChatGLMForConditionalGeneration(prefixed))
     make_published(folder / "published")
     inputs = make_inputs(ROWS)
     torch.save(inputs, folder / "inputs.pt")
@@ -144,3 +150,13 @@ def test_an_odd_number_of_heads_is_refused_in_one_line(computed: dict[str, Any])
         assert computed[rank]["odd"] == (
             "3 attention heads cannot be divided among 2 processes: start one of 1, 3 processes"
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("int4", "int8 and int4 weights are"), ("chat-int8", "int8 and int4 weights are"), ("chat-prefix", "prefix is")],
+)
+def test_what_is_not_divided_is_refused_in_one_line(computed: dict[str, Any], name: str, what: str) -> None:
+    for rank in range(2):
+        assert f"{what} not divided among processes: run one process" in computed[rank][name]
+        assert "\n" not in computed[rank][name]

@@ -1,5 +1,10 @@
 """What is raised for a mistake that the user can mend?"""
 
+import re
+
+SHORTAGE = re.compile(r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED")
+"""In the messages of torch, whose errors are plain RuntimeErrors on a CPU and on Apple's GPU."""
+
 
 class GmaskError(ValueError):
     """A user's mistake, told in one line that says what to do; the command line prints it and exits with 2."""
@@ -8,3 +13,8 @@ class GmaskError(ValueError):
 def one_line(error: Exception) -> str:
     """The start of another library's message; of torch's, of what stands behind its advice."""
     return " ".join(str(error).split("WeightsUnpickler error:")[-1].split())[:160] or type(error).__name__
+
+
+def is_shortage(error: Exception) -> bool:
+    """Whether an error means that there is too little memory, as Python, torch on any device and our kernels say it."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(SHORTAGE.search(str(error))))

@@ -6,26 +6,21 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gmask.checkpoints.adapters import add_prefix, read_prefix
-from gmask.checkpoints.architectures import architecture_of
-from gmask.checkpoints.configs import Config, lacks_config
+from gmask.checkpoints.configs import lacks_config
 from gmask.checkpoints.configs import read_config as read_config
-from gmask.checkpoints.fit import check_head, check_vocabulary, match_keys
-from gmask.checkpoints.memory import check_room
-from gmask.checkpoints.reading import Checkpoint, is_megatron, open_checkpoint
+from gmask.checkpoints.fit import check_vocabulary
+from gmask.checkpoints.model_weights import fill_model
+from gmask.checkpoints.reading import is_megatron, open_checkpoint
 from gmask.checkpoints.reading import weight_files as weight_files
-from gmask.checkpoints.tensor_files import SCALES, refuse_placeholder
+from gmask.checkpoints.tensor_files import refuse_placeholder
 from gmask.checkpoints.tokenizer_files import read_tokenizer
-from gmask.checkpoints.weight_maps import bare_name
 from gmask.errors import GmaskError
 from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from gmask.models.chatglm.placement import spread_layers
 from gmask.models.glm import GLMForConditionalGeneration
-from gmask.quantization.quantizer import finish, form_of, lay_out
+from gmask.quantization.quantizer import read_form
 
 BUNDLED = Path(__file__).parent / "pretrained"
 
@@ -50,6 +45,8 @@ def load(
     *,
     dtype: str | torch.dtype | None = ...,
     device: str | torch.device | None = ...,
+    quantize: str | None = ...,
+    group_size: int | None = ...,
     revision: None = ...,
     like: None = ...,
     tokenizer: str | Path | None = ...,
@@ -62,6 +59,8 @@ def load(
     *,
     dtype: str | torch.dtype | None = ...,
     device: str | torch.device | None = ...,
+    quantize: str | None = ...,
+    group_size: int | None = ...,
     revision: str | None = ...,
     like: str | None = ...,
     tokenizer: str | Path | None = ...,
@@ -74,6 +73,8 @@ def load(
     *,
     dtype: str | torch.dtype | None = ...,
     device: str | torch.device | None = ...,
+    quantize: str | None = ...,
+    group_size: int | None = ...,
     revision: str | None = ...,
     like: str | None = ...,
     tokenizer: str | Path | None = ...,
@@ -85,6 +86,8 @@ def load(
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
+    quantize: str | None = None,
+    group_size: int | None = None,
     revision: str | None = None,
     like: str | None = None,
     tokenizer: str | Path | None = None,
@@ -93,16 +96,20 @@ def load(
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Loads a model, ready to fill blanks or to chat, and its tokenizer.
 
-    Tensors go one by one from the files to their places in the model, so that at no time more memory is taken than the
-    model needs, and one tensor. No code from the folder is run.
+    Tensors go one by one from the files to their places in the model, and are quantized on the way, so that at no time
+    more memory is taken than the model needs, and one tensor. No code from the folder is run.
 
     Args:
         name: ``"bundled"`` for the model that comes with gmask; the folder of another one: our own, one in the
             published Hugging Face form, or a checkpoint of the original training code (Megatron, DeepSpeed); or the
             name of a published model, such as ``THUDM/glm-10b`` or ``THUDM/chatglm-6b``, which is downloaded once.
-        dtype: of the weights, such as ``"bfloat16"``. By default float32 on a CPU, where log-probabilities are then
-            exact, and as stored elsewhere.
+        dtype: of the weights, or of those that are not quantized and of what is computed with them, such as
+            ``"bfloat16"``. By default on a CPU float32, where log-probabilities are then exact, but bfloat16 for a
+            model of more than 3 billion parameters; elsewhere as stored.
         device: such as ``"cpu"`` or ``"cuda:1"``. By default the best there is: CUDA, Apple's MPS, the CPU.
+        quantize: ``"int8"`` or ``"int4"`` for integers in the four linear layers of every block, the same that
+            ``gmask quantize`` writes. A folder that holds quantized weights needs no word; another form is refused.
+        group_size: columns that share a scale, 32, 64 or 128; by default all of a row, as published.
         revision: a branch, tag or commit of a published model.
         like: for a checkpoint of the training code whose shape does not tell, the published model that it is made
             like, such as ``"GLM-10B"``: number of heads, vocabulary and special ids come from there.
@@ -114,12 +121,22 @@ def load(
     Raises:
         GmaskError: no such model; a missing, damaged, dangerous or unsuitable file, which is named; too little memory.
     """
+    wanted, form = _read_dtype(dtype), read_form(quantize, group_size)
     folder = find_folder(name, revision)
     config = read_config(folder, like)
     words = load_tokenizer(folder if tokenizer is None else Path(tokenizer).expanduser(), kind=_find_kind(folder, like))
     check_vocabulary(words, config)
-    prefix = None if adapter is None else Path(adapter).expanduser()
-    return _fill_model(folder, config, prefix, dtype=dtype, device=device, like=like, model_class=model_class), words
+    model = fill_model(
+        folder,
+        config,
+        device=torch.device(device or best_device()),
+        dtype=wanted,
+        form=form,
+        adapter=None if adapter is None else Path(adapter).expanduser(),
+        like=like,
+        model_class=model_class,
+    )
+    return model, words
 
 
 def find_folder(name: str | Path, revision: str | None = None) -> Path:
@@ -162,72 +179,21 @@ def load_model(
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
+    quantize: str | None = None,
+    group_size: int | None = None,
     like: str | None = None,
     model_class: type[PreTrainedModel] | None = None,
 ) -> Any:
     """The model alone, in evaluation mode; arguments and errors as in `load`."""
-    return _fill_model(
-        folder, read_config(folder, like), None, dtype=dtype, device=device, like=like, model_class=model_class
+    return fill_model(
+        folder,
+        read_config(folder, like),
+        device=torch.device(device or best_device()),
+        dtype=_read_dtype(dtype),
+        form=read_form(quantize, group_size),
+        like=like,
+        model_class=model_class,
     )
-
-
-def _fill_model(
-    folder: Path,
-    config: Config,
-    adapter: Path | None,
-    *,
-    dtype: str | torch.dtype | None,
-    device: str | torch.device | None,
-    like: str | None,
-    model_class: type[PreTrainedModel] | None,
-) -> PreTrainedModel:
-    place = torch.device(device or best_device())
-    wanted = _read_dtype(dtype, place)
-    architecture = architecture_of(config)
-    model = _shape_model(folder, config, adapter, model_class)
-    prefix = {} if adapter is None else read_prefix(adapter, model)
-    with open_checkpoint(folder) as checkpoint:
-        names = match_keys(checkpoint, model, elsewhere=prefix)
-        wanted = wanted or _find_dtype(checkpoint, architecture.embedding)
-        dtypes = {key: _place_dtype(checkpoint, key, wanted) for key in names}
-        _check_memory(checkpoint, dtypes, wanted, place)
-        weights: dict[str, Tensor] = {}
-        for key in tqdm(names, desc=f"loading {folder.name}", delay=3, leave=False, disable=None):
-            weights[names[key]] = checkpoint.copy(key, device=place, dtype=dtypes[key])
-        weights |= {key: tensor.to(place) for key, tensor in prefix.items()}
-        check_head(checkpoint, model)
-        if lacks_config(folder):
-            _copy_rows(checkpoint, weights, model, like)
-    model.load_state_dict(weights, strict=False, assign=True)  # strict already, but for the tied head
-    model.tie_weights()
-    model.eval()
-    form = form_of(config)
-    return model if form is None else finish(model, form)
-
-
-def _shape_model(
-    folder: Path, config: Config, adapter: Path | None, model_class: type[PreTrainedModel] | None
-) -> PreTrainedModel:
-    """The model of a config, without numbers, with room for the prefix of ``adapter``.
-
-    Raises:
-        GmaskError: a class or an adapter that is not for this kind of model.
-    """
-    architecture = architecture_of(config)
-    chosen = model_class or architecture.find_class((config.architectures or [None])[0])
-    if not issubclass(chosen.config_class, type(config)):
-        if isinstance(config, ChatGLMConfig):
-            raise GmaskError(f"{folder}: is a ChatGLM, which has no blanks to fill: use `gmask chat` or model.chat")
-        raise GmaskError(f"{folder}: is a GLM, and {chosen.__name__} is not for one")
-    if adapter is not None:
-        if not isinstance(config, ChatGLMConfig):
-            raise GmaskError(f"{adapter}: a P-tuning prefix belongs to a ChatGLM, and {folder} is a GLM")
-        add_prefix(config, adapter)
-    with torch.device("meta"):  # shapes alone: the weights come from the files
-        model: PreTrainedModel = chosen(config)
-        if form := form_of(config):
-            lay_out(model, form)
-    return model
 
 
 def load_model_on_gpus(
@@ -307,49 +273,11 @@ def _find_kind(folder: Path, like: str | None) -> str | None:
         return find_row(checkpoint, like).tokenizer
 
 
-def _read_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
+def _read_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype in (None, "auto"):
-        return torch.float32 if device.type == "cpu" else None
+        return None
     if dtype not in DTYPES:
         raise GmaskError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
     return DTYPES[str(dtype)]
-
-
-def _find_dtype(checkpoint: Checkpoint, embedding: str) -> torch.dtype:
-    """The dtype that the weights are stored in, quantized ones and their scales left aside."""
-    keys = [embedding, *(key for key in checkpoint if not key.endswith(SCALES))]
-    return next(checkpoint.dtype(key) for key in keys if checkpoint.dtype(key).is_floating_point)
-
-
-def _place_dtype(checkpoint: Checkpoint, key: str, wanted: torch.dtype) -> torch.dtype:
-    """The dtype of a tensor in the model: integers and scales stay as they are stored."""
-    stored = checkpoint.dtype(key)
-    return wanted if stored.is_floating_point and not key.endswith(SCALES) else stored
-
-
-def _check_memory(
-    checkpoint: Checkpoint, dtypes: Mapping[str, torch.dtype], dtype: torch.dtype, place: torch.device
-) -> None:
-    """Raises `GmaskError` if the weights do not fit into memory, before any is filled."""
-    numbers = [checkpoint.shape(key).numel() for key in dtypes]
-    needed = sum(checkpoint.shape(key).numel() * kept.itemsize for key, kept in dtypes.items())
-    passing = max(checkpoint.shape(key).numel() * checkpoint.dtype(key).itemsize for key in dtypes)
-    is_host = place.type != "cuda"
-    extra = passing if checkpoint.parallel_size > 1 and is_host else 0
-    if is_host:
-        extra = max(extra, checkpoint.unmapped_bytes - needed)
-    elif checkpoint.unmapped_bytes:
-        check_room(checkpoint.folder, checkpoint.unmapped_bytes, torch.device("cpu"))
-    smaller = 2 * sum(numbers) + extra if dtype.itemsize > 2 else None
-    check_room(checkpoint.folder, needed + extra, place, smaller=smaller)
-
-
-def _copy_rows(checkpoint: Checkpoint, weights: Mapping[str, Tensor], model: PreTrainedModel, like: str | None) -> None:
-    """Gives special tokens that the training code did not tell apart the rows that they have in the published form."""
-    from gmask.checkpoints.megatron_config import rows_to_copy
-
-    embedding = weights[next(key for key in weights if bare_name(key) == "word_embeddings.weight")]
-    for row, source in rows_to_copy(checkpoint, model.config, like).items():
-        embedding[row] = embedding[source]

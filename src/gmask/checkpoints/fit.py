@@ -25,7 +25,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Config) -> None
     if len(tokenizer) > config.vocab_size:
         raise GmaskError(
             f"{source}: has {len(tokenizer)} tokens, but the model only {config.vocab_size}; the vocabulary files "
-            "belong to another model or revision"
+            "belong to another model or revision: take all files from one"
         )
     for role in architecture_of(config).prompt_ids:
         token_id = find_token_id(tokenizer, role)
@@ -33,7 +33,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Config) -> None
         if token_id is not None and known is not None and token_id != known:
             raise GmaskError(
                 f"{source}: its {role} is {token_id}, but that of the model {known}; the vocabulary files belong to "
-                "another model or revision"
+                "another model or revision: take all files from one"
             )
 
 
@@ -59,22 +59,32 @@ def match_keys(checkpoint: Checkpoint, model: PreTrainedModel, elsewhere: Collec
                 f"{checkpoint.folder}: holds no more than a P-tuning prefix: load the model that it was trained for, "
                 f"with adapter={checkpoint.folder}"
             )
-        raise GmaskError(f"{checkpoint.folder}: {_explain_keys(expected - found, found - expected, model)}")
+        raise GmaskError(f"{checkpoint.folder}: {_explain_keys(checkpoint, expected - found, found - expected, model)}")
     for key in checkpoint:
         if key in own and checkpoint.shape(key) != state[own[key]].shape:
             shapes = f"{list(checkpoint.shape(key))}, but the config asks for {list(state[own[key]].shape)}"
-            advice = "; take all files from one revision" if key.endswith(("word_embeddings.weight", HEAD)) else ""
-            raise GmaskError(f"{checkpoint.folder}: {checkpoint.stored_name(key)} has the shape {shapes}{advice}")
+            if key.endswith(("word_embeddings.weight", HEAD)):
+                shapes += "; take all files from one revision"
+            elif checkpoint.dtype(key) == torch.int8:
+                shapes += "; quantization_bit there says another number of bits than the weights have"
+            raise GmaskError(f"{checkpoint.folder}: {checkpoint.stored_name(key)} has the shape {shapes}")
     return {key: own[key] for key in checkpoint if key in expected}
 
 
-def _explain_keys(missing: Collection[str], unexpected: Collection[str], model: PreTrainedModel) -> str:
+def _explain_keys(
+    checkpoint: Checkpoint, missing: Collection[str], unexpected: Collection[str], model: PreTrainedModel
+) -> str:
     if any(key.startswith("image_encoder.") for key in unexpected):
         return "holds an image_encoder, so it is VisualGLM, which gmask does not run; use github.com/THUDM/VisualGLM-6B"
     if scales := [key for key in missing if key.endswith(SCALES)]:
+        if not any(checkpoint.dtype(key) == torch.int8 for key in checkpoint):
+            return "the weights are not quantized, though config.json says so: take quantization_bit out of it"
         return f"the weights lack their scales ({min(scales)} ...); download the model again, or quantize it anew"
     if any(key.endswith(SCALES) for key in unexpected):
-        return "holds quantized weights, where unquantized ones are expected; name the folder of the unquantized model"
+        return (
+            "holds quantized weights, where config.json says nothing of it; take all files from one revision, or name "
+            "the folder of the unquantized model"
+        )
     fault, keys = ("lack", missing) if missing else ("hold the unexpected", unexpected)
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
     return (

@@ -36,7 +36,8 @@ def fetch(name: str, *, revision: str | None = None) -> Path:
         revision: a branch, tag or commit; the default branch if absent.
 
     Raises:
-        GmaskError: no such model or revision, no permission, no connection, no space: in one line, with what to do.
+        GmaskError: no such model or revision, another kind of model, no permission, no connection, no space: in one
+            line, with what to do.
     """
     repository = _find_repository(name)
     try:
@@ -45,6 +46,8 @@ def fetch(name: str, *, revision: str | None = None) -> Path:
         form = next((pattern for pattern in WEIGHTS.values() if any(Path(file).match(pattern) for file in files)), None)
         if form is None:
             raise GmaskError(f"{repository}: holds no weights, {' or '.join(WEIGHTS.values())}; name another model")
+        if find_family(repository) is None:
+            _refuse_other(folder, repository)
         return _download(repository, folder.name, (*DESCRIPTIONS, form))
     except GmaskError:
         raise
@@ -96,6 +99,16 @@ def _list_files(repository: str, folder: Path) -> list[str]:
     except CachedRepoTreeNotFoundError:
         files = [path.name for path in folder.iterdir()]
     return [file for file in files if "/" not in file]
+
+
+def _refuse_other(folder: Path, repository: str) -> None:
+    """Raises `GmaskError` if its config is not that of a GLM of the first generation: before gigabytes are fetched."""
+    from gmask.checkpoints.architectures import find_architecture  # needs torch, as the download does not
+    from gmask.checkpoints.json_files import read_object
+
+    values = read_object(folder / "config.json", required=False)
+    if values:
+        find_architecture(values, Path(repository))
 
 
 def _explain(error: Exception, repository: str, revision: str | None) -> str:

@@ -19,18 +19,16 @@ def free_bytes(device: torch.device) -> int:
     return available if limit is None else min(available, limit)
 
 
-def check_room(source: Path, needed: int, device: torch.device, *, smaller: int | None = None) -> None:
+def check_room(source: Path, needed: int, device: torch.device, *, advice: str = "") -> None:
     """Raises `GmaskError`, with the numbers, if a device has less than ``needed`` bytes free.
 
-    source: what is to be loaded; smaller: the bytes that bfloat16 would need, if that is less.
+    source: what is to be loaded; advice: what needs less.
     """
     free = free_bytes(device)
     if needed <= free:
         return
-    advice = f"; dtype='bfloat16' needs {format_bytes(smaller)}" if smaller and smaller < needed else ""
-    raise GmaskError(
-        f"{source}: needs {format_bytes(needed)} of memory on {device}, {format_bytes(free)} are free{advice}"
-    )
+    numbers = f"needs {format_bytes(needed)} of memory on {device}, {format_bytes(free)} are free"
+    raise GmaskError(f"{source}: {numbers}{advice and '; '}{advice}")
 
 
 def format_bytes(count: int) -> str:

@@ -8,21 +8,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.checkpoints.architectures import architecture_of
 from gmask.checkpoints.configs import read_config
 from gmask.checkpoints.convert import COMPANIONS
-from gmask.checkpoints.fit import check_head, match_keys
+from gmask.checkpoints.fit import check_head, check_vocabulary, match_keys
 from gmask.checkpoints.model_folder import SHARD_BYTES, write_config, write_json, write_tokenizer
+from gmask.checkpoints.model_weights import plan_weights, shape_model, stream_weights
 from gmask.checkpoints.placing import check_places, check_space, placed_at_last
 from gmask.checkpoints.reading import open_checkpoint
 from gmask.checkpoints.writing import SafetensorsWriter, plan_shards
 from gmask.errors import GmaskError
-from gmask.quantization.quantizer import QuantizationConfig, check_model, lay_out, quantize_weight
+from gmask.quantization.quantizer import QuantizationConfig, check_model, lay_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,27 +66,27 @@ def quantize_folder(
         force: replaces a checkpoint that is at the target, after the new one is complete.
 
     Raises:
-        GmaskError: a source that cannot be read or is quantized already, a form that does not fit it, a target that is
-            in use, no room on the disk.
+        GmaskError: a source that cannot be read or is quantized already, a vocabulary or a form that does not fit it,
+            a target that is in use, no room on the disk.
     """
     started = time.monotonic()
     check_source(source, target, form, force=force)
     with open_checkpoint(source) as checkpoint:
         model = _shape(source)
+        check_vocabulary(tokenizer, model.config)
         names = match_keys(checkpoint, model)
         check_head(checkpoint, model)
         layers = len(check_model(model, form))
         lay_out(model, form)
         stored = {names[key]: checkpoint.dtype(key) for key in names}
         dtype = checkpoint.dtype(architecture_of(model.config).embedding)
-        plan = _plan(model, stored)
+        plan = plan_weights(model, stored)
         before = sum(checkpoint.shape(key).numel() * checkpoint.dtype(key).itemsize for key in names)
         after = sum(tensor.nbytes for tensor in plan.values())
         check_space(target, after)
         with placed_at_last(target) as folder:
             if calibrated is None:
-                tensors = ((names[key], checkpoint.read(key)) for key in names)
-                pieces = (item for name, tensor in tensors for item in quantize_weight(model, name, tensor).items())
+                pieces = stream_weights(checkpoint, model, names, verb="quantizing")
             else:
                 state = calibrated.state_dict()
                 pieces = ((name, state[name].cpu().to(meta.dtype)) for name, meta in plan.items())
@@ -113,29 +112,16 @@ def _shape(folder: Path) -> PreTrainedModel:
     config = read_config(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise GmaskError(f"{folder}: is quantized already; name the folder of the unquantized model")
-    with torch.device("meta"):
-        model: PreTrainedModel = architecture_of(config).find_class((config.architectures or [None])[0])(config)
-    return model
-
-
-def _plan(model: PreTrainedModel, stored: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """What will be written, without numbers: other tensors than integers and scales stay in their stored dtype."""
-    tied = model.all_tied_weights_keys
-    return {
-        name: tensor if name.endswith("weight_scale") or tensor.dtype == torch.int8 else tensor.to(stored[name])
-        for name, tensor in model.state_dict().items()
-        if name not in tied
-    }
+    return shape_model(folder, config)
 
 
 def _write(folder: Path, plan: Mapping[str, Tensor], pieces: Iterator[tuple[str, Tensor]]) -> None:
     shards = plan_shards(plan, SHARD_BYTES)
     places = {name: file for file, shard in shards.items() for name in shard}
-    with ExitStack() as stack, tqdm(total=len(plan), desc="quantizing", leave=False, disable=None) as bar:
+    with ExitStack() as stack:
         writers = {file: stack.enter_context(SafetensorsWriter(folder / file, shard)) for file, shard in shards.items()}
         for name, tensor in pieces:
             writers[places[name]].write(name, tensor)
-            bar.update()
     if len(shards) > 1:
         size = sum(tensor.nbytes for tensor in plan.values())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}

@@ -92,12 +92,6 @@ class Checkpoint:
         parts = [file.read(name) for file, name in self._places[key]]
         return parts[0] if len(parts) == 1 else merge(key, parts)
 
-    def copy(self, key: str, *, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The tensor in memory of its own, converted; errors as of `read`."""
-        is_merged = len(self._places[key]) > 1 and split_of(key) is not Split.WHOLE
-        whole = self.read(key)
-        return whole.to(device, dtype=dtype, copy=not is_merged, memory_format=torch.contiguous_format)
-
     @property
     def unmapped_bytes(self) -> int:
         """Bytes of the files that fill memory as a whole when they are read (written before PyTorch 1.6)."""

@@ -12,13 +12,14 @@ import typer
 
 from gmask.cli.chatting import chat
 from gmask.cli.conversion import convert
+from gmask.cli.estimating import estimate
 from gmask.cli.evaluation import evaluate
 from gmask.cli.filling import infill
 from gmask.cli.inspection import info
 from gmask.cli.quantizing import quantize
 from gmask.cli.scoring import embed, score
 from gmask.cli.training import pretrain, train_tokenizer
-from gmask.errors import GmaskError
+from gmask.errors import GmaskError, is_shortage
 
 app = typer.Typer(
     name="gmask",
@@ -34,6 +35,7 @@ app.command()(embed)
 app.command()(convert)
 app.command()(quantize)
 app.command()(info)
+app.command()(estimate)
 app.command()(pretrain)
 app.command()(evaluate)
 app.command("train-tokenizer")(train_tokenizer)
@@ -50,6 +52,10 @@ def main() -> None:
         _fail(f"{error.name} is not installed; training needs pip install 'gmask[train]'")
     except OSError as error:  # no such file, no permission, disk full
         _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
+    except (MemoryError, RuntimeError) as error:
+        if not is_shortage(error):
+            raise
+        _fail("not enough memory: shorter or fewer texts at a time, or --quantize int4 if it is an option, need less")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gmask.cli.filling import Pairs, read_pairs, read_texts
+from gmask.cli.filling import read_pairs, read_texts
+from gmask.cli.options import Model, Pairs, Quantize
 from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ Ctrl-C stops the reply that is being written and keeps what was said; \\ at the 
 Texts = Annotated[
     list[str] | None, typer.Argument(metavar="MESSAGE...", help="Answer these in turn and end.", show_default=False)
 ]
-Model = Annotated[str, typer.Option("--model", "-m", help="Folder or name of a model.")]
 Adapter = Annotated[
     Path | None, typer.Option(help="Folder of a P-tuning prefix that was trained for it.", show_default=False)
 ]
@@ -35,8 +35,8 @@ Dtype = Annotated[
     str | None,
     typer.Option(
         metavar="float32|bfloat16|float16",
-        help="Precision of the weights.",
-        show_default="float32 on a CPU, else as stored",
+        help="Precision of the weights, or of what is not quantized.",
+        show_default="on a CPU float32, or bfloat16 beyond 3 billion parameters; else as stored",
     ),
 ]
 ContextLength = Annotated[
@@ -57,6 +57,7 @@ def chat(
     history: History = None,
     adapter: Adapter = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     pairs: Pairs = None,
 ) -> None:
     """Talk with a model: ChatGLM-6B, or another GLM by questions and answers."""
@@ -66,7 +67,7 @@ def chat(
     settings = read_pairs(pairs or [])
     if max_tokens is not None:
         settings["max_tokens"] = max_tokens
-    network, tokenizer = load(model, dtype=dtype, adapter=adapter)
+    network, tokenizer = load(model, dtype=dtype, quantize=quantize, adapter=adapter)
     conversation = Chat(network, tokenizer, context_length=context_length, **settings)
     _tell_context(conversation.chatter.context_length, network.config.max_position_embeddings)
     if history is not None:
@@ -161,6 +162,9 @@ def print_reply(fragments: Generator[str, None, "Reply"]) -> None:
     except KeyboardInterrupt:
         fragments.close()
         print(" ...")
+    except GmaskError:
+        print()  # the message has a line of its own
+        raise
 
 
 def _tell_context(wanted: int, trained: int) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gmask.cli.options import Json, Model, Pairs, Quantize, SkipBadLines, Source
 from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
@@ -25,26 +26,13 @@ Texts = Annotated[
         show_default=False,
     ),
 ]
-Model = Annotated[str, typer.Option("--model", "-m", help="Folder of a model, or bundled.")]
 Alternatives = Annotated[int, typer.Option("-n", "--n", help="Alternatives of a text, best first.")]
 Choices = Annotated[
     list[str] | None,
     typer.Option(help="Candidates of a blank, as 'sunny|rainy'; once for each blank.", show_default=False),
 ]
 MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
-Source = Annotated[Path | None, typer.Option("--input", help='File of texts: .jsonl with a "text", or one a line.')]
 Target = Annotated[Path | None, typer.Option("--output", help="Where the filled texts of --input go, as .jsonl.")]
-SkipBadLines = Annotated[bool, typer.Option("--skip-bad-lines", help="Go on after a line that cannot be used.")]
-Json = Annotated[bool, typer.Option("--json", help="Print a JSON object for each text.")]
-Pairs = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="temperature, top_k, top_p, seed, num_beams, min_tokens or stop, such as temperature=0.8; once for each.",
-        show_default=False,
-    ),
-]
 
 
 def infill(
@@ -57,6 +45,7 @@ def infill(
     target: Target = None,
     skip_bad_lines: SkipBadLines = False,
     as_json: Json = False,
+    quantize: Quantize = None,
     pairs: Pairs = None,
 ) -> None:
     """Fill the blanks of texts, from left to right, each answer with the earlier ones in sight."""
@@ -65,14 +54,14 @@ def infill(
     settings = make_settings({"n": n, "max_tokens": max_tokens, **read_pairs(pairs or [])})
     candidates = [read_candidates(choice) for choice in choices or []] or None
     if files := read_files(texts, source, target):
-        _fill_file(_load(model, settings), *files, candidates, skip_bad_lines)
+        _fill_file(_load(model, quantize, settings), *files, candidates, skip_bad_lines)
     elif texts or not sys.stdin.isatty():
         texts = read_texts(texts)
-        _fill_texts(_load(model, settings), texts, candidates, as_json=as_json)
+        _fill_texts(_load(model, quantize, settings), texts, candidates, as_json=as_json)
     else:
         from gmask.cli.interactive import converse
 
-        converse(_load(model, settings), candidates, as_json=as_json)
+        converse(_load(model, quantize, settings), candidates, as_json=as_json)
 
 
 def read_files(texts: Sequence[str] | None, source: Path | None, target: Path | None) -> tuple[Path, Path] | None:
@@ -134,12 +123,12 @@ def read_candidates(choice: str, *, option: str = "--choices") -> list[str]:
     return candidates
 
 
-def _load(model: str, settings: "Settings") -> "Infiller":
+def _load(model: str, quantize: str | None, settings: "Settings") -> "Infiller":
     from gmask.generation.infill import Infiller
     from gmask.loading import load
     from gmask.models.glm import GLMForConditionalGeneration
 
-    return Infiller(*load(model, model_class=GLMForConditionalGeneration), settings)
+    return Infiller(*load(model, quantize=quantize, model_class=GLMForConditionalGeneration), settings)
 
 
 def _fill_texts(

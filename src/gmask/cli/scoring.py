@@ -8,16 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gmask.cli.filling import (
-    Json,
-    Model,
-    SkipBadLines,
-    Source,
-    print_report,
-    read_candidates,
-    read_files,
-    read_texts,
-)
+from gmask.cli.filling import print_report, read_candidates, read_files, read_texts
+from gmask.cli.options import Json, Model, Quantize, SkipBadLines, Source
 from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
@@ -71,6 +63,7 @@ def score(
     batch_size: BatchSize = 16,
     skip_bad_lines: SkipBadLines = False,
     as_json: Json = False,
+    quantize: Quantize = None,
 ) -> None:
     """Score given answers to the blank of a text by their exact log-probabilities, best first.
 
@@ -79,12 +72,12 @@ def score(
     """
     candidates = None if answers is None else read_candidates(answers, option="--answers")
     if files := read_files(texts, source, target):
-        _score_file(_load_scorer(model, normalization, batch_size), *files, candidates, skip_bad_lines)
+        _score_file(_load_scorer(model, quantize, normalization, batch_size), *files, candidates, skip_bad_lines)
         return
     if candidates is None:
         raise GmaskError("there are no answers: give them as --answers 'sunny|rainy'")
     texts = read_texts(texts)
-    scorer = _load_scorer(model, normalization, batch_size)
+    scorer = _load_scorer(model, quantize, normalization, batch_size)
     for scoring in scorer.score([scorer.read(text, candidates) for text in texts]):
         if as_json:
             print(json.dumps(scoring.to_dict(), ensure_ascii=False))
@@ -102,6 +95,7 @@ def embed(
     source: Source = None,
     target: EmbeddedFile = None,
     skip_bad_lines: SkipBadLines = False,
+    quantize: Quantize = None,
 ) -> None:
     """Turn texts into vectors: a model's hidden states, pooled. Prints a JSON object for each text.
 
@@ -113,30 +107,29 @@ def embed(
     from gmask.models.glm import GLMForConditionalGeneration
 
     settings: dict[str, Any] = {"pooling": pooling, "layer": layer, "normalize": normalize, "truncate": truncate}
-    if files := read_files(texts, source, target):
+    files = read_files(texts, source, target)
+    texts = [] if files else read_texts(texts)
+    embedder = Embedder(*load(model, quantize=quantize, model_class=GLMForConditionalGeneration), **settings)
+    if files:
         from gmask.generation.files import embed_file
 
-        embedder = Embedder(*load(model, model_class=GLMForConditionalGeneration), **settings)
         report = embed_file(embedder, *files, skip_bad_lines=skip_bad_lines, progress=sys.stderr.isatty())
         print_report(report, files[1], deed="embedded")
         return
-    texts = read_texts(texts)
-    embedder = Embedder(*load(model, model_class=GLMForConditionalGeneration), **settings)
     vectors = embedder.embed([embedder.read(text) for text in texts])
     for text, vector in zip(texts, vectors, strict=True):
         print(json.dumps({"text": text, "embedding": as_floats(vector)}, ensure_ascii=False))
 
 
-def _load_scorer(model: str, normalization: str, batch_size: int) -> "Scorer":
+def _load_scorer(model: str, quantize: str | None, normalization: str, batch_size: int) -> "Scorer":
     from typing import cast
 
     from gmask.generation import score as scoring
     from gmask.loading import load
     from gmask.models.glm import GLMForConditionalGeneration
 
-    return scoring.Scorer(
-        *load(model, model_class=GLMForConditionalGeneration), cast(scoring.Normalization, normalization), batch_size
-    )
+    network, tokenizer = load(model, quantize=quantize, model_class=GLMForConditionalGeneration)
+    return scoring.Scorer(network, tokenizer, cast(scoring.Normalization, normalization), batch_size)
 
 
 def _score_file(

@@ -3,7 +3,8 @@
 import json
 import os
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +12,10 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gmask.errors import GmaskError
+from gmask.errors import GmaskError, is_shortage
 from gmask.generation.answers import cut_at_stop, token_texts
 from gmask.generation.conversation import Prompt, PromptFormat, Rounds, find_format, fit_prompt
-from gmask.generation.decoding import Answer, Rules, decode
+from gmask.generation.decoding import Answer, Hypothesis, Rules, decode
 from gmask.generation.search import Sampling
 from gmask.generation.settings import make_settings
 from gmask.generation.streaming import AnswerStream
@@ -84,7 +85,7 @@ class Chatter:
     def reply(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Reply]:
         """Replies to prompts in one batch; each draws by a seed of its own, as it would alone."""
         search = Sampling([prompt.context for prompt in prompts], self.settings, self.rules, seeds=seeds)
-        for _ in decode(self.model, search.contexts, search, special=self.format.special):
+        for _ in self._decode(search, prompts):
             pass
         return [self._read(prompt, found[0].done[0]) for prompt, found in zip(prompts, search.complete, strict=True)]
 
@@ -93,11 +94,25 @@ class Chatter:
         search = Sampling([prompt.context], self.settings, self.rules, seeds=[seed])
         stream = AnswerStream(self.tokenizer, self._settle, stops=self.settings.stop)
         answer = Answer()
-        for (hypothesis,) in decode(self.model, search.contexts, search, special=self.format.special):
+        for (hypothesis,) in self._decode(search, [prompt]):
             answer = hypothesis.done[0] if hypothesis.done else hypothesis.open
             if new := stream.take(answer):
                 yield new
         return self._read(prompt, answer)
+
+    def _decode(self, search: Sampling, prompts: Sequence[Prompt]) -> Iterator[list[Hypothesis]]:
+        try:
+            yield from decode(self.model, search.contexts, search, special=self.format.special)
+        except (MemoryError, RuntimeError) as error:
+            if not is_shortage(error):
+                raise
+            longest = max(prompt.length for prompt in prompts)
+            together = f"{len(prompts)} conversations at once, with " if len(prompts) > 1 else ""
+            asked = f"{together}a context of {longest + self.settings.max_tokens} tokens (a prompt of {longest})"
+            raise GmaskError(
+                f"not enough memory for {asked}: a shorter one (--context-length, context_length=) or --quantize int4 "
+                "(quantize='int4') needs less"
+            ) from error.with_traceback(None)  # its frames hold what filled the memory
 
     def _settle(self, text: str, is_whole: bool) -> str:
         return self.format.clean(text) if is_whole else self.format.settled(text)
@@ -158,7 +173,7 @@ class Chat:
         """The reply to a message; both become part of the conversation.
 
         Raises:
-            GmaskError: the message alone has no room.
+            GmaskError: the message alone has no room in the context, or the context none in memory.
         """
         prompt = self.chatter.fit(text, self.rounds)
         (reply,) = self.chatter.reply([prompt], [self._seed()])
@@ -168,25 +183,26 @@ class Chat:
     def stream(self, text: str) -> Generator[str, None, Reply]:
         """The reply in fragments; the generator returns the `Reply`.
 
-        Left early, it stops the model, and what was said so far stays in the conversation.
+        Left early, it stops the model, and what was said so far stays in the conversation. Where the model fails, the
+        conversation stays as it was.
+
+        Raises:
+            GmaskError: as of `ask`.
         """
         prompt = self.chatter.fit(text, self.rounds)
         said = ""
-        reply: Reply | None = None
-        fragments = self.chatter.stream(prompt, self._seed())
-        try:
-            while True:
-                try:
+        with closing(self.chatter.stream(prompt, self._seed())) as fragments:
+            try:
+                while True:
                     fragment = next(fragments)
-                except StopIteration as done:
-                    reply = done.value
-                    break
-                said += fragment
-                yield fragment
-        finally:
-            fragments.close()
-            self._keep(text, reply or Reply(said, "cancelled", prompt.length, 0, prompt.rounds_left_out))
-        assert reply is not None
+                    said += fragment
+                    yield fragment
+            except StopIteration as done:
+                reply: Reply = done.value
+            except (GeneratorExit, KeyboardInterrupt):
+                self._keep(text, Reply(said, "cancelled", prompt.length, 0, prompt.rounds_left_out))
+                raise
+        self._keep(text, reply)
         return reply
 
     def undo(self) -> bool:

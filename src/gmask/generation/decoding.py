@@ -16,11 +16,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import DynamicCache
 
 from gmask.errors import GmaskError
 from gmask.generation.context import Context
 from gmask.infilling.blanks import BlankTokens
+from gmask.models.cache import GrowingCache
 from gmask.models.glm import GLMForConditionalGeneration
 
 Finish = Literal["end", "stop", "length"]
@@ -124,7 +124,7 @@ class Memory:
     def __init__(self, model: GLMForConditionalGeneration, special: BlankTokens) -> None:
         self.model = model
         self.special = special
-        self.cache = DynamicCache(config=model.config)
+        self.cache = GrowingCache(model.config)
         self.is_real: Tensor | None = None  # [B, read so far], False at padding; None where there is none
 
     def read(self, contexts: Sequence[Context]) -> Tensor:

@@ -13,6 +13,7 @@ from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.generation.utils import GenerateOutput
 from transformers.modeling_outputs import ModelOutput
 
+from gmask.models.cache import GrowingCache
 from gmask.models.layout import derive_layout, extend_layout
 
 
@@ -45,8 +46,18 @@ class LayoutGenerationMixin(GenerationMixin):
         hidden = kwargs.get("attention_mask")
         if hidden is not None and hidden.ndim == 4:
             kwargs["attention_mask"] = (~hidden[:, 0, -1]).long()
+        if self._grows_a_cache(kwargs):
+            kwargs["past_key_values"] = GrowingCache(self.config)
         output: GenerateOutput | Tensor = super().generate(inputs, *args, **kwargs)
         return output
+
+    def _grows_a_cache(self, kwargs: dict[str, Any]) -> bool:
+        """Whether `generate` would make a `DynamicCache`: nothing asks for another, or for none."""
+        config = kwargs.get("generation_config") or self.generation_config
+        use_cache, kind = (
+            kwargs.get(name, getattr(config, name, None)) for name in ("use_cache", "cache_implementation")
+        )
+        return use_cache is not False and kind in (None, "dynamic") and kwargs.get("past_key_values") is None
 
     def _prefill(
         self, input_ids: Tensor, generation_config: GenerationConfig, *args: Any, **kwargs: Any

@@ -54,6 +54,18 @@ def integers(data: Tensor, *, bits: int) -> Tensor:
     return _unpack_int4(data, lanes)
 
 
+def read_rows(data: Tensor, ids: Tensor, *, bits: int) -> Tensor:
+    """int8 ``[n, K]``: the rows ``ids [n]`` of a weight in torch's layout."""
+    if bits == 8:
+        return data[ids]
+    lanes = _layout()
+    assert lanes is not None
+    place = ids % (2 * lanes)  # in a block of `_unpack_int4`
+    packed = data.view(-1, 2 * data.shape[1], lanes)[ids // (2 * lanes), :, place % lanes]
+    nibbles = torch.where((place < lanes)[:, None], packed & 15, packed >> 4)
+    return nibbles.to(torch.int8).sub_(8)
+
+
 def _unpack_int4(data: Tensor, lanes: int) -> Tensor:
     """From ``[N / (2 * lanes), K, lanes]`` bytes: low nibbles are the first rows of a block, high ones the rest."""
     rows, width = data.shape

@@ -1,34 +1,39 @@
 """How is an activation multiplied by an int8 or int4 weight, and by which of the ways that this machine has?
 
-Paths, fastest first: the package's C++ kernel with the widest instruction set of the machine ("avx512_bf16", "avx512",
-"neon", "avx2"), torch's own CPU operations ("aten"), the same C++ for any CPU ("portable"), and plain torch ("torch"),
-which dequantizes a few rows at a time: on GPUs, and wherever nothing else fits. ``GMASK_MATMUL`` names one to force.
-Every path computes the same numbers up to rounding; sums are float32. Shape letters: packing.py, M rows of activations.
+Paths, fastest first: on CUDA devices Triton's kernels ("triton"); on CPUs the package's C++ kernel with the widest
+instruction set of the machine ("avx512_vnni", "avx512", "neon", "avx2"), torch's own operations ("aten") and the same
+C++ for any CPU ("portable"); plain torch ("torch"), which dequantizes a few rows at a time, wherever nothing else fits.
+``GMASK_MATMUL`` names one of the CPU's to force; "torch" holds for GPUs too. Every path computes the same numbers up to
+rounding; sums are float32. Shape letters: packing.py, M rows of activations.
 """
 
 import os
+import warnings
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gmask.errors import GmaskError
-from gmask.quantization import aten, native
+from gmask.native import library
+from gmask.native import matmul as native
+from gmask.quantization import aten
 from gmask.quantization.packing import (
-    BLOCK_ROWS,
     check_format,
     dequantize,
     pack,
-    pack_blocks,
     pack_scale_blocks,
     unpack,
     unpack_blocks,
     unpack_scale_blocks,
 )
 
-PATHS = ("avx512_bf16", "avx512", "neon", "avx2", "aten", "portable", "torch")
-NATIVE_PATHS = native.INSTRUCTION_SETS
+PATHS = ("triton", "avx512_vnni", "avx512", "neon", "avx2", "aten", "portable", "torch")
+NATIVE_PATHS = library.INSTRUCTION_SETS
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROW_CHUNK = 512  # weight rows dequantized at a time: a buffer that stays in the cache
 PATH_VARIABLE = "GMASK_MATMUL"
 
@@ -61,7 +66,7 @@ class PackedWeight:
     def integers(self, start: int, stop: int) -> Tensor:
         """Rows ``[start, stop)`` as int8 ``[rows, K]``; both multiples of `ROW_CHUNK`, or the end."""
         if self.path in NATIVE_PATHS:
-            blocks = self.data[start // BLOCK_ROWS : -(-stop // BLOCK_ROWS)]
+            blocks = self.data[start // native.BLOCK_ROWS : -(-stop // native.BLOCK_ROWS)]
             count = min(stop, self.outputs) - start
             return unpack(unpack_blocks(blocks, self.bits, count, self.columns), self.bits)
         rows = self.data[start:stop]
@@ -74,10 +79,30 @@ class PackedWeight:
         return self.scale
 
 
-def available_paths() -> tuple[str, ...]:
-    """The paths of this machine's CPU, the preferred first."""
-    built = native.instruction_sets()
-    return tuple(path for path in PATHS if path in built or path in ("aten", "torch"))
+def available_paths(device: torch.device | None = None) -> tuple[str, ...]:
+    """The paths of a device, this machine's CPU by default, the preferred first."""
+    device = device or torch.device("cpu")
+    usable = {"torch", *(("aten", *library.instruction_sets()) if device.type == "cpu" else ())}
+    if _triton_kernels(device):
+        usable.add("triton")
+    return tuple(path for path in PATHS if path in usable)
+
+
+@cache
+def _triton_kernels(device: torch.device) -> ModuleType | None:
+    """The kernels of a CUDA device, or on the CPU of Triton's interpreter; None where a trial of them fails."""
+    if device.type != ("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"):
+        return None
+    try:
+        from gmask.quantization import triton_kernels
+
+        one = torch.ones(1, 32, device=device)
+        triton_kernels.matmul(one, one.to(torch.int8), one[0, :1], None, bits=8, group_size=None)
+    except Exception as error:  # no Triton, C compiler, Python headers or driver, an old GPU: each fails in its own way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        warnings.warn(f"int8 and int4 products take the slow plain torch path: Triton fails ({reason})", stacklevel=2)
+        return None
+    return triton_kernels
 
 
 def describe() -> str:
@@ -85,8 +110,13 @@ def describe() -> str:
     path = _chosen_path() or available_paths()[0]
     if path in NATIVE_PATHS:
         return f"the package's C++ kernel ({path.replace('_', ' ')})"
-    reason = "" if native.instruction_sets() else "; the package's C++ kernel was not built"
-    return {"aten": "torch's int4pack and int8pack operations", "torch": "plain torch"}[path] + reason
+    reason = "" if library.instruction_sets() else "; the package's C++ kernel was not built"
+    names = {
+        "triton": "Triton's interpreter",
+        "aten": "torch's int4pack and int8pack operations",
+        "torch": "plain torch",
+    }
+    return names[path] + reason
 
 
 def _chosen_path() -> str | None:
@@ -122,14 +152,17 @@ def prepare(
     if scale.dtype not in (torch.float16, torch.float32):
         scale = scale.float()
     path = path or _chosen_path()
-    if weight.device.type != "cpu":
-        path = "torch"
-    usable = aten.is_usable(bits=bits, outputs=outputs, columns=columns, group_size=group_size)
-    candidates = [name for name in available_paths() if name != "aten" or usable]
+    if weight.device.type != "cpu" and path != "torch":
+        path = None  # the environment names one of the CPU's
+    usable = {
+        "aten": aten.is_usable(bits=bits, outputs=outputs, columns=columns, group_size=group_size),
+        "triton": weight.is_contiguous() and weight.shape[1] % 4 == 0 and weight.data_ptr() % 4 == 0,  # in words
+    }
+    candidates = [name for name in available_paths(weight.device) if usable.get(name, True)]
     path = path if path in candidates else candidates[0] if path is None else "torch"
     data = weight
     if path in NATIVE_PATHS:
-        data, scale = pack_blocks(weight, bits), pack_scale_blocks(scale)
+        data, scale = native.pack_blocks(weight, bits), pack_scale_blocks(scale)
     elif path == "aten":
         data = aten.pack(weight, bits=bits)
     return PackedWeight(data, scale, bits, outputs, columns, group_size, path)
@@ -174,6 +207,8 @@ def _multiply(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         y = native.matmul(
             served, packed.data, packed.scale, bias, bits=packed.bits, outputs=packed.outputs, isa=packed.path
         ).to(x.dtype)
+    elif packed.path == "triton" and x.dtype in TRITON_DTYPES and (triton_kernels := _triton_kernels(x.device)):
+        y = triton_kernels.matmul(rows, packed.data, packed.scale, bias, bits=packed.bits, group_size=packed.group_size)
     else:
         if packed.path == "aten" and x.dtype == torch.bfloat16 and rows.shape[0] <= aten.MAX_ROWS[packed.bits]:
             scale = packed.scale.float()

@@ -13,7 +13,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from gmask.quantization.kernels import NATIVE_PATHS, PackedWeight, matmul, prepare
+from gmask.quantization import aten
+from gmask.quantization.kernels import PackedWeight, matmul, prepare
 from gmask.quantization.packing import check_format, dequantize, pack, quantize, unpack, unpack_blocks
 
 SCALE_DTYPE = torch.float16  # in which the published checkpoints were quantized
@@ -247,9 +248,6 @@ class QuantEmbedding(QuantizedLayer, nn.Embedding):
         """Ids ``[...]`` to ``[..., K]``."""
         ids = input.flatten()
         packed: _Packed | None = getattr(self._parameters["weight"], "packed", None)
-        if packed is not None and packed.product.path not in NATIVE_PATHS:
-            self._unpack()
-            packed = None
         if packed is None:
             integers, scale = unpack(self.weight[ids], self.bits), self.weight_scale[ids]
         else:  # by the head that shares it
@@ -265,7 +263,9 @@ class QuantEmbedding(QuantizedLayer, nn.Embedding):
 
 
 def _read_rows(product: PackedWeight, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 ``[n, K]`` and scales ``[n, G]`` of some rows of a weight in blocks."""
+    """int8 ``[n, K]`` and scales of some rows of a weight in the layout of a fast path."""
+    if product.path == "aten":
+        return aten.read_rows(product.data, ids, bits=product.bits), product.scale[ids]
     lanes = product.data.shape[2]
     block, lane = ids // lanes, ids % lanes
     rows = product.data[block, :, lane].transpose(0, 1).unsqueeze(0)

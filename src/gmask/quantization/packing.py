@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gmask.errors import GmaskError
+from gmask.native.matmul import BLOCK_COLUMNS, BLOCK_ROWS
 
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)
-BLOCK_ROWS = 32  # of the kernels' own layout: csrc/blocks.h
-BLOCK_COLUMNS = 32
 
 
 def quantize(
@@ -108,33 +107,30 @@ def dequantize(integers: Tensor, scale: Tensor, dtype: torch.dtype = torch.float
 
 
 def pack_blocks(packed: Tensor, bits: int) -> Tensor:
-    """The published ``[N, K * bits / 8]`` in the blocks that the kernels read from start to end (csrc/blocks.h).
+    """The published ``[N, K * bits / 8]`` in the blocks that the kernels read from start to end.
+
+    The plain twin of `gmask.native.matmul.pack_blocks`; the layout is described in native/csrc/kernels.h.
 
     Returns:
-        uint8, ``[N/32, K, 32]`` for int8 and ``[N/32, K/8, 32, 4]`` for int4; N and K padded to 32.
+        uint8, ``[N/32, K * bits / 32, 32, 4]``: 32-bit words of a row each; N and K padded to 32.
     """
     rows, width = packed.shape
-    step = BLOCK_COLUMNS * bits // 8
-    packed = pad(packed, (0, -width % step, 0, -rows % BLOCK_ROWS))
-    if bits == 8:
-        return packed.view(torch.uint8).view(-1, BLOCK_ROWS, packed.shape[1]).transpose(1, 2).contiguous()
-    nibbles = packed.view(torch.uint8) ^ 0x88  # two's complement + 8
-    even = (nibbles >> 4).view(-1, BLOCK_ROWS, packed.shape[1] // 4, 4)
-    odd = (nibbles & 15).view(even.shape)
-    words = torch.cat((even[..., 0::2] | even[..., 1::2] << 4, odd[..., 0::2] | odd[..., 1::2] << 4), dim=-1)
+    packed = pad(packed, (0, -width % (BLOCK_COLUMNS * bits // 8), 0, -rows % BLOCK_ROWS)).view(torch.uint8)
+    words = packed.view(-1, BLOCK_ROWS, packed.shape[1] // 4, 4)
+    if bits == 4:
+        nibbles = words ^ 0x88  # two's complement + 8
+        columns = torch.stack((nibbles >> 4, nibbles & 15), dim=-1).flatten(-2)
+        words = columns[..., :4] | columns[..., 4:] << 4
     return words.transpose(1, 2).contiguous()
 
 
 def unpack_blocks(blocks: Tensor, bits: int, rows: int, columns: int) -> Tensor:
     """The inverse of `pack_blocks`: int8 ``[rows, columns * bits / 8]``, the padding left out."""
-    if bits == 8:
-        packed = blocks.transpose(1, 2).reshape(-1, blocks.shape[1])
-    else:
-        words = blocks.transpose(1, 2)
-        low, high = words & 15, words >> 4
-        even = torch.stack((low[..., :2], high[..., :2]), dim=-1).flatten(-2)
-        odd = torch.stack((low[..., 2:], high[..., 2:]), dim=-1).flatten(-2)
-        packed = ((even << 4 | odd) ^ 0x88).reshape(-1, blocks.shape[1] * 4)
+    words = blocks.transpose(1, 2)
+    if bits == 4:
+        nibbles = torch.cat((words & 15, words >> 4), dim=-1)
+        words = (nibbles[..., 0::2] << 4 | nibbles[..., 1::2]) ^ 0x88
+    packed = words.reshape(-1, blocks.shape[1] * 4)
     return packed[:rows, : columns * bits // 8].contiguous().view(torch.int8)
 
 

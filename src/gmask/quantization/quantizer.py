@@ -28,6 +28,11 @@ LINEARS = re.compile(
 )
 """Names of the layers that are quantized, in GLM and ChatGLM."""
 
+NAMES = {"int8": 8, "int4": 4}
+"""Bits, by the names that forms have in `gmask.load` and on the command line."""
+
+PASSING = 2**20  # numbers that are quantized at a time, which takes some 16 bytes for each
+
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
@@ -57,6 +62,21 @@ class QuantizationConfig(QuantizationConfigMixin):
     def __str__(self) -> str:
         scales = "a scale a row" if self.group_size is None else f"a scale for {self.group_size} columns"
         return f"int{self.bits}, {scales}{', with embeddings' if self.embeddings else ''}"
+
+
+def read_form(name: str | None, group_size: int | None = None) -> QuantizationConfig | None:
+    """The form that a user names, one of `NAMES`; None for None.
+
+    Raises:
+        GmaskError: another name, a group size that is not supported, or one without a name.
+    """
+    if name is None:
+        if group_size is not None:
+            raise GmaskError(f"group_size {group_size} is for quantized weights: add quantize='int4'")
+        return None
+    if name not in NAMES:
+        raise GmaskError(f"quantize {name!r} is not one of {', '.join(NAMES)}")
+    return QuantizationConfig(NAMES[name], group_size)
 
 
 def form_of(config: Any) -> QuantizationConfig | None:
@@ -156,8 +176,14 @@ def quantize_weight(model: PreTrainedModel, name: str, weight: Tensor) -> dict[s
     layer = model.get_submodule(path)
     if not isinstance(layer, QuantizedLayer) or parameter != "weight" or not weight.is_floating_point():
         return {name: weight}
-    integers, scale = quantize(weight, layer.bits, group_size=layer.group_size, dtype=SCALE_DTYPE)
-    return {name: pack(integers, layer.bits), f"{path}.weight_scale": scale}
+    pieces = []
+    rows = max(1, PASSING // weight.shape[1])
+    for start in range(0, len(weight), rows):
+        chunk = weight[start : start + rows]
+        integers, scale = quantize(chunk, layer.bits, group_size=layer.group_size, dtype=SCALE_DTYPE)
+        pieces.append((pack(integers, layer.bits), scale))
+    packed, scales = zip(*pieces, strict=True)
+    return {name: torch.cat(packed), f"{path}.weight_scale": torch.cat(scales)}
 
 
 def finish(model: Model, config: QuantizationConfig) -> Model:

@@ -89,7 +89,7 @@ class Pretraining:
         if self.recipe.optimization.initialization == "neighbours":
             start_with_neighbours(self.model)
         if self.recipe.optimization.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
+            self.model.activation_checkpointing_enable()
         self.model.to(self.device)
         cache = {"cache": data.cache, "skip_bad_lines": data.skip_bad_lines}
         self.train_sources = open_sources(sources, tokenizer, split="train", **cache)  # type: ignore[arg-type]

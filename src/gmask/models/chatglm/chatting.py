@@ -6,6 +6,7 @@ it was in the published code. Scores that are not finite raise, where the publis
 
 import queue
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,6 +67,8 @@ class TokenQueue(BaseStreamer, StoppingCriteria):
 class ChatMixin(GenerationMixin):
     """``chat``, ``stream_chat`` and ``stream_generate`` for models with the prompt format of ChatGLM-6B."""
 
+    _warned_of_length = False
+
     def chat(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -88,14 +91,15 @@ class ChatMixin(GenerationMixin):
             temperature: 0 takes the most probable token at every step.
             **kwargs: as for transformers' ``generate``, such as ``top_k``, ``repetition_penalty``, ``stop_strings``.
 
+        Warns:
+            UserWarning: once for a model, if prompt and reply may be longer than what it was trained on.
+
         Raises:
             GmaskError: the prompt leaves no room for a reply.
             FloatingPointError: scores that are not finite.
         """
         settings = self._chat_settings(max_length, num_beams, do_sample, top_p, temperature, logits_processor, kwargs)
-        inputs = self.encode_chat(tokenizer, query, history or [], max_length=settings.get("max_length"))
-        if "stop_strings" in settings:
-            settings["tokenizer"] = tokenizer
+        inputs = self._chat_inputs(tokenizer, query, history, settings)
         output = self.generate(**inputs, **settings)
         reply = self._read_reply(tokenizer, output[0, inputs["input_ids"].shape[1] :].tolist())
         return reply, [*(history or []), (query, reply)]
@@ -114,13 +118,12 @@ class ChatMixin(GenerationMixin):
     ) -> Iterator[tuple[str, Rounds]]:
         """The reply so far and the history with it, after every token that completes a character.
 
-        Arguments and errors as for `chat`, whose reply the last one is; leaving the iterator stops the model.
+        Arguments, warning and errors as for `chat`, whose reply the last one is, but for beams, which cannot be
+        streamed; leaving the iterator stops the model.
         """
         settings = self._chat_settings(max_length, 1, do_sample, top_p, temperature, logits_processor, kwargs)
-        inputs = self.encode_chat(tokenizer, query, history or [], max_length=settings.get("max_length"))
+        inputs = self._chat_inputs(tokenizer, query, history, settings)
         length, told, reply = inputs["input_ids"].shape[1], None, ""
-        if "stop_strings" in settings:
-            settings["tokenizer"] = tokenizer
         for ids in self.stream_generate(**inputs, **settings):
             reply = self._read_reply(tokenizer, ids[0, length:].tolist())
             if reply != told and not reply.endswith(UNFINISHED):
@@ -136,6 +139,8 @@ class ChatMixin(GenerationMixin):
         """
         if len(input_ids) != 1:
             raise ValueError(f"stream_generate answers one prompt, not {len(input_ids)}")
+        if kwargs.get("num_beams", 1) > 1:
+            raise GmaskError("beams may change every token to the last one, so they cannot be streamed: use chat")
         tokens = TokenQueue()
         stopping = StoppingCriteriaList([*kwargs.pop("stopping_criteria", []), tokens])
 
@@ -165,8 +170,13 @@ class ChatMixin(GenerationMixin):
         """``input_ids`` and ``attention_mask`` ``[1, S]`` of a conversation.
 
         Raises:
-            GmaskError: it is as long as ``max_length``.
+            GmaskError: it is as long as ``max_length``, or the tokenizer is not that of the model.
         """
+        if tokenizer.bos_token_id != self.config.bos_token_id:
+            raise GmaskError(
+                f"<sop> is {tokenizer.bos_token_id} to the tokenizer, but {self.config.bos_token_id} to the model: "
+                "they are of two revisions; take all files from one"
+            )
         encoded = tokenizer(build_prompt(query, history), return_tensors="pt", split_special_tokens=True)
         length = encoded["input_ids"].shape[1]
         if max_length is not None and length >= max_length:
@@ -175,6 +185,24 @@ class ChatMixin(GenerationMixin):
                 "shorten the history, or raise max_length"
             )
         return {name: encoded[name].to(self.device) for name in ("input_ids", "attention_mask")}
+
+    def _chat_inputs(
+        self, tokenizer: PreTrainedTokenizerBase, query: str, history: Rounds | None, settings: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What ``generate`` is given beside the settings; a warning if these exceed what the model was trained on."""
+        inputs: dict[str, Any] = self.encode_chat(
+            tokenizer, query, history or [], max_length=settings.get("max_length")
+        )
+        length, trained = inputs["input_ids"].shape[1], self.config.max_position_embeddings
+        longest = settings.get("max_length") or length + settings.get("max_new_tokens", 0)
+        if longest > trained and not self._warned_of_length:
+            self._warned_of_length = True
+            warnings.warn(
+                f"the prompt has {length} tokens and may grow to {longest} with the reply, but the model was trained "
+                f"on at most {trained}: replies get worse beyond them",
+                stacklevel=3,
+            )
+        return inputs | ({"tokenizer": tokenizer} if "stop_strings" in settings else {})
 
     def _chat_settings(
         self,
@@ -187,16 +215,20 @@ class ChatMixin(GenerationMixin):
         others: dict[str, Any],
     ) -> dict[str, Any]:
         """The arguments of ``generate``; those that only shape a draw are left out where nothing is drawn."""
-        do_sample = do_sample and temperature > 0
+        do_sample = do_sample and temperature != 0
         settings = {"num_beams": num_beams, "do_sample": do_sample, **others}
         if "max_new_tokens" not in others:
             settings["max_length"] = max_length
         if do_sample:
             settings = {"top_k": TOP_K, **settings, "top_p": top_p, "temperature": temperature}
-        settings["logits_processor"] = LogitsProcessorList([FiniteScores(), *(logits_processor or [])])
+        settings["logits_processor"] = LogitsProcessorList(logits_processor or [])
         settings.setdefault("pad_token_id", self.config.pad_token_id)
         settings.setdefault("eos_token_id", self.config.eos_token_id)
         return settings
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """Those of transformers behind `FiniteScores`, for some of them forbid a token by a score of -inf."""
+        return LogitsProcessorList([FiniteScores(), *super()._get_logits_processor(*args, **kwargs)])
 
     def _read_reply(self, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
         return clean_reply(str(tokenizer.decode(ids, skip_special_tokens=True)))

@@ -13,6 +13,9 @@ from gmask.quantization.quantizer import QuantizationConfig
 PUBLISHED_LAYERS = 28
 """The published block never learns ``num_layers`` and scales its residual for 28 layers, whatever the depth."""
 
+IMAGE_PARTS = {"eva_config", "qformer_config", "image_length"}
+"""Keys of VisualGLM, whose configs have the same ``model_type``, too, and often the same class."""
+
 LATER_GENERATIONS = {"multi_query_attention", "padded_vocab_size", "rmsnorm"}
 """Keys of ChatGLM2, ChatGLM3 and GLM-4-9b, whose configs have the same ``model_type``."""
 
@@ -27,8 +30,8 @@ class ChatGLMConfig(PreTrainedConfig):
     - ``residual_alpha``, the factor of the normalised residual; sqrt(56) unless stated, as published.
     - ``rotary_dtype``: ``"float32"``, or ``"module"`` for tables in the precision of the weights, as published; in half
       precision those are off by up to half a radian near position 2000.
-    - ``rotary_stretch`` divides the places, so that a longer text falls on the angles of a shorter one; the model was
-      not trained with it.
+    - ``rotary_stretch`` divides the places, so that a longer text falls on the angles of a shorter one: 2.0 for twice
+      the ``max_position_embeddings``. Untrained: no published weights were tuned with it, and replies suffer.
     - ``position_rule``: ``"v1.1"``, or ``"v0"`` for the places that the first published code (vocabulary of 150528)
       gave, which differ between a pass over a whole text and step-by-step decoding.
     """
@@ -92,12 +95,21 @@ class ChatGLMConfig(PreTrainedConfig):
                 f"{min(later)} belongs to ChatGLM2, ChatGLM3 or GLM-4-9B, which gmask does not run: call "
                 "gmask.registration.unregister(), and transformers loads them with trust_remote_code=True"
             )
+        images = {key for key in IMAGE_PARTS & kwargs.keys() if kwargs[key] not in (None, 0)}
+        images |= {name for name in self.architectures or () if name.endswith("WithImage")}
+        if images:
+            raise GmaskError(
+                f"{min(images)} belongs to VisualGLM, which reads images too and which gmask does not run: use "
+                "github.com/THUDM/VisualGLM-6B"
+            )
         quarters = 4 * self.num_attention_heads  # two rotary groups of channels, each of which turns in pairs
         if self.hidden_size % quarters:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {quarters}, 4 * num_attention_heads")
         for name, known in (("rotary_dtype", ("float32", "module")), ("position_rule", ("v1.1", "v0"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
+        if not self.rotary_stretch > 0:
+            raise ValueError(f"rotary_stretch {self.rotary_stretch} is not above 0")
         bits, with_embeddings = kwargs.pop("quantization_bit", 0), kwargs.pop("quantization_embeddings", False)
         if bits:  # a published checkpoint of integers
             kwargs["quantization_config"] = QuantizationConfig(bits, embeddings=with_embeddings).to_dict()

@@ -8,28 +8,29 @@ Source: published modeling_chatglm.py, revision of the 130528-entry vocabulary. 
 layer + 1, undone after the product, only keeps half precision from overflowing and is left to the kernel.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from gmask.models.attention import eager_attention
+from gmask.errors import GmaskError
+from gmask.models.attention import attend
+from gmask.models.cache import GrowingCache
+from gmask.models.chatglm.activation import gelu
 from gmask.models.chatglm.chatting import ChatMixin
 from gmask.models.chatglm.configuration import ChatGLMConfig
-from gmask.models.chatglm.inputs import read_chat_layout, visible_from_published
-from gmask.models.chatglm.placement import running_device
+from gmask.models.chatglm.inputs import read_chat_layout, show_prefix, visible_from_published
 from gmask.models.chatglm.positions import inverse_frequencies, rotary_tables, rotate
-from gmask.models.chatglm.prefix import PrefixEncoder
-from gmask.models.inputs import build_mask, resolve_sequences
+from gmask.models.chatglm.prefix import PrefixEncoder, prepend
+from gmask.models.glm.tensor_parallel import refuse_integers
+from gmask.models.inputs import build_mask, continues, resolve_sequences
 from gmask.models.layout_generation import LayoutGenerationMixin
 from gmask.models.quantizing import QuantizingMixin
 from gmask.models.strict_loading import StrictLoadingMixin
@@ -52,6 +53,7 @@ class ChatGLMAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
+        prefix: Tensor | None,  # 2 N P D
         rotary: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -61,14 +63,11 @@ class ChatGLMAttention(nn.Module):
         fused = self.query_key_value(hidden_states).view(batch, length, -1, 3 * self.head_dim)
         query, key, value = fused.transpose(1, 2).chunk(3, dim=-1)  # B N T D
         query, key = rotate(query, rotary), rotate(key, rotary)
+        if prefix is not None:
+            key, value = prepend(prefix, key, value)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attention: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention
-        )
-        mixed, weights = attention(
-            self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, is_causal=False, **kwargs
-        )
+        mixed, weights = attend(self, query, key, value, attention_mask, **kwargs)
         output: Tensor = self.dense(mixed.reshape(batch, length, -1))
         return output, weights
 
@@ -80,7 +79,7 @@ class ChatGLMMLP(nn.Module):
         self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        output: Tensor = self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
+        output: Tensor = self.dense_4h_to_h(gelu(self.dense_h_to_4h(hidden_states)))
         return output
 
 
@@ -95,12 +94,11 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = ChatGLMMLP(config)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, prefix: Tensor | None = None, **kwargs: Any) -> Tensor:
         normed = self.input_layernorm(hidden_states)
-        mixed, _ = self.attention(normed, **kwargs)
-        normed = self.post_attention_layernorm(normed * self.alpha + mixed)
-        output: Tensor = normed * self.alpha + self.mlp(normed)
-        return output
+        mixed, _ = self.attention(normed, prefix, **kwargs)
+        normed = self.post_attention_layernorm(torch.add(mixed, normed, alpha=self.alpha))
+        return torch.add(self.mlp(normed), normed, alpha=self.alpha)
 
 
 class ChatGLMPreTrainedModel(StrictLoadingMixin, QuantizingMixin, PreTrainedModel):
@@ -117,6 +115,15 @@ class ChatGLMPreTrainedModel(StrictLoadingMixin, QuantizingMixin, PreTrainedMode
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": ChatGLMBlock, "attentions": ChatGLMAttention}  # noqa: RUF012
+    _can_set_attn_implementation_cached_value = True  # transformers would look for it in this file's text
+
+    @classmethod
+    def maybe_distribute_model(cls, model: PreTrainedModel, distributed_config: Any, *args: Any) -> PreTrainedModel:
+        if distributed_config is not None:
+            refuse_integers(model)
+            if model.config.pre_seq_len is not None:
+                raise GmaskError("a P-tuning prefix is not divided among processes: run one process")
+        return super().maybe_distribute_model(model, distributed_config, *args)
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
@@ -166,32 +173,27 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             raise ValueError("continuous batching reads prompts in chunks and causally, which is wrong for a prefix LM")
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
-        if past_key_values is None and (use_cache or self.config.pre_seq_len is not None):
-            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is None and use_cache:
+            past_key_values = GrowingCache(self.config)
         sequence_ids = resolve_sequences(position_ids, attention_mask, sequence_ids, past_key_values)
         if position_ids is not None and position_ids.ndim == 3:
             layout = position_ids
         if layout is None:
             layout = read_chat_layout(self.config, input_ids, attention_mask, sequence_ids, past_key_values)
-        past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        if self.config.pre_seq_len is not None and past_key_values is not None and past_length == 0:
-            self.prefix_encoder.fill(
-                past_key_values,
-                batch=len(inputs_embeds),
-                dtype=inputs_embeds.dtype,
-                devices=[running_device(layer) for layer in self.layers],
-            )
-            past_length = self.config.pre_seq_len
         mask = build_mask(
             layout,
-            visible_from_published(attention_mask, key_length=past_length + layout.shape[-1]),
+            visible_from_published(attention_mask, layout.shape[-1], past_key_values),
             sequence_ids,
             past_key_values,
             published_positions=False,
             dtype=inputs_embeds.dtype,
         )
+        prefix = None
+        if self.config.pre_seq_len is not None and not continues(past_key_values):
+            prefix = self.prefix_encoder().unflatten(0, (-1, 2))  # L 2 N P D
+            mask = show_prefix(mask, self.config.pre_seq_len, past_key_values)
         hidden_states = self._run_layers(
-            inputs_embeds, self.rotary_tables(layout, inputs_embeds.dtype), mask, past_key_values, **kwargs
+            inputs_embeds, prefix, self.rotary_tables(layout, inputs_embeds.dtype), mask, past_key_values, **kwargs
         )
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
@@ -210,13 +212,17 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     def _run_layers(
         self,
         hidden_states: Tensor,
+        prefix: Tensor | None,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
         cache: Cache | None,
         **kwargs: Any,
     ) -> Tensor:
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, rotary=rotary, attention_mask=mask, past_key_values=cache, **kwargs)
+        for index, layer in enumerate(self.layers):
+            own = None if prefix is None else prefix[index]  # a reentrant checkpoint loses gradients of keywords
+            hidden_states = layer(
+                hidden_states, own, rotary=rotary, attention_mask=mask, past_key_values=cache, **kwargs
+            )
         output: Tensor = self.final_layernorm(hidden_states)
         return output
 
@@ -233,9 +239,30 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, LayoutG
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def tie_weights(self, missing_keys: set[str] | None = None, **kwargs: Any) -> None:
+        """Unless both were stored, and one left out for its wrong shape: `from_pretrained` will refuse it."""
+        ends = {"lm_head.weight": self.lm_head, "transformer.word_embeddings.weight": self.transformer.word_embeddings}
+        are_stored = missing_keys is not None and missing_keys.isdisjoint(ends)
+        if not are_stored or not any(parameter.is_meta for end in ends.values() for parameter in end.parameters()):
+            super().tie_weights(missing_keys, **kwargs)
+
     def read_prompt_layout(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """The layout ``[B, 2, S]`` of prompts ``[B, S]``; the mask has 0 at padding."""
         return read_chat_layout(self.config, input_ids, attention_mask, None, None)
+
+    def _prepare_static_cache(self, *args: Any, max_cache_len: int, **kwargs: Any) -> Cache:
+        """Of tokens and prefix."""
+        room = max_cache_len + (self.config.pre_seq_len or 0)
+        cache: Cache = super()._prepare_static_cache(*args, max_cache_len=room, **kwargs)
+        return cache
+
+    def create_masks_for_generate(  # type: ignore[override]  # the mixin's needs no config
+        self, attention_mask: Tensor | None = None, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> Tensor | None:
+        """The padding mask as the mixin makes it; once the cache holds the prefix, with that in front."""
+        if self.config.pre_seq_len is not None and attention_mask is not None and continues(past_key_values):
+            attention_mask = F.pad(attention_mask, (self.config.pre_seq_len, 0), value=1)
+        return super().create_masks_for_generate(attention_mask, past_key_values)
 
     def _update_model_kwargs_for_generation(
         self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

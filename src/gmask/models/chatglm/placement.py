@@ -1,8 +1,5 @@
 """On which device does each part of a ChatGLM-6B run?"""
 
-import torch
-from torch import nn
-
 from gmask.errors import GmaskError
 from gmask.models.chatglm.configuration import ChatGLMConfig
 
@@ -26,10 +23,3 @@ def spread_layers(config: ChatGLMConfig, devices: int) -> dict[str, int]:
         places["transformer.prefix_encoder"] = 0
     share = (layers + 2) / devices
     return places | {f"transformer.layers.{layer}": int((layer + 2) / share) for layer in range(layers)}
-
-
-def running_device(module: nn.Module) -> torch.device:
-    """Where a module computes, be its weights elsewhere (accelerate's hook tells) or not."""
-    hook = getattr(module, "_hf_hook", None)
-    told = getattr(hook, "execution_device", None)
-    return next(module.parameters()).device if told is None else torch.device(told)

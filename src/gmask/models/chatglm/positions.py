@@ -7,6 +7,8 @@ Source: the published modeling_chatglm.py, revision of the 130528-entry vocabula
 import torch
 from torch import Tensor
 
+from gmask.native import elementwise as native
+
 ROTARY_BASE = 10000.0
 
 
@@ -85,6 +87,8 @@ def rotary_tables(places: Tensor, frequencies: Tensor, *, dtype: torch.dtype) ->
 
 def rotate(states: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Turns the channels of queries or keys ``[B, N, T, D]`` by the angles of `rotary_tables`."""
+    if native.can_rotate(states, tables[0]):
+        return native.rotate(states, *tables)
     cos, sin = (table.to(states.dtype) for table in tables)
     groups = states.view(*states.shape[:-1], *cos.shape[-2:])
     left, right = groups.chunk(2, dim=-1)

@@ -3,11 +3,8 @@
 Source: Liu et al., "P-Tuning v2", ACL 2022; published code ``PrefixEncoder`` of modeling_chatglm.py.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
 from gmask.models.chatglm.configuration import ChatGLMConfig
 
@@ -39,13 +36,8 @@ class PrefixEncoder(nn.Module):
         heads, head_dim = self.config.num_attention_heads, self.config.head_dim
         return prefix.view(self.length, -1, heads, head_dim).permute(1, 2, 0, 3)
 
-    def fill(self, cache: Cache, *, batch: int, dtype: torch.dtype, devices: Sequence[torch.device]) -> None:
-        """Puts the prefix into an empty cache, for ``batch`` rows.
 
-        Args:
-            devices: that each layer runs on.
-        """
-        states = self().to(dtype)[:, None].expand(-1, batch, -1, -1, -1)
-        for layer, device in enumerate(devices):
-            key, value = states[2 * layer : 2 * layer + 2].to(device)
-            cache.update(key, value, layer)
+def prepend(prefix: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[B, N, K, D]`` behind those ``[2, N, P, D]`` of a layer's prefix."""
+    own_key, own_value = prefix.to(key).unsqueeze(1).expand(-1, len(key), -1, -1, -1)
+    return torch.cat((own_key, key), dim=-2), torch.cat((own_value, value), dim=-2)

@@ -16,8 +16,11 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizer
 
 from gmask.errors import GmaskError
+from gmask.models.strict_loading import LFS_POINTER
 
 VOCABULARY_FILE = "ice_text.model"
+
+LINE_END = "<n>"
 
 LONGEST_BLANK = 80
 """Spaces that one piece can stand for; shorter runs have pieces down to two."""
@@ -28,13 +31,13 @@ WHITE_PIECES = re.compile(r"<n>|<\|tab\|>|<\|blank_(\d+)\|>")
 
 def spell_white_space(text: str) -> str:
     """Line ends, tabs and runs of spaces as pieces; runs are cut into the longest pieces first."""
-    text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
+    text = text.replace("\n", LINE_END).replace("\t", "<|tab|>")
     return SPACES.sub(lambda run: f"<|blank_{len(run[0])}|>", text)
 
 
 def restore_white_space(text: str) -> str:
     """The text that the pieces of white space stand for."""
-    fixed = {"<n>": "\n", "<|tab|>": "\t"}
+    fixed = {LINE_END: "\n", "<|tab|>": "\t"}
     return WHITE_PIECES.sub(lambda piece: fixed.get(piece[0]) or " " * int(piece[1]), text)
 
 
@@ -206,11 +209,19 @@ def read_pieces(path: str) -> SentencePieceProcessor:
     """The vocabulary in a file.
 
     Raises:
-        GmaskError: no such file, or not a SentencePiece model.
+        GmaskError: no such file, not a SentencePiece model, or that of another model.
     """
     if not Path(path).is_file():
         raise GmaskError(f"{path}: no such file; ChatGLM-6B needs the {VOCABULARY_FILE} that was published with it")
     try:
-        return SentencePieceProcessor(model_file=path)
+        pieces = SentencePieceProcessor(model_file=path)
     except (OSError, RuntimeError) as error:
+        if Path(path).read_bytes().startswith(LFS_POINTER):
+            raise GmaskError(f"{path}: a Git LFS pointer, not the file itself: run `git lfs pull` there") from error
         raise GmaskError(f"{path}: not a SentencePiece model; download it again") from error
+    if pieces.piece_to_id(LINE_END) == pieces.unk_id():
+        raise GmaskError(
+            f"{path}: not the vocabulary of ChatGLM-6B, {VOCABULARY_FILE}, but that of another model; ChatGLM2 and "
+            "later need their own code, and gmask.registration.unregister() before it"
+        )
+    return pieces

@@ -7,23 +7,22 @@ Source: Du et al., ACL 2022, section 2; published code THUDM/GLM model/modeling_
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 import gmask.models.glm.tensor_parallel  # noqa: F401 - has transformers know the styles of the config's plan
-from gmask.models.attention import eager_attention
+from gmask.models.attention import attend
+from gmask.models.cache import GrowingCache
 from gmask.models.glm.configuration import GLMConfig
 from gmask.models.glm.inputs import check_layout, read_layout
 from gmask.models.inputs import build_mask, resolve_sequences
@@ -65,21 +64,8 @@ class GLMAttention(nn.Module):
         )
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attention: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention
-        )
         dropout = self.attention_dropout if self.training else 0.0
-        mixed, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=dropout,
-            is_causal=False,
-            **kwargs,
-        )
+        mixed, weights = attend(self, query, key, value, attention_mask, dropout=dropout, **kwargs)
         output: Tensor = self.dense(mixed.reshape(batch, length, -1))
         return output, weights
 
@@ -170,6 +156,7 @@ class GLMPreTrainedModel(StrictLoadingMixin, QuantizingMixin, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": GLMBlock, "attentions": GLMAttention}  # noqa: RUF012
+    _can_set_attn_implementation_cached_value = True  # transformers would look for it in this file's text
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -227,7 +214,7 @@ class GLMModel(GLMPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = GrowingCache(self.config)
         sequence_ids = resolve_sequences(position_ids, attention_mask, sequence_ids, past_key_values)
         published_positions = position_ids is not None and position_ids.ndim == 3
         if published_positions:

@@ -1,7 +1,6 @@
 // The kernels for any CPU, four floats at a time, and for ARM, where the four are a NEON register.
-#include <cstring>
-
-#include "blocks.h"
+#include "exponential.h"
+#include "kernels.h"
 #include "vector.h"
 
 #ifdef GMASK_ARM
@@ -40,13 +39,21 @@ struct FourFloats {
     return Four{half_to_float(x[0]), half_to_float(x[1]), half_to_float(x[2]), half_to_float(x[3])};
   }
   GMASK_INLINE void store(float* out, type a) { std::memcpy(out, &a, sizeof a); }
+  GMASK_INLINE type load_bfloat16(const uint16_t* x) {
+    return Four{bfloat16_to_float(x[0]), bfloat16_to_float(x[1]), bfloat16_to_float(x[2]), bfloat16_to_float(x[3])};
+  }
   GMASK_INLINE type add(type a, type b) { return a + b; }
+  GMASK_INLINE float sum(type a) {
+    float x[4];
+    store(x, a);
+    return (x[0] + x[1]) + (x[2] + x[3]);
+  }
   GMASK_INLINE type multiply_add(type a, type b, type c) { return a * b + c; }
 #ifdef GMASK_GNU_VECTORS
-  GMASK_INLINE type from_int8(const uint8_t* data) {
-    FourBytes bytes;
-    std::memcpy(&bytes, data, sizeof bytes);
-    return __builtin_convertvector(__builtin_convertvector(bytes, FourIntegers), Four);
+  GMASK_INLINE type from_int8(const uint8_t* data, int byte) {
+    FourWords words;
+    std::memcpy(&words, data, sizeof words);
+    return __builtin_convertvector((FourIntegers)(words << (24 - 8 * byte)) >> 24, Four);
   }
   GMASK_INLINE type from_int4(const uint8_t* data, int nibble) {
     FourWords words;
@@ -54,10 +61,11 @@ struct FourFloats {
     return __builtin_convertvector((FourIntegers)(words >> (4 * nibble) & 15) - 8, Four);
   }
 #else
-  GMASK_INLINE type from_int8(const uint8_t* data) {
-    return Four{float(int8_t(data[0])), float(int8_t(data[1])), float(int8_t(data[2])), float(int8_t(data[3]))};
+  GMASK_INLINE type from_int8(const uint8_t* data, int byte) {  // little-endian words, whatever the machine
+    const uint8_t* x = data + byte;
+    return Four{float(int8_t(x[0])), float(int8_t(x[4])), float(int8_t(x[8])), float(int8_t(x[12]))};
   }
-  GMASK_INLINE type from_int4(const uint8_t* data, int nibble) {  // little-endian words, whatever the machine
+  GMASK_INLINE type from_int4(const uint8_t* data, int nibble) {
     const uint8_t* byte = data + nibble / 2;
     const int down = nibble % 2 * 4;
     return Four{float((byte[0] >> down & 15) - 8), float((byte[4] >> down & 15) - 8),
@@ -82,6 +90,9 @@ struct FourFloats {
 #define GMASK_VECTOR FourFloats
 #define GMASK_SUMS 8
 #include "blocks_float32.inc"
+#include "attention.inc"
+#include "elementwise.inc"
+#include "undefine.h"
 
 #ifdef GMASK_ARM
 struct Neon {
@@ -93,13 +104,15 @@ struct Neon {
   GMASK_INLINE type load(const float* x) { return vld1q_f32(x); }
   GMASK_INLINE type load_half(const uint16_t* x) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x))); }
   GMASK_INLINE void store(float* out, type a) { vst1q_f32(out, a); }
+  GMASK_INLINE type load_bfloat16(const uint16_t* x) {
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(x), 16));
+  }
   GMASK_INLINE type add(type a, type b) { return vaddq_f32(a, b); }
+  GMASK_INLINE float sum(type a) { return vaddvq_f32(a); }
   GMASK_INLINE type multiply_add(type a, type b, type c) { return vfmaq_f32(c, a, b); }
-  GMASK_INLINE type from_int8(const uint8_t* data) {
-    uint32_t four;
-    std::memcpy(&four, data, sizeof four);
-    const int16x8_t wide = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four)));
-    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+  GMASK_INLINE type from_int8(const uint8_t* data, int byte) {
+    const uint32x4_t words = vshlq_u32(vreinterpretq_u32_u8(vld1q_u8(data)), vdupq_n_s32(24 - 8 * byte));
+    return vcvtq_f32_s32(vshrq_n_s32(vreinterpretq_s32_u32(words), 24));
   }
   GMASK_INLINE type from_int4(const uint8_t* data, int nibble) {
     const uint32x4_t words = vreinterpretq_u32_u8(vld1q_u8(data));
@@ -113,18 +126,42 @@ struct Neon {
 #define GMASK_VECTOR Neon
 #define GMASK_SUMS 16
 #include "blocks_float32.inc"
+#include "attention.inc"
+#include "elementwise.inc"
+#include "undefine.h"
 #endif
 
 }  // namespace
 
+void fill_floats(const Row& row, int64_t step, uint32_t* to) {
+  if (row.type == kFloat32) {
+    const uint32_t* x = static_cast<const uint32_t*>(row.x);
+    for (int64_t k = 0; k < row.columns; ++k) to[k * step] = x[k];
+  } else {  // the high half of a float32 is the bfloat16
+    const uint16_t* x = static_cast<const uint16_t*>(row.x);
+    for (int64_t k = 0; k < row.columns; ++k) to[k * step] = uint32_t(x[k]) << 16;
+  }
+  for (int64_t k = row.columns; k < row.padded_columns; ++k) to[k * step] = 0;
+}
+
 const Kernels& portable_kernels() {
-  static const Kernels kernels = {{GMASK_ROW(portable, 4, kFloats), GMASK_ROW(portable, 8, kFloats)}};
+  static const Kernels kernels = {fill_floats,
+                                  kColumnStep,
+                                  {GMASK_TILES(portable, 4), GMASK_TILES(portable, 8)},
+                                  portable_attend,
+                                  portable_gelu,
+                                  portable_turn};
   return kernels;
 }
 
 #ifdef GMASK_ARM
 const Kernels& neon_kernels() {
-  static const Kernels kernels = {{GMASK_ROW(neon, 4, kFloats), GMASK_ROW(neon, 8, kFloats)}};
+  static const Kernels kernels = {fill_floats,
+                                  kColumnStep,
+                                  {GMASK_TILES(neon, 4), GMASK_TILES(neon, 8)},
+                                  neon_attend,
+                                  neon_gelu,
+                                  neon_turn};
   return kernels;
 }
 #endif

@@ -1,0 +1,200 @@
+"""What does ``gmask estimate`` say about the memory that a model will take?"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gmask.cli.inspection import find_cached
+from gmask.errors import GmaskError
+
+if TYPE_CHECKING:
+    from gmask.checkpoints.configs import Config
+    from gmask.estimation.inference import MemoryEstimate
+    from gmask.quantization.quantizer import QuantizationConfig
+
+CONTEXT_LENGTHS = (512, 2048)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """A form to load a model in, as it is typed."""
+
+    dtype: str
+    quantize: str | None
+    form: "QuantizationConfig | None"  # None: as the config says
+
+    @property
+    def label(self) -> str:
+        return f"{self.quantize}, else {self.dtype}" if self.quantize else self.dtype
+
+    @property
+    def options(self) -> str:
+        """What loads it; more than ``--quantize`` says, `gmask quantize` has to write before."""
+        if self.form is None:
+            return f"--dtype {self.dtype}"
+        if self.form.group_size is None and not self.form.embeddings:
+            return f"--dtype {self.dtype} --quantize {self.quantize}"
+        group = f" --group-size {self.form.group_size}" if self.form.group_size else ""
+        embeddings = " --embeddings" if self.form.embeddings else ""
+        return f"--dtype {self.dtype}, after gmask quantize --bits {self.form.bits}{group}{embeddings},"
+
+
+def estimate(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Folder or checkpoint of a model, or the name of a published one."),
+    ] = "bundled",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="float32|bfloat16|float16",
+            help="Precision of what is not quantized.",
+            show_default="float32 and bfloat16",
+        ),
+    ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(metavar="int8|int4", help="Form of the weights.", show_default="each")
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(metavar="32|64|128", help="Columns that share a scale.", show_default="a row")
+    ] = None,
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="Embeddings and head quantized too.")] = False,
+    context_length: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens of a prompt and its answer; once for each length.", show_default="512 and 2048"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts that are answered at once.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell how much memory a model takes to run, and what fits here, without loading or fetching it."""
+    import torch
+
+    from gmask.checkpoints.memory import free_bytes
+    from gmask.estimation.inference import estimate_inference
+    from gmask.loading import DTYPES, best_device
+
+    config = find_config(model)
+    lengths = sorted(set(context_length or (min(n, config.max_position_embeddings) for n in CONTEXT_LENGTHS)))
+    choices = list_choices(config, dtype, quantize, group_size=group_size, embeddings=embeddings)
+    device = torch.device(best_device())
+    free = free_bytes(device)
+    kind: Any = device.type
+    found = {
+        choice: [
+            estimate_inference(
+                config,
+                dtype=DTYPES[choice.dtype],
+                form=choice.form,
+                context_length=length,
+                batch_size=batch_size,
+                device_kind=kind,
+            )
+            for length in lengths
+        ]
+        for choice in choices
+    }
+    if as_json:
+        rows = [
+            describe(choice, length, batch_size, figures)
+            for choice, row in found.items()
+            for length, figures in zip(lengths, row, strict=True)
+        ]
+        print(json.dumps({"model": model, "device": kind, "free_bytes": free, "estimates": rows}, indent=2))
+        return
+    print_table(found, lengths)
+    print(advise({choice: row[-1] for choice, row in found.items()}, free, device=kind, length=lengths[-1]))
+
+
+def find_config(name: str) -> "Config":
+    """The config of a folder, or of a published model, which need not be on this machine.
+
+    Raises:
+        GmaskError: neither a folder of a model nor a name in the catalog.
+    """
+    from gmask.checkpoints.catalog import find_family
+    from gmask.estimation.weights import config_of_family, read_shape_config
+    from gmask.loading import find_folder
+
+    if name == "bundled" or Path(name).expanduser().exists():
+        return read_shape_config(find_folder(name))
+    if family := find_family(name):
+        return config_of_family(family)
+    if cached := find_cached(name):
+        return read_shape_config(cached)
+    raise GmaskError(f"{name}: no such folder, and no published model of that name; gmask info --zoo lists them")
+
+
+def list_choices(
+    config: "Config", dtype: str | None, quantize: str | None, *, group_size: int | None, embeddings: bool
+) -> list[Choice]:
+    """What is asked for; without words the plain precisions, and both kinds of integers.
+
+    Raises:
+        GmaskError: an unknown dtype or form.
+    """
+    from gmask.loading import DTYPES
+    from gmask.quantization.quantizer import NAMES, QuantizationConfig, form_of, read_form
+
+    if dtype is not None and dtype not in DTYPES:
+        raise GmaskError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    read_form(quantize)
+    if quantize is None and (group_size is not None or embeddings):
+        raise GmaskError("--group-size and --embeddings are for quantized weights: add --quantize int4")
+    dtypes = [dtype] if dtype else ["float32", "bfloat16"]
+    if quantize is None and (stored := form_of(config)):
+        return [Choice(name, f"int{stored.bits}", None) for name in dtypes]
+    plain = [] if quantize else [Choice(name, None, None) for name in dtypes]
+    return plain + [
+        Choice(dtypes[-1], name, QuantizationConfig(bits, group_size, embeddings))
+        for name, bits in NAMES.items()
+        if quantize in (None, name)
+    ]
+
+
+def describe(choice: Choice, context_length: int, batch_size: int, figures: "MemoryEstimate") -> dict[str, Any]:
+    """One estimate for programs; sizes in bytes."""
+    return {
+        "dtype": choice.dtype,
+        "quantize": choice.quantize,
+        "context_length": context_length,
+        "batch_size": batch_size,
+        **asdict(figures),
+        "resident": figures.resident,
+        "peak": figures.peak,
+    }
+
+
+def print_table(found: "dict[Choice, list[MemoryEstimate]]", lengths: Sequence[int]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from gmask.checkpoints.memory import format_bytes
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="")
+    table.add_column("form", no_wrap=True)
+    for heading in ("weights", *(f"cache\nat {n}" for n in lengths), *(f"peak\nat {n}" for n in lengths)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for choice, row in found.items():
+        sizes = [row[0].weights, *(figures.cache for figures in row), *(figures.peak for figures in row)]
+        table.add_row(choice.label, *map(format_bytes, sizes))
+    Console(markup=False, highlight=False).print(table)
+
+
+def advise(peaks: "dict[Choice, MemoryEstimate]", free: int, *, device: str, length: int) -> str:
+    """What fits into the free memory, and which options load the most exact of it."""
+    from gmask.checkpoints.memory import format_bytes
+
+    room = f"{format_bytes(free)} are free on {device}"
+    fitting = [choice for choice, figures in peaks.items() if figures.peak <= free]
+    if not fitting:
+        smallest = min(figures.peak for figures in peaks.values())
+        return f"{room}: nothing of this fits at {length} tokens, the smallest needs {format_bytes(smallest)}."
+    if len(fitting) == len(peaks):
+        return f"{room}: all of this fits at {length} tokens; {fitting[0].options} is the most exact."
+    labels = "; ".join(choice.label for choice in fitting)
+    return f"{room}: at {length} tokens fits {labels}. Choose {fitting[0].options}."

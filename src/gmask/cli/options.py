@@ -1,0 +1,28 @@
+"""Which options do several verbs have in common?"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Folder or name of a model, or bundled.")]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="int8|int4",
+        help="Keep the weights as integers, which takes less memory; those of a quantized folder are read as they are.",
+        show_default="as in the folder",
+    ),
+]
+Source = Annotated[Path | None, typer.Option("--input", help='File of texts: .jsonl with a "text", or one a line.')]
+SkipBadLines = Annotated[bool, typer.Option("--skip-bad-lines", help="Go on after a line that cannot be used.")]
+Json = Annotated[bool, typer.Option("--json", help="Print a JSON object for each text.")]
+Pairs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="temperature, top_k, top_p, seed, num_beams, min_tokens or stop, such as temperature=0.8; once for each.",
+        show_default=False,
+    ),
+]

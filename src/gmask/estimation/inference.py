@@ -1,0 +1,176 @@
+"""How much memory do prompts and their answers take: the weights, keys and values, and what a forward computes with?
+
+The largest moment is the reading of a whole prompt, in the multilayer perceptron of a block; for quantized weights also
+the first product, which repacks them. What is counted there is what `gmask.models` and `gmask.quantization` hold at
+that moment, line by line; change it with them. Training has other moments and would be a module beside this one.
+
+Shape letters: B rows, T positions of the context, H hidden size, F width of the perceptron, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import torch
+from transformers import PreTrainedModel
+
+from gmask.checkpoints.configs import Config
+from gmask.errors import GmaskError
+from gmask.estimation.weights import read_shape_config, shape_model, weight_bytes
+from gmask.models.cache import capacity_for
+from gmask.models.chatglm import ChatGLMConfig
+from gmask.models.glm import GLMConfig
+from gmask.quantization.kernels import ROW_CHUNK, available_paths
+from gmask.quantization.linear import QuantizedLayer
+from gmask.quantization.quantizer import QuantizationConfig
+
+DeviceKind: TypeAlias = Literal["cpu", "cuda", "mps"]
+
+RUNTIME_BYTES: dict[DeviceKind, int] = {"cpu": 430_000_000, "mps": 430_000_000, "cuda": 500_000_000}
+"""What a process takes beside the model: Python and the imported libraries with the buffers of their kernels, measured
+after `gmask.load` and a forward (torch 2.x, Linux, x86-64); of CUDA, its context on the GPU, which is assumed."""
+
+BLOCK_STATES = 5
+"""Tensors ``[B, T, H]`` that are held while the perceptron of a block runs: the embeddings, the input of the block, its
+normalised and its attended states, and their sum."""
+
+KERNEL_BYTES = {"avx512_vnni": 1.25}
+"""Bytes that the C++ kernel takes for each bfloat16 activation, by its path: int8 and a step for every 32."""
+
+KERNEL_FLOAT_BYTES = 4
+"""The same for float32 activations, and for bfloat16 ones on the other paths."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes that inference takes on a device."""
+
+    weights: int
+    cache: int  # keys and values
+    working: int  # the largest that is held beside them for a moment
+    runtime: int  # of the process without a model, or of CUDA's context
+
+    @property
+    def resident(self) -> int:
+        """What stays between two tokens."""
+        return self.weights + self.cache + self.runtime
+
+    @property
+    def peak(self) -> int:
+        return self.resident + self.working
+
+
+def estimate_inference(
+    model: Config | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    form: QuantizationConfig | None = None,
+    context_length: int = 2048,
+    batch_size: int = 1,
+    device_kind: DeviceKind = "cpu",
+) -> MemoryEstimate:
+    """The memory that a model takes for prompts and answers, without loading it.
+
+    The prompt is taken to fill the context, which is the largest case: a shorter one takes as much for the cache in the
+    end, and less for reading.
+
+    Args:
+        model: its config, or the folder of its weights, of which the config or the shapes are read.
+        dtype: of the weights that are not quantized, and of the activations.
+        form: of the quantized weights; by default what the config says.
+        context_length: tokens of the prompt and its answer together.
+        batch_size: prompts that are answered at once.
+        device_kind: where they are. The figures of GPUs have not been measured.
+
+    Raises:
+        GmaskError: a length or size below 1, a GLM with fewer positions, a form that does not fit the model, or a
+            folder that holds none.
+    """
+    config = read_shape_config(model) if isinstance(model, Path) else model
+    _check_lengths(config, context_length, batch_size)
+    shaped = shape_model(config, dtype=dtype, form=form)
+    return MemoryEstimate(
+        weights=weight_bytes(shaped),
+        cache=cache_bytes(config, dtype=dtype, context_length=context_length, batch_size=batch_size),
+        working=_working_bytes(shaped, dtype=dtype, length=context_length, batch_size=batch_size, kind=device_kind),
+        runtime=RUNTIME_BYTES[device_kind],
+    )
+
+
+def cache_bytes(config: Config, *, dtype: torch.dtype, context_length: int, batch_size: int) -> int:
+    """Bytes of the keys and values of all layers, with the room to grow that each has."""
+    positions = batch_size * capacity_for(context_length)
+    return 2 * config.num_hidden_layers * positions * config.hidden_size * dtype.itemsize
+
+
+def _check_lengths(config: Config, context_length: int, batch_size: int) -> None:
+    for name, value in (("context length", context_length), ("batch size", batch_size)):
+        if value < 1:
+            raise GmaskError(f"a {name} of {value}: give at least 1")
+    positions = config.max_position_embeddings
+    if isinstance(config, GLMConfig) and context_length > positions:
+        raise GmaskError(f"a context of {context_length} tokens: the model has {positions} positions")
+
+
+def _working_bytes(
+    model: PreTrainedModel, *, dtype: torch.dtype, length: int, batch_size: int, kind: DeviceKind
+) -> int:
+    """The largest of what reading the prompt and choosing a token hold for a moment."""
+    rows = batch_size * length
+    mask = batch_size * length**2  # boolean
+    block = max(
+        _attention_bytes(model.config, dtype, batch_size, length),
+        _perceptron_bytes(model, dtype, rows, kind),
+    )
+    return max(mask + block, _choice_bytes(model.config.vocab_size, dtype, batch_size), _head_bytes(model, kind))
+
+
+def _attention_bytes(config: Config, dtype: torch.dtype, batch_size: int, length: int) -> int:
+    """Input, normalised input, embeddings, queries, keys and values, turned ones, and the mask as numbers."""
+    turned = 2 if isinstance(config, ChatGLMConfig) else 0
+    states = 3 + 3 + turned + 1
+    return dtype.itemsize * batch_size * (states * length * config.hidden_size + length**2)
+
+
+def _perceptron_bytes(model: PreTrainedModel, dtype: torch.dtype, rows: int, kind: DeviceKind) -> int:
+    """What is held at its activation function, at its second product, or while that one's weight is being repacked."""
+    narrow: int = rows * model.config.hidden_size * dtype.itemsize
+    wide: int = rows * model.config.intermediate_size * dtype.itemsize
+    second = next(layer for name, layer in model.named_modules() if name.endswith("mlp.dense_4h_to_h"))
+    beside = max(wide, narrow + _product_bytes(second, rows, dtype, kind), _repacking_bytes(second, kind))
+    return BLOCK_STATES * narrow + wide + beside
+
+
+def _product_bytes(layer: torch.nn.Module, rows: int, dtype: torch.dtype, kind: DeviceKind) -> int:
+    """What the product with a quantized weight needs beside its input and output."""
+    if not isinstance(layer, QuantizedLayer):
+        return 0
+    columns = layer.weight.shape[1] * 8 // layer.bits
+    if not _has_kernel(kind):
+        return ROW_CHUNK * columns * (1 + 4 + dtype.itemsize)  # integers, float32, and rounded
+    if dtype == torch.bfloat16:
+        return math.ceil(rows * columns * KERNEL_BYTES.get(available_paths()[0], KERNEL_FLOAT_BYTES))
+    as_float32 = rows * (columns + layer.weight.shape[0]) * 4 if dtype == torch.float16 else 0
+    return rows * columns * KERNEL_FLOAT_BYTES + as_float32
+
+
+def _repacking_bytes(layer: torch.nn.Module, kind: DeviceKind) -> int:
+    """The second copy of a weight that is being repacked, which the first product does."""
+    return layer.weight.nbytes if isinstance(layer, QuantizedLayer) and _has_kernel(kind) else 0
+
+
+def _head_bytes(model: PreTrainedModel, kind: DeviceKind) -> int:
+    """The head is repacked when all activations but the last are gone."""
+    head = model.get_output_embeddings()
+    return 0 if head is None else _repacking_bytes(head, kind)
+
+
+def _choice_bytes(vocabulary: int, dtype: torch.dtype, batch_size: int) -> int:
+    """Logits, the same and their log-probabilities in float32, and these sorted with their ids."""
+    return batch_size * vocabulary * (dtype.itemsize + 4 + 4 + 4 + 8)
+
+
+def _has_kernel(kind: DeviceKind) -> bool:
+    """Whether the package's C++ kernel serves, for which weights are repacked."""
+    return kind == "cpu" and available_paths()[0] not in ("aten", "torch")

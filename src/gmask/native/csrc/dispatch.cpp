@@ -1,0 +1,52 @@
+// Which instruction sets do this build and this machine have?
+#include "api.h"
+#include "kernels.h"
+
+namespace gmask {
+namespace {
+
+bool is_supported(int isa) {
+  switch (isa) {
+    case kPortable:
+      return true;
+#ifdef GMASK_ARM
+    case kNeon:
+      return true;
+#endif
+#ifdef GMASK_X86
+    case kAvx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case kAvx512:
+    case kAvx512Vnni:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+             (isa == kAvx512 || __builtin_cpu_supports("avx512vnni"));
+#endif
+    default:
+      return false;
+  }
+}
+
+}  // namespace
+
+const Kernels* find_kernels(int isa, [[maybe_unused]] Type type) {
+  if (!is_supported(isa)) return nullptr;
+#ifdef GMASK_X86
+  if (isa == kAvx512Vnni) return type == kBfloat16 ? &avx512_vnni_kernels() : &avx512_kernels();
+  if (isa == kAvx512) return &avx512_kernels();
+  if (isa == kAvx2) return &avx2_kernels();
+#endif
+#ifdef GMASK_ARM
+  if (isa == kNeon) return &neon_kernels();
+#endif
+  return &portable_kernels();
+}
+
+}  // namespace gmask
+
+// A bit for each instruction set (kernels.h: Isa).
+GMASK_API int gmask_instruction_sets(void) {
+  int sets = 0;
+  for (int isa = 0; isa < gmask::kIsaCount; ++isa) sets |= gmask::is_supported(isa) << isa;
+  return sets;
+}

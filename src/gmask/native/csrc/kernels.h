@@ -1,0 +1,128 @@
+// What does an instruction set offer: a block of weight rows times a few rows of activations, and attention of a query?
+//
+// Layout of the packed weight of N rows and K columns (N padded to 32, K to 32, with zeros), block after block, in
+// little-endian 32-bit words, one for each row:
+//   int8  [N/32][K/4][32]      four signed bytes: columns 0 1 2 3
+//   int4  [N/32][K/8][32]      eight nibbles, each the integer + 8: columns 0 1 2 3 in the low ones of the four bytes,
+//                              4 5 6 7 in the high ones; masking then leaves four columns as the bytes of an integer
+//                              dot product
+//   scale [N/32][groups][32]   float16 or float32
+// So a thread reads one stream from start to end, a vector lane is a weight row, and nothing is summed across lanes.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace gmask {
+
+constexpr int kRows = 32;         // weight rows of a block
+constexpr int kColumnStep = 32;   // padded columns and groups are multiples of it
+constexpr int kMaxTile = 8;       // activation rows that one pass over a block serves
+constexpr int kPrefetch = 3072;   // bytes read ahead; from 2 to 6 KB serve alike, more is too much for the cache
+
+enum Isa { kPortable = 0, kNeon = 1, kAvx2 = 2, kAvx512 = 3, kAvx512Vnni = 4, kIsaCount = 5 };
+enum Type { kFloat32 = 0, kBfloat16 = 1 };
+
+struct Block {
+  const uint8_t* data;
+  const void* scale;
+  bool half_scale;
+  int64_t columns;  // padded
+  int64_t group;    // columns that share a scale
+};
+
+// M is fixed by the function. activations: M rows as `Kernels::fill` lays them. out: [M][32].
+using BlockFunction = void (*)(const Block& block, const uint32_t* activations, float* out);
+
+// One row of activations.
+struct Row {
+  const void* x;
+  Type type;
+  int bits;  // of the weight
+  int64_t columns, padded_columns;
+  int64_t group;  // padded columns that share a scale of the weight
+};
+
+// Writes a row in units of four bytes, `step` apart: what M rows are read together for lies together (rows a power of
+// two apart would fall into the same few cache lines).
+using FillFunction = void (*)(const Row& row, int64_t step, uint32_t* to);
+
+// The query of one head, and what it attends to.
+struct Head {
+  Type type;
+  const void *query, *keys, *values;  // [size], [length][size], [length][size]
+  const uint8_t* visible;             // [length], 0 = hidden; or null
+  int64_t key_step, value_step, visible_step, length, size;
+  float scaling;
+  float* weights;  // room for `length`
+  void* out;       // [size]
+};
+
+constexpr int kHeadStep = 16;  // the head size is a multiple of it
+
+using HeadFunction = void (*)(const Head& head);
+
+// x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 * x^3)), the tanh form of GELU, of bfloat16 numbers.
+using GeluFunction = void (*)(const uint16_t* x, uint16_t* out, int64_t count);
+
+// One head of one position: `groups` parts of 2 * half channels, whose pairs (i, i + half) turn by angles of their own.
+struct Turn {
+  Type type;
+  const void* x;
+  const float *cosines, *sines;  // [groups][2 * half]; the second half repeats the first
+  int64_t groups, half;
+  void* out;
+};
+
+using TurnFunction = void (*)(const Turn& turn);
+
+struct Kernels {
+  FillFunction fill;
+  int64_t units;                           // that it writes for kColumnStep columns, at most
+  BlockFunction multiply[2][kMaxTile];  // [bits == 8][M - 1]
+  HeadFunction attend;
+  GeluFunction gelu;
+  TurnFunction turn;
+};
+
+const Kernels& portable_kernels();
+#if defined(__aarch64__) || defined(_M_ARM64)
+#define GMASK_ARM 1
+const Kernels& neon_kernels();
+#endif
+#if defined(__GNUC__) && defined(__x86_64__)
+#define GMASK_X86 1
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+const Kernels& avx512_vnni_kernels();
+#endif
+
+// Those for activations of a type; null if this build or this machine lacks the instructions.
+const Kernels* find_kernels(int isa, Type type);
+
+// [columns][M] float32, with zeros up to the padded columns: what the float32 kernels read.
+void fill_floats(const Row& row, int64_t step, uint32_t* to);
+
+// The entries of `Kernels::multiply` from a template NAME<BITS, M>.
+#define GMASK_TILES(NAME, BITS)                                                                             \
+  {                                                                                                         \
+    NAME<BITS, 1>, NAME<BITS, 2>, NAME<BITS, 3>, NAME<BITS, 4>, NAME<BITS, 5>, NAME<BITS, 6>, NAME<BITS, 7>, \
+        NAME<BITS, 8>                                                                                       \
+  }
+
+inline float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline float bfloat16_to_float(uint16_t value) { return from_bits(uint32_t(value) << 16); }
+
+inline uint16_t float_to_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
+  return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded);  // NaN stays NaN
+}
+
+}  // namespace gmask

@@ -1,0 +1,121 @@
+// The AVX2 and AVX-512 kernels, each built for its instructions by attribute: one file serves every x86.
+#include "exponential.h"
+#include "kernels.h"
+#include "vector.h"
+
+#ifdef GMASK_X86
+#if !defined(__clang__)  // GCC 12 warns of its own header
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+
+#define TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
+
+namespace gmask {
+namespace {
+
+struct Avx2 {
+  static constexpr int lanes = 8;
+  using type = __m256;
+
+  TARGET_AVX2 GMASK_INLINE type zero() { return _mm256_setzero_ps(); }
+  TARGET_AVX2 GMASK_INLINE type broadcast(const float* x) { return _mm256_broadcast_ss(x); }
+  TARGET_AVX2 GMASK_INLINE type load(const float* x) { return _mm256_loadu_ps(x); }
+  TARGET_AVX2 GMASK_INLINE type load_half(const uint16_t* x) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+  }
+  TARGET_AVX2 GMASK_INLINE type load_bfloat16(const uint16_t* x) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+  }
+  TARGET_AVX2 GMASK_INLINE void store(float* out, type a) { _mm256_storeu_ps(out, a); }
+  TARGET_AVX2 GMASK_INLINE type add(type a, type b) { return _mm256_add_ps(a, b); }
+  TARGET_AVX2 GMASK_INLINE float sum(type a) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+  TARGET_AVX2 GMASK_INLINE type multiply_add(type a, type b, type c) { return _mm256_fmadd_ps(a, b, c); }
+  TARGET_AVX2 GMASK_INLINE type from_int8(const uint8_t* data, int byte) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data));
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, 24 - 8 * byte), 24));
+  }
+  TARGET_AVX2 GMASK_INLINE type from_int4(const uint8_t* data, int nibble) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data));
+    const __m256i low = _mm256_and_si256(_mm256_srli_epi32(words, 4 * nibble), _mm256_set1_epi32(15));
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(low, _mm256_set1_epi32(8)));
+  }
+};
+
+struct Avx512 {
+  static constexpr int lanes = 16;
+  using type = __m512;
+
+  TARGET_AVX512 GMASK_INLINE type zero() { return _mm512_setzero_ps(); }
+  TARGET_AVX512 GMASK_INLINE type broadcast(const float* x) { return _mm512_set1_ps(*x); }
+  TARGET_AVX512 GMASK_INLINE type load(const float* x) { return _mm512_loadu_ps(x); }
+  TARGET_AVX512 GMASK_INLINE type load_half(const uint16_t* x) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+  }
+  TARGET_AVX512 GMASK_INLINE type load_bfloat16(const uint16_t* x) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  }
+  TARGET_AVX512 GMASK_INLINE void store(float* out, type a) { _mm512_storeu_ps(out, a); }
+  TARGET_AVX512 GMASK_INLINE type add(type a, type b) { return _mm512_add_ps(a, b); }
+  TARGET_AVX512 GMASK_INLINE float sum(type a) { return _mm512_reduce_add_ps(a); }
+  TARGET_AVX512 GMASK_INLINE type multiply_add(type a, type b, type c) { return _mm512_fmadd_ps(a, b, c); }
+  TARGET_AVX512 GMASK_INLINE type from_int8(const uint8_t* data, int byte) {
+    const __m512i words = _mm512_slli_epi32(_mm512_loadu_si512(data), 24 - 8 * byte);
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(words, 24));
+  }
+  TARGET_AVX512 GMASK_INLINE type from_int4(const uint8_t* data, int nibble) {  // a table, of which an index is 4 bits
+    const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(_mm512_loadu_si512(data), 4 * nibble), values);
+  }
+};
+
+#define GMASK_NAME avx2
+#define GMASK_TARGET TARGET_AVX2
+#define GMASK_VECTOR Avx2
+#define GMASK_SUMS 8
+#include "blocks_float32.inc"
+#include "attention.inc"
+#include "elementwise.inc"
+#include "undefine.h"
+
+#define GMASK_NAME avx512
+#define GMASK_TARGET TARGET_AVX512
+#define GMASK_VECTOR Avx512
+#define GMASK_SUMS 16
+#include "blocks_float32.inc"
+#include "attention.inc"
+#include "elementwise.inc"
+#include "undefine.h"
+
+}  // namespace
+
+const Kernels& avx2_kernels() {
+  static const Kernels kernels = {fill_floats,
+                                  kColumnStep,
+                                  {GMASK_TILES(avx2, 4), GMASK_TILES(avx2, 8)},
+                                  avx2_attend,
+                                  avx2_gelu,
+                                  avx2_turn};
+  return kernels;
+}
+
+const Kernels& avx512_kernels() {
+  static const Kernels kernels = {fill_floats,
+                                  kColumnStep,
+                                  {GMASK_TILES(avx512, 4), GMASK_TILES(avx512, 8)},
+                                  avx512_attend,
+                                  avx512_gelu,
+                                  avx512_turn};
+  return kernels;
+}
+
+}  // namespace gmask
+#endif
