@@ -17,10 +17,13 @@ from gmask.checkpoints.reading import Checkpoint, open_checkpoint
 from gmask.checkpoints.tensor_files import SCALES
 from gmask.errors import GmaskError
 from gmask.models.chatglm import ChatGLMConfig
-from gmask.quantization.quantizer import QuantizationConfig, finish, form_of, lay_out, quantize_weight
+from gmask.quantization.quantizer import QuantizationConfig, finish, form_of, lay_out, quantize_weight, settle
 
 LARGE = 3_000_000_000
 """Parameters beyond which a model is in bfloat16 on a CPU, unless another dtype is asked for: 12 GB in float32."""
+
+
+DENSE = torch.contiguous_format
 
 
 def fill_model(
@@ -54,15 +57,18 @@ def fill_model(
         plan = plan_weights(model, {name: _place_dtype(checkpoint, key, wanted) for key, name in names.items()})
         _check_memory(checkpoint, plan, device)
         weights = {
-            name: tensor.to(device, plan[name].dtype, copy=True, memory_format=torch.contiguous_format)
+            # Integers are packed straight out of the file, below.
+            name: tensor.to(device, plan[name].dtype, copy=tensor.dtype != torch.int8, memory_format=DENSE)
             for name, tensor in stream_weights(checkpoint, model, names, like=like, verb="loading")
         }
         check_head(checkpoint, model)
-    weights |= {name: tensor.to(device) for name, tensor in prefix.items()}
-    model.load_state_dict(weights, strict=False, assign=True)  # strict already, but for the tied head
-    model.tie_weights()
-    model.eval()
-    return model if form is None else finish(model, form)
+        weights |= {name: tensor.to(device) for name, tensor in prefix.items()}
+        model.load_state_dict(weights, strict=False, assign=True)  # strict already, but for the tied head
+        model.tie_weights()
+        if form is not None:
+            finish(model, form)
+            settle(model)
+    return model.eval()
 
 
 def shape_model(

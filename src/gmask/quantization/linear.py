@@ -80,6 +80,16 @@ class QuantizedLayer(nn.Module):
                 weight.data, scale.data = _without_numbers(weight), _without_numbers(scale)
             return product
 
+    def settle(self) -> None:
+        """Takes numbers on the CPU into memory of their own, in the layout of their product."""
+        weight: nn.Parameter = self._parameters["weight"]  # type: ignore[assignment]
+        if not weight.is_cpu:
+            return
+        if isinstance(self, nn.Linear):
+            self._product()
+        if getattr(weight, "packed", None) is None:
+            weight.data = weight.data.clone()
+
     def _unpack(self) -> None:
         """Puts the published form back in place."""
         weight = self._parameters.get("weight")

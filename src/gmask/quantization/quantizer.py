@@ -200,6 +200,13 @@ def finish(model: Model, config: QuantizationConfig) -> Model:
     return model
 
 
+def settle(model: PreTrainedModel) -> None:
+    """Takes quantized weights on the CPU out of the files that they may be mapped from: `QuantizedLayer.settle`."""
+    layers = [layer for _, layer in quantized_layers(model)]
+    for layer in sorted(layers, key=lambda layer: isinstance(layer, QuantEmbedding)):  # the head's layout serves both
+        layer.settle()
+
+
 def _tie(model: PreTrainedModel) -> None:
     """Has the head share the integers and scales of the word embeddings."""
     name = _tied_head(model)
