@@ -129,6 +129,10 @@ class Memory:
 
     def read(self, contexts: Sequence[Context]) -> Tensor:
         """Reads the contexts and the first ``<sop>``; returns log-probabilities ``[B, V]`` of what follows."""
+        return log_softmax(self.read_logits(contexts))
+
+    def read_logits(self, contexts: Sequence[Context]) -> Tensor:
+        """As `read`, but returns float32 logits, which need not be numbers."""
         input_ids, layout, is_real = stack_contexts(contexts, pad=self.special.pad)
         first_places = torch.tensor([(context.places[0], 1) for context in contexts])
         if is_real is not None:
@@ -143,7 +147,7 @@ class Memory:
         ids, *places = torch.tensor(inputs).unbind(-1)
         if self.is_real is not None:
             self.is_real = torch.cat((self.is_real, self.is_real.new_ones(len(inputs), 1)), dim=1)
-        return self._forward(ids[:, None], torch.stack(places, dim=1)[:, :, None])
+        return log_softmax(self._forward(ids[:, None], torch.stack(places, dim=1)[:, :, None]))
 
     def select(self, rows: Sequence[int]) -> None:
         """Keeps these rows, in this order; a row may be taken several times."""
@@ -164,7 +168,8 @@ class Memory:
             use_cache=True,
             logits_to_keep=1,
         )
-        return log_softmax(outputs.logits[:, -1])
+        logits: Tensor = outputs.logits[:, -1].float()
+        return logits
 
 
 def log_softmax(logits: Tensor) -> Tensor:

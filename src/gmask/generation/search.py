@@ -1,6 +1,7 @@
 """Which token comes next: the most probable one, one drawn at random, or those of the best beams?"""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -64,7 +65,18 @@ class Sampling:
         return list(enumerate(grown))
 
 
-def draw_tokens(logprobs: Tensor, draws: Tensor, settings: Settings) -> Tensor:
+class Cut(Protocol):
+    """How a distribution is tempered and cut."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def top_p(self) -> float: ...
+
+
+def draw_tokens(logprobs: Tensor, draws: Tensor, settings: Cut) -> Tensor:
     """Tokens ``[B]`` at the quantiles ``draws [B]`` (in [0, 1)) of the tempered and cut distributions ``[B, V]``."""
     scores, order = _in_order(logprobs / settings.temperature, settings.top_k)
     probabilities = scores.double().softmax(-1)

@@ -1,0 +1,259 @@
+"""Which tokens may come next in an answer that has to be one of some texts, match a regex or fit a JSON schema?
+
+llguidance decides: of the kept libraries it takes any table of token bytes (xgrammar too, but it needs Triton and
+TVM), builds nothing beforehand (outlines-core makes an automaton over the vocabulary for each pattern), has no
+dependencies and serves in vLLM, SGLang and llama.cpp. It comes with the extra ``serve``.
+
+A constraint holds for the answer's text behind one leading space, which the answer may have or not: words bring their
+own in GPT-2's vocabulary and in ours, and the decoders of SentencePiece and WordPiece drop it. Any sequence of tokens
+that spells an admitted text may be chosen, not only the one that the tokenizer would give.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gmask.errors import GmaskError
+from gmask.generation.token_bytes import read_spelling
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+JSON_WHITE_SPACE = r" |\n {0,16}"
+"""Between the parts of a JSON text: without a bound, a model may write white space for ever."""
+
+RESERVED_TAIL = 16
+"""Characters that are looked back on for the start of a reserved text; the longest of use is ``<|blank_80|>``."""
+
+
+class TokenMask(Protocol):
+    """What a constraint has become for one answer that is being written."""
+
+    def allowed(self) -> Tensor:
+        """The tokens that may come next, bool ``[V]`` on the CPU; none is True once only the end is left.
+
+        End tokens are never among them: the caller allows those where `is_complete` says so.
+
+        Raises:
+            GmaskError: the answer can neither go on nor end.
+        """
+
+    def accept(self, token_id: int) -> None:
+        """Goes on with a token that `allowed` gave."""
+
+    def is_complete(self) -> bool:
+        """The answer may end here."""
+
+
+class Constraint(Protocol):
+    """What an answer's text has to be; one of them serves many answers."""
+
+    def start(self) -> TokenMask:
+        """The state before an answer's first token."""
+
+
+def choices(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, vocabulary_size: int | None = None
+) -> Constraint:
+    """The answer is one of the texts.
+
+    Args:
+        tokenizer: of any model that gmask loads.
+        texts: as they are to be written. An uncased vocabulary has no capital letters.
+        vocabulary_size: V, the scores that the model gives: often more than the tokenizer has tokens. Those behind
+            them are never allowed. The default is the number of the tokenizer's ids.
+
+    Raises:
+        GmaskError: no texts, or one that the vocabulary cannot spell; llguidance is not installed.
+    """
+    table = _find_table(tokenizer)
+    if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text for text in texts):
+        raise GmaskError(f"choices must be a list of texts that are not empty, not {texts!r}"[:200])
+    for text in texts:
+        _check_text(text)
+        if not table.spelling.can_spell(text):
+            raise GmaskError(f"the vocabulary has no tokens that spell the choice {text!r}: {_advise(tokenizer, text)}")
+    pattern = " | ".join(json.dumps(text, ensure_ascii=False) for text in dict.fromkeys(texts))
+    return _Grammar(table, f"start: TEXT\nTEXT: / ?/ ({pattern})\n", vocabulary_size, name="the list of choices")
+
+
+def regex(tokenizer: PreTrainedTokenizerBase, pattern: str, *, vocabulary_size: int | None = None) -> Constraint:
+    r"""The whole answer matches a pattern in the syntax of Rust's ``regex``: no look-around, no back-references.
+
+    ``\d`` is 0 to 9. A pattern that asks for a space at the start matches nothing where the decoder drops it. Other
+    arguments as of `choices`.
+
+    Raises:
+        GmaskError: not such a pattern, or one that no sequence of tokens matches; llguidance is not installed.
+    """
+    table = _find_table(tokenizer)
+    from llguidance import regex_to_lark
+
+    if not isinstance(pattern, str):
+        raise GmaskError(f"a regex must be a text, not {pattern!r}"[:200])
+    _check_text(pattern)
+    spelling = table.spelling
+    rules = {"PATTERN": regex_to_lark(pattern or "(?:)", use_ascii="d"), "SPELLABLE": regex_to_lark(spelling.spellable)}
+    text = "PATTERN & SPELLABLE"
+    if spelling.reserved:
+        rules["RESERVED"] = regex_to_lark(f"(?s:.*)(?:{spelling.reserved})(?s:.*)")
+        text += " & ~RESERVED"
+    terminals = "".join(f"{name}: /{rule}/\n" for name, rule in rules.items())
+    grammar = f"start: TEXT\nTEXT: / ?/ ({text})\n{terminals}"
+    return _Grammar(table, grammar, vocabulary_size, name=f"the regex {pattern!r}")
+
+
+def json_schema(
+    tokenizer: PreTrainedTokenizerBase, schema: Mapping[str, Any], *, vocabulary_size: int | None = None
+) -> Constraint:
+    """The answer is JSON that is valid by a schema, with at most one space or line end between its parts.
+
+    Keywords that cannot be enforced while the text is written, such as ``not``, are refused; ``{}`` admits any JSON.
+    A vocabulary without byte tokens may lack the letters of a property's name, which is found only while the answer
+    is written. Other arguments as of `choices`.
+
+    Raises:
+        GmaskError: not a schema, one that nothing fits, or a keyword that is not supported; llguidance is not
+            installed.
+    """
+    table = _find_table(tokenizer)
+    if not isinstance(schema, Mapping):
+        raise GmaskError(f"a JSON schema must be an object, not {schema!r}"[:200])
+    settings = {"x-guidance": {"whitespace_pattern": JSON_WHITE_SPACE, "lenient": False}}
+    try:
+        written = json.dumps({**schema, **settings}, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise GmaskError(f"the JSON schema is not JSON: {error}") from error
+    grammar = f'start: SPACE? value\nSPACE: " "\nvalue: %json {written}\n'
+    return _Grammar(table, grammar, vocabulary_size, name="the JSON schema")
+
+
+class _Vocabulary:
+    """A vocabulary as llguidance reads it: a callable object, from which it asks for tokens of forced text only."""
+
+    bos_token_id = None
+
+    def __init__(self, tokens: Sequence[bytes]) -> None:
+        self.tokens = [*tokens, b""]
+        self.eos_token_id = len(tokens)  # of no model: our callers decide what ends an answer
+        self.special_token_ids = [self.eos_token_id]
+
+    def __call__(self, text: bytes) -> list[int]:
+        return []  # of no use: grammars here are `no_forcing`
+
+
+class _Table:
+    """What is made once for a tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        self.size = len(tokenizer)
+        self.spelling = read_spelling(tokenizer)
+        self.tokenizer = LLTokenizer(TokenizerWrapper(_Vocabulary(self.spelling.tokens)))
+        tokens = enumerate(self.spelling.tokens)
+        # Only these can end a reserved text that other tokens have begun
+        self.closing = [(index, token.decode(errors="replace")) for index, token in tokens if b">" in token]
+
+
+_tables: WeakKeyDictionary[PreTrainedTokenizerBase, _Table] = WeakKeyDictionary()
+
+
+def _find_table(tokenizer: PreTrainedTokenizerBase) -> _Table:
+    """The table of a tokenizer, made at its first use and again when tokens were added."""
+    table = _tables.get(tokenizer)
+    if table is None or table.size != len(tokenizer):
+        try:
+            table = _Table(tokenizer)
+        except ModuleNotFoundError as error:
+            raise GmaskError("constraints need llguidance: pip install 'gmask[serve]'") from error
+        _tables[tokenizer] = table
+    return table
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise GmaskError(f"not a text, since it holds half of a surrogate pair: {text!r}") from error
+
+
+def _advise(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    read = tokenizer.decode(
+        tokenizer(text, add_special_tokens=False)["input_ids"],
+        skip_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+    )
+    return f"it reads {read!r}" if read not in ("", text) else "choose another wording"
+
+
+class _Grammar:
+    """A grammar over the bytes of a vocabulary."""
+
+    def __init__(self, table: _Table, grammar: str, vocabulary_size: int | None, *, name: str) -> None:
+        from llguidance import LLMatcher
+
+        self.table, self.name = table, name
+        self.vocabulary_size = vocabulary_size or len(table.spelling.tokens)
+        # Forced text would be cut into tokens by the tokenizer, which sees neither the start nor the end of a word
+        self.matcher = LLMatcher(table.tokenizer, f'%llguidance {{"no_forcing": true}}\n{grammar}', log_level=0)
+        if self.matcher.is_error():
+            raise GmaskError(f"{name} is not valid: {_first_reason(self.matcher.get_error())}")
+        mask = self.start()
+        if not mask.is_complete() and not bool(mask._read().any()):
+            raise GmaskError(f"{name} matches nothing that the tokens of this vocabulary can spell")
+
+    def start(self) -> "_GrammarMask":
+        return _GrammarMask(self, self.matcher.deep_copy())
+
+
+class _GrammarMask:
+    """How far one answer has come in a grammar."""
+
+    def __init__(self, grammar: _Grammar, matcher: "LLMatcher") -> None:
+        self.grammar, self.matcher = grammar, matcher
+        self.tail = ""  # of the text
+
+    def allowed(self) -> Tensor:
+        mask = self._read()
+        if not bool(mask.any()) and not self.is_complete():
+            raise GmaskError(f"{self.grammar.name} asks for what the tokens of this vocabulary cannot spell")
+        return mask
+
+    def accept(self, token_id: int) -> None:
+        accepted = self.matcher.consume_token(token_id)
+        assert accepted, f"token {token_id} is not allowed: {self.matcher.get_error()}"
+        token = self.grammar.table.spelling.tokens[token_id].decode(errors="replace")
+        self.tail = (self.tail + token)[-RESERVED_TAIL:]
+
+    def is_complete(self) -> bool:
+        return self.matcher.is_accepting() and not self.matcher.is_error()
+
+    def _read(self) -> Tensor:
+        """The mask ``[V]`` as it is."""
+        spelling = self.grammar.table.spelling
+        bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
+        error = self.matcher.get_error()
+        if error and not error.startswith("NoExtension"):  # which says that no token fits
+            raise GmaskError(f"{self.grammar.name} is too complex: {_first_reason(error)}")
+        mask = torch.zeros(self.grammar.vocabulary_size, dtype=torch.bool)
+        known = np.unpackbits(bits, count=len(spelling.tokens), bitorder="little").view(bool)
+        mask[: len(known)] = torch.from_numpy(known)[: len(mask)]
+        if spelling.reserved and "<" in self.tail:
+            ends = re.compile(spelling.reserved)
+            mask[[index for index, text in self.grammar.table.closing if ends.search(self.tail + text)]] = False
+        return mask
+
+
+def _first_reason(message: str) -> str:
+    """The one line of a message of llguidance that says what is wrong."""
+    if reason := re.search(r"^error: (.*)$", message, re.MULTILINE):
+        return reason[1]
+    return re.sub(r"^(?:at \d+\(\d+\): |failed to [^:]*: )*", "", message.partition("\n")[0])

@@ -1,0 +1,391 @@
+"""Does the engine answer each request as a single run does, whatever else is in the batch, and never lose a slot?"""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import gmask
+from gmask.errors import GmaskError
+from gmask.generation.constraints import TokenMask
+from gmask.generation.context import Context, TextReader
+from gmask.generation.engine import Engine
+from gmask.generation.requests import Progress, QueueFull, Request, Ticket
+from gmask.generation.sampling import SamplingParameters
+from tiny_folder import make_folder
+
+GOLDEN = Path(__file__).with_name("golden")
+TEXTS = (
+    "[MASK]",
+    "a b [MASK] c",
+    "[MASK] b c d e f [MASK] g",
+    "one [gMASK]",
+    "a [MASK] b [sMASK] c [MASK]",
+    "x y z [MASK]",
+)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    return gmask.load(make_folder(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def engine(loaded: tuple[Any, Any]) -> Iterator[Engine]:
+    made = Engine(*loaded, max_rows=5, max_queue=64, prefill_tokens=24)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def slow(loaded: tuple[Any, Any]) -> Iterator["SlowEngine"]:
+    made = SlowEngine(*loaded)
+    yield made
+    made.gate.set()
+    made.engine.close(drain=False)
+
+
+class SlowEngine:
+    """An engine of two rows that waits at a gate before every decoding step."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.gate = threading.Event()
+        self.reader = TextReader(tokenizer)
+        self.engine = Engine(model, tokenizer, max_rows=2, max_queue=3)
+        step = self.engine._decode_step
+
+        def wait_and_step() -> None:
+            self.gate.wait()
+            step()
+
+        self.engine._decode_step = wait_and_step  # type: ignore[method-assign]
+
+    def submit(self, n: int = 1) -> Ticket:
+        parameters = SamplingParameters(max_tokens=8, min_tokens=8)
+        return self.engine.submit(Request(context=self.reader.read("a [MASK] b").context, sampling=parameters, n=n))
+
+    def fill(self) -> Ticket:
+        """Has both rows run, and wait at the gate."""
+        ticket = self.submit(n=2)
+        wait_until(lambda: self.engine.counts().running == 2)
+        return ticket
+
+
+def wait_until(is_so: Any) -> None:
+    end = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < end, "it does not come to pass"
+        time.sleep(0.005)
+
+
+def assert_idle(engine: Engine) -> None:
+    wait_until(lambda: engine.counts().running == 0 and engine.counts().waiting == 0)
+    assert engine._slots.lengths == []
+
+
+requests = st.fixed_dictionaries(
+    {"text": st.sampled_from(TEXTS), "max_tokens": st.integers(1, 9), "n": st.sampled_from([1, 1, 1, 2, 3])}
+)
+
+fates = st.sampled_from(["stay", "stay", "cancel", "late"])
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    traffic=st.lists(st.tuples(requests, st.sampled_from(["stay", "stay", "cancel", "late"])), min_size=1, max_size=12)
+)
+def test_greedy_answers_are_those_of_single_runs(
+    traffic: list[tuple[dict[str, Any], str]], loaded: tuple[Any, Any], engine: Engine
+) -> None:
+    reader = TextReader(loaded[1])
+    tickets = []
+    for request, fate in traffic:
+        ticket = engine.submit(
+            Request(
+                context=reader.read(request["text"]).context,
+                sampling=SamplingParameters(max_tokens=request["max_tokens"]),
+                n=request["n"],
+                timeout=0.0 if fate == "late" else None,
+            )
+        )
+        if fate == "cancel":
+            ticket.cancel()
+        tickets.append(ticket)
+    for (request, fate), ticket in zip(traffic, tickets, strict=True):
+        for progress in ticket.wait(20):
+            assert progress.end == "complete" or fate != "stay"
+            if progress.end == "complete":
+                assert_as_alone(progress, request, loaded)
+    assert_idle(engine)
+
+
+def assert_as_alone(progress: Progress, request: dict[str, Any], loaded: tuple[Any, Any]) -> None:
+    alone = gmask.infill(*loaded, request["text"], max_tokens=request["max_tokens"])
+    assert [answer.ids for answer in progress.done] == [
+        tuple(token.id for token in blank.tokens) for blank in alone.blanks
+    ]
+    assert sum(answer.logprob for answer in progress.done) == pytest.approx(alone.logprob, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "kind", [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 5}, {"temperature": 2.0, "top_p": 0.6}]
+)
+def test_samples_are_those_of_infill_with_the_same_seed(
+    kind: dict[str, float], loaded: tuple[Any, Any], engine: Engine
+) -> None:
+    context = TextReader(loaded[1]).read(TEXTS[2]).context
+    sampling = SamplingParameters(seed=7, max_tokens=6, **kind)  # type: ignore[arg-type]
+    found = engine.submit(Request(context=context, sampling=sampling, n=3)).wait(20)
+    alone = gmask.infill(*loaded, TEXTS[2], n=3, seed=7, max_tokens=6, **kind)  # type: ignore[arg-type]
+    drawn = {
+        tuple(tuple(token.id for token in blank.tokens) for blank in one.blanks) for one in (alone, *alone.alternatives)
+    }
+    assert {tuple(answer.ids for answer in progress.done) for progress in found} == drawn
+
+
+def test_a_chatglm_is_answered_too() -> None:
+    folder = GOLDEN / "chatglm-tiny" / "model"
+    shared = Path(__file__).parents[2] / "shared" / "golden" / "chatglm-tiny" / "model"
+    source = folder if (folder / "ice_text.model").is_file() else shared
+    if not (source / "ice_text.model").is_file():
+        pytest.skip("the published vocabulary is not here")
+    model, tokenizer = gmask.load(source)
+    chatter = gmask.Chat(model, tokenizer, max_tokens=12, temperature=0).chatter
+    queries = ["你好", "hello there, how are you today?", "1 + 1"]
+    engine = Engine(model, tokenizer, max_rows=4)
+    prompts = [chatter.fit(query, []) for query in queries]
+    tickets = [
+        engine.submit(Request(context=prompt.context, sampling=SamplingParameters(max_tokens=12))) for prompt in prompts
+    ]
+    for prompt, ticket in zip(prompts, tickets, strict=True):
+        (progress,) = ticket.wait(30)
+        (alone,) = chatter.reply([prompt], [0])
+        assert len(progress.done[0].ids) == alone.reply_tokens
+        assert progress.done[0].logprob == pytest.approx(alone.logprob, abs=1e-3)
+    engine.close()
+
+
+def test_what_is_told_grows_token_by_token(loaded: tuple[Any, Any], engine: Engine) -> None:
+    told: list[Progress] = []
+    context = TextReader(loaded[1]).read(TEXTS[4]).context
+    sampling = SamplingParameters(max_tokens=4, min_tokens=2, top_logprobs=3)
+    ticket = engine.submit(Request(context=context, sampling=sampling), told.append)
+    (last,) = ticket.wait(20)
+    assert told[-1] == last and last.end == "complete" and len(last.done) == 3
+    assert [progress.end for progress in told[:-1]] == [None] * (len(told) - 1)
+    spoken = [sum(len(answer.ids) for answer in (*progress.done, progress.open)) for progress in told]
+    assert spoken == sorted(spoken)
+    for progress in told:
+        answer = progress.open if progress.open.ids else progress.done[-1]
+        ended = [] if progress.open.ids or answer.end_logprob is None else [answer.end_logprob]
+        assert [top[0][1] for top in progress.top_logprobs] == pytest.approx([*answer.logprobs, *ended], abs=0.2) or (
+            sampling.min_tokens > 0
+        )
+        assert all(len(top) == 3 and top[0][1] >= top[1][1] >= top[2][1] for top in progress.top_logprobs)
+
+
+def test_stop_texts_end_an_answer_across_tokens(loaded: tuple[Any, Any], engine: Engine) -> None:
+    text = "a b [MASK] c"
+    whole = gmask.infill(*loaded, text, max_tokens=9, min_tokens=9).blanks[0]
+    raw = "".join(token.text for token in whole.tokens)
+    stop = raw[3:6]
+    context = TextReader(loaded[1]).read(text).context
+    sampling = SamplingParameters(max_tokens=9, min_tokens=9, stop=(stop,))
+    (progress,) = engine.submit(Request(context=context, sampling=sampling)).wait(20)
+    alone = gmask.infill(*loaded, text, max_tokens=9, min_tokens=9, stop=stop).blanks[0]
+    assert progress.done[0].finish == alone.finish == "stop"
+    assert progress.done[0].ids == tuple(token.id for token in alone.tokens)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"logit_bias": {20: 100.0}},
+        {"repetition_penalty": 1e6},
+        {"presence_penalty": 1e6},
+        {"frequency_penalty": 1e6},
+    ],
+)
+def test_scores_are_changed(change: dict[str, Any], loaded: tuple[Any, Any], engine: Engine) -> None:
+    context = TextReader(loaded[1]).read("a [MASK]").context
+    sampling = SamplingParameters(max_tokens=6, min_tokens=6, **change)
+    (progress,) = engine.submit(Request(context=context, sampling=sampling)).wait(20)
+    ids = progress.done[0].ids
+    if "logit_bias" in change:
+        assert ids == (20,) * 6
+    else:
+        assert len(set(ids)) == 6, "nothing is said twice"
+
+
+class OnlyTokens:
+    """A constraint: these tokens, in this order."""
+
+    def __init__(self, *tokens: int) -> None:
+        self.tokens = tokens
+
+    def start(self) -> TokenMask:
+        return Written(self.tokens)
+
+
+class Written:
+    def __init__(self, tokens: tuple[int, ...]) -> None:
+        self.left = list(tokens)
+
+    def allowed(self) -> Tensor:
+        mask = torch.zeros(VOCABULARY, dtype=torch.bool)
+        mask[self.left[:1]] = True
+        return mask
+
+    def accept(self, token_id: int) -> None:
+        assert self.left.pop(0) == token_id
+
+    def is_complete(self) -> bool:
+        return not self.left
+
+
+VOCABULARY = 0
+
+
+def test_a_constraint_holds_for_every_blank(loaded: tuple[Any, Any], engine: Engine) -> None:
+    global VOCABULARY
+    VOCABULARY = loaded[0].config.vocab_size
+    context = TextReader(loaded[1]).read(TEXTS[4]).context
+    sampling = SamplingParameters(max_tokens=9, min_tokens=5, constraint=OnlyTokens(30, 31, 32))
+    (progress,) = engine.submit(Request(context=context, sampling=sampling)).wait(20)
+    assert [answer.ids for answer in progress.done] == [(30, 31, 32)] * 3
+    assert {answer.finish for answer in progress.done} == {"end"}
+
+
+def test_priority_goes_before_order(slow: SlowEngine) -> None:
+    ended: list[str] = []
+    first = slow.fill()
+    for name, priority in (("late", 1), ("early", 0)):
+        context = slow.reader.read("b [MASK]").context
+        slow.engine.submit(
+            Request(context=context, sampling=SamplingParameters(max_tokens=1), n=2, priority=priority),
+            lambda progress, name=name: ended.append(name),
+        )
+    slow.gate.set()
+    first.wait(20)
+    wait_until(lambda: len(ended) == 4)
+    assert ended == ["early", "early", "late", "late"]
+
+
+def test_the_queue_is_bounded(slow: SlowEngine) -> None:
+    running = slow.fill()
+    waiting = [slow.submit() for _ in range(3)]
+    with pytest.raises(QueueFull) as caught:
+        slow.submit()
+    assert caught.value.retry_after >= 1
+    slow.gate.set()
+    assert all(ticket.wait(20)[0].end == "complete" for ticket in [running, *waiting])
+
+
+def test_cancelling_gives_the_slots_back(slow: SlowEngine) -> None:
+    cancelled, waiting = slow.fill(), slow.submit()
+    cancelled.cancel()
+    slow.gate.set()
+    assert [latest.end for latest in cancelled.wait(20)] == ["cancelled"] * 2
+    assert all(latest.open.ids for latest in cancelled.latest), "what was said is told"
+    assert waiting.wait(20)[0].end == "complete"
+    assert_idle(slow.engine)
+
+
+def test_what_is_too_late_ends_where_it_stands(slow: SlowEngine) -> None:
+    context = slow.reader.read("a [MASK]").context
+    sampling = SamplingParameters(max_tokens=8, min_tokens=8)
+    late = slow.engine.submit(Request(context=context, sampling=sampling, n=2, timeout=0.05))
+    wait_until(lambda: slow.engine.counts().running == 2 or late.latest[0].end)
+    time.sleep(0.06)
+    slow.gate.set()
+    assert [latest.end for latest in late.wait(20)] == ["timeout"] * 2
+    assert_idle(slow.engine)
+
+
+def test_a_listener_that_fails_harms_no_other(loaded: tuple[Any, Any], engine: Engine, caplog: Any) -> None:
+    def fail(progress: Progress) -> None:
+        raise RuntimeError("the client has gone")
+
+    context = TextReader(loaded[1]).read("a [MASK]").context
+    bad = engine.submit(Request(context=context, sampling=SamplingParameters(max_tokens=3)), fail)
+    good = engine.submit(Request(context=context, sampling=SamplingParameters(max_tokens=3)))
+    assert bad.wait(20)[0].end == good.wait(20)[0].end == "complete"
+    assert "a listener failed" in caplog.text
+
+
+def test_a_context_that_fails_harms_no_other(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    engine = Engine(model, tokenizer, max_rows=4)
+    good = TextReader(tokenizer).read("a [MASK] b").context
+    bad = Context((10**6, *good.ids), tuple(place + 1 for place in good.places))
+    tickets = [
+        engine.submit(Request(context=context, sampling=SamplingParameters(max_tokens=3)))
+        for context in (good, bad, good)
+    ]
+    ends = [ticket.wait(20)[0] for ticket in tickets]
+    assert [end.end for end in ends] == ["complete", "failed", "complete"] and ends[1].error is not None
+    assert_idle(engine)
+    engine.close()
+
+
+def test_closing_finishes_or_returns_what_there_is(loaded: tuple[Any, Any]) -> None:
+    slow = SlowEngine(*loaded)
+    tickets = [slow.fill(), *(slow.submit() for _ in range(3))]
+    closing = threading.Thread(target=slow.engine.close)
+    closing.start()
+    wait_until(lambda: slow.engine._is_draining)
+    with pytest.raises(GmaskError, match="closed"):
+        slow.submit()
+    slow.gate.set()
+    closing.join(20)
+    assert [ticket.wait(0)[0].end for ticket in tickets] == ["complete"] * 4
+    abrupt = SlowEngine(*loaded)
+    tickets = [abrupt.fill(), abrupt.submit()]
+    threading.Timer(0.05, abrupt.gate.set).start()
+    abrupt.engine.close(drain=False)
+    assert [ticket.wait(0)[0].end for ticket in tickets] == ["cancelled"] * 2
+
+
+@pytest.mark.parametrize(
+    ("request_values", "sampling", "message"),
+    [
+        ({"n": 0}, {}, "n must be at least 1"),
+        ({"n": 6}, {}, "the engine has .* 5 rows"),
+        ({}, {"max_tokens": 10**6}, "max_tokens is 1000000"),
+        ({"context": Context(tuple(range(16, 40)) * 30, (3,))}, {}, "tokens, but the model has only"),
+    ],
+)
+def test_what_has_no_room_is_refused_at_once(
+    request_values: dict[str, Any], sampling: dict[str, Any], message: str, loaded: tuple[Any, Any], engine: Engine
+) -> None:
+    context = TextReader(loaded[1]).read("a [MASK]").context
+    values: dict[str, Any] = {"context": context, **request_values}
+    with pytest.raises(GmaskError, match=message):
+        engine.submit(Request(sampling=SamplingParameters(**sampling), **values))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_tokens": 0},
+        {"min_tokens": 65},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"repetition_penalty": 0.0},
+        {"presence_penalty": float("inf")},
+        {"stop": ("",)},
+        {"top_logprobs": 21},
+    ],
+)
+def test_wrong_parameters_are_named(values: dict[str, Any]) -> None:
+    with pytest.raises(GmaskError, match=next(iter(values))):
+        SamplingParameters(**values)
