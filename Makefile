@@ -78,5 +78,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(KERNEL) | $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt $(KERNEL) | $(VENV)/.torch
-	$(PIP) -c constraints.txt --editable '.[dev,train]'
+	$(PIP) -c constraints.txt --editable '.[dev,train,serve,webui]'
 	@touch $@ $(VENV)/.installed

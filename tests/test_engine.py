@@ -263,6 +263,25 @@ def test_a_constraint_holds_for_every_blank(loaded: tuple[Any, Any], engine: Eng
     assert {answer.finish for answer in progress.done} == {"end"}
 
 
+class NoWay(OnlyTokens):
+    """A constraint that cannot be met."""
+
+    def start(self) -> TokenMask:
+        raise GmaskError("no token can spell this")
+
+
+def test_a_constraint_that_cannot_be_met_harms_no_other(loaded: tuple[Any, Any], engine: Engine) -> None:
+    context = TextReader(loaded[1]).read("a [MASK]").context
+    tickets = [
+        engine.submit(Request(context=context, sampling=SamplingParameters(max_tokens=3, constraint=constraint)))
+        for constraint in (None, NoWay(), None)
+    ]
+    ends = [ticket.wait(20)[0] for ticket in tickets]
+    assert [end.end for end in ends] == ["complete", "failed", "complete"]
+    assert str(ends[1].error) == "no token can spell this"
+    assert_idle(engine)
+
+
 def test_priority_goes_before_order(slow: SlowEngine) -> None:
     ended: list[str] = []
     first = slow.fill()

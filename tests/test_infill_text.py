@@ -3,6 +3,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from gmask.errors import GmaskError
@@ -129,3 +131,11 @@ def test_bytes_that_make_no_character_are_told_at_the_end() -> None:
 def test_the_first_stop_text_cuts() -> None:
     assert cut_at_stop("one. two! three", ["!", "."]) == "one"
     assert cut_at_stop("one", ["!"]) == "one"
+
+
+def test_a_piece_of_white_space_alone_is_not_lost() -> None:
+    words = Tokenizer(WordLevel({"x": 0, "▁": 1, "▁x": 2}, unk_token="x"))
+    words.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    for ids in ([0, 1, 2], [2, 1, 1, 2, 0], [0, 2, 1, 2]):
+        assert "".join(token_texts(ids, tokenizer)) == tokenizer.decode(ids)

@@ -112,7 +112,7 @@ class TextAssembler:
         text = self._new_text()
         if text.endswith("\ufffd"):
             return ""
-        if text:  # a token without text tells nothing of its neighbours
+        if text.strip():  # a token without text, or of white space, tells nothing of its neighbours
             self.anchor = self.told
         self.told = len(self.ids)
         return text

@@ -80,7 +80,7 @@ def choices(
         _check_text(text)
         if not table.spelling.can_spell(text):
             raise GmaskError(f"the vocabulary has no tokens that spell the choice {text!r}: {_advise(tokenizer, text)}")
-    pattern = " | ".join(json.dumps(text, ensure_ascii=False) for text in dict.fromkeys(texts))
+    pattern = " | ".join(json.dumps(text).replace("\x7f", r"\u007f") for text in dict.fromkeys(texts))
     return _Grammar(table, f"start: TEXT\nTEXT: / ?/ ({pattern})\n", vocabulary_size, name="the list of choices")
 
 

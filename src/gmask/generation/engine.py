@@ -338,8 +338,10 @@ class Engine:
         chosen = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
         ended: list[int] = []
         for place, (index, row) in enumerate(zip(indices, rows, strict=True)):
+            error = row.dice.fault
             if sick[place]:
                 error = GmaskError("the model computes values that are not numbers for this request")
+            if error is not None:
                 self._tell_row(row, "failed", error)
                 ended.append(index)
                 continue

@@ -77,6 +77,7 @@ class Dice:
     generator: np.random.Generator
     said: Counter[int] = field(default_factory=Counter)
     mask: TokenMask | None = None  # of the answer that is being written
+    fault: GmaskError | None = None  # why the constraint cannot be met
 
     @classmethod
     def make(cls, parameters: SamplingParameters, index: int, seed: int) -> "Dice":
@@ -126,7 +127,10 @@ class Chooser:
         for token, bias in parameters.logit_bias.items():
             scores[token] += bias
         if parameters.constraint is not None:
-            self._constrain(scores, die, parameters.constraint)
+            try:
+                self._constrain(scores, die, parameters.constraint)
+            except GmaskError as error:  # the row's own fault, and no other's
+                die.fault = error
 
     def _constrain(self, scores: Tensor, die: Dice, constraint: Constraint) -> None:
         if die.mask is None:
