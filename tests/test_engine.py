@@ -388,23 +388,3 @@ def test_what_has_no_room_is_refused_at_once(
     values: dict[str, Any] = {"context": context, **request_values}
     with pytest.raises(GmaskError, match=message):
         engine.submit(Request(sampling=SamplingParameters(**sampling), **values))
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"max_tokens": 0},
-        {"min_tokens": 65},
-        {"temperature": -1.0},
-        {"temperature": float("nan")},
-        {"top_p": 0.0},
-        {"top_k": -1},
-        {"repetition_penalty": 0.0},
-        {"presence_penalty": float("inf")},
-        {"stop": ("",)},
-        {"top_logprobs": 21},
-    ],
-)
-def test_wrong_parameters_are_named(values: dict[str, Any]) -> None:
-    with pytest.raises(GmaskError, match=next(iter(values))):
-        SamplingParameters(**values)

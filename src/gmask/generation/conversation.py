@@ -8,7 +8,7 @@ from typing import Protocol
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
-from gmask.generation.context import Context
+from gmask.generation.context import Context, TextReader
 from gmask.infilling.blanks import BlankTokens
 from gmask.models.chatglm import ChatGLMForConditionalGeneration
 from gmask.models.chatglm.prompts import FULL_WIDTH, TRAINING_TIME, build_prompt, clean_reply
@@ -81,7 +81,7 @@ class QuestionAnswerFormat:
         self.tokenizer = tokenizer
         self.special = find_blank_tokens(tokenizer)
         kept = {self.special.eop, self.special.eos}
-        self.forbidden_ids = tuple(sorted(set(tokenizer.all_special_ids) - kept))
+        self.forbidden_ids = tuple(sorted(set(TextReader(tokenizer).special_ids.values()) - kept))
 
     def encode(self, query: str, rounds: Rounds) -> Context:
         text = "".join(f"问：{asked}答：{answered}" for asked, answered in rounds) + f"问：{query}答："

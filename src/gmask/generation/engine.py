@@ -24,14 +24,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gmask.checkpoints.memory import free_bytes
 from gmask.errors import GmaskError, is_shortage
 from gmask.generation.answers import TextAssembler
-from gmask.generation.context import TextReader
 from gmask.generation.conversation import find_format
 from gmask.generation.decoding import Hypothesis, Memory, Rules
 from gmask.generation.requests import End, Progress, QueueFull, Request, Tell, Ticket
 from gmask.generation.sampling import Chooser, Dice, make_rules, top_tokens
 from gmask.generation.slots import SlotCache, real_columns, total_places
 from gmask.models.cache import capacity_for
-from gmask.models.glm import GLMForConditionalGeneration
 
 __all__ = ["Counts", "Engine", "Progress", "QueueFull", "Request", "Ticket"]
 
@@ -100,8 +98,6 @@ class Engine:
         self.special = prompt_format.special
         self.ends = (self.special.eop, self.special.eos)
         forbidden = {*prompt_format.forbidden_ids, *range(len(tokenizer), model.config.vocab_size)}
-        if isinstance(model, GLMForConditionalGeneration):
-            forbidden.update(TextReader(tokenizer).special_ids.values())
         self._chooser = Chooser(self.ends, sorted(forbidden - set(self.ends)))
         self._slots = SlotCache(model.config.num_hidden_layers)
         self._rows: list[Row] = []
@@ -226,10 +222,13 @@ class Engine:
             self._give_up(ticket, end_of(ticket) or "cancelled")
 
     def _give_up(self, ticket: Ticket, end: End, error: Exception | None = None) -> None:
-        for index in reversed([index for index, row in enumerate(self._rows) if row.ticket is ticket]):
-            self._remove(index)
+        self._remove_rows(ticket)
         self._ends[end] += sum(latest.end is None for latest in ticket.latest)
         self._tell(lambda: ticket.give_up(end, error))
+
+    def _remove_rows(self, ticket: Ticket) -> None:
+        for index in reversed([index for index, row in enumerate(self._rows) if row.ticket is ticket]):
+            self._remove(index)
 
     def _remove(self, index: int) -> None:
         self._slots.remove(index)
@@ -273,6 +272,8 @@ class Engine:
 
     def _read_alone(self, batch: Sequence[Ticket]) -> None:
         """Finds the request that made a batch fail."""
+        for ticket in batch:
+            self._remove_rows(ticket)
         for ticket in batch:
             try:
                 self._read([ticket])

@@ -58,7 +58,8 @@ class SlotLayer(CacheLayerMixin):
         held = (0, 0) if not self.is_initialized else (self.keys.shape[0], self.keys.shape[2])
         _, heads, _, size = like.shape
         shape = (max(rows, held[0]), heads, max(capacity_for(length), held[1]), size)
-        grown = (like.new_empty(shape), like.new_empty(shape))
+        # Zeros, for what is hidden still takes part in torch's products, times 0, and must be a number.
+        grown = (like.new_zeros(shape), like.new_zeros(shape))
         if self.is_initialized:
             count, width = len(self.slots.lengths), max(self.slots.lengths, default=0)
             for new, old in zip(grown, (self.keys, self.values), strict=True):

@@ -1,0 +1,118 @@
+"""How does ``gmask serve`` begin?"""
+
+import os
+import sys
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gmask.cli.chatting import Adapter, Dtype
+from gmask.cli.filling import read_pairs
+from gmask.cli.options import Quantize
+from gmask.errors import GmaskError
+
+if TYPE_CHECKING:
+    from gmask.serving.settings import ServerSettings
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+Served = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or name of a model, or bundled.")]
+Host = Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for every one of this machine.")]
+Port = Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--api-key-file",
+        help="File with an API key a line. GMASK_API_KEY in the environment is one more.",
+        show_default=False,
+    ),
+]
+LogPrompts = Annotated[bool, typer.Option("--log-prompts", help="Write what is asked to the log.")]
+Limits = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="max_rows, max_queue, max_tokens, max_samples, max_body_bytes, request_seconds, drain_seconds, model_name "
+        "or allowed_hosts, such as max_rows=16; once for each.",
+        show_default=False,
+    ),
+]
+
+
+def serve(
+    model: Served = "bundled",
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_key_file: KeyFile = None,
+    quantize: Quantize = None,
+    dtype: Dtype = None,
+    adapter: Adapter = None,
+    log_prompts: LogPrompts = False,
+    pairs: Limits = None,
+) -> None:
+    """Serve a model over HTTP: OpenAI's API, ChatGLM-6B's, and blanks to fill and to score."""
+    check_installed()
+    settings = read_settings(model, host, read_keys(api_key_file), log_prompts, read_pairs(pairs or []))
+    from gmask.loading import load
+    from gmask.serving.logs import log_as_json
+    from gmask.serving.server import create_app, make_server
+
+    network, tokenizer = load(model, dtype=dtype, quantize=quantize, adapter=adapter)
+    log_as_json()
+    if host not in LOOPBACK and not settings.api_keys:
+        print("note: everybody who reaches this address may ask: --api-key-file asks for a key", file=sys.stderr)
+    print(f"{settings.model_name} at http://{host}:{port}/v1, documented at /docs", file=sys.stderr)
+    make_server(create_app(network, tokenizer, settings=settings), host=host, port=port).run()
+
+
+def check_installed() -> None:
+    """Raises `GmaskError` if the packages of a server are missing."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise GmaskError(f"{error.name} is not installed; serving needs pip install 'gmask[serve]'") from error
+
+
+def read_keys(path: Path | None) -> tuple[str, ...]:
+    """The keys of a file and of the environment.
+
+    Raises:
+        GmaskError: a file without any.
+    """
+    keys = [os.environ["GMASK_API_KEY"]] if os.environ.get("GMASK_API_KEY") else []
+    if path is not None:
+        found = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        if not found:
+            raise GmaskError(f"{path}: holds no API key: write one a line")
+        keys += found
+    return tuple(keys)
+
+
+def read_settings(
+    model: str, host: str, keys: tuple[str, ...], log_prompts: bool, values: dict[str, Any]
+) -> "ServerSettings":
+    """The limits of a server. One that only this machine reaches answers to its own names alone.
+
+    A page of another site could otherwise give itself this machine's address, and ask in the name of who reads it.
+
+    Raises:
+        GmaskError: an unknown setting (the nearest one is named), or a value that does not fit.
+    """
+    from gmask.serving.settings import ServerSettings
+
+    known = [field.name for field in fields(ServerSettings) if field.name not in ("api_keys", "log_prompts")]
+    for name in values:
+        if name not in known:
+            nearest = get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise GmaskError(f"there is no setting {name!r}; the nearest is {nearest!r}, all are {', '.join(known)}")
+    hosts = values.pop("allowed_hosts", None)
+    names = tuple(str(hosts).split(",")) if hosts else (*LOOPBACK[:2], "[::1]") if host in LOOPBACK else ("*",)
+    values.setdefault("model_name", model.rstrip("/").rsplit("/", 1)[-1] if Path(model).is_dir() else model)
+    values["model_name"] = str(values["model_name"])
+    return ServerSettings(api_keys=keys, allowed_hosts=names, log_prompts=log_prompts, **values)

@@ -1,0 +1,165 @@
+"""How are the blanks of a text filled, and answers scored, over HTTP?"""
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from gmask.generation.answers import Infilling, assemble_infilling
+from gmask.generation.context import BlankedText
+from gmask.generation.infill import infill
+from gmask.generation.requests import Progress
+from gmask.generation.sampling import SamplingParameters
+from gmask.generation.score import score
+from gmask.generation.streaming import settle_blank
+from gmask.serving.backend import Backend, Job
+from gmask.serving.errors import ApiError
+from gmask.serving.events import STREAMED, stream
+from gmask.serving.logs import note
+from gmask.serving.prompts import read_sampling
+from gmask.serving.replies import count_tokens
+from gmask.serving.samples import SampleReader
+from gmask.serving.schema import InfillRequest, ScoreRequest
+
+router = APIRouter(prefix="/v1", tags=["Blanks"])
+
+
+@router.post("/infill", responses={200: {"content": STREAMED}})
+async def fill(request: Request, body: InfillRequest) -> Response:
+    """A text with its blanks filled, as ``gmask infill --json`` prints it.
+
+    With ``choices``, or for several of the best answers (``n`` or ``num_beams`` without a temperature), the whole
+    text is searched at once, by one request at a time; else the engine writes it together with other requests.
+    """
+    backend: Backend = request.app.state.backend
+    backend.check_model(body.model)
+    backend.require_blanks("filling blanks")
+    blanked = await asyncio.to_thread(backend.reader.read, body.text)
+    blanked.context.check_length(backend.positions)
+    sampling = read_sampling(body, {}, backend, max_tokens=body.max_tokens)
+    if backend.settings.log_prompts:
+        note(request, prompt=body.text)
+    if body.choices is not None or body.num_beams > 1 or (body.n > 1 and sampling.temperature == 0):
+        return await _search(request, body, sampling, len(blanked.context.ids) + 1)
+    if body.stream and body.n > 1:
+        raise ApiError(400, "several answers cannot be streamed: the best is known at the end", param="stream")
+    job = backend.submit(request, [blanked.context], sampling, n=body.n, timeout=body.timeout, is_streamed=body.stream)
+    if body.stream:
+        note(request, prompt_tokens=job.prompt_tokens, streamed=True)
+        return stream(job, _fragments(job, blanked, sampling, body, backend))
+    with closing(job):
+        results = list((await job.results()).values())
+    filled = [_assemble(blanked, progress, sampling, backend) for progress in results]
+    filled.sort(key=lambda infilling: -infilling.logprob)
+    best = replace(filled[0], alternatives=tuple(filled[1:]))
+    tokens = sum(map(_count, results))
+    note(request, prompt_tokens=job.prompt_tokens, completion_tokens=tokens)
+    return JSONResponse(_write(best, body, backend, job.prompt_tokens, tokens))
+
+
+async def _search(request: Request, body: InfillRequest, sampling: SamplingParameters, prompt_tokens: int) -> Response:
+    """What the engine does not do: candidates that are scored, and beams."""
+    backend: Backend = request.app.state.backend
+    if body.stream:
+        raise ApiError(400, "choices and beams cannot be streamed: the best is known at the end", param="stream")
+    if max(body.n, body.num_beams) > backend.settings.max_samples:
+        raise ApiError(400, f"n and num_beams may be {backend.settings.max_samples} at most here", param="n")
+    for name in ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"):
+        if getattr(body, name) is not None:
+            raise ApiError(400, f"{name} goes with drawn or single answers, not with choices or beams", param=name)
+    model = backend.require_blanks("filling blanks")
+    if body.choices is not None:
+        _check_choices(body)
+    found = await backend.offline(
+        lambda: infill(
+            model,
+            backend.tokenizer,
+            body.text,
+            choices=body.choices,
+            n=body.n,
+            num_beams=body.num_beams,
+            max_tokens=sampling.max_tokens,
+            min_tokens=sampling.min_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            stop=sampling.stop,
+        ),
+        timeout=body.timeout,
+    )
+    tokens = sum(len(blank.tokens) for one in (found, *found.alternatives) for blank in one.blanks)
+    note(request, prompt_tokens=prompt_tokens, completion_tokens=tokens)
+    return JSONResponse(_write(found, body, backend, prompt_tokens, tokens))
+
+
+def _check_choices(body: InfillRequest) -> None:
+    assert body.choices is not None
+    lists = body.choices.values() if isinstance(body.choices, dict) else body.choices
+    if sum(1 if isinstance(one, str) else len(one) for one in lists) > 1024:
+        raise ApiError(400, "there are more than 1024 choices", param="choices")
+
+
+def _assemble(blanked: BlankedText, progress: Progress, sampling: SamplingParameters, backend: Backend) -> Infilling:
+    """The text of one sample; blanks that it had no time for stay empty."""
+    answers = [*progress.done]
+    if len(answers) < len(blanked.context.places):
+        answers.append(replace(progress.open, finish="length"))
+    missing = len(blanked.context.places) - len(answers)
+    answers += [replace(answers[-1], ids=(), logprobs=(), end_logprob=None, finish="length")] * missing
+    return assemble_infilling(blanked, answers, backend.tokenizer, stops=sampling.stop)
+
+
+def _count(progress: Progress) -> int:
+    return sum(len(answer.ids) for answer in (*progress.done, progress.open))
+
+
+def _write(found: Infilling, body: InfillRequest, backend: Backend, prompt_tokens: int, tokens: int) -> dict[str, Any]:
+    def strip(values: dict[str, Any], infilling: Infilling) -> dict[str, Any]:
+        for blank, written in zip(infilling.blanks, values["blanks"], strict=True):
+            written.update(finish=blank.finish, start=blank.start, end=blank.end)
+            if not body.logprobs:
+                del written["tokens"]
+        for other, inner in zip(infilling.alternatives, values.get("alternatives", ()), strict=True):
+            strip(inner, other)
+        return values
+
+    name = body.model or backend.settings.model_name
+    head = {"object": "infilling", "model": name}
+    return {**head, **strip(found.to_dict(), found), "usage": count_tokens(prompt_tokens, tokens)}
+
+
+async def _fragments(
+    job: Job, blanked: BlankedText, sampling: SamplingParameters, body: InfillRequest, backend: Backend
+) -> AsyncIterator[dict[str, Any]]:
+    """Stretches of the answers as they become certain, and the whole at the end."""
+    settles = [settle_blank(blanked, blank) for blank in range(len(blanked.context.places))]
+    reader = SampleReader(backend.tokenizer, settles, sampling.stop, logprobs=False)
+    async for key, progress in job.news():
+        for piece in reader.read(progress, job.tops(key)):
+            if piece.text:
+                yield {"object": "infilling.fragment", "blank": piece.blank, "text": piece.text}
+    found = _assemble(blanked, progress, sampling, backend)
+    yield _write(found, body, backend, job.prompt_tokens, _count(progress))
+
+
+@router.post("/score")
+async def rank(request: Request, body: ScoreRequest) -> JSONResponse:
+    """Exact log-probabilities of given answers, as ``gmask score --json`` prints them."""
+    backend: Backend = request.app.state.backend
+    backend.check_model(body.model)
+    model = backend.require_blanks("scoring answers to a blank")
+    texts = [body.text] if isinstance(body.text, str) else body.text
+    if backend.settings.log_prompts:
+        note(request, prompt=texts)
+    found = await backend.offline(
+        lambda: score(model, backend.tokenizer, texts, body.answers, normalization=body.normalization)
+    )
+    data = [scoring.to_dict() for scoring in found]
+    assert all(math.isfinite(answer["score"]) for scored in data for answer in scored["answers"])
+    return JSONResponse({"object": "list", "model": body.model or backend.settings.model_name, "data": data})

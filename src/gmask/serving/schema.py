@@ -1,0 +1,193 @@
+"""What may a client ask, and in which form?
+
+OpenAI's parameters keep their names and defaults, unless a comment says otherwise. A parameter that is not listed is an
+error rather than being ignored.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+Probability = Annotated[float, Field(gt=0, le=1)]
+Temperature = Annotated[float, Field(ge=0, le=100)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+
+
+def refuse_halves(text: str) -> str:
+    """Raises `ValueError` for half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("holds half of a surrogate pair") from error
+    return text
+
+
+AnyText = Annotated[str, AfterValidator(refuse_halves)]
+Text = Annotated[AnyText, Field(min_length=1)]
+Round = Annotated[list[AnyText], Field(min_length=2, max_length=2)]  # asked, answered
+StopText = Annotated[AnyText, Field(min_length=1, max_length=256)]
+
+
+class Body(BaseModel):
+    """The JSON object of a request."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Bookkeeping(Body):
+    """What OpenAI's clients may send for OpenAI's own books; it changes no answer."""
+
+    model: str | None = None  # must be the name of the served model where it is given
+    user: str | None = None
+    store: bool | None = None
+    metadata: dict[str, str] | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+class JsonSchema(Body):
+    """The schema that an answer shall follow."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None  # always is
+
+
+class ResponseFormat(Body):
+    """The form that an answer shall have."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StreamOptions(Body):
+    """What a stream tells beside the answer."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # of OpenAI's; there is none here
+
+
+class Sampled(Bookkeeping):
+    """How tokens are chosen."""
+
+    temperature: Temperature | None = None
+    top_p: Probability | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    seed: Seed | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    timeout: Annotated[float, Field(gt=0)] | None = None  # seconds; at most the server's own limit
+
+
+class Constrained(Sampled):
+    """What an answer may consist of; one of the three at most."""
+
+    response_format: ResponseFormat | None = None
+    guided_regex: Text | None = None
+    guided_choice: Annotated[list[Text], Field(min_length=1, max_length=1024)] | None = None
+
+
+class TextPart(Body):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: AnyText
+
+
+class ChatMessage(Body):
+    """One message of a conversation. These models know no system role: its text goes before the first question."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: AnyText | list[TextPart]
+    name: str | None = None
+    refusal: None = None  # sent back by clients with the assistant's messages, as are the next four
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    @property
+    def text(self) -> str:
+        """Of all parts."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(Constrained):
+    """``POST /v1/chat/completions``. Temperature, top_p and top_k default to ChatGLM's 0.95, 0.7 and 50."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None  # the rest of the context
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+
+class CompletionRequest(Constrained):
+    """``POST /v1/completions``: what follows the prompt or, with a suffix, what stands between the two."""
+
+    prompt: AnyText | list[AnyText] | TokenIds | list[TokenIds]
+    suffix: AnyText | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None  # 16
+    n: Annotated[int, Field(ge=1)] | None = None
+    best_of: Annotated[int, Field(ge=1)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+
+class EmbeddingRequest(Bookkeeping):
+    """``POST /v1/embeddings``; ``pooling`` and ``layer`` as of `gmask.embed`."""
+
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=2048)]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    pooling: Literal["mean", "first", "last", "mask"] = "mean"
+    layer: int = -1
+
+
+class InfillRequest(Sampled):
+    """``POST /v1/infill``: a text with blanks, its parameters as of `gmask.infill`, greedy by default."""
+
+    text: Text
+    choices: list[Text] | list[list[Text]] | dict[int, list[Text]] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] = 64
+    n: Annotated[int, Field(ge=1)] = 1
+    num_beams: Annotated[int, Field(ge=1, le=64)] = 1
+    logprobs: bool = False
+    stream: bool = False
+
+
+class ScoreRequest(Bookkeeping):
+    """``POST /v1/score``: as of `gmask.score`."""
+
+    text: Text | Annotated[list[Text], Field(min_length=1, max_length=256)]
+    answers: (
+        Annotated[list[Text], Field(min_length=1, max_length=1024)]
+        | Annotated[list[Annotated[list[Text], Field(min_length=1, max_length=1024)]], Field(min_length=1)]
+    )
+    normalization: Literal["sum", "mean", "unconditional"] = "sum"
+
+
+class PublishedRequest(BaseModel):
+    """``POST /``, the API that came with ChatGLM-6B. There, too, unknown parameters do nothing."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    prompt: AnyText
+    history: list[Round] | None = None
+    max_length: Annotated[int, Field(ge=1)] | None = None  # 2048: tokens of prompt and reply; at most the context
+    top_p: Probability | None = None  # 0.7
+    temperature: Temperature | None = None  # 0.95

@@ -1,0 +1,97 @@
+"""Which engine do the tests of the server steer token by token?"""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from gmask.generation.decoding import Answer
+from gmask.generation.engine import Counts
+from gmask.generation.requests import End, Progress, QueueFull, Request, Tell, Ticket
+
+
+class FakeEngine:
+    """Says the same tokens to every request, in a thread of its own, while `runs` is set.
+
+    Its interface is that of `gmask.generation.engine.Engine`.
+    """
+
+    def __init__(self, ids: Sequence[int] = (20, 21, 22), *, max_queue: int = 256, runs: bool = True) -> None:
+        self.ids = tuple(ids)
+        self.max_queue = max_queue
+        self.runs = threading.Event()
+        self.tokens_before_pause = 10**9  # of each sample
+        self.error: Exception | None = None  # of every request, instead of an answer
+        self.requests: list[Request] = []
+        self.live: list[Ticket] = []
+        self.ends: Counter[End] = Counter()
+        self.lock = threading.Lock()
+        self.is_closed = False
+        if runs:
+            self.runs.set()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def submit(self, request: Request, tell: Tell = lambda progress: None) -> Ticket:
+        with self.lock:
+            if len(self.live) >= self.max_queue:
+                raise QueueFull(len(self.live), 7.0)
+            deadline = None if request.timeout is None else time.monotonic() + request.timeout
+            ticket = Ticket(request, tell, seed=0, order=len(self.requests), deadline=deadline)
+            self.requests.append(request)
+            self.live.append(ticket)
+        return ticket
+
+    def counts(self) -> Counts:
+        return Counts(0, len(self.live), 0, 1, 0, 0, 0, dict(self.ends))
+
+    def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
+        self.is_closed = True
+        self.thread.join()
+
+    def _run(self) -> None:
+        while not self.is_closed:
+            with self.lock:
+                live = list(self.live)
+            for ticket in live:
+                self._step(ticket)
+            time.sleep(0.001)
+        for ticket in self.live:
+            ticket.give_up("cancelled")
+
+    def _step(self, ticket: Ticket) -> None:
+        if ticket.is_cancelled:
+            self._end(ticket, "cancelled")
+        elif ticket.deadline is not None and time.monotonic() > ticket.deadline:
+            self._end(ticket, "timeout")
+        elif self.error is not None:
+            self._end(ticket, "failed")
+        elif self.runs.is_set():
+            for latest in list(ticket.latest):
+                if latest.end is None and len(latest.open.ids) < self.tokens_before_pause:
+                    ticket.report(self._say(ticket, latest))
+            if all(latest.end for latest in ticket.latest):
+                self._forget(ticket, "complete")
+
+    def _say(self, ticket: Ticket, latest: Progress) -> Progress:
+        count = len(latest.open.ids)
+        top = ((7, -0.5),) * bool(ticket.request.sampling.top_logprobs)
+        tops = (*(latest.top_logprobs if count else ()), top) if top else ()
+        is_last = count == min(len(self.ids), ticket.request.sampling.max_tokens)
+        if not is_last:
+            grown = Answer((*latest.open.ids, self.ids[count]), (*latest.open.logprobs, -0.25 * (latest.index + 1)))
+            return replace(latest, open=grown, top_logprobs=tops)
+        ended = replace(latest.open, end_logprob=-0.5, finish="end")
+        done = (*latest.done, ended)
+        end: End | None = "complete" if len(done) == len(ticket.request.context.places) else None
+        return replace(latest, done=done, open=Answer(), top_logprobs=tops, end=end)
+
+    def _end(self, ticket: Ticket, end: End) -> None:
+        ticket.give_up(end, self.error)
+        self._forget(ticket, end)
+
+    def _forget(self, ticket: Ticket, end: End) -> None:
+        with self.lock:
+            self.live.remove(ticket)
+            self.ends[end] += ticket.request.n

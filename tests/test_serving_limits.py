@@ -1,0 +1,368 @@
+"""Does the server keep its door, its limits and its peace, whatever one client does?"""
+
+import asyncio
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from starlette.testclient import TestClient
+
+import gmask
+from fake_engine import FakeEngine
+from gmask.errors import GmaskError
+from gmask.serving.limits import host_name, is_authorized
+from gmask.serving.logs import JsonFormatter
+from gmask.serving.server import ServerSettings, create_app
+from tiny_folder import make_folder
+
+COMPLETION = {"prompt": "The dog", "max_tokens": 3}
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory):
+    return gmask.load(make_folder(tmp_path_factory.mktemp("model")), device="cpu")
+
+
+@pytest.fixture
+def serve(loaded) -> Callable[..., Any]:
+    @contextmanager
+    def start(engine: FakeEngine | None = None, **limits: Any) -> Iterator[TestClient]:
+        app = create_app(*loaded, settings=ServerSettings(**limits), engine=engine or FakeEngine())
+        with TestClient(app, raise_server_exceptions=False) as client:
+            yield client
+
+    return start
+
+
+def ask(client: TestClient, **body: Any) -> Any:
+    return client.post("/v1/completions", json={**COMPLETION, **body})
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.005)
+
+
+def test_without_a_key_only_the_probes_answer(serve) -> None:
+    with serve(api_keys=("first", "second")) as client:
+        for path in ("/v1/models", "/metrics", "/docs", "/openapi.json", "/nothing"):
+            response = client.get(path)
+            assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
+            assert response.headers["www-authenticate"] == "Bearer"
+        assert client.get("/health").status_code == client.get("/ready").status_code == 200
+        for key in ("first", "second"):
+            assert client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+        for header in ("Bearer third", "Bearer", "first", "Basic first", "Bearer first second", "Bearer \xff"):
+            assert client.get("/v1/models", headers={"Authorization": header.encode("latin-1")}).status_code == 401
+
+
+@given(st.text(max_size=20), st.lists(st.text(st.characters(codec="ascii"), min_size=1), min_size=1, max_size=3))
+def test_a_key_opens_exactly_if_it_is_one_of_them(given_key: str, keys: list[str]) -> None:
+    assert is_authorized(f"Bearer {given_key}", keys) == (given_key.strip() in keys)
+
+
+@pytest.mark.parametrize(
+    ("header", "name"),
+    [
+        ("127.0.0.1:8000", "127.0.0.1"),
+        ("LocalHost", "localhost"),
+        ("[::1]:8000", "[::1]"),
+        ("[::1]", "[::1]"),
+        ("", ""),
+    ],
+)
+def test_host_names_are_read_without_their_port(header: str, name: str) -> None:
+    assert host_name(header) == name
+
+
+def test_a_strange_host_name_is_refused(serve) -> None:
+    with serve(allowed_hosts=("localhost",)) as client:
+        assert client.get("/health", headers={"Host": "localhost:8000"}).status_code == 200
+        assert "allowed_hosts" in client.get("/health", headers={"Host": "evil.example"}).json()["error"]["message"]
+
+
+def test_no_other_site_may_read_the_answers(serve) -> None:
+    with serve() as client:
+        asked = client.options(
+            "/v1/completions", headers={"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+        )
+        answered = client.post("/v1/completions", json=COMPLETION, headers={"Origin": "https://evil.example"})
+        for response in (asked, answered):
+            assert not [name for name in response.headers if name.startswith("access-control")]
+        plain = client.post("/v1/completions", content=json.dumps(COMPLETION), headers={"Content-Type": "text/plain"})
+        assert plain.status_code == 400  # what a page may send without being asked
+
+
+def test_a_large_body_is_refused_whether_it_says_its_length_or_not(serve) -> None:
+    with serve(max_body_bytes=1000) as client:
+        assert ask(client, prompt="a" * 900).status_code == 200
+        long = json.dumps({**COMPLETION, "prompt": "a" * 1001})
+        for content in (long, iter([long[:600].encode(), long[600:].encode()])):
+            response = client.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+            assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
+        lie = client.post("/v1/completions", content=b"{}", headers={"Content-Length": "9" * 30})
+        assert lie.status_code == 413
+
+
+def test_a_body_that_dawdles_is_refused(serve, loaded) -> None:
+    app = create_app(*loaded, settings=ServerSettings(body_seconds=0.05), engine=FakeEngine())
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "query_string": b""}
+    sent: list[dict[str, Any]] = []
+
+    async def never() -> dict[str, Any]:
+        await asyncio.sleep(100)
+        return {}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    asyncio.run(app(scope, never, send))
+    assert sent[0]["status"] == 408
+    app.state.backend.close()
+
+
+def test_a_full_queue_says_when_to_come_back(serve) -> None:
+    engine = FakeEngine(max_queue=0)
+    with serve(engine) as client:
+        response = ask(client)
+        assert response.status_code == 429
+        assert response.headers["retry-after"] == "7"
+        assert response.json()["error"]["code"] == "rate_limit_exceeded"
+
+
+def test_a_list_of_prompts_is_taken_whole_or_not_at_all(serve) -> None:
+    engine = FakeEngine(max_queue=2, runs=False)
+    with serve(engine) as client:
+        assert ask(client, prompt=["a", "b", "c"]).status_code == 429
+        wait_until(lambda: not engine.live)
+        assert engine.ends == {"cancelled": 2}
+
+
+def test_scores_wait_in_a_queue_with_an_end(serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on, answers = threading.Event(), []
+    monkeypatch.setattr("gmask.serving.blanks.score", lambda *args, **kwargs: goes_on.wait(20) and [])
+    body = {"text": "[MASK]", "answers": ["a"]}
+    with serve(max_queue=2) as client:
+        threads = [
+            threading.Thread(target=lambda: answers.append(client.post("/v1/score", json=body).status_code))
+            for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: client.app.state.backend.offline_waiting == 2)
+        refused = client.post("/v1/score", json=body)
+        assert (refused.status_code, "retry-after" in refused.headers) == (429, True)
+        goes_on.set()
+        for thread in threads:
+            thread.join()
+        assert answers == [200, 200]
+        assert client.post("/v1/score", json=body).status_code == 200
+
+
+def test_a_deadline_returns_what_there_is(serve) -> None:
+    engine = FakeEngine()
+    engine.tokens_before_pause = 2
+    with serve(engine, request_seconds=0.2) as client:
+        choice = ask(client, timeout=1000).json()["choices"][0]
+        assert (choice["finish_reason"], len(choice["text"]) > 0) == ("length", True)
+        engine.tokens_before_pause = 0
+        late = ask(client)
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+        filled = client.post("/v1/infill", json={"text": "a [MASK] b [MASK].", "timeout": 0.01})
+        assert filled.status_code == 504
+
+
+def test_a_failed_answer_is_its_own_affair(serve, caplog: pytest.LogCaptureFixture) -> None:
+    engine = FakeEngine()
+    with serve(engine) as client:
+        engine.error = GmaskError("the model computes values that are not numbers")
+        found = ask(client)
+        assert (found.status_code, found.json()["error"]["message"]) == (500, str(engine.error))
+        engine.error = RuntimeError("secret inside")
+        found = ask(client)
+        assert found.status_code == 500 and "secret" not in found.text
+        assert "secret inside" in caplog.text
+        streamed = ask(client, stream=True)
+        assert '"type":"server_error"' in streamed.text and "[DONE]" not in streamed.text
+        engine.error = None
+        assert ask(client).status_code == 200
+
+
+def drive(app: Any, body: dict[str, Any], engine: FakeEngine, *, leave_after: int) -> list[dict[str, Any]]:
+    """What is sent to a client that goes once it has had so many messages."""
+    sent: list[dict[str, Any]] = []
+
+    async def run() -> None:
+        gone = asyncio.Event()
+        messages = iter([{"type": "http.request", "body": json.dumps(body).encode()}])
+
+        async def receive() -> dict[str, Any]:
+            for message in messages:
+                return message
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+            if len(sent) >= leave_after:
+                gone.set()
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
+        task = asyncio.create_task(app(scope, receive, send))
+        while not engine.live:
+            await asyncio.sleep(0.001)
+        if leave_after == 0:
+            gone.set()
+        await asyncio.wait_for(task, 20)
+
+    asyncio.run(run())
+    return sent
+
+
+@pytest.mark.parametrize(("stream", "leave_after"), [(False, 0), (True, 2), (True, 0)])
+def test_who_leaves_is_not_written_for(loaded, stream: bool, leave_after: int) -> None:
+    engine = FakeEngine()
+    engine.tokens_before_pause = 1 if stream else 0
+    app = create_app(*loaded, engine=engine)  # type: ignore[arg-type]
+    drive(app, {**COMPLETION, "n": 2, "stream": stream}, engine, leave_after=leave_after)
+    wait_until(lambda: not engine.live)
+    assert engine.ends == {"cancelled": 2}
+    assert app.state.backend.open_jobs == set()
+    app.state.backend.close()
+
+
+def test_a_slow_reader_holds_one_progress_for_each_sample(serve, loaded) -> None:
+    engine = FakeEngine(ids=[20] * 60, runs=False)
+    with (
+        serve(engine) as client,
+        client.stream(
+            "POST", "/v1/completions", json={"prompt": "a", "max_tokens": 60, "n": 2, "stream": True}
+        ) as response,
+    ):
+        wait_until(lambda: engine.live)
+        (job,) = client.app.state.backend.open_jobs
+        engine.runs.set()
+        wait_until(lambda: not engine.live)
+        assert len(job.mailbox.unread) <= 2
+        texts = {0: "", 1: ""}
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                choice = json.loads(line[6:])["choices"][0]
+                texts[choice["index"]] += choice["text"]
+    assert texts[0] == texts[1] and len(texts[0]) == 60
+
+
+def test_the_end_of_the_server_refuses_new_requests_and_returns_what_the_old_ones_have(serve) -> None:
+    engine, answers = FakeEngine(), []
+    engine.tokens_before_pause = 2
+    with serve(engine, drain_seconds=0.3) as client:
+        thread = threading.Thread(target=lambda: answers.append(ask(client)))
+        thread.start()
+        wait_until(lambda: engine.live and engine.live[0].latest[0].open.ids)
+        client.portal.call(client.app.state.backend.drain)
+        for response in (ask(client), client.get("/ready"), client.post("/v1/embeddings", json={"input": "a"})):
+            assert response.status_code == 503 and "retry-after" in response.headers
+        assert client.get("/health").status_code == 200
+        thread.join()
+    assert answers[0].json()["choices"][0]["finish_reason"] == "length"
+    assert engine.is_closed
+
+
+def test_requests_have_ids_and_lines_without_their_text(serve, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "gmask.serving")
+    with serve() as client:
+        assert client.get("/health", headers={"X-Request-ID": "mine-1"}).headers["x-request-id"] == "mine-1"
+        forged = client.get("/health", headers={"X-Request-ID": 'a"b c'}).headers["x-request-id"]
+        assert len(forged) == 32
+        ask(client, prompt="the secret")
+        line = json.loads(JsonFormatter().format(caplog.records[-1]))
+        assert (line["endpoint"], line["status"], line["completion_tokens"]) == ("/v1/completions", 200, 3)
+        assert "secret" not in json.dumps(line)
+    with serve(log_prompts=True) as client:
+        ask(client, prompt="the secret\nline")
+        formatted = JsonFormatter().format(caplog.records[-1])
+        assert json.loads(formatted)["prompt"] == ["the secret\nline"] and "\n" not in formatted
+
+
+def test_metrics_count_what_happened(serve) -> None:
+    with serve() as client, serve() as other:
+        ask(client, n=2)
+        client.get("/no/such/path/that/a/client/made/up")
+        text = client.get("/metrics").text
+        assert 'gmask_http_requests_total{endpoint="/v1/completions",status="200"} 1.0' in text
+        assert "gmask_time_to_first_token_seconds_count 2.0" in text
+        assert "gmask_inter_token_latency_seconds_count 4.0" in text
+        assert 'gmask_samples_total{end="complete"} 2.0' in text
+        assert "made/up" not in text
+        assert "gmask_time_to_first_token_seconds_count 0.0" in other.get("/metrics").text
+
+
+def test_settings_that_make_no_sense_are_refused() -> None:
+    for wrong in ({"max_rows": 0}, {"max_body_bytes": 1.5}, {"body_seconds": "long"}, {"request_seconds": float("nan")},
+                  {"api_keys": ("",)}, {"api_keys": ("schlüssel",)}, {"max_queue": True}):  # fmt: skip
+        with pytest.raises(GmaskError, match=next(iter(wrong)).replace("api_keys", "API key")):
+            ServerSettings(**wrong)
+
+
+TEXT = st.text(st.characters(exclude_categories=()), max_size=8)  # halves of surrogate pairs, too
+SCALAR = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
+JSON = SCALAR | st.lists(SCALAR | st.lists(SCALAR, max_size=2), max_size=3) | st.dictionaries(TEXT, SCALAR, max_size=3)
+PATHS = ["/", "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/infill", "/v1/score"]
+FIELDS = ["prompt", "messages", "text", "answers", "input", "n", "max_tokens", "stop", "logit_bias", "choices",
+          "history", "temperature", "seed", "logprobs", "stream", "suffix", "echo", "response_format",
+          "guided_regex"]  # fmt: skip
+GOOD = {"prompt": "a", "messages": [{"role": "user", "content": "a"}], "text": "[MASK]", "answers": ["a"], "input": "a"}
+
+
+@pytest.fixture(scope="module")
+def fuzzed(loaded) -> Iterator[TestClient]:
+    app = create_app(*loaded, settings=ServerSettings(max_body_bytes=10_000), engine=FakeEngine())  # type: ignore[arg-type]
+    with TestClient(app) as client:  # an exception that nobody handled is raised here
+        yield client
+
+
+def check_calm(response: Any) -> None:
+    assert response.status_code < 500, response.text
+    if response.status_code != 200:
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+        assert "Traceback" not in response.text
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(PATHS), st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4))
+def test_no_json_makes_the_server_fail(fuzzed: TestClient, path: str, body: dict[str, Any]) -> None:
+    needed = {"/": ["prompt"], "/v1/chat/completions": ["messages"], "/v1/completions": ["prompt"],
+              "/v1/embeddings": ["input"], "/v1/infill": ["text"], "/v1/score": ["text", "answers"]}[path]  # fmt: skip
+    text = json.dumps({**{name: GOOD[name] for name in needed}, **body})
+    check_calm(fuzzed.post(path, content=text, headers={"Content-Type": "application/json"}))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.sampled_from(PATHS), st.binary(max_size=60), st.binary(max_size=30))
+def test_no_bytes_and_no_header_make_the_server_fail(
+    fuzzed: TestClient, path: str, content: bytes, header: bytes
+) -> None:
+    clean = bytes(byte for byte in header if byte not in b"\r\n\0")
+    headers = {"Content-Type": "application/json", "Authorization": clean, "X-Request-ID": clean, "Accept": clean}
+    check_calm(fuzzed.post(path, content=content, headers=headers))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"[" * 9000, b'{"prompt": ' + b"9" * 5000 + b"}", b'{"a\\ud800": 1}', b'{"prompt": "\\ud800"}', b"\xff\xfe", b"",
+     b'{"prompt": NaN}', b'{"prompt": "a", "temperature": Infinity}', b'{"prompt": "a", "seed": 1e400}', b"null"],
+)  # fmt: skip
+def test_json_at_the_edge_is_refused(fuzzed: TestClient, body: bytes) -> None:
+    response = fuzzed.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    check_calm(response)

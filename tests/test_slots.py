@@ -1,0 +1,94 @@
+"""Do slots keep each row's keys and values, whatever rows come and go?"""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gmask.generation.slots import SlotCache, real_columns, total_places
+from gmask.models.cache import ROOM, GrowingCache
+
+LAYERS, HEADS, SIZE = 2, 3, 4
+
+
+class Shape:
+    num_hidden_layers = LAYERS
+
+
+def read(lengths: list[int], generator: torch.Generator) -> tuple[GrowingCache, Tensor | None]:
+    """What a prefill of contexts of these lengths leaves, padded on the left."""
+    width = max(lengths)
+    cache = GrowingCache(Shape())  # type: ignore[arg-type]
+    for layer in range(LAYERS):
+        states = [torch.randn(len(lengths), HEADS, width, SIZE, generator=generator) for _ in range(2)]
+        cache.update(*states, layer)
+    if len(set(lengths)) == 1:
+        return cache, None
+    return cache, torch.arange(width) >= torch.tensor([width - length for length in lengths])[:, None]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    steps=st.lists(
+        st.one_of(
+            st.tuples(st.just("add"), st.lists(st.integers(1, 2 * ROOM), min_size=1, max_size=3)),
+            st.tuples(st.just("remove"), st.integers(0, 9)),
+            st.tuples(st.just("decode"), st.integers(1, 3)),
+        ),
+        max_size=10,
+    ),
+    seed=st.integers(0, 2**31),
+)
+def test_rows_hold_what_was_put_in(steps: list[tuple[str, object]], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    slots, expected = SlotCache(LAYERS), list[list[Tensor]]()  # of each row: the keys of all layers
+    for name, value in steps:
+        if name == "add":
+            cache, mask = read(value, generator)
+            for row in range(len(value)):
+                columns = real_columns(mask, row, width=max(value))
+                slots.add(cache, row, columns, copies=2, room=max(value) + 4)
+                expected += [[layer.keys[row][:, columns].clone() for layer in cache.layers] for _ in range(2)]
+        elif name == "remove" and expected:
+            row = value % len(expected)
+            slots.remove(row)
+            expected[row] = expected[-1]
+            expected.pop()
+        elif name == "decode" and expected:
+            decode(slots, expected, generator)
+        assert slots.lengths == [keys[0].shape[1] for keys in expected]
+    for row, keys in enumerate(expected):
+        for layer, own in zip(slots.layers, keys, strict=True):
+            assert torch.equal(layer.keys[row, :, : own.shape[1]], own)
+
+
+def decode(slots: SlotCache, expected: list[list[Tensor]], generator: torch.Generator) -> None:
+    wanted = max(keys[0].shape[1] for keys in expected) + 1
+    for layer in slots.layers:
+        layer.reserve(len(expected), wanted, layer.keys)
+    visible = slots.begin_step(torch.device("cpu"))
+    assert visible.sum(-1).tolist() == [keys[0].shape[1] + 1 for keys in expected]
+    for index in range(LAYERS):
+        new = torch.randn(len(expected), HEADS, 1, SIZE, generator=generator)
+        keys, _ = slots.update(new, new, index)
+        assert keys.shape[2] == wanted == slots.get_mask_sizes(1, index)[0]
+        for row, own in enumerate(expected):
+            own[index] = torch.cat((own[index], new[row]), dim=1)
+    slots.end_step()
+
+
+def test_places_that_are_not_filled_hold_numbers() -> None:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # new memory is then NaN where it is not set
+    try:
+        slots = SlotCache(LAYERS)
+        cache, mask = read([3, 5], torch.Generator().manual_seed(0))
+        slots.add(cache, 0, real_columns(mask, 0, width=5), copies=1, room=9)
+        assert all(layer.keys.isfinite().all() and layer.values.isfinite().all() for layer in slots.layers)
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def test_rows_take_as_many_places_as_the_longest() -> None:
+    assert total_places([]) == 0
+    assert total_places([1, ROOM + 1]) == 2 * 2 * ROOM
