@@ -18,7 +18,9 @@ from gmask.cli.filling import infill
 from gmask.cli.inspection import info
 from gmask.cli.quantizing import quantize
 from gmask.cli.scoring import embed, score
+from gmask.cli.serving import serve
 from gmask.cli.training import pretrain, train_tokenizer
+from gmask.cli.webui import webui
 from gmask.errors import GmaskError, is_shortage
 
 app = typer.Typer(
@@ -32,6 +34,8 @@ app.command()(infill)
 app.command()(chat)
 app.command()(score)
 app.command()(embed)
+app.command()(serve)
+app.command()(webui)
 app.command()(convert)
 app.command()(quantize)
 app.command()(info)

@@ -4,6 +4,7 @@ import os
 import sys
 from dataclasses import fields
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,8 +66,15 @@ def serve(
     log_as_json()
     if host not in LOOPBACK and not settings.api_keys:
         print("note: everybody who reaches this address may ask: --api-key-file asks for a key", file=sys.stderr)
-    print(f"{settings.model_name} at http://{host}:{port}/v1, documented at /docs", file=sys.stderr)
-    make_server(create_app(network, tokenizer, settings=settings), host=host, port=port).run()
+    app = create_app(network, tokenizer, settings=settings)
+    shows_page = not settings.api_keys and find_spec("gradio") is not None  # a browser has no key to send
+    if shows_page:
+        from gmask.serving.webui import mount_page
+
+        app = mount_page(app, network, tokenizer, name=settings.model_name)
+    page = ", a page at /ui" if shows_page else ""
+    print(f"{settings.model_name} at http://{host}:{port}/v1, documented at /docs{page}", file=sys.stderr)
+    make_server(app, host=host, port=port).run()
 
 
 def check_installed() -> None:

@@ -1,0 +1,70 @@
+"""How does ``gmask webui`` open its page?"""
+
+import contextlib
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from gmask.cli.chatting import Adapter, Dtype
+from gmask.cli.options import Quantize
+from gmask.errors import GmaskError
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+Model = Annotated[str, typer.Argument(help="Folder or name of a model, or bundled.")]
+Port = Annotated[int, typer.Option(help="Of the page.", min=1, max=65535)]
+Host = Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")]
+Share = Annotated[bool, typer.Option("--share", help="Make a public link, through a server of Gradio's.")]
+Language = Annotated[
+    Literal["en", "zh", "auto"], typer.Option(help="Of the labels; auto is the browser's.", show_choices=True)
+]
+
+
+def webui(
+    model: Model = "bundled",
+    port: Port = 7860,
+    host: Host = "127.0.0.1",
+    share: Share = False,
+    language: Language = "auto",
+    adapter: Adapter = None,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
+) -> None:
+    """Open a page in the browser: fill blanks and chat, in English and Chinese."""
+    try:
+        from gmask.serving.webui import create_page
+    except ModuleNotFoundError as error:
+        raise GmaskError(f"{error.name} is not installed; the page needs pip install 'gmask[webui]'") from error
+    from gmask.loading import load
+
+    network, tokenizer = load(model, dtype=dtype, quantize=quantize, adapter=adapter)
+    page = create_page(network, tokenizer, name=Path(model).name or model, language=language)
+    serve_page(page, host, port, share=share)
+
+
+def serve_page(page: "gr.Blocks", host: str, port: int, *, share: bool) -> None:
+    """Serves a page until Ctrl-C.
+
+    Raises:
+        GmaskError: the port is taken.
+    """
+    from gmask.serving.webui import page_options
+
+    try:
+        _, address, public = page.launch(
+            server_name=host, server_port=port, share=share, quiet=True, prevent_thread_lock=True, **page_options()
+        )
+    except OSError as error:
+        raise GmaskError(f"port {port} of {host} cannot be used: it is taken, or is not this machine's") from error
+    print(f"The page is at {public or address} (Ctrl-C ends it)", flush=True)
+    if share or host not in LOCAL:
+        print("note: the page asks for no password; whoever reaches this address can use the model", file=sys.stderr)
+    with contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()
+    page.close(verbose=False)

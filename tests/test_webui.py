@@ -1,0 +1,274 @@
+"""Does the page ask the model for what was typed, and show what it answered, in both languages?"""
+
+import asyncio
+import itertools
+import re
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gmask
+from gmask.cli import main
+from gmask.errors import GmaskError
+
+gr = pytest.importorskip("gradio", reason="the page needs gmask[webui]")
+
+from gmask.generation.answers import Blank, Choices, Combination, Infilling  # noqa: E402
+from gmask.serving import webui_chat, webui_infill  # noqa: E402
+from gmask.serving.server import create_app  # noqa: E402
+from gmask.serving.settings import ServerSettings  # noqa: E402
+from gmask.serving.webui import create_page, mount_page  # noqa: E402
+from gmask.serving.webui_labels import LABELS, preferred_language  # noqa: E402
+from gmask.serving.webui_model import MAX_CHARACTERS, PageModel, told_errors  # noqa: E402
+from gmask.serving.webui_settings import read_seed  # noqa: E402
+
+TEXT = "The old man took his [MASK] and went down to the [MASK]."
+GREEDY = dict(temperature=0.0, top_p=1.0, seed="")
+
+
+@pytest.fixture(scope="module")
+def model() -> PageModel:
+    return PageModel(*gmask.load("bundled"))
+
+
+def fill(model: PageModel, text: str = TEXT, choices: str = "", n: int = 1, max_tokens: int = 6, **values: Any):
+    return webui_infill.fill_text(model, text, choices, n, max_tokens, **{**GREEDY, **values})
+
+
+def made_of(*answers: str, logprob: float = -1.0) -> Infilling:
+    """The text "<answer>, <answer>"."""
+    text, blanks = "", []
+    for answer in answers:
+        text += ", " if text else ""
+        blanks.append(Blank(answer, logprob, (), None, "end", len(text), len(text) + len(answer)))
+        text += answer
+    return Infilling(text, tuple(blanks), logprob * len(answers))
+
+
+def test_the_page_fills_as_the_library_does(model: PageModel) -> None:
+    assert fill(model, n=3) == gmask.infill(model.model, model.tokenizer, TEXT, n=3, max_tokens=6)
+    drawn = fill(model, n=2, temperature=1.2, top_p=0.9, seed=" 7 ")
+    settings = dict(n=2, max_tokens=6, temperature=1.2, top_p=0.9, seed=7)
+    assert drawn == gmask.infill(model.model, model.tokenizer, TEXT, **settings)
+
+
+def test_choices_are_scored_whatever_the_temperature(model: PageModel) -> None:
+    chosen = fill(model, choices="hat | head \n\n door｜house|sea\n", n=2, temperature=1.5)
+    assert chosen == gmask.infill(
+        model.model, model.tokenizer, TEXT, choices=[["hat", "head"], ["door", "house", "sea"]], n=2
+    )
+    shares = webui_infill.choice_shares(chosen.choices)
+    assert set(shares["candidate"]) == {"1: hat", "1: head", "2: door", "2: house", "2: sea"}
+    assert shares.groupby("blank")["probability"].sum().tolist() == pytest.approx([1, 1])
+    best = chosen.choices.combinations[0]
+    with_hat = sum(found.probability for found in chosen.choices.combinations if found.texts[0] == "hat")
+    assert dict(zip(shares["candidate"], shares["probability"], strict=True))["1: hat"] == pytest.approx(with_hat)
+    assert webui_infill.rows(chosen)[0] == [1, *best.texts, f"{best.logprob:.2f}", f"{best.probability:.1%}"]
+
+
+def test_one_blank_needs_no_number_on_its_bars() -> None:
+    choices = Choices(True, (Combination(("b",), -1, 0.7), Combination(("a",), -2, 0.3)))
+    assert webui_infill.choice_shares(choices).to_dict("list") == {
+        "candidate": ["b", "a"],
+        "probability": [0.7, 0.3],
+        "blank": ["1", "1"],
+    }
+
+
+@given(st.lists(st.text(max_size=5), min_size=1, max_size=5))
+def test_highlighted_segments_join_to_the_text(answers: list[str]) -> None:
+    filled = made_of(*answers)
+    segments = webui_infill.highlight(filled)
+    assert "".join(text for text, _ in segments) == filled.text
+    assert [text for text, number in segments if number] == answers
+    assert [number for _, number in segments if number] == [str(i) for i in range(1, len(answers) + 1)]
+
+
+@pytest.mark.parametrize(
+    ("probability", "shown"),
+    [(1.0, "100.0%"), (0.1234, "12.3%"), (0.0123, "1.2%"), (0.00422, "0.42%"), (2.2e-5, "0.0022%"), (1e-9, "<0.0001%")],
+)
+def test_small_probabilities_keep_two_digits(probability: float, shown: str) -> None:
+    assert webui_infill.percent(probability) == shown
+
+
+def test_a_row_of_a_sorted_table_is_the_alternative_of_its_rank(model: PageModel) -> None:
+    filled = fill(model, n=3)
+    event = gr.SelectData(None, {"index": [0, 1], "value": "", "row_value": ["3", "a", "b"]})
+    assert webui_infill.pick_row(filled, event) == webui_infill.highlight(filled.alternatives[1])
+
+
+def test_what_was_cut_or_searched_is_told(model: PageModel) -> None:
+    cut = fill(model, "It was [gMASK]", max_tokens=1)
+    assert "1 of the answers" in webui_infill.tell(cut, "en")
+    assert webui_infill.tell(cut, "zh") == LABELS["cut"][1].format(count=1)
+    words = " | ".join(f"word{i}" for i in range(17))
+    searched = fill(model, choices=f"{words}\n{words}")  # 289 combinations
+    assert webui_infill.tell(searched, "en") == LABELS["beams"][0]
+    assert webui_infill.tell(made_of("a"), "en") == ""
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(text="no blank"), "the text has no blank"),
+        (dict(text="a" * (MAX_CHARACTERS + 1)), "the page takes 20000"),
+        (dict(text="word " * 1000 + "[MASK]"), "the model has only 512 positions"),
+        (dict(choices="a | b"), "choices for 1 blanks, but the text has 2"),
+        (dict(choices="a |\nb"), "line 1 of the choices has an empty candidate"),
+        (dict(choices="a" + "|a" * 64), "line 1 has 65 choices"),
+        (dict(choices="a" * (MAX_CHARACTERS + 1)), "the page takes 20000"),
+        (dict(temperature=1.0, seed="-1"), "the seed must be a whole number"),
+        (dict(text="<b>[xMASK]</b>"), "unknown special token [xMASK]"),
+    ],
+)
+def test_a_mistake_is_one_line_on_the_page(model: PageModel, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(gr.Error) as told, told_errors("en"):
+        fill(model, **values)
+    assert message in told.value.message
+    assert "\n" not in told.value.message and not told.value.print_exception
+
+
+def test_a_message_is_escaped_where_gradio_takes_html() -> None:
+    with pytest.raises(gr.Error) as told, told_errors("zh"):
+        raise GmaskError("<img src=x>")
+    assert told.value.message == "&lt;img src=x&gt;"
+    assert told.value.title == LABELS["error"][1]
+
+
+def test_only_a_shortage_of_memory_is_told_among_other_errors() -> None:
+    with pytest.raises(gr.Error, match="not enough memory"), told_errors("en"):
+        raise MemoryError
+    with pytest.raises(RuntimeError, match="broken"), told_errors("en"):
+        raise RuntimeError("broken")
+
+
+@given(st.text(alphabet="<>&;!/?#ab \n\u2060", max_size=30))
+def test_a_guarded_text_has_no_markup_and_comes_back(text: str) -> None:
+    guarded = webui_chat.guard(text)
+    assert not re.search("[<&][a-zA-Z/!?#]", guarded)
+    assert webui_chat.guard(guarded) == guarded
+    assert webui_chat.unguard(guarded) == webui_chat.unguard(text)
+
+
+def test_the_page_chats_as_the_library_does(model: PageModel) -> None:
+    chat = gmask.Chat(model.model, model.tokenizer, max_tokens=8, temperature=0.9, top_p=0.8, seed=3)
+    history = [
+        {"role": role, "content": [{"type": "text", "text": webui_chat.guard(text)}]}
+        for role, text in [("user", "never answered"), ("user", "a < <b>"), ("assistant", "c & d")]
+    ]
+    chat.rounds = [("a < <b>", "c & d")]
+    told = list(webui_chat.reply_to(model, "<i>&amp;", history, 8, 0.9, 0.8, "3", language="en"))
+    reply = chat.ask("<i>&amp;")
+    texts = [text for text, _ in told]
+    assert texts[-1] == reply.text
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
+    assert told[-1][1].startswith(f"Prompt: {reply.prompt_tokens} tokens. Reply: {reply.reply_tokens} tokens.")
+    assert {note for _, note in told[:-1]} == {""}
+
+
+def test_a_reply_that_is_left_frees_the_model(model: PageModel) -> None:
+    reply = webui_chat.reply_to(model, "hello", [], 64, 0.9, 0.8, "1", language="en")
+    next(reply)
+    assert model.lock.locked()
+    reply.close()
+    assert not model.lock.locked()
+
+
+def test_the_model_works_for_one_at_a_time(model: PageModel) -> None:
+    with model.lock:
+        waiting = threading.Thread(target=fill, args=(model,))
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive()
+    waiting.join()
+
+
+@pytest.mark.parametrize(
+    ("header", "language"),
+    [
+        ("zh-CN,zh;q=0.9,en;q=0.8", "zh"),
+        ("zh-Hant-TW", "zh"),
+        ("de-DE, ZH;q=0.5", "zh"),
+        ("en-GB,zh;q=0.1", "en"),
+        ("fr", "en"),
+        ("*", "en"),
+        (None, "en"),
+    ],
+)
+def test_the_browser_chooses_the_language(header: str | None, language: str) -> None:
+    assert preferred_language(header) == language
+
+
+def test_both_languages_say_the_same_values() -> None:
+    for english, chinese in LABELS.values():
+        assert english and chinese
+        assert sorted(re.findall("{.*?}", english)) == sorted(re.findall("{.*?}", chinese))
+
+
+def test_seeds() -> None:
+    assert [read_seed(text) for text in ("", "  ", "0", " 12 ")] == [None, None, 0, 12]
+    for text in ("1.5", "-1", "x", "9" * 30):
+        with pytest.raises(GmaskError):
+            read_seed(text)
+
+
+@pytest.fixture
+def draw(model: PageModel) -> Callable[[str], dict[str, Any]]:
+    """Builds a page, inside of an event loop: outside of one, Gradio opens its own and leaves them open."""
+
+    async def build(language: str) -> dict[str, Any]:
+        return create_page(model.model, model.tokenizer, name="bundled", language=language).get_config_file()
+
+    return lambda language: asyncio.run(build(language))
+
+
+def test_the_page_is_private_bounded_and_plain(draw: Callable[[str], dict[str, Any]]) -> None:
+    config = draw("zh")
+    assert all(event["api_visibility"] != "public" for event in config["dependencies"])
+    kinds = {part["type"] for part in config["components"]}
+    assert "html" not in kinds
+    properties = {part["props"].get("elem_id"): part["props"] for part in config["components"]}
+    conversation = properties["chat-conversation"]
+    assert conversation["sanitize_html"] and not conversation["render_markdown"]
+    assert conversation["latex_delimiters"] == []
+    assert properties["infill-alternatives"]["datatype"] == "str"
+    assert properties["chat-message"]["max_length"] == MAX_CHARACTERS
+    assert properties["infill-run"]["value"] == LABELS["run"][1]
+
+
+def test_a_model_that_only_talks_has_no_blanks(
+    monkeypatch: pytest.MonkeyPatch, draw: Callable[[str], dict[str, Any]]
+) -> None:
+    monkeypatch.setattr(PageModel, "blanks", [])
+    tabs = [part["props"]["label"] for part in draw("en")["components"] if part["type"] == "tabitem"]
+    assert tabs == ["Chat"]
+
+
+def test_the_command_refuses_an_unknown_language(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("sys.argv", ["gmask", "webui", "--language", "fr"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "'fr' is not one of 'en', 'zh', 'auto'" in capsys.readouterr().err
+
+
+def test_the_server_shows_the_page_beside_its_own_endpoints(model: PageModel) -> None:
+    async def ask() -> list[int]:
+        app = create_app(model.model, model.tokenizer, settings=ServerSettings(model_name="bundled"))
+        app = mount_page(app, model.model, model.tokenizer, name="bundled")
+        transport = httpx.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client,
+        ):
+            return [(await client.get(path)).status_code for path in ("/ui/", "/v1/models", "/ready")]
+
+    assert asyncio.run(ask()) == [200, 200, 200]
