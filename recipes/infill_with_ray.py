@@ -24,6 +24,7 @@ from gmask.cli.filling import read_pairs
 from gmask.errors import GmaskError
 from gmask.generation.files import fill_file
 from gmask.generation.infill import Infiller
+from gmask.generation.lines import keep_whole_lines
 from gmask.generation.settings import make_settings
 from gmask.loading import load
 
@@ -56,16 +57,6 @@ def read_parts(source: Path, *, start: int, size: int) -> Iterator[Part]:
             if not (part := b"".join(itertools.islice(lines, size))):
                 return
             yield {"first": first, "lines": part}
-
-
-def keep_whole_lines(path: Path) -> int:
-    """How many lines a stopped run has left; what is behind the last line end is cut off."""
-    if not path.exists():
-        return 0
-    with path.open("r+b") as file:
-        whole = [len(line) for line in file if line.endswith(b"\n")]
-        file.truncate(sum(whole))
-    return len(whole)
 
 
 def name_partial(arguments: argparse.Namespace, settings: Mapping[str, Any]) -> Path:

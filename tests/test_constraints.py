@@ -160,7 +160,8 @@ def test_an_answer_matches_the_regex(kind: str, pattern: str, find_tokenizer: Fi
 def test_an_answer_fits_the_json_schema(kind: str, find_tokenizer: Find, seed: int) -> None:
     jsonschema = pytest.importorskip("jsonschema")
     tokenizer = find_tokenizer(kind)
-    jsonschema.validate(json.loads(write(json_schema(tokenizer, PERSON), tokenizer, seed=seed)), PERSON)
+    answer = json.loads(write(json_schema(tokenizer, PERSON), tokenizer, seed=seed))
+    assert jsonschema.Draft202012Validator(PERSON).is_valid(answer), answer
 
 
 JSON_SCHEMAS = st.recursive(
@@ -188,7 +189,7 @@ def test_any_schema_is_kept_to(find_tokenizer: Find, schema: dict[str, Any], see
     jsonschema = pytest.importorskip("jsonschema")
     tokenizer = find_tokenizer("bundled")
     answer = write(json_schema(tokenizer, schema), tokenizer, seed=seed)
-    jsonschema.validate(json.loads(answer), schema)
+    assert jsonschema.Draft202012Validator(schema).is_valid(json.loads(answer)), answer
 
 
 @settings(max_examples=40, deadline=None)

@@ -185,9 +185,10 @@ def test_what_is_told_grows_token_by_token(loaded: tuple[Any, Any], engine: Engi
     for progress in told:
         answer = progress.open if progress.open.ids else progress.done[-1]
         ended = [] if progress.open.ids or answer.end_logprob is None else [answer.end_logprob]
-        assert [top[0][1] for top in progress.top_logprobs] == pytest.approx([*answer.logprobs, *ended], abs=0.2) or (
-            sampling.min_tokens > 0
-        )
+        for token, logprob, top in zip(answer.ids, answer.logprobs, progress.top_logprobs, strict=False):
+            assert logprob <= top[0][1] + 1e-5
+            assert dict(top).get(token, logprob) == pytest.approx(logprob)
+        assert len(progress.top_logprobs) == len(answer.ids) + len(ended)
         assert all(len(top) == 3 and top[0][1] >= top[1][1] >= top[2][1] for top in progress.top_logprobs)
 
 
@@ -227,19 +228,19 @@ def test_scores_are_changed(change: dict[str, Any], loaded: tuple[Any, Any], eng
 class OnlyTokens:
     """A constraint: these tokens, in this order."""
 
-    def __init__(self, *tokens: int) -> None:
-        self.tokens = tokens
+    def __init__(self, vocabulary_size: int, *tokens: int) -> None:
+        self.vocabulary_size, self.tokens = vocabulary_size, tokens
 
     def start(self) -> TokenMask:
-        return Written(self.tokens)
+        return Written(self.vocabulary_size, self.tokens)
 
 
 class Written:
-    def __init__(self, tokens: tuple[int, ...]) -> None:
-        self.left = list(tokens)
+    def __init__(self, vocabulary_size: int, tokens: tuple[int, ...]) -> None:
+        self.vocabulary_size, self.left = vocabulary_size, list(tokens)
 
     def allowed(self) -> Tensor:
-        mask = torch.zeros(VOCABULARY, dtype=torch.bool)
+        mask = torch.zeros(self.vocabulary_size, dtype=torch.bool)
         mask[self.left[:1]] = True
         return mask
 
@@ -250,14 +251,11 @@ class Written:
         return not self.left
 
 
-VOCABULARY = 0
-
-
 def test_a_constraint_holds_for_every_blank(loaded: tuple[Any, Any], engine: Engine) -> None:
-    global VOCABULARY
-    VOCABULARY = loaded[0].config.vocab_size
     context = TextReader(loaded[1]).read(TEXTS[4]).context
-    sampling = SamplingParameters(max_tokens=9, min_tokens=5, constraint=OnlyTokens(30, 31, 32))
+    sampling = SamplingParameters(
+        max_tokens=9, min_tokens=5, constraint=OnlyTokens(loaded[0].config.vocab_size, 30, 31, 32)
+    )
     (progress,) = engine.submit(Request(context=context, sampling=sampling)).wait(20)
     assert [answer.ids for answer in progress.done] == [(30, 31, 32)] * 3
     assert {answer.finish for answer in progress.done} == {"end"}
@@ -274,7 +272,7 @@ def test_a_constraint_that_cannot_be_met_harms_no_other(loaded: tuple[Any, Any],
     context = TextReader(loaded[1]).read("a [MASK]").context
     tickets = [
         engine.submit(Request(context=context, sampling=SamplingParameters(max_tokens=3, constraint=constraint)))
-        for constraint in (None, NoWay(), None)
+        for constraint in (None, NoWay(0), None)
     ]
     ends = [ticket.wait(20)[0] for ticket in tickets]
     assert [end.end for end in ends] == ["complete", "failed", "complete"]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from gmask.native import attention
-from gmask.native.library import instruction_sets
+from gmask.native.shared_library import instruction_sets
 
 ISAS = instruction_sets()
 

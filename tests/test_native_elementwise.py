@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from gmask.models.chatglm.positions import rotary_tables
 from gmask.native import elementwise
-from gmask.native.library import instruction_sets
+from gmask.native.shared_library import instruction_sets
 
 ISAS = instruction_sets()
 

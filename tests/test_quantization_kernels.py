@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gmask.errors import GmaskError
-from gmask.native import library
+from gmask.native import shared_library
 from gmask.quantization import aten, kernels, packing
 
 PATHS = kernels.available_paths()
@@ -206,7 +206,7 @@ def test_a_path_can_be_forced_and_an_unknown_one_is_refused(monkeypatch: pytest.
 
 
 def test_without_the_cpp_kernel_torch_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(library, "instruction_sets", lambda: ())
+    monkeypatch.setattr(shared_library, "instruction_sets", lambda: ())
     weight, scale = make_weight(64, 64, 4)
     expected = "aten" if aten.is_usable(bits=4, outputs=64, columns=64, group_size=None) else "torch"
     assert kernels.prepare(weight, scale, bits=4).path == expected
@@ -216,11 +216,11 @@ def test_without_the_cpp_kernel_torch_serves(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_a_missing_or_foreign_library_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    foreign = tmp_path / "_matmul.so"
+    foreign = tmp_path / "_native.so"
     foreign.write_bytes(b"not a library")
     for path in (foreign, tmp_path / "absent.so"):
-        monkeypatch.setattr(library, "LIBRARY", path)
-        assert library.open_library.__wrapped__() is None
+        monkeypatch.setattr(shared_library, "LIBRARY", path)
+        assert shared_library.open_library.__wrapped__() is None
 
 
 def test_shapes_that_do_not_belong_together_are_refused() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gmask.errors import GmaskError
 from gmask.native import matmul as native
-from gmask.native.library import instruction_sets
+from gmask.native.shared_library import instruction_sets
 from gmask.quantization import packing
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gmask.cli.filling import read_pairs, read_texts
-from gmask.cli.options import Model, Pairs, Quantize
+from gmask.cli.options import Adapter, Dtype, Model, Pairs, Quantize
 from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
@@ -27,17 +27,6 @@ Ctrl-C stops the reply that is being written and keeps what was said; \\ at the 
 
 Texts = Annotated[
     list[str] | None, typer.Argument(metavar="MESSAGE...", help="Answer these in turn and end.", show_default=False)
-]
-Adapter = Annotated[
-    Path | None, typer.Option(help="Folder of a P-tuning prefix that was trained for it.", show_default=False)
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        metavar="float32|bfloat16|float16",
-        help="Precision of the weights, or of what is not quantized.",
-        show_default="on a CPU float32, or bfloat16 beyond 3 billion parameters; else as stored",
-    ),
 ]
 ContextLength = Annotated[
     int | None,

@@ -14,6 +14,17 @@ Quantize = Annotated[
         show_default="as in the folder",
     ),
 ]
+Adapter = Annotated[
+    Path | None, typer.Option(help="Folder of a P-tuning prefix that was trained for it.", show_default=False)
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="float32|bfloat16|float16",
+        help="Precision of the weights, or of what is not quantized.",
+        show_default="on a CPU float32, or bfloat16 beyond 3 billion parameters; else as stored",
+    ),
+]
 Source = Annotated[Path | None, typer.Option("--input", help='File of texts: .jsonl with a "text", or one a line.')]
 SkipBadLines = Annotated[bool, typer.Option("--skip-bad-lines", help="Go on after a line that cannot be used.")]
 Json = Annotated[bool, typer.Option("--json", help="Print a JSON object for each text.")]

@@ -1,6 +1,5 @@
 """How does ``gmask serve`` begin?"""
 
-import os
 import sys
 from dataclasses import fields
 from difflib import get_close_matches
@@ -10,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gmask.cli.chatting import Adapter, Dtype
 from gmask.cli.filling import read_pairs
-from gmask.cli.options import Quantize
+from gmask.cli.options import Adapter, Dtype, Quantize
 from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
@@ -93,7 +91,9 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
     Raises:
         GmaskError: a file without any.
     """
-    keys = [os.environ["GMASK_API_KEY"]] if os.environ.get("GMASK_API_KEY") else []
+    from gmask.serving.settings import environment_keys
+
+    keys = list(environment_keys())
     if path is not None:
         found = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
         if not found:
@@ -112,7 +112,7 @@ def read_settings(
     Raises:
         GmaskError: an unknown setting (the nearest one is named), or a value that does not fit.
     """
-    from gmask.serving.settings import ServerSettings
+    from gmask.serving.settings import ServerSettings, called
 
     known = [field.name for field in fields(ServerSettings) if field.name not in ("api_keys", "log_prompts")]
     for name in values:
@@ -121,6 +121,6 @@ def read_settings(
             raise GmaskError(f"there is no setting {name!r}; the nearest is {nearest!r}, all are {', '.join(known)}")
     hosts = values.pop("allowed_hosts", None)
     names = tuple(str(hosts).split(",")) if hosts else (*LOOPBACK[:2], "[::1]") if host in LOOPBACK else ("*",)
-    values.setdefault("model_name", model.rstrip("/").rsplit("/", 1)[-1] if Path(model).is_dir() else model)
+    values.setdefault("model_name", called(model))
     values["model_name"] = str(values["model_name"])
     return ServerSettings(api_keys=keys, allowed_hosts=names, log_prompts=log_prompts, **values)

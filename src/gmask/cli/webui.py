@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from gmask.cli.chatting import Adapter, Dtype
-from gmask.cli.options import Quantize
+from gmask.cli.options import Adapter, Dtype, Quantize
 from gmask.errors import GmaskError
 
 if TYPE_CHECKING:

@@ -12,9 +12,8 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from gmask.generation.answers import TextAssembler
 from gmask.generation.conversation import find_format
 from gmask.generation.decoding import Hypothesis, Memory, Rules
 from gmask.generation.requests import End, Progress, QueueFull, Request, Tell, Ticket
-from gmask.generation.sampling import Chooser, Dice, make_rules, top_tokens
+from gmask.generation.sampling import Chooser, Dice, top_tokens
 from gmask.generation.slots import SlotCache, real_columns, total_places
 from gmask.models.cache import capacity_for
 
@@ -61,7 +60,7 @@ class Row:
     hypothesis: Hypothesis
     dice: Dice
     rules: Rules
-    assembler: TextAssembler | None  # where stop texts are to be found
+    assembler: TextAssembler | None = None  # of the answer that is being written, for stop texts
     text: str = ""
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
 
@@ -236,7 +235,7 @@ class Engine:
         self._rows.pop()
 
     @staticmethod
-    def _tell(call: Any) -> None:
+    def _tell(call: Callable[[], None]) -> None:
         try:
             call()
         except Exception:
@@ -307,13 +306,12 @@ class Engine:
 
     def _make_row(self, ticket: Ticket, index: int) -> Row:
         sampling = ticket.request.sampling
-        return Row(
-            ticket,
-            Hypothesis(0, index, ticket.request.context),
-            Dice.make(sampling, index, ticket.seed),
-            make_rules(sampling, self.ends),
-            TextAssembler(self.tokenizer) if sampling.stop else None,
-        )
+        rules = Rules(self.ends, max_tokens=sampling.max_tokens, min_tokens=sampling.min_tokens)
+        dice = Dice.make(sampling, index, ticket.seed)
+        row = Row(ticket, Hypothesis(0, index, ticket.request.context), dice, rules)
+        if sampling.stop:
+            row.rules = replace(rules, is_stopped=lambda ids: self._is_stopped(row, ids[-1]))
+        return row
 
     def _decode_step(self) -> None:
         inputs = [row.hypothesis.next_input(self.special.sop) for row in self._rows]
@@ -357,10 +355,8 @@ class Engine:
         """Has a row say a token; True if that was its last."""
         before = len(row.hypothesis.done)
         if not row.hypothesis.open.ids:
-            row.top_logprobs, row.text = [], ""
-            row.assembler = None if row.assembler is None else TextAssembler(self.tokenizer)
-        rules = replace(row.rules, is_stopped=lambda ids: self._is_stopped(row, token))
-        row.hypothesis = row.hypothesis.advance(token, logprob, rules)
+            row.top_logprobs, row.text, row.assembler = [], "", TextAssembler(self.tokenizer)
+        row.hypothesis = row.hypothesis.advance(token, logprob, row.rules)
         ends_answer = len(row.hypothesis.done) > before
         row.dice.accept(token, ends_answer=ends_answer)
         if top:
@@ -370,8 +366,7 @@ class Engine:
         return row.hypothesis.is_complete
 
     def _is_stopped(self, row: Row, token: int) -> bool:
-        if row.assembler is None:
-            return False
+        assert row.assembler is not None, "an answer has begun"
         row.text += row.assembler.push(token)
         return any(stop in row.text for stop in row.ticket.request.sampling.stop)
 

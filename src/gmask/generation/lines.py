@@ -71,7 +71,7 @@ def run_job(
     partial = target.with_name(f"{target.name}.{_fingerprint(job, source)}.partial")
     with source.open("rb") as file:
         total = sum(1 for _ in file)
-    resumed, skipped = _keep_whole_lines(partial), 0
+    resumed, skipped = keep_whole_lines(partial), 0
     lines = read_lines(source, job.read, start=resumed)
     bar = tqdm(total=total, initial=resumed, unit="text", disable=not progress)
     with partial.open("a", encoding="utf-8") as output, bar:
@@ -136,7 +136,7 @@ def _answer_lines(lines: Sequence[Line[Item]], job: Job[Item]) -> Iterator[str]:
             yield "\n"
 
 
-def _keep_whole_lines(path: Path) -> int:
+def keep_whole_lines(path: Path) -> int:
     """The number of lines in a file that may not be there; a last line without its end is cut off."""
     if not path.exists():
         return 0

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gmask.errors import GmaskError
 from gmask.generation.constraints import Constraint, TokenMask
-from gmask.generation.decoding import Hypothesis, Rules
+from gmask.generation.decoding import Hypothesis
 from gmask.generation.search import draw_tokens
 
 MOST_TOP_LOGPROBS = 20
@@ -167,8 +167,3 @@ def top_tokens(logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:
     """The most probable tokens of a row ``[V]`` and their log-probabilities, best first."""
     best = logprobs.topk(count)
     return tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-
-
-def make_rules(parameters: SamplingParameters, ends: tuple[int, ...]) -> Rules:
-    """When an answer ends; stop texts are the engine's to find."""
-    return Rules(end_ids=ends, max_tokens=parameters.max_tokens, min_tokens=parameters.min_tokens)

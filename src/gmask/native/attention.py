@@ -11,7 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from gmask.native.library import INSTRUCTION_SETS, NUMBER_TYPES, check, instruction_sets, open_library
+from gmask.native.shared_library import INSTRUCTION_SETS, NUMBER_TYPES, check, instruction_sets, open_library
 
 HEAD_STEP, MAX_HEAD = 16, 512  # csrc/kernels.h: kHeadStep, csrc/exponential.h: kMaxHead
 
@@ -43,7 +43,7 @@ def attend(
         query: ``[B, N, 1, D]``.
         key, value: ``[B, N, K, D]``, the last axis contiguous.
         visible: boolean ``[B, 1, 1, K]``, or None where every key is. A row that sees nothing gets zeros.
-        isa: one of `gmask.native.library.instruction_sets`, instead of the best.
+        isa: one of `gmask.native.shared_library.instruction_sets`, instead of the best.
 
     Returns:
         ``[B, 1, N, D]``, in the precision of the query.

@@ -8,7 +8,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from gmask.native.library import INSTRUCTION_SETS, NUMBER_TYPES, check, instruction_sets, open_library
+from gmask.native.shared_library import INSTRUCTION_SETS, NUMBER_TYPES, check, instruction_sets, open_library
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -30,7 +30,7 @@ def gelu(x: Tensor, *, isa: str | None = None) -> Tensor:
     """The tanh form of GELU in float32, rounded once.
 
     Args:
-        isa: one of `gmask.native.library.instruction_sets`, instead of the best.
+        isa: one of `gmask.native.shared_library.instruction_sets`, instead of the best.
     """
     library = open_library()
     assert library is not None
@@ -57,7 +57,7 @@ def rotate(states: Tensor, cosines: Tensor, sines: Tensor, *, isa: str | None = 
     Args:
         states: ``[B, N, T, G * R]``.
         cosines, sines: float32 ``[B or 1, 1, T, G, R]``, contiguous.
-        isa: one of `gmask.native.library.instruction_sets`, instead of the best.
+        isa: one of `gmask.native.shared_library.instruction_sets`, instead of the best.
 
     Returns:
         ``[B, N, T, G * R]``, contiguous.

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gmask.native.library import INSTRUCTION_SETS, NUMBER_TYPES, check, open_library
+from gmask.native.shared_library import INSTRUCTION_SETS, NUMBER_TYPES, check, open_library
 
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 32  # csrc/kernels.h: kRows, kColumnStep
 
@@ -32,8 +32,8 @@ def matmul(
         scale: of `gmask.quantization.packing.pack_scale_blocks`, float16 or float32.
         bias: ``[outputs]`` or None.
         outputs: N, without padding.
-        isa: one of `gmask.native.library.instruction_sets`. With ``avx512_vnni`` bfloat16 activations are rounded to
-            int8, with a step for every 128 columns (64 with 8-bit weights).
+        isa: one of `gmask.native.shared_library.instruction_sets`. With ``avx512_vnni`` bfloat16 activations are
+            rounded to int8, with a step for every 128 columns (64 with 8-bit weights).
 
     Returns:
         ``[M, outputs]`` in x's dtype.

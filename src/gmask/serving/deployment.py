@@ -8,12 +8,10 @@ whole model and the application of `gmask.serving.server`. One command starts th
 
 import asyncio
 import inspect
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -27,7 +25,7 @@ from gmask.generation.engine import Engine, Request
 from gmask.generation.sampling import SamplingParameters
 from gmask.loading import load
 from gmask.serving.server import create_app
-from gmask.serving.settings import ServerSettings
+from gmask.serving.settings import ServerSettings, called, environment_keys
 
 LOADING = frozenset(inspect.signature(load).parameters) - {"name", "model_class"} | {"model"}
 SETTINGS = frozenset(field.name for field in fields(ServerSettings)) - {"api_keys"}  # Ray shows arguments to who asks
@@ -77,9 +75,7 @@ class Replica:
         name = str(loading.get("model", "bundled"))
         others = {key: value for key, value in loading.items() if key != "model"}
         self.model, self.tokenizer = load(name, **others)
-        keys = tuple(filter(None, [os.environ.get("GMASK_API_KEY")]))
-        names = {"model_name": Path(name).name if Path(name).is_dir() else name}
-        self.settings = ServerSettings(api_keys=keys, **{**names, **settings})
+        self.settings = ServerSettings(api_keys=environment_keys(), **{"model_name": called(name), **settings})
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Ray serves; it calls this by its name, and starts and ends the application's lifespan."""

@@ -1,6 +1,8 @@
 """Who may ask a server, how much, and for how long?"""
 
+import os
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import get_type_hints
 
 from gmask.errors import GmaskError
@@ -40,3 +42,14 @@ class ServerSettings:
             raise GmaskError("an API key is empty")
         if not all(key.isascii() and key.isprintable() for key in self.api_keys):
             raise GmaskError("an API key holds characters that no HTTP header carries: use printable ASCII")
+
+
+def called(model: str) -> str:
+    """What clients call a model unless told otherwise: a folder by its last name, everything else as it was given."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def environment_keys() -> tuple[str, ...]:
+    """The API key in ``GMASK_API_KEY``, if there is one."""
+    key = os.environ.get("GMASK_API_KEY")
+    return (key,) if key else ()

@@ -36,11 +36,6 @@ class PageModel:
         self.lock = lock or threading.Lock()
 
     @property
-    def name(self) -> str:
-        """The last part of the folder or hub name."""
-        return str(self.model.config.name_or_path).rstrip("/").rpartition("/")[2]
-
-    @property
     def positions(self) -> int:
         """Tokens that prompt and reply may have together."""
         return int(self.model.config.max_position_embeddings)
