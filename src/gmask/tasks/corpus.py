@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import zstandard
 
@@ -79,6 +79,8 @@ def read_documents(
         skipped; without it the first such line raises `GmaskError` with the file and the line number.
     """
     path = Path(path)
+    if not path.name.endswith((".jsonl", ".jsonl.zst", ".txt")):
+        raise GmaskError(f"{path}: only .jsonl, .jsonl.zst and .txt files are read")
     texts = _read_txt(path) if path.suffix == ".txt" else _read_jsonl(path, field)
     for line, text in texts:
         if isinstance(text, GmaskError):
@@ -97,15 +99,13 @@ def read_texts(files: Sequence[Path], *, on_bad_line: Callable[[GmaskError], Non
 
 
 def _read_jsonl(path: Path, field: str) -> Iterator[tuple[int, str | GmaskError]]:
-    for number, line in _read_lines(path):
+    for number, line in read_lines(path):
         if not line.strip():
             continue
         try:
-            record = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError:
-            yield number, GmaskError(f"{path}, line {number}: not UTF-8 text")
-        except json.JSONDecodeError as error:
-            yield number, GmaskError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})")
+            record = parse_json(line, path, number)
+        except GmaskError as error:
+            yield number, error
         else:
             text = record.get(field) if isinstance(record, dict) else None
             if isinstance(text, str):
@@ -116,11 +116,11 @@ def _read_jsonl(path: Path, field: str) -> Iterator[tuple[int, str | GmaskError]
 
 def _read_txt(path: Path) -> Iterator[tuple[int, str | GmaskError]]:
     begin, size, lines = 1, 0, list[str]()
-    for number, line in _read_lines(path):
+    for number, line in read_lines(path):
         try:
-            lines.append(line.decode("utf-8"))
-        except UnicodeDecodeError:
-            yield number, GmaskError(f"{path}, line {number}: not UTF-8 text")
+            lines.append(decode(line, path, number))
+        except GmaskError as error:
+            yield number, error
             continue
         size += len(lines[-1])
         if size >= (TXT_DOCUMENT_MAX_CHARS if lines[-1].strip() else TXT_DOCUMENT_CHARS):
@@ -129,10 +129,12 @@ def _read_txt(path: Path) -> Iterator[tuple[int, str | GmaskError]]:
     yield begin, "".join(lines).strip("\r\n")
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file, counted from 1, without a byte order mark."""
-    if not path.name.endswith((".jsonl", ".jsonl.zst", ".txt")):
-        raise GmaskError(f"{path}: only .jsonl, .jsonl.zst and .txt files are read")
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, counted from 1, without a byte order mark; those of a .zst file are unpacked.
+
+    Raises:
+        GmaskError: the file cannot be read, or its compression is damaged.
+    """
     number = 0
     try:
         with path.open("rb") as file:
@@ -146,3 +148,19 @@ def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise GmaskError(f"{path}: cannot be read ({error.strerror})") from error
     except zstandard.ZstdError as error:
         raise GmaskError(f"{path}, after line {number}: the zstd file is damaged ({error})") from error
+
+
+def decode(line: bytes, path: Path, number: int) -> str:
+    """The text of a line. Raises `GmaskError` with the file and the line number."""
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise GmaskError(f"{path}, line {number}: not UTF-8 text") from error
+
+
+def parse_json(line: bytes, path: Path, number: int) -> Any:
+    """The JSON value of a line. Raises `GmaskError` with the file and the line number."""
+    try:
+        return json.loads(decode(line, path, number))
+    except json.JSONDecodeError as error:
+        raise GmaskError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from error

@@ -1,0 +1,126 @@
+"""Which parts of a model are trained, and how many numbers are added to it for that?"""
+
+import dataclasses
+from typing import Literal, get_args
+
+from gmask.errors import GmaskError
+
+Method = Literal[
+    "full", "frozen-embeddings", "lora", "dora", "adalora", "ia3", "qlora", "p-tuning-v2", "p-tuning"
+]  # fmt: skip
+"""Source: lora: Hu et al., ICLR 2022; dora: Liu et al., ICML 2024; adalora: Zhang et al., ICLR 2023; ia3: Liu et al.,
+NeurIPS 2022; qlora: Dettmers et al., NeurIPS 2023 (LoRA beside integers); p-tuning-v2: Liu et al., ACL 2022 (a prefix
+before every layer); p-tuning: Liu et al., "GPT Understands, Too", 2021 (trained vectors in the text);
+frozen-embeddings: the published Hugging Face class, where the word embeddings are a buffer."""
+
+PromptNetwork = Literal["lstm", "mlp", "none"]
+
+LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+"""The linear layers of a block, in GLM and ChatGLM."""
+
+LOW_RANK: tuple[Method, ...] = ("lora", "dora", "adalora", "qlora")
+
+OWNERS: dict[str, tuple[Method, ...]] = {
+    "rank": LOW_RANK,
+    "alpha": LOW_RANK,
+    "dropout": LOW_RANK,
+    "targets": LOW_RANK,
+    "prefix_length": ("p-tuning-v2",),
+    "projection": ("p-tuning-v2",),
+    "prompt_tokens": ("p-tuning",),
+    "prompt_encoder": ("p-tuning",),
+}
+"""The methods that a setting means something to."""
+
+RATES: dict[Method, tuple[float, float]] = {
+    "full": (1e-5, 2e-3),  # the upper end for small models
+    "frozen-embeddings": (1e-5, 2e-3),
+    "lora": (1e-4, 2e-3),
+    "dora": (1e-4, 2e-3),
+    "adalora": (1e-4, 5e-3),
+    "qlora": (1e-4, 2e-3),
+    "ia3": (1e-3, 3e-2),
+    "p-tuning-v2": (3e-3, 3e-2),
+    "p-tuning": (1e-4, 1e-2),
+}
+"""Learning rates that the methods are usually given, lowest and highest."""
+
+USUAL_RATES: dict[Method, float] = {
+    "full": 2e-5, "frozen-embeddings": 2e-5, "lora": 2e-4, "dora": 2e-4, "adalora": 1e-3, "qlora": 2e-4, "ia3": 3e-3,
+    "p-tuning-v2": 2e-2, "p-tuning": 1e-3,
+}  # fmt: skip
+"""One of them for each; that of p-tuning-v2 is the published one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodSettings:
+    """What is trained.
+
+    Raises:
+        GmaskError: an unknown method, a value out of range, or a setting of another method.
+    """
+
+    name: Method = "lora"
+    rank: int = 8  # of the change of a weight; for adalora, that which remains on average
+    alpha: float | None = None  # the change is scaled by alpha / rank; twice the rank by default
+    dropout: float = 0.0  # of what the change is computed from
+    targets: str | tuple[str, ...] = "query_key_value"  # linear layers of a block, or all-linear
+    prefix_length: int = 128  # keys and values before each layer, as published
+    projection: bool = False  # whether a network computes the prefix
+    prompt_tokens: int = 8  # trained vectors in the text
+    prompt_encoder: PromptNetwork = "lstm"  # the network that they come out of
+
+    def __post_init__(self) -> None:
+        _check_word(self.name, get_args(Method), "name")
+        _check_word(self.prompt_encoder, get_args(PromptNetwork), "prompt_encoder")
+        for field in dataclasses.fields(self):
+            owners = OWNERS.get(field.name)
+            if owners and self.name not in owners and getattr(self, field.name) != field.default:
+                raise GmaskError(f"method.{field.name} belongs to {_join(owners)}, not to {self.name}: leave it out")
+        for name in ("rank", "prefix_length", "prompt_tokens"):
+            if getattr(self, name) < 1:
+                raise GmaskError(f"method.{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise GmaskError(f"method.dropout must be from 0 to below 1, not {self.dropout}")
+        if self.alpha is not None and self.alpha <= 0:
+            raise GmaskError(f"method.alpha must be above 0, not {self.alpha}")
+        if not isinstance(self.targets, str):  # YAML has lists
+            object.__setattr__(self, "targets", tuple(self.targets))
+        for layer in self.layers:
+            _check_word(layer, (*LINEARS, "all-linear"), "targets")
+
+    @property
+    def scale(self) -> float:
+        """Alpha of the low-rank methods."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The linear layers that ``targets`` names."""
+        if isinstance(self.targets, str):
+            return LINEARS if self.targets == "all-linear" else (self.targets,)
+        return self.targets
+
+    @property
+    def makes_adapter(self) -> bool:
+        """Whether the trained numbers are kept beside the model, in a folder of their own."""
+        return self.name not in ("full", "frozen-embeddings")
+
+
+def hint_learning_rate(method: Method, rate: float) -> str | None:
+    """Advice on a learning rate that is far from what a method is usually given; None for one that is not."""
+    low, high = RATES[method]
+    if low <= rate <= high:
+        return None
+    others = [name for name, (least, most) in RATES.items() if least <= rate <= most and name != method]
+    likely = f", {rate:g} is one for {others[0]}" if others else ""
+    return f"a learning rate of {rate:g} is unusual for {method}: {low:g} to {high:g} is common{likely}"
+
+
+def _check_word(value: object, known: tuple[str, ...], name: str) -> None:
+    if value not in known:
+        raise GmaskError(f"method.{name} is {value!r}: choose {_join(known)}")
+
+
+def _join(words: tuple[str, ...]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]

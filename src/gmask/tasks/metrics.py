@@ -1,0 +1,219 @@
+"""How good are the answers of a model? Every metric by its name, in per cent."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias, get_args
+
+from gmask.errors import GmaskError
+from gmask.tasks.reading_metrics import score_reading
+from gmask.tasks.samples import Prediction, Sample, TaskKind
+from gmask.tasks.templates import nearest
+from gmask.tasks.text_metrics import Language, Pair, find_language, score_bleu, score_corpus_bleu, score_rouge
+
+CHOOSING: tuple[TaskKind, ...] = ("cloze", "multiple-choice", "classification")
+"""The kinds of task whose predictions have a label; those of the others have texts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The candidate or class that was chosen, the right one, and the name that the samples of one question share."""
+
+    chosen: int
+    label: int
+    group: str | None = None
+
+
+ChoiceMetric: TypeAlias = Callable[[Sequence[Choice]], float]  # 0 to 1
+PairMetrics: TypeAlias = Callable[[Pair, Language], Mapping[str, float]]  # by name, 0 to 1
+
+
+def evaluate(
+    task_metrics: Sequence[str],
+    predictions: Sequence[Prediction],
+    samples: Sequence[Sample],
+    *,
+    language: Language | None = None,
+) -> dict[str, float]:
+    """Measures predictions by the metrics that are named, in per cent.
+
+    - ``accuracy``; ``f1`` of class 1 among two; ``macro-f1``, the mean over the classes that occur.
+    - ``multirc-f1a``, F1 over all answers, and ``multirc-em``, the questions whose answers are all judged right;
+      ``record-f1`` and ``record-em``: SuperGLUE (Wang et al. 2019, arXiv:1905.00537).
+    - ``squad-f1`` and ``squad-em``: as SQuAD, and in Chinese as CMRC 2018.
+    - ``exact-match``: the same text but for spaces.
+    - ``rouge-1``, ``rouge-2``, ``rouge-l``, ``bleu-4``: the mean over the texts; ``sacrebleu``: of all together.
+
+    A text is compared with the sample's references, or with its right answer, blank by blank.
+
+    Args:
+        task_metrics: names, of those above.
+        predictions: one for each sample.
+        language: of the right texts; by default each is looked at.
+
+    Raises:
+        GmaskError: an unknown metric or language, a metric that does not fit the task, a sample without a known answer
+            (its file and line are named), or a library that is not installed.
+    """
+    assert len(predictions) == len(samples), f"{len(predictions)} predictions of {len(samples)} samples"
+    for name in task_metrics:
+        check_metric(name)
+    if language not in (None, *get_args(Language)):
+        raise GmaskError(f"the language {language!r} is not known: {' or '.join(get_args(Language))}")
+    if not samples:
+        raise GmaskError("there are no samples to measure")
+    scores = dict[str, float]()
+    if any(name in CHOICE_METRICS for name in task_metrics):
+        choices = [_read_choice(*answered) for answered in zip(predictions, samples, strict=True)]
+        scores |= {name: CHOICE_METRICS[name](choices) for name in task_metrics if name in CHOICE_METRICS}
+    if any(name not in CHOICE_METRICS for name in task_metrics):
+        pairs = [pair for answered in zip(predictions, samples, strict=True) for pair in read_pairs(*answered)]
+        scores |= _score_texts(task_metrics, pairs, language)
+    return {name: 100 * scores[name] for name in task_metrics}
+
+
+def check_metric(name: str) -> None:
+    """Raises `GmaskError` for a name that is no metric's; the nearest is named."""
+    if name not in METRICS:
+        near = nearest(name, METRICS)
+        raise GmaskError(f"there is no metric {name!r}; the nearest is {near!r}, all are {', '.join(METRICS)}")
+
+
+def predict_majority(known: Sequence[Sample], samples: Sequence[Sample]) -> list[Prediction] | None:
+    """The baseline that always chooses the label which is most frequent in `known`, the lowest of several.
+
+    None where that means nothing: labels are missing, or candidates differ in number from sample to sample.
+    """
+    labels = [sample.label for sample in known if sample.label is not None]
+    if len(labels) < len(known) or not known or len({len(sample.answers) for sample in (*known, *samples)}) > 1:
+        return None
+    majority = max(sorted(set(labels)), key=labels.count)
+    return [Prediction(label=majority) for _ in samples]
+
+
+def is_answered(sample: Sample, kind: TaskKind) -> bool:
+    """Whether anything is known that a prediction can be compared with."""
+    is_known = bool(sample.references) or sample.label is not None
+    return is_known or (kind not in CHOOSING and bool(sample.answers))
+
+
+def check_metrics(task_metrics: Sequence[str], sample: Sample, kind: TaskKind) -> None:
+    """Measures one right answer, so that what cannot be measured is told before hours of prediction.
+
+    Raises:
+        GmaskError: as `evaluate`.
+    """
+    right = Prediction(label=sample.label or 0) if kind in CHOOSING else Prediction(texts=sample.answers)
+    evaluate(task_metrics, [right], [sample])
+
+
+def read_pairs(prediction: Prediction, sample: Sample) -> list[Pair]:
+    """What was written, or chosen, in each blank, with what counts as right there.
+
+    Raises:
+        GmaskError: the answer is not known, or it is a class, which has no text.
+    """
+    texts = prediction.texts
+    right: list[tuple[str, ...]] = [(answer,) for answer in sample.answers]
+    if prediction.label is not None:
+        if not sample.answers:
+            raise GmaskError(f"{_place(sample)}a class was chosen and no text: take accuracy, f1 or macro-f1")
+        texts = (sample.answers[prediction.label],)
+        right = [] if sample.label is None else [(sample.answers[sample.label],)]
+    if sample.references:
+        right = [sample.references]
+    if not right:
+        raise GmaskError(f"{_place(sample)}the right answer is not known, so nothing can be measured")
+    return [Pair(text, references) for text, references in zip(texts, right, strict=True)]
+
+
+def accuracy(choices: Sequence[Choice]) -> float:
+    return sum(choice.chosen == choice.label for choice in choices) / len(choices)
+
+
+def binary_f1(choices: Sequence[Choice]) -> float:
+    """F1 of class 1 among the classes 0 and 1."""
+    highest = max(max(choice.chosen, choice.label) for choice in choices)
+    if highest > 1:
+        raise GmaskError(f"f1 is of two classes, and here is one with the index {highest}: take macro-f1")
+    return _class_f1(choices, 1)
+
+
+def macro_f1(choices: Sequence[Choice]) -> float:
+    """The plain mean of F1 over every class that is a label or was chosen."""
+    classes = {choice.label for choice in choices} | {choice.chosen for choice in choices}
+    return sum(_class_f1(choices, of) for of in classes) / len(classes)
+
+
+def multirc_exact_match(choices: Sequence[Choice]) -> float:
+    """The share of questions all of whose answers are judged right."""
+    questions = defaultdict[str, list[bool]](list)
+    for choice in choices:
+        if choice.group is None:
+            raise GmaskError("multirc-em is over questions, and the samples do not tell which they belong to")
+        questions[choice.group].append(choice.chosen == choice.label)
+    return sum(map(all, questions.values())) / len(questions)
+
+
+def _class_f1(choices: Sequence[Choice], of: int) -> float:
+    """2 tp / (2 tp + fp + fn); 0 where the class is neither a label nor chosen, as scikit-learn has it."""
+    counts = Counter((choice.chosen == of, choice.label == of) for choice in choices)
+    hits, errors = counts[True, True], counts[True, False] + counts[False, True]
+    return 2 * hits / (2 * hits + errors) if hits else 0.0
+
+
+def _exact_match(pair: Pair, language: Language) -> dict[str, float]:
+    given = pair.text.split()
+    return {"exact-match": float(any(given == reference.split() for reference in pair.references))}
+
+
+def _record(pair: Pair, language: Language) -> dict[str, float]:
+    return dict(zip(("record-f1", "record-em"), score_reading(pair, "en"), strict=True))
+
+
+def _squad(pair: Pair, language: Language) -> dict[str, float]:
+    return dict(zip(("squad-f1", "squad-em"), score_reading(pair, language), strict=True))
+
+
+CHOICE_METRICS: Mapping[str, ChoiceMetric] = {
+    "accuracy": accuracy,
+    "f1": binary_f1,
+    "macro-f1": macro_f1,
+    "multirc-f1a": binary_f1,
+    "multirc-em": multirc_exact_match,
+}
+PAIR_METRICS: Mapping[tuple[str, ...], PairMetrics] = {
+    ("exact-match",): _exact_match,
+    ("record-f1", "record-em"): _record,
+    ("squad-f1", "squad-em"): _squad,
+    ("rouge-1", "rouge-2", "rouge-l"): score_rouge,
+    ("bleu-4",): score_bleu,
+}
+"""What one look at a pair gives; a corpus has the mean."""
+METRICS = (*CHOICE_METRICS, *(name for names in PAIR_METRICS for name in names), "sacrebleu")
+
+
+def _score_texts(names: Sequence[str], pairs: Sequence[Pair], language: Language | None) -> dict[str, float]:
+    """Every metric of texts that is named, and those that come with it, 0 to 1."""
+    scores = dict[str, float]()
+    languages = [language or find_language(pair.references) for pair in pairs]
+    for together, score in PAIR_METRICS.items():
+        if not set(together).isdisjoint(names):
+            found = [score(pair, spoken) for pair, spoken in zip(pairs, languages, strict=True)]
+            scores |= {name: sum(each[name] for each in found) / len(found) for name in together}
+    if "sacrebleu" in names:
+        everything = [reference for pair in pairs for reference in pair.references]
+        scores["sacrebleu"] = score_corpus_bleu(pairs, language or find_language(everything))
+    return scores
+
+
+def _read_choice(prediction: Prediction, sample: Sample) -> Choice:
+    if prediction.label is None:
+        raise GmaskError(f"{_place(sample)}a text was written and nothing chosen: take exact-match, rouge-l or bleu-4")
+    if sample.label is None:
+        raise GmaskError(f"{_place(sample)}the label is not known, so nothing can be measured")
+    return Choice(prediction.label, sample.label, sample.group)
+
+
+def _place(sample: Sample) -> str:
+    return "" if sample.path is None else f"{sample.path}, line {sample.line}: "

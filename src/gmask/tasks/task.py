@@ -1,0 +1,196 @@
+"""What is a task, and which samples does it make of records?"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+from gmask.errors import GmaskError
+from gmask.tasks.metrics import check_metric
+from gmask.tasks.official import READERS, flatten
+from gmask.tasks.questions import make_samples
+from gmask.tasks.records import Record
+from gmask.tasks.samples import Sample, TaskKind
+from gmask.tasks.settings_tree import build, check_choice, field_names, load_tree
+from gmask.tasks.templates import nearest, parse_template
+from gmask.tasks.text_metrics import Language
+
+HERE = Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task as data: how a record becomes a question, and how the answers are measured.
+
+    Templates are described at `gmask.tasks.templates.parse_template`. Which fields a kind of task needs:
+
+    - cloze, multiple-choice: ``template`` with one blank, ``label``, and ``choices`` or ``candidates``;
+    - classification: ``template`` without a blank (or ``plain_template``), ``label``, ``choices``;
+    - seq2seq: ``template`` with one blank, ``target``;
+    - infill: ``template`` for a text that has blanks; its answers are marked in it or stand in ``answers``;
+    - language-model: ``template``;
+    - chat: ``template`` of the prompt and ``target``, or ``messages``.
+    """
+
+    name: str
+    kind: TaskKind
+    template: str = ""
+    plain_template: str | None = None  # the text without a blank, for the kind classification
+    label: str | None = None  # column
+    choices: Mapping[str, str] = dataclasses.field(default_factory=dict)  # value of the label: template of the answer
+    candidates: str | None = None  # column with a list of answers, instead of choices; the label is the index
+    target: str | None = None  # template of the answer
+    answers: str | None = None  # column with a list, one text a blank
+    history: str | None = None  # column with a list of [prompt, reply]
+    messages: str | None = None  # column with a whole conversation
+    references: str | None = None  # column with a list of all texts that count as right
+    group: str | None = None  # template of the name that the samples of one question share
+    reader: str = "plain"  # a name of gmask.tasks.official.READERS
+    metrics: tuple[str, ...] = ()
+    best: str = "loss"  # what picks the best checkpoint: "loss" or one of the metrics
+    language: Language | None = None  # of the answers, for the metrics
+    source: str = ""  # paper or repository, and the licence of the data
+
+    def samples(
+        self,
+        records: Iterable[Record],
+        *,
+        require_answers: bool = True,
+        on_bad: Callable[[GmaskError], None] | None = None,
+    ) -> list[Sample]:
+        """The samples of records, in their order.
+
+        Args:
+            require_answers: an answer that is absent or empty is an error; without it such a sample is a question, as
+                in test files without labels.
+            on_bad: told of each question that cannot be used, and it is left out; without it the first one raises.
+
+        Raises:
+            GmaskError: an absent column (those that are there and the nearest are named), an empty one, a label outside
+                the choices, each with file and line; or there is no sample.
+        """
+        samples = list[Sample]()
+        for record in records:
+            plain = list[Record]()
+            with _placed(record, on_bad):
+                plain = list(flatten(self.reader, record))
+            for one in plain:
+                with _placed(record, on_bad):
+                    samples += make_samples(self, one, require_answers=require_answers)
+        if not samples:
+            raise GmaskError(f"task {self.name}: no record gives a sample")
+        return samples
+
+
+def task_names() -> list[str]:
+    """The names of the tasks that come with gmask, such as "superglue/boolq"."""
+    return sorted(path.relative_to(HERE).with_suffix("").as_posix() for path in HERE.glob("*/*.yaml"))
+
+
+def load_task(name_or_path: str | Path) -> Task:
+    """Reads a task of gmask's by its name, or a YAML file.
+
+    Raises:
+        GmaskError: no such task (the nearest is named), or what `read_task` raises.
+    """
+    return read_task({"use": str(name_or_path)})
+
+
+def read_task(tree: Mapping[str, Any]) -> Task:
+    """Checks a task's plain values, as they stand in a YAML file or in a recipe, and gives them types.
+
+    ``use: superglue/rte`` starts from another task, by its name or file; the other keys then replace that one's.
+
+    Raises:
+        GmaskError: an unknown or missing key, kind, metric or reader; a template that does not fit the kind.
+    """
+    values = _expand(tree, ())
+    where = f"task {values.setdefault('name', 'custom')}"
+    metrics = values.get("metrics") or ()
+    values["metrics"] = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    values["choices"] = _read_choices(values.get("choices") or {}, where)
+    values.setdefault("best", values["metrics"][0] if values["metrics"] else "loss")
+    task = build(Task, values, where)
+    check_choice(task.kind, get_args(TaskKind), f"{where}: kind")
+    check_choice(task.reader, list(READERS), f"{where}: reader")
+    if task.language is not None:
+        check_choice(task.language, get_args(Language), f"{where}: language")
+    for metric in task.metrics:
+        check_metric(metric)
+    if task.best not in ("loss", *task.metrics):
+        raise GmaskError(f"{where}: best is {task.best}: choose loss or one of the metrics")
+    try:
+        _check_fields(task)
+    except GmaskError as error:
+        raise GmaskError(f"{where}: {error}") from error
+    return task
+
+
+@contextmanager
+def _placed(record: Record, on_bad: Callable[[GmaskError], None] | None) -> Iterator[None]:
+    """Adds file and line to an error, and raises it or tells it."""
+    try:
+        yield
+    except GmaskError as error:
+        placed = GmaskError(f"{record.place}: {error}")
+        if on_bad is None:
+            raise placed from error
+        on_bad(placed)
+
+
+def _expand(tree: Mapping[str, Any], users: tuple[str, ...]) -> dict[str, Any]:
+    """The values with those of the task that they use."""
+    values = dict(tree)
+    if (name := values.pop("use", None)) is None:
+        return values
+    if name in users:
+        raise GmaskError(f"the task {name} uses itself")
+    known = task_names()
+    path = HERE / f"{name}.yaml" if name in known else Path(str(name))
+    if not path.is_file():
+        raise GmaskError(f"there is no task {name}: the nearest of gmask's is {nearest(name, known)}, or name a file")
+    used = load_tree(path, (), field_names(Task))
+    base = {**_expand(used, (*users, name)), "name": used.get("name", name if name in known else path.stem)}
+    if "metrics" in values:
+        base.pop("best", None)
+    return {**base, **values}
+
+
+def _read_choices(choices: Any, where: str) -> dict[str, str]:
+    """A mapping, or a list of texts whose labels are 0, 1, ..."""
+    if isinstance(choices, list):
+        choices = dict(enumerate(choices))
+    if not isinstance(choices, Mapping):
+        raise GmaskError(f"{where}: choices is {choices!r}: write label: text pairs, or a list of texts")
+    for label, text in choices.items():
+        if not isinstance(text, str) or not text:
+            hint = "; YAML reads Yes and No as truth values, so put them in quotes" if isinstance(text, bool) else ""
+            raise GmaskError(f"{where}: the choice {label} is {text!r}, not a text{hint}")
+    return {str(label).lower() if isinstance(label, bool) else str(label): text for label, text in choices.items()}
+
+
+def _check_fields(task: Task) -> None:
+    """Whether the fields that the kind needs are there, and the templates fit it."""
+    needed = {
+        "cloze": ["template", "label"],
+        "multiple-choice": ["template", "label"],
+        "classification": ["template", "label", "choices"],
+        "seq2seq": ["template", "target"],
+        "infill": ["template"],
+        "language-model": ["template"],
+        "chat": [] if task.messages else ["template", "target"],
+    }[task.kind]
+    if missing := [name for name in needed if not getattr(task, name)]:
+        raise GmaskError(f"the kind {task.kind} needs {' and '.join(missing)}")
+    if task.kind in ("cloze", "multiple-choice") and bool(task.choices) == bool(task.candidates):
+        raise GmaskError(f"the kind {task.kind} needs either choices or candidates")
+    for template in (task.target, task.group, *task.choices.values()):
+        parse_template(template or "")
+    text = task.plain_template or task.template if task.kind == "classification" else task.template
+    blanks = len(parse_template(text).blanks)
+    if task.kind in ("classification", "language-model", "chat") and blanks:
+        hint = ": give plain_template" if task.kind == "classification" else ""
+        raise GmaskError(f"the kind {task.kind} has no blank, and the template has {blanks}{hint}")
+    if blanks > 1 and task.kind != "infill":
+        raise GmaskError(f"the kind {task.kind} is about one blank, and the template has {blanks}")

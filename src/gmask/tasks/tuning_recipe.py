@@ -1,0 +1,234 @@
+"""What does a fine-tuning recipe say? YAML in, typed settings out."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gmask.errors import GmaskError
+from gmask.tasks.method_settings import MethodSettings
+from gmask.tasks.settings_tree import build, check_choice, check_keys, field_names, load_tree, plain_values, to_yaml
+
+SCHEDULES = ("linear", "cosine", "constant")
+FREE_KEYS = (
+    "run.out", "run.device", "run.threads", "run.log_every", "data.root", "optimization.save_every",
+    "optimization.keep_last",
+)  # fmt: skip
+"""What may change when a run is resumed: no number of it depends on these."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuningRunSettings:
+    """Where the run goes, and how it is repeated."""
+
+    out: str
+    seed: int = 0
+    device: str | None = None  # the best there is
+    threads: int | None = None  # as many as torch finds
+    log_every: int = 1  # steps
+    deterministic: bool = False  # on a GPU too: slower kernels that give the same bits each time
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """What is tuned."""
+
+    name: str = "bundled"  # or a folder, or the name of a published model
+    dtype: str | None = None  # of the weights that do not train, as of `gmask.load`
+    quantize: str | None = None  # int8 | int4, of the weights that do not train
+    adapter: str | None = None  # a folder to go on from
+    initialization: str = "pretrained"  # or "random": the same shape without what it has learnt, to compare with
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuningDataSettings:
+    """Which samples, and how long they may be."""
+
+    train: str  # a file or a glob
+    validation: str | float | None = None  # files, or a share of `train`
+    test: str | None = None
+    root: str = "."  # what the paths are relative to
+    limit: int | None = None  # samples of each of the three
+    validation_limit: int | None = None  # samples that are predicted while the run goes on
+    max_source: int = 384  # tokens of a question
+    max_target: int = 128  # tokens of an answer
+    truncation: str = "left"  # where a question that is too long loses tokens: before its blank, or at its end
+    skip_bad_lines: bool = False  # leave out, and count, what cannot be used; by default it is an error
+    packing: int | None = None  # tokens of a row that several samples share; by default each has its own
+    folds: int | None = None  # k-fold cross-validation on `train`
+    fold: int | None = None  # one of them, from 1; by default all, one after the other
+
+    def place(self, pattern: str) -> str:
+        """A path under ``root``."""
+        return str(Path(self.root) / pattern)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuningOptimizationSettings:
+    """How the weights are fitted. A step has ``batch_size * accumulation`` samples, whatever number of processes."""
+
+    epochs: float | None = None  # passes over the samples; or:
+    steps: int | None = None
+    batch_size: int = 8  # samples of one forward and backward
+    accumulation: int = 1  # of which so many make a step
+    learning_rate: float | None = None  # at its peak; by default what the method is usually given
+    schedule: str = "linear"  # of the learning rate, to 0; or cosine, constant
+    warmup: float = 0.0  # steps, or below 1 a share of them
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    dtype: str | None = None  # of the forward pass; by default bfloat16 on a GPU and float32 elsewhere
+    gradient_checkpointing: bool = False
+    length_grouped: bool = False  # samples of like length in a step
+    evaluate_every: int | None = None  # steps; by default a tenth of the run
+    save_every: int = 100
+    keep_last: int = 2  # checkpoints
+    early_stop: int | None = None  # evaluations in a row without a new best
+    trainer: dict[str, Any] = dataclasses.field(default_factory=dict)  # keywords of transformers.TrainingArguments
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForgettingSettings:
+    """What a chat model is asked before and after, to see what it forgot; by default a set that comes with gmask."""
+
+    texts: str | None = None  # .jsonl with a "text", or with a "prompt" and a "response"
+    answers: int = 12  # prompts answered side by side
+    skip: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuningRecipe:
+    """A fine-tuning run. ``decoding`` holds keywords of `gmask.generation.settings.Settings`."""
+
+    run: TuningRunSettings
+    model: ModelSettings
+    task: str | dict[str, Any]  # a name, a file, or the task itself
+    data: TuningDataSettings
+    method: MethodSettings
+    optimization: TuningOptimizationSettings
+    decoding: dict[str, Any]
+    forgetting: ForgettingSettings
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, which `read_tuning_recipe` turns into the same recipe."""
+        return plain_values(self)
+
+    def to_yaml(self) -> str:
+        return to_yaml(self)
+
+    def without_places(self) -> "TuningRecipe":
+        """The recipe without what holds on one machine only: folders, device, threads."""
+        run = dataclasses.replace(self.run, out=Path(self.run.out).name, device=None, threads=None)
+        data = dataclasses.replace(self.data, root=TuningDataSettings.root)
+        model = dataclasses.replace(self.model, name=base_name(self.model.name))
+        return dataclasses.replace(self, run=run, data=data, model=model)
+
+    def of_fold(self, fold: int) -> "TuningRecipe":
+        """The run of one fold, in a folder of its own."""
+        run = dataclasses.replace(self.run, out=str(Path(self.run.out) / f"fold-{fold}"))
+        return dataclasses.replace(self, run=run, data=dataclasses.replace(self.data, fold=fold))
+
+
+def base_name(model: str) -> str:
+    """A model's name for others to read: of a folder its last part alone."""
+    return Path(model).name if Path(model).is_dir() else model
+
+
+def load_tuning_recipe(path: Path | str, overrides: Sequence[str] = ()) -> TuningRecipe:
+    """Reads a recipe; each override is ``section.key=value`` with a YAML value.
+
+    Raises:
+        GmaskError: no such file, no YAML, a key that does not exist (the nearest one is named) or lacks, settings that
+            exclude each other.
+    """
+    return read_tuning_recipe(load_tree(path, overrides, field_names(TuningRecipe)))
+
+
+def read_tuning_recipe(tree: Mapping[str, Any]) -> TuningRecipe:
+    """Checks a recipe's tree of plain values and gives it types."""
+    sections = dict(tree)
+    check_keys(sections, field_names(TuningRecipe), "the recipe")
+    if not isinstance(task := sections.get("task"), str | dict):
+        raise GmaskError("task is missing: name one, such as chat/alpaca, or write it into the recipe")
+    optimization = sections.get("optimization") or {}
+    _check_mapping(decoding := sections.get("decoding") or {}, "decoding")
+    method = dict(sections["method"]) if isinstance(sections.get("method"), Mapping) else sections.get("method") or {}
+    if isinstance(method, dict) and isinstance(method.get("targets"), list):
+        method["targets"] = tuple(method["targets"])
+    recipe = TuningRecipe(
+        run=build(TuningRunSettings, sections.get("run") or {}, "run"),
+        model=build(ModelSettings, sections.get("model") or {}, "model"),
+        task=task,
+        data=build(TuningDataSettings, sections.get("data") or {}, "data"),
+        method=build(MethodSettings, method, "method"),
+        optimization=build(TuningOptimizationSettings, optimization, "optimization"),
+        decoding=dict(decoding),
+        forgetting=build(ForgettingSettings, sections.get("forgetting") or {}, "forgetting"),
+    )
+    _check_mapping(recipe.optimization.trainer, "optimization.trainer")
+    if recipe.model.adapter is not None and not recipe.method.makes_adapter:
+        raise GmaskError(
+            f"model.adapter is to be trained on, and method {recipe.method.name} makes none: merge it first"
+        )
+    check_choice(recipe.model.initialization, ("pretrained", "random"), "model.initialization")
+    _check_data(recipe.data)
+    _check_optimization(recipe)
+    return recipe
+
+
+def differing_keys(one: TuningRecipe, other: TuningRecipe) -> list[str]:
+    """The dotted keys by which two recipes would give different numbers."""
+    left, right = dict(_flatten(one.to_dict())), dict(_flatten(other.to_dict()))
+    keys = [key for key in (*left, *(key for key in right if key not in left)) if left.get(key) != right.get(key)]
+    return [key for key in keys if key not in FREE_KEYS]
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _check_mapping(values: Any, where: str) -> None:
+    if not isinstance(values, Mapping):
+        raise GmaskError(f"{where}: expected key: value pairs, not {values!r}")
+
+
+def _check_data(data: TuningDataSettings) -> None:
+    if isinstance(data.validation, bool) or not isinstance(data.validation, str | float | int | None):
+        raise GmaskError(f"data.validation is {data.validation!r}: expected a path, or a share of data.train")
+    if isinstance(data.validation, float | int) and not 0 < data.validation < 1:
+        raise GmaskError(f"data.validation is {data.validation}: a share of data.train lies between 0 and 1")
+    if data.folds is None and data.fold is not None:
+        raise GmaskError("data.fold is set without data.folds, the number of folds")
+    if data.folds is not None:
+        if data.validation is not None:
+            raise GmaskError("data.folds validates on parts of data.train: leave data.validation out")
+        if data.folds < 2 or not 1 <= (data.fold or 1) <= data.folds:
+            raise GmaskError(f"data.folds is {data.folds} and data.fold {data.fold}: at least 2 folds, counted from 1")
+    check_choice(data.truncation, ("left", "right"), "data.truncation")
+    for name in ("limit", "validation_limit", "max_source", "max_target", "packing"):
+        _check_positive(getattr(data, name), f"data.{name}")
+
+
+def _check_optimization(recipe: TuningRecipe) -> None:
+    optimization = recipe.optimization
+    if (optimization.epochs is None) == (optimization.steps is None):
+        raise GmaskError("optimization: give one of epochs and steps")
+    for name in (
+        "epochs", "steps", "batch_size", "accumulation", "learning_rate", "evaluate_every", "save_every", "keep_last",
+        "early_stop",
+    ):  # fmt: skip
+        _check_positive(getattr(optimization, name), f"optimization.{name}")
+    check_choice(optimization.schedule, SCHEDULES, "optimization.schedule")
+    if optimization.dtype is not None:
+        check_choice(optimization.dtype, ("float32", "bfloat16"), "optimization.dtype")
+    if optimization.early_stop is not None and recipe.data.validation is None and recipe.data.folds is None:
+        raise GmaskError("optimization.early_stop needs data.validation (a file, or a share of data.train)")
+    _check_positive(recipe.run.log_every, "run.log_every")
+
+
+def _check_positive(value: float | None, where: str) -> None:
+    if value is not None and value <= 0:
+        raise GmaskError(f"{where} is {value}: it must be above 0")
