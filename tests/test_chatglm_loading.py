@@ -11,7 +11,6 @@ from torch import Tensor
 
 import gmask
 from fake_hub import FakeHub
-from gmask.checkpoints.adapters import read_prefix
 from gmask.models.chatglm import ChatGLMForConditionalGeneration
 from gmask.models.chatglm.tokenization import ChatGLMTokenizer
 from gmask.models.chatglm.tokenization_v0 import ChatGLMTokenizerV0
@@ -133,7 +132,7 @@ def test_prefixes_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> N
     prefix = GOLDEN / PREFIXES[0] / "ptuning"
     assert "load the model that it was trained for, with adapter=" in load_error(prefix, tokenizer=folder)
     assert "is not a P-tuning prefix" in load_error(folder, adapter=folder)
-    assert "belongs to a ChatGLM" in load_error("bundled", adapter=prefix)  # type: ignore[arg-type]
+    assert "belongs to a ChatGLM" in load_error("bundled", adapter=prefix)
     write_weights(tmp_path, {"transformer.prefix_encoder.embedding.weight": torch.zeros(8, 24)})
     message = load_error(folder, adapter=tmp_path)
     assert "is [8, 24], but [8, 512] for this model" in message
@@ -141,9 +140,7 @@ def test_prefixes_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> N
     write_weights(tmp_path, {prefix_key: torch.zeros(8, 512), other: torch.zeros(64)})
     assert f"holds {other}, so it is not a P-tuning prefix" in load_error(folder, adapter=tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert "peft.PeftModel.from_pretrained" in load_error(folder, adapter=tmp_path)
-    model, _ = load(folder, adapter=prefix)
-    assert read_prefix(prefix, model).keys() == {"transformer.prefix_encoder.embedding.weight"}
+    assert "names no peft_type" in load_error(folder, adapter=tmp_path)
 
 
 def make_first_folder(folder: Path, **changes: Any) -> None:

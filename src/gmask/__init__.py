@@ -8,6 +8,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gmask.checkpoints.adapters import load_adapter as load_adapter
+    from gmask.checkpoints.adapters import merge_adapter as merge_adapter
+    from gmask.checkpoints.adapters import save_adapter as save_adapter
     from gmask.errors import GmaskError as GmaskError
     from gmask.generation.answers import Blank as Blank
     from gmask.generation.answers import Infilling as Infilling
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "load_adapter": "gmask.checkpoints.adapters",
+    "merge_adapter": "gmask.checkpoints.adapters",
+    "save_adapter": "gmask.checkpoints.adapters",
     "GmaskError": "gmask.errors",
     "Blank": "gmask.generation.answers",
     "Infilling": "gmask.generation.answers",

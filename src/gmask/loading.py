@@ -24,6 +24,9 @@ from gmask.quantization.quantizer import read_form
 
 BUNDLED = Path(__file__).parent / "pretrained"
 
+BUNDLED_MODELS = {"bundled": BUNDLED, "bundled-chat": BUNDLED / "chat"}
+"""What comes with gmask: a model that fills blanks, and the same tuned to answer."""
+
 VOCABULARY_FILES = {
     "chinese": "cog-pretrain.model",
     "gpt2": "vocab.json and merges.txt of GPT-2",
@@ -41,7 +44,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 @overload
 def load(
-    name: Literal["bundled"] = ...,
+    name: Literal["bundled", "bundled-chat"] = ...,
     *,
     dtype: str | torch.dtype | None = ...,
     device: str | torch.device | None = ...,
@@ -50,7 +53,7 @@ def load(
     revision: None = ...,
     like: None = ...,
     tokenizer: str | Path | None = ...,
-    adapter: None = ...,
+    adapter: str | Path | None = ...,
     model_class: None = None,
 ) -> tuple[GLMForConditionalGeneration, PreTrainedTokenizerBase]: ...
 @overload
@@ -100,9 +103,10 @@ def load(
     more memory is taken than the model needs, and one tensor. No code from the folder is run.
 
     Args:
-        name: ``"bundled"`` for the model that comes with gmask; the folder of another one: our own, one in the
-            published Hugging Face form, or a checkpoint of the original training code (Megatron, DeepSpeed); or the
-            name of a published model, such as ``THUDM/glm-10b`` or ``THUDM/chatglm-6b``, which is downloaded once.
+        name: ``"bundled"`` for the model that comes with gmask, or ``"bundled-chat"``, the same tuned to answer; the
+            folder of another one: our own, one in the published Hugging Face form, or a checkpoint of the original
+            training code (Megatron, DeepSpeed); or the name of a published model, such as ``THUDM/glm-10b`` or
+            ``THUDM/chatglm-6b``, which is downloaded once.
         dtype: of the weights, or of those that are not quantized and of what is computed with them, such as
             ``"bfloat16"``. By default on a CPU float32, where log-probabilities are then exact, but bfloat16 for a
             model of more than 3 billion parameters; elsewhere as stored.
@@ -114,14 +118,16 @@ def load(
         like: for a checkpoint of the training code whose shape does not tell, the published model that it is made
             like, such as ``"GLM-10B"``: number of heads, vocabulary and special ids come from there.
         tokenizer: the folder with the vocabulary, if it is not beside the weights.
-        adapter: for a ChatGLM, the folder of a trained P-tuning prefix, as the published ``ptuning`` code saved it.
-        model_class: one of those in `gmask.models.glm` or `gmask.models.chatglm`; by default the one that the config
-            names.
+        adapter: the folder of what was trained for this model beside its weights: LoRA, DoRA, AdaLoRA, IA3 or a prefix,
+            as PEFT or gmask saved them; trained vectors of gmask's (P-tuning); for a ChatGLM also a prefix as the
+            published ``ptuning`` code saved it.
+        model_class: one of those in `gmask.models.glm` or `gmask.models.chatglm`; by default the one that the adapter
+            was trained for, or that the config names.
 
     Raises:
         GmaskError: no such model; a missing, damaged, dangerous or unsuitable file, which is named; too little memory.
     """
-    wanted, form = _read_dtype(dtype), read_form(quantize, group_size)
+    wanted, form = read_dtype(dtype), read_form(quantize, group_size)
     folder = find_folder(name, revision)
     config = read_config(folder, like)
     words = load_tokenizer(folder if tokenizer is None else Path(tokenizer).expanduser(), kind=_find_kind(folder, like))
@@ -145,12 +151,12 @@ def find_folder(name: str | Path, revision: str | None = None) -> Path:
     Raises:
         GmaskError: there is none, or it holds no model.
     """
-    folder = BUNDLED if name == "bundled" else Path(name).expanduser()
-    if revision is not None and (name == "bundled" or folder.exists()):
+    folder = BUNDLED_MODELS.get(str(name)) or Path(name).expanduser()
+    if revision is not None and (name in BUNDLED_MODELS or folder.exists()):
         raise GmaskError(f"{name}: is a folder of this machine, which has no revision {revision}")
     if (folder / "config.json").is_file():
         return folder
-    if name == "bundled":
+    if name in BUNDLED_MODELS:
         raise GmaskError(
             "this installation lacks the bundled model: install gmask again, or name the folder of another model"
         )
@@ -189,7 +195,7 @@ def load_model(
         folder,
         read_config(folder, like),
         device=torch.device(device or best_device()),
-        dtype=_read_dtype(dtype),
+        dtype=read_dtype(dtype),
         form=read_form(quantize, group_size),
         like=like,
         model_class=model_class,
@@ -273,7 +279,12 @@ def _find_kind(folder: Path, like: str | None) -> str | None:
         return find_row(checkpoint, like).tokenizer
 
 
-def _read_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def read_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype of a name; None for ``"auto"``.
+
+    Raises:
+        GmaskError: no such name.
+    """
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype in (None, "auto"):

@@ -8,13 +8,15 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from gmask.checkpoints.adapters import add_prefix, read_prefix
+from gmask.checkpoints.adapter_files import PREFIX_TUNING, Adapter, read_adapter
+from gmask.checkpoints.adapters import attach, read_parts
 from gmask.checkpoints.architectures import architecture_of
 from gmask.checkpoints.configs import Config, lacks_config
 from gmask.checkpoints.fit import check_head, match_keys
 from gmask.checkpoints.memory import check_room, format_bytes
 from gmask.checkpoints.reading import Checkpoint, open_checkpoint
 from gmask.checkpoints.tensor_files import SCALES
+from gmask.checkpoints.weight_maps import bare_name
 from gmask.errors import GmaskError
 from gmask.models.chatglm import ChatGLMConfig
 from gmask.quantization.quantizer import QuantizationConfig, finish, form_of, lay_out, quantize_weight, settle
@@ -41,32 +43,41 @@ def fill_model(
 
     form: in which the weights are to be kept, if the folder does not hold quantized ones.
     """
-    model = shape_model(folder, config, adapter=adapter, model_class=model_class)
+    held = None if adapter is None else _choose_adapter(adapter, folder, config)
+    named = None if held is None else held.model_class
+    model = shape_model(folder, config, model_class=model_class or _find_class(config, named))
     numbers = sum(parameter.numel() for parameter in model.parameters())
     stored_form = form_of(config)
     if stored_form is not None:
         _check_form(folder, stored_form, form)
         form = stored_form
         lay_out(model, form)
-    prefix = {} if adapter is None else read_prefix(adapter, model)
+    tensors = {} if held is None else held.read()
+    parts = {} if held is None else read_parts(held, model, tensors)
     with open_checkpoint(folder) as checkpoint:
-        names = match_keys(checkpoint, model, elsewhere=prefix)
+        elsewhere = {bare_name(name) for name in parts}
+        if held is not None and held.kind == PREFIX_TUNING:  # in place of one that the folder may hold
+            elsewhere |= {key for key in checkpoint if "prefix_encoder." in key}
+        names = match_keys(checkpoint, model, elsewhere=elsewhere)
         if form is not None and stored_form is None:
             lay_out(model, form)
         wanted = dtype or _default_dtype(checkpoint, config, device, numbers)
         plan = plan_weights(model, {name: _place_dtype(checkpoint, key, wanted) for key, name in names.items()})
-        _check_memory(checkpoint, plan, device)
+        check_memory(checkpoint, plan, device)
         weights = {
             # Integers are packed straight out of the file, below.
             name: tensor.to(device, plan[name].dtype, copy=tensor.dtype != torch.int8, memory_format=DENSE)
             for name, tensor in stream_weights(checkpoint, model, names, like=like, verb="loading")
         }
         check_head(checkpoint, model)
-        weights |= {name: tensor.to(device) for name, tensor in prefix.items()}
+        weights |= {name: tensor.to(device) for name, tensor in parts.items()}
         model.load_state_dict(weights, strict=False, assign=True)  # strict already, but for the tied head
         model.tie_weights()
         if form is not None:
             finish(model, form)
+        if held is not None:
+            attach(model, held, tensors)
+        if form is not None:
             settle(model)
     return model.eval()
 
@@ -75,26 +86,43 @@ def shape_model(
     folder: Path,
     config: Config,
     *,
-    adapter: Path | None = None,
     model_class: type[PreTrainedModel] | None = None,
 ) -> PreTrainedModel:
-    """The model of a config, unquantized and without numbers, with room for the prefix of ``adapter``.
+    """The model of a config, unquantized and without numbers.
 
     Raises:
-        GmaskError: a class or an adapter that is not for this kind of model.
+        GmaskError: a class that is not for this kind of model.
     """
     chosen = model_class or architecture_of(config).find_class((config.architectures or [None])[0])
     if not issubclass(chosen.config_class, type(config)):
         if isinstance(config, ChatGLMConfig):
             raise GmaskError(f"{folder}: is a ChatGLM, which has no blanks to fill: use `gmask chat` or model.chat")
         raise GmaskError(f"{folder}: is a GLM, and {chosen.__name__} is not for one")
-    if adapter is not None:
-        if not isinstance(config, ChatGLMConfig):
-            raise GmaskError(f"{adapter}: a P-tuning prefix belongs to a ChatGLM, and {folder} is a GLM")
-        add_prefix(config, adapter)
     with torch.device("meta"):  # shapes alone: the weights come from the files
         model: PreTrainedModel = chosen(config)
     return model
+
+
+def _choose_adapter(adapter: Path, folder: Path, config: Config) -> Adapter:
+    """The adapter of a folder, and a config without what it brings in place of the model's own.
+
+    Raises:
+        GmaskError: no adapter there, or one for another model.
+    """
+    held = read_adapter(adapter)
+    held.check_base(config, folder)
+    if held.kind == PREFIX_TUNING:
+        config.pre_seq_len = None
+    if "num_labels" in held.notes:
+        config.num_labels = held.notes["num_labels"]
+    return held
+
+
+def _find_class(config: Config, name: str | None) -> type[PreTrainedModel] | None:
+    """The class that an adapter was trained for, if it is one of ours."""
+    architecture = architecture_of(config)
+    found: type[PreTrainedModel] | None = architecture.find_class(name) if name in architecture.classes else None
+    return found
 
 
 def plan_weights(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
@@ -166,7 +194,7 @@ def _place_dtype(checkpoint: Checkpoint, key: str, wanted: torch.dtype) -> torch
     return wanted if stored.is_floating_point and not key.endswith(SCALES) else stored
 
 
-def _check_memory(checkpoint: Checkpoint, plan: Mapping[str, Tensor], device: torch.device) -> None:
+def check_memory(checkpoint: Checkpoint, plan: Mapping[str, Tensor], device: torch.device) -> None:
     """Raises `GmaskError` if the weights do not fit into memory, before any is filled."""
     needed = sum(tensor.nbytes for tensor in plan.values())
     passing = max(checkpoint.shape(key).numel() * checkpoint.dtype(key).itemsize for key in checkpoint)

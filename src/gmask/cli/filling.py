@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gmask.cli.options import Json, Model, Pairs, Quantize, SkipBadLines, Source
+from gmask.cli.options import Adapter, Json, Model, Pairs, Quantize, SkipBadLines, Source
 from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def infill(
     target: Target = None,
     skip_bad_lines: SkipBadLines = False,
     as_json: Json = False,
+    adapter: Adapter = None,
     quantize: Quantize = None,
     pairs: Pairs = None,
 ) -> None:
@@ -54,14 +55,14 @@ def infill(
     settings = make_settings({"n": n, "max_tokens": max_tokens, **read_pairs(pairs or [])})
     candidates = [read_candidates(choice) for choice in choices or []] or None
     if files := read_files(texts, source, target):
-        _fill_file(_load(model, quantize, settings), *files, candidates, skip_bad_lines)
+        _fill_file(_load(model, adapter, quantize, settings), *files, candidates, skip_bad_lines)
     elif texts or not sys.stdin.isatty():
         texts = read_texts(texts)
-        _fill_texts(_load(model, quantize, settings), texts, candidates, as_json=as_json)
+        _fill_texts(_load(model, adapter, quantize, settings), texts, candidates, as_json=as_json)
     else:
         from gmask.cli.interactive import converse
 
-        converse(_load(model, quantize, settings), candidates, as_json=as_json)
+        converse(_load(model, adapter, quantize, settings), candidates, as_json=as_json)
 
 
 def read_files(texts: Sequence[str] | None, source: Path | None, target: Path | None) -> tuple[Path, Path] | None:
@@ -123,12 +124,13 @@ def read_candidates(choice: str, *, option: str = "--choices") -> list[str]:
     return candidates
 
 
-def _load(model: str, quantize: str | None, settings: "Settings") -> "Infiller":
+def _load(model: str, adapter: Path | None, quantize: str | None, settings: "Settings") -> "Infiller":
     from gmask.generation.infill import Infiller
     from gmask.loading import load
     from gmask.models.glm import GLMForConditionalGeneration
 
-    return Infiller(*load(model, quantize=quantize, model_class=GLMForConditionalGeneration), settings)
+    loaded = load(model, quantize=quantize, adapter=adapter, model_class=GLMForConditionalGeneration)
+    return Infiller(*loaded, settings)
 
 
 def _fill_texts(

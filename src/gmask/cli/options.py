@@ -5,7 +5,10 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Folder or name of a model, or bundled.")]
+BUNDLED = ("bundled", "bundled-chat")
+"""The models that come with gmask; their names without the import of what loads them."""
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Folder or name of a model, or bundled, or bundled-chat.")]
 Quantize = Annotated[
     str | None,
     typer.Option(
@@ -15,7 +18,8 @@ Quantize = Annotated[
     ),
 ]
 Adapter = Annotated[
-    Path | None, typer.Option(help="Folder of a P-tuning prefix that was trained for it.", show_default=False)
+    Path | None,
+    typer.Option(help="Folder of what was trained for it: LoRA and its like, a prefix, prompts.", show_default=False),
 ]
 Dtype = Annotated[
     str | None,
@@ -33,7 +37,8 @@ Pairs = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="temperature, top_k, top_p, seed, num_beams, min_tokens or stop, such as temperature=0.8; once for each.",
+        help="temperature, top_k, top_p, seed, num_beams, length_penalty, no_repeat_ngram, min_tokens or stop, such as "
+        "temperature=0.8; once for each.",
         show_default=False,
     ),
 ]

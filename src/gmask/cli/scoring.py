@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gmask.cli.filling import print_report, read_candidates, read_files, read_texts
-from gmask.cli.options import Json, Model, Quantize, SkipBadLines, Source
+from gmask.cli.options import Adapter, Json, Model, Quantize, SkipBadLines, Source
 from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def score(
     batch_size: BatchSize = 16,
     skip_bad_lines: SkipBadLines = False,
     as_json: Json = False,
+    adapter: Adapter = None,
     quantize: Quantize = None,
 ) -> None:
     """Score given answers to the blank of a text by their exact log-probabilities, best first.
@@ -72,12 +73,13 @@ def score(
     """
     candidates = None if answers is None else read_candidates(answers, option="--answers")
     if files := read_files(texts, source, target):
-        _score_file(_load_scorer(model, quantize, normalization, batch_size), *files, candidates, skip_bad_lines)
+        scorer = _load_scorer(model, adapter, quantize, normalization, batch_size)
+        _score_file(scorer, *files, candidates, skip_bad_lines)
         return
     if candidates is None:
         raise GmaskError("there are no answers: give them as --answers 'sunny|rainy'")
     texts = read_texts(texts)
-    scorer = _load_scorer(model, quantize, normalization, batch_size)
+    scorer = _load_scorer(model, adapter, quantize, normalization, batch_size)
     for scoring in scorer.score([scorer.read(text, candidates) for text in texts]):
         if as_json:
             print(json.dumps(scoring.to_dict(), ensure_ascii=False))
@@ -95,6 +97,7 @@ def embed(
     source: Source = None,
     target: EmbeddedFile = None,
     skip_bad_lines: SkipBadLines = False,
+    adapter: Adapter = None,
     quantize: Quantize = None,
 ) -> None:
     """Turn texts into vectors: a model's hidden states, pooled. Prints a JSON object for each text.
@@ -109,7 +112,8 @@ def embed(
     settings: dict[str, Any] = {"pooling": pooling, "layer": layer, "normalize": normalize, "truncate": truncate}
     files = read_files(texts, source, target)
     texts = [] if files else read_texts(texts)
-    embedder = Embedder(*load(model, quantize=quantize, model_class=GLMForConditionalGeneration), **settings)
+    loaded = load(model, quantize=quantize, adapter=adapter, model_class=GLMForConditionalGeneration)
+    embedder = Embedder(*loaded, **settings)
     if files:
         from gmask.generation.files import embed_file
 
@@ -121,14 +125,16 @@ def embed(
         print(json.dumps({"text": text, "embedding": as_floats(vector)}, ensure_ascii=False))
 
 
-def _load_scorer(model: str, quantize: str | None, normalization: str, batch_size: int) -> "Scorer":
+def _load_scorer(
+    model: str, adapter: Path | None, quantize: str | None, normalization: str, batch_size: int
+) -> "Scorer":
     from typing import cast
 
     from gmask.generation import score as scoring
     from gmask.loading import load
     from gmask.models.glm import GLMForConditionalGeneration
 
-    network, tokenizer = load(model, quantize=quantize, model_class=GLMForConditionalGeneration)
+    network, tokenizer = load(model, quantize=quantize, adapter=adapter, model_class=GLMForConditionalGeneration)
     return scoring.Scorer(network, tokenizer, cast(scoring.Normalization, normalization), batch_size)
 
 

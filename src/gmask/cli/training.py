@@ -1,4 +1,4 @@
-"""How do ``gmask pretrain`` and ``gmask train-tokenizer`` start?"""
+"""How do ``gmask pretrain``, ``gmask finetune`` and ``gmask train-tokenizer`` start?"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,6 +25,28 @@ def pretrain(
     from gmask.training.pretrain import run
 
     print(run(recipe, overrides or [], resume=resume))
+
+
+def finetune(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="YAML file: model, task, data, method, optimization.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Values to change, such as optimization.epochs=5.", show_default=False
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint of the run, if it has one.")] = True,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the results as a JSON object.")] = False,
+) -> None:
+    """Tune a model to a task: LoRA, P-tuning or all weights. A run that was stopped goes on with the same command."""
+    import json
+
+    from gmask.training.finetune import read_results, run
+
+    folder = run(recipe, overrides or [], resume=resume)
+    print(json.dumps({"folder": str(folder), **read_results(folder)}) if json_output else folder)
 
 
 def train_tokenizer(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+
+from gmask.tasks.tables import Rows as Rows
 
 SYSTEMS = {
     "model": "this model",
@@ -16,27 +16,6 @@ SYSTEMS = {
     "unigram": "unigram",
 }
 MEASURES = {"exact": "exact match", "f1": "F1", "choice": "one of 10"}
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """A table of texts; the first `n_labels` columns are words, the others numbers."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    n_labels: int = 1
-
-    def to_markdown(self) -> str:
-        rule = ["---"] * self.n_labels + ["---:"] * (len(self.columns) - self.n_labels)
-        return "\n".join("| " + " | ".join(cells) + " |" for cells in (self.columns, rule, *self.rows))
-
-    def to_rich(self, title: str) -> Table:
-        table = Table(title=title)
-        for index, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if index < self.n_labels else "right", no_wrap=True)
-        for row in self.rows:
-            table.add_row(*row)
-        return table
 
 
 def fill_rows(evaluation: Mapping[str, Any]) -> Rows:

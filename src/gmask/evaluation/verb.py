@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
 from gmask.evaluation.infilling import evaluate_infilling
@@ -17,7 +19,7 @@ from gmask.evaluation.model_card import Card, render_card
 from gmask.evaluation.report import print_evaluation
 from gmask.loading import find_folder, load
 from gmask.models.glm import GLMForConditionalGeneration
-from gmask.tasks.recipe import load_recipe
+from gmask.tasks.recipe import Recipe, load_recipe
 from gmask.tasks.vocabulary import make_mixture
 
 
@@ -57,27 +59,9 @@ def run(
     origins = _read_origins(recipe) if card else {}
     network, tokenizer = load(folder, dtype="float32", device=device, model_class=GLMForConditionalGeneration)
     tokens_seen = metrics[-1]["tokens"] if metrics else None
+    settings = {"sentences": sentences, "loss_tokens": loss_tokens, "seed": seed}
     with console.status("evaluating") as status:
-        report = evaluate_infilling(
-            network,
-            tokenizer,
-            plan.data.placed_sources,
-            make_mixture(tokenizer.backend_tokenizer, plan.objective),
-            tokens_seen=tokens_seen,
-            sentences=sentences,
-            loss_tokens=loss_tokens,
-            longest=plan.data.max_piece or plan.data.row_length,
-            seed=seed,
-            on_progress=status.update,
-        )
-    settings = {"sentences": sentences, "loss_tokens": loss_tokens, "seed": seed, "dtype": "float32"}
-    evaluation = {
-        "settings": settings,
-        "versions": {name: version(name) for name in ("gmask", "torch", "transformers", "tokenizers")},
-        "parameters": network.num_parameters(),
-        "ngram_tokens": tokens_seen,
-        **asdict(report),
-    }
+        evaluation = _measure(network, tokenizer, plan, settings, tokens_seen, status.update)
     if tables:
         print_evaluation(evaluation, console)
     written = Path(out or folder) / "evaluation.json"
@@ -94,6 +78,34 @@ def run(
         )
         _write_text(Path(card), render_card(facts))
     return written
+
+
+def _measure(
+    network: GLMForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Recipe,
+    settings: dict[str, int],
+    tokens_seen: int | None,
+    on_progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """What evaluation.json holds; arguments as of `evaluate_infilling`."""
+    report = evaluate_infilling(
+        network,
+        tokenizer,
+        plan.data.placed_sources,
+        make_mixture(tokenizer.backend_tokenizer, plan.objective),
+        tokens_seen=tokens_seen,
+        longest=plan.data.max_piece or plan.data.row_length,
+        on_progress=on_progress,
+        **settings,
+    )
+    return {
+        "settings": {**settings, "dtype": "float32"},
+        "versions": {name: version(name) for name in ("gmask", "torch", "transformers", "tokenizers")},
+        "parameters": network.num_parameters(),
+        "ngram_tokens": tokens_seen,
+        **asdict(report),
+    }
 
 
 def _read_origins(recipe: str) -> dict[str, Any]:

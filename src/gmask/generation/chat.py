@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gmask.errors import GmaskError, is_shortage
 from gmask.generation.answers import cut_at_stop, token_texts
 from gmask.generation.conversation import Prompt, PromptFormat, Rounds, find_format, fit_prompt
-from gmask.generation.decoding import Answer, Hypothesis, Rules, decode
-from gmask.generation.search import Sampling
+from gmask.generation.decoding import Answer, Hypothesis, decode
+from gmask.generation.search import Sampling, make_rules
 from gmask.generation.settings import make_settings
 from gmask.generation.streaming import AnswerStream
 
@@ -68,10 +68,13 @@ class Chatter:
                 stacklevel=3,
             )
         self.format: PromptFormat = find_format(model, tokenizer)
-        padding = range(len(tokenizer), model.config.vocab_size)
-        ends = (self.format.special.eop, self.format.special.eos)
-        forbidden = tuple(sorted({*self.format.forbidden_ids, *padding} - set(ends)))
-        self.rules = Rules(ends, forbidden, self.settings.max_tokens, self.settings.min_tokens, self._is_stopped)
+        self.rules = make_rules(
+            self.settings,
+            tokenizer,
+            ends=(self.format.special.eop, self.format.special.eos),
+            forbidden=self.format.forbidden_ids,
+            vocabulary_size=model.config.vocab_size,
+        )
 
     def fit(self, query: str, rounds: Rounds) -> Prompt:
         """The prompt of a query, with as many earlier rounds as leave room for the reply."""
@@ -124,12 +127,6 @@ class Chatter:
             text = cut_at_stop(text, self.settings.stop)
         left_out = prompt.rounds_left_out
         return Reply(self.format.clean(text), answer.finish, prompt.length, len(answer.ids), left_out, answer.logprob)
-
-    def _is_stopped(self, ids: tuple[int, ...]) -> bool:
-        if not self.settings.stop:
-            return False
-        text = "".join(token_texts(ids, self.tokenizer))
-        return any(stop in text for stop in self.settings.stop)
 
 
 class Chat:

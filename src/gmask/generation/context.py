@@ -11,6 +11,8 @@ from gmask.errors import GmaskError
 from gmask.tasks.vocabulary import find_blank_tokens
 
 BLANKS = ("[MASK]", "[sMASK]", "[gMASK]")
+PROMPT = "[PROMPT]"
+"""Where one of a model's trained vectors stands; text like any other to a model that has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +74,27 @@ class BlankedText:
         return SplicedText(text, fitted, tuple(spans))
 
 
+def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a text in which special tokens are text like any other."""
+    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    ids: list[int] = encoded["input_ids"]
+    return ids
+
+
 class TextReader:
     """Reads texts with blanks by the vocabulary of one tokenizer.
 
     ``\\[MASK]`` is the text "[MASK]" and no blank; so with every special token. Two backslashes are a backslash before
     a blank.
+
+    Args:
+        prompt_ids: `GLMConfig.prompt_ids` of a model with trained vectors (P-tuning). They stand where the text has a
+            ``[PROMPT]`` for each of them, in order; before a text that has none.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
+        self.prompt_ids = prompt_ids
         self.special = find_blank_tokens(tokenizer)
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.special_ids: dict[str, int] = {
@@ -89,7 +103,8 @@ class TextReader:
         known = {token: self.special_ids[token] for token in BLANKS if token in self.special_ids}
         self.blank_ids = {BLANKS[0]: self.special.mask, **known}
         self.blank_ids[str(tokenizer.mask_token)] = self.special.mask  # RoBERTa's is <mask>
-        spellings = "|".join(map(re.escape, sorted({*self.special_ids, *BLANKS}, key=len, reverse=True)))
+        known_tokens = {*self.special_ids, *BLANKS, *([PROMPT] if prompt_ids else ())}
+        spellings = "|".join(map(re.escape, sorted(known_tokens, key=len, reverse=True)))
         self.pattern = re.compile(rf"(\\*)({spellings}|\[(?i:[a-z]*mask)\])")
 
     def read(self, text: str) -> BlankedText:
@@ -110,20 +125,38 @@ class TextReader:
 
     def read_any(self, text: str) -> BlankedText:
         """As `read`, of a text that need not have a blank."""
-        pieces, blanks, end = [""], [], 0
+        pieces: list[str] = [""]
+        parts: list[str | int] = [""]  # texts, and the ids that stand between them
+        prompts, end = list(self.prompt_ids), 0
         for match in self.pattern.finditer(text):
             slashes, token = match.groups()
-            pieces[-1] += text[end : match.start()] + "\\" * (len(slashes) // 2)
+            plain = text[end : match.start()] + "\\" * (len(slashes) // 2) + (token if len(slashes) % 2 else "")
+            pieces[-1] += plain
+            parts[-1] = f"{parts[-1]}{plain}"
             end = match.end()
             if len(slashes) % 2:
-                pieces[-1] += token
-            elif token in self.blank_ids:
-                blanks.append(self.blank_ids[token])
+                continue
+            if token in self.blank_ids:
+                parts += [self.blank_ids[token], ""]
                 pieces.append("")
+            elif token == PROMPT:
+                parts += [prompts.pop(0) if prompts else -1, ""]
+                pieces[-1] += token
             else:
                 self._refuse(token)
         pieces[-1] += text[end:]
-        return BlankedText(tuple(pieces), self._encode(pieces, blanks))
+        parts[-1] = f"{parts[-1]}{text[end:]}"
+        self._check_prompts(parts)
+        return BlankedText(tuple(pieces), self._encode(parts))
+
+    def _check_prompts(self, parts: Sequence[str | int]) -> None:
+        """Raises `GmaskError` for some of the trained vectors without the others, or for more than there are."""
+        wanted, found = len(self.prompt_ids), sum(part == -1 or part in self.prompt_ids for part in parts)
+        if found not in (0, wanted):
+            raise GmaskError(
+                f"the text has {found} {PROMPT}, but the model {wanted} trained vectors: write one for each, or none, "
+                "and they stand before the text"
+            )
 
     def _refuse(self, token: str) -> NoReturn:
         known = [blank for blank in BLANKS if blank in self.blank_ids]
@@ -134,23 +167,32 @@ class TextReader:
             f"the text {kind} {token}: blanks are {', '.join(known)}; write \\{token} if it is meant as text"
         )
 
-    def read_blank(self, blank: int) -> Context:
-        """The text that is nothing but a blank, of this id."""
-        return self._encode(("", ""), [blank])
+    def read_blank(self, blank: int, before: str = "") -> Context:
+        """The text that ends with a blank of this id; ``before`` it special tokens are text like any other."""
+        return self._encode((before, blank, ""))
 
     def encode_plain(self, text: str) -> list[int]:
         """The ids of a text in which special tokens are text like any other."""
-        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-        ids: list[int] = encoded["input_ids"]
-        return ids
+        return encode_plain(self.tokenizer, text)
 
-    def _encode(self, pieces: Sequence[str], blanks: Sequence[int]) -> Context:
+    def encode_answer(self, answer: str, text: BlankedText, blank: int) -> tuple[int, ...]:
+        """The ids of an answer, with the white space that the blank took from the text before it."""
+        space = text.swallowed_space(blank)[-1:]
+        return tuple(self.encode_plain(answer if answer[:1].isspace() else space + answer))
+
+    def _encode(self, parts: Sequence[str | int]) -> Context:
+        """Texts, and the ids between them; white space before an id is left out."""
+        blanks = set(self.blank_ids.values())
+        if not any(part in self.prompt_ids for part in parts):
+            parts = [*self.prompt_ids, *parts]
         ids, places = [self.special.cls], []
-        for piece, blank in zip(pieces, blanks, strict=False):
-            ids += self.encode_plain(piece.rstrip())
-            places.append(len(ids))
-            ids.append(blank)
-        ids += self.encode_plain(pieces[-1])
+        for index, part in enumerate(parts):
+            if isinstance(part, str):
+                ids += self.encode_plain(part if index == len(parts) - 1 else part.rstrip())
+                continue
+            if part in blanks:
+                places.append(len(ids))
+            ids.append(part)
         if ids[-1] != self.blank_ids.get("[gMASK]"):
             ids.append(self.special.eos)
         return Context(tuple(ids), tuple(places))

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
-from gmask.generation.context import Context, TextReader
+from gmask.generation.context import Context, TextReader, encode_plain
 from gmask.infilling.blanks import BlankTokens
-from gmask.models.chatglm import ChatGLMForConditionalGeneration
+from gmask.models.chatglm import ChatGLMConfig
 from gmask.models.chatglm.prompts import FULL_WIDTH, TRAINING_TIME, build_prompt, clean_reply
 from gmask.tasks.vocabulary import find_blank_tokens
 
@@ -58,8 +58,7 @@ class ChatGLMFormat:
         )
 
     def encode(self, query: str, rounds: Rounds) -> Context:
-        text = build_prompt(query, rounds)
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = encode_plain(self.tokenizer, build_prompt(query, rounds))
         return Context((*ids, self.special.gmask), (len(ids),))
 
     def clean(self, text: str) -> str:
@@ -85,7 +84,7 @@ class QuestionAnswerFormat:
 
     def encode(self, query: str, rounds: Rounds) -> Context:
         text = "".join(f"问：{asked}答：{answered}" for asked, answered in rounds) + f"问：{query}答："
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = encode_plain(self.tokenizer, text)
         return Context((self.special.cls, *ids, self.special.gmask), (len(ids) + 1,))
 
     def clean(self, text: str) -> str:
@@ -97,8 +96,12 @@ class QuestionAnswerFormat:
 
 def find_format(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
     """The prompt that a model was made for."""
-    is_chatglm = isinstance(model, ChatGLMForConditionalGeneration)
-    return ChatGLMFormat(tokenizer) if is_chatglm else QuestionAnswerFormat(tokenizer)
+    return format_of(model.config, tokenizer)
+
+
+def format_of(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
+    """The prompt of models with such a config."""
+    return ChatGLMFormat(tokenizer) if isinstance(config, ChatGLMConfig) else QuestionAnswerFormat(tokenizer)
 
 
 @dataclass(frozen=True)

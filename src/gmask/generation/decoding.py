@@ -49,6 +49,7 @@ class Rules:
     forbidden_ids: tuple[int, ...] = ()
     max_tokens: int = 64
     min_tokens: int = 1
+    no_repeat_ngram: int = 0  # no n tokens stand twice in an answer; 0 = they may
     is_stopped: Callable[[tuple[int, ...]], bool] = field(default=lambda ids: False)
 
 
@@ -66,6 +67,17 @@ class Hypothesis:
     @property
     def is_complete(self) -> bool:
         return len(self.done) == len(self.context.places)
+
+    @property
+    def predicted(self) -> int:
+        """Tokens predicted so far, over all blanks, end tokens counted."""
+        ended = sum(len(answer.ids) + (answer.end_logprob is not None) for answer in self.done)
+        return ended + len(self.open.ids)
+
+    def score(self, length_penalty: float) -> float:
+        """The log-probability divided by the number of tokens predicted, raised to the penalty."""
+        score: float = self.logprob / max(1, self.predicted) ** length_penalty
+        return score
 
     def advance(self, token: int, logprob: float, rules: Rules) -> "Hypothesis":
         """The hypothesis with one more token, which may end the answer."""

@@ -88,7 +88,7 @@ class Embedder:
 
     @cached_property
     def reader(self) -> TextReader:
-        return TextReader(self.tokenizer)
+        return TextReader(self.tokenizer, self.model.config.prompt_ids)
 
     def read(self, text: str) -> Context:
         """Encodes a text, and cuts it or checks that it fits the model."""

@@ -16,6 +16,7 @@ from gmask.generation.embed import Embedder, as_floats
 from gmask.generation.infill import Infiller
 from gmask.generation.lines import FileReport, Job, run_job
 from gmask.generation.score import Question, Scorer
+from gmask.generation.search import make_seeds
 
 
 def fill_file(
@@ -31,7 +32,7 @@ def fill_file(
 
     The line with index i (from 0) draws as a single run does with ``seed + i``. All else is as in `run_job`.
     """
-    first_seed = infiller.make_seeds(1)[0]
+    first_seed = make_seeds(infiller.settings, 1)[0]
 
     def read(values: Mapping[str, Any]) -> str:
         blanked = infiller.read(values["text"])

@@ -5,15 +5,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Unpack, overload
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
-from gmask.generation.answers import Infilling, assemble_infilling, token_texts
+from gmask.generation.answers import Infilling, assemble_infilling
 from gmask.generation.choices import ChoiceLists, read_choices, score_choices
-from gmask.generation.context import BlankedText, Context, TextReader
-from gmask.generation.decoding import Hypothesis, Rules, decode
-from gmask.generation.search import BeamSearch, Sampling
+from gmask.generation.context import BlankedText, TextReader
+from gmask.generation.decoding import Hypothesis, Rules
+from gmask.generation.search import find_answers, make_rules, make_seeds
 from gmask.generation.settings import Settings, SettingsKeywords, make_settings
 from gmask.models.glm import GLMForConditionalGeneration
 
@@ -63,8 +62,10 @@ def infill(
         batch_size: rows that are decoded together.
         settings: ``n=1`` alternatives: the best by beam search or, with a temperature, that many drawn ones, ranked by
             the joint log-probability of all answers (one that was cut counts as far as it goes); ``max_tokens=64`` and
-            ``min_tokens=1`` of an answer; ``temperature=0``, ``top_k=0``, ``top_p=1``; ``num_beams=1``; ``seed`` (text
-            i of several draws as a single run does with ``seed + i``); ``stop``, texts that end an answer.
+            ``min_tokens=1`` of an answer; ``temperature=0``, ``top_k=0``, ``top_p=1``; ``num_beams=1``;
+            ``length_penalty=0`` (the rank is the log-probability divided by the number of tokens, ends counted, to this
+            power); ``no_repeat_ngram=0`` (no so many tokens stand twice in an answer); ``seed`` (text i of several
+            draws as a single run does with ``seed + i``); ``stop``, texts that end an answer.
 
     Returns:
         An `Infilling` for a text, a list of them for several. All log-probabilities are exact and the model's own.
@@ -98,16 +99,18 @@ class Infiller:
 
     @cached_property
     def reader(self) -> TextReader:
-        return TextReader(self.tokenizer)
+        return TextReader(self.tokenizer, self.model.config.prompt_ids)
 
     @cached_property
     def rules(self) -> Rules:
         """When answers end. Special tokens and the rows that pad the vocabulary are never part of one."""
-        special, settings = self.reader.special, self.settings
-        ends = (special.eop, special.eos)
-        padding = range(len(self.tokenizer), self.model.config.vocab_size)
-        forbidden = tuple(sorted({*self.reader.special_ids.values(), *padding} - set(ends)))
-        return Rules(ends, forbidden, settings.max_tokens, settings.min_tokens, self._is_stopped)
+        return make_rules(
+            self.settings,
+            self.tokenizer,
+            ends=(self.reader.special.eop, self.reader.special.eos),
+            forbidden=self.reader.special_ids.values(),
+            vocabulary_size=self.model.config.vocab_size,
+        )
 
     def fill(
         self, texts: Sequence[str], choices: ChoiceLists | None = None, *, seeds: Sequence[int] | None = None
@@ -116,15 +119,20 @@ class Infiller:
         blanked = [self.read(text) for text in texts]
         if choices is not None:
             return [self._choose(text, choices) for text in blanked]
-        seeds = self.make_seeds(len(texts)) if seeds is None else seeds
+        seeds = make_seeds(self.settings, len(texts)) if seeds is None else seeds
         size = max(1, self.batch_size // max(self.settings.beams, self.settings.n))
         filled: list[Infilling] = []
         for start in range(0, len(blanked), size):
             batch = blanked[start : start + size]
-            search = self.make_search([text.context for text in batch], seeds[start : start + size])
-            for _ in decode(self.model, search.contexts, search, special=self.reader.special):
-                pass
-            filled += map(self._rank, batch, search.complete)
+            found = find_answers(
+                self.model,
+                [text.context for text in batch],
+                self.settings,
+                self.rules,
+                special=self.reader.special,
+                seeds=seeds[start : start + size],
+            )
+            filled += map(self._assemble, batch, found)
         return filled
 
     def read(self, text: str) -> BlankedText:
@@ -133,29 +141,9 @@ class Infiller:
         blanked.context.check_length(self.model.config.max_position_embeddings)
         return blanked
 
-    def make_seeds(self, count: int) -> list[int]:
-        """Seeds of the first ``count`` texts; of a throw of the dice if the settings have none."""
-        first = self.settings.seed
-        if first is None:
-            first = int(np.random.default_rng().integers(2**62))
-        return list(range(first, first + count))
-
-    def make_search(self, contexts: Sequence[Context], seeds: Sequence[int]) -> Sampling | BeamSearch:
-        """The search that the settings ask for."""
-        if self.settings.beams > 1:
-            return BeamSearch(contexts, self.settings, self.rules)
-        return Sampling(contexts, self.settings, self.rules, seeds=seeds)
-
-    def _is_stopped(self, ids: tuple[int, ...]) -> bool:
-        if not self.settings.stop:
-            return False
-        text = "".join(token_texts(ids, self.tokenizer))
-        return any(stop in text for stop in self.settings.stop)
-
-    def _rank(self, text: BlankedText, found: Sequence[Hypothesis]) -> Infilling:
+    def _assemble(self, text: BlankedText, found: Sequence[Hypothesis]) -> Infilling:
         filled = [
-            assemble_infilling(text, hypothesis.done, self.tokenizer, stops=self.settings.stop)
-            for hypothesis in sorted(found, key=lambda hypothesis: -hypothesis.logprob)
+            assemble_infilling(text, hypothesis.done, self.tokenizer, stops=self.settings.stop) for hypothesis in found
         ]
         if self.settings.beams > 1:  # different tokens may spell the same text: the best ones stand for it
             unique: dict[str, Infilling] = {}

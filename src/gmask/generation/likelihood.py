@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from gmask.errors import GmaskError
 from gmask.generation.context import BlankedText, Context, TextReader
@@ -33,14 +33,55 @@ def encode_answer(
     Raises:
         GmaskError: an answer longer than the model has positions.
     """
-    space = text.swallowed_space(blank)[-1:]
-    ids = reader.encode_plain(answer if answer[:1].isspace() else space + answer)
+    ids = reader.encode_answer(answer, text, blank)
     positions = model.config.max_position_embeddings
     if len(ids) >= positions:
         raise GmaskError(
             f"the answer {answer[:20]!r} has {len(ids)} tokens; the model's {positions} positions hold fewer"
         )
-    return tuple(ids)
+    return ids
+
+
+def score_answers(
+    model: PreTrainedModel,
+    questions: Sequence[tuple[Context, Sequence[tuple[int, ...]]]],
+    special: BlankTokens,
+    *,
+    batch_size: int,
+) -> list[list[Answer]]:
+    """The answers, given as ids, to the first blank of each context, with their log-probabilities.
+
+    ``batch_size`` contexts of like length are read together, and as many answers are scored together.
+    """
+    order = sorted(range(len(questions)), key=lambda index: len(questions[index][0].ids))  # little padding
+    found: list[list[Answer]] = [[] for _ in questions]
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        scorer = AnswerScorer(model, [questions[index][0] for index in batch], special, batch_size=batch_size)
+        rows = [AnswerRow(place, (ids,)) for place, index in enumerate(batch) for ids in questions[index][1]]
+        for row, (answer,) in zip(rows, scorer.score(rows), strict=True):
+            found[batch[row.context]].append(answer)
+    return found
+
+
+def score_shared(
+    model: PreTrainedModel,
+    questions: Sequence[tuple[Context, Sequence[tuple[int, ...]]]],
+    special: BlankTokens,
+    *,
+    batch_size: int,
+) -> list[list[float]]:
+    """The summed log-probabilities of answers to contexts that several questions share.
+
+    Each context is read once, and each answer to it is scored once.
+    """
+    wanted: dict[Context, dict[tuple[int, ...], float]] = {}
+    for context, answers in questions:
+        wanted.setdefault(context, {}).update(dict.fromkeys(answers, 0.0))
+    asked = [(context, list(answers)) for context, answers in wanted.items()]
+    for (context, _), found in zip(asked, score_answers(model, asked, special, batch_size=batch_size), strict=True):
+        wanted[context].update((answer.ids, sum(answer.logprobs)) for answer in found)
+    return [[wanted[context][ids] for ids in answers] for context, answers in questions]
 
 
 class AnswerScorer:
@@ -51,7 +92,7 @@ class AnswerScorer:
 
     def __init__(
         self,
-        model: GLMForConditionalGeneration,
+        model: PreTrainedModel,
         contexts: Sequence[Context],
         special: BlankTokens,
         *,
@@ -118,14 +159,17 @@ class AnswerScorer:
         return input_ids, targets, layout
 
     def _select(self, index: Tensor) -> DynamicCache:
-        """A cache of its own for each row, of the row's context."""
+        """A cache of its own for each row, of the row's context.
+
+        Each grows once, by the answer: the room to spare of a `GrowingCache` would only take memory.
+        """
         index = index.to(self.model.device)
         layers = [(layer.keys[index], layer.values[index]) for layer in self.cache.layers]
         return DynamicCache(layers, config=self.model.config)
 
     def _read(self, input_ids: Tensor, layout: Tensor, mask: Tensor | None, cache: DynamicCache) -> Tensor:
         device = self.model.device
-        outputs = self.model.glm(
+        outputs = self.model.base_model(
             input_ids=input_ids.to(device),
             layout=layout.to(device),
             attention_mask=None if mask is None else mask.to(device),

@@ -1,5 +1,6 @@
 """What is asked of the engine, and what does it tell of it?"""
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from gmask.generation.sampling import SamplingParameters
 
 End = Literal["complete", "cancelled", "timeout", "failed"]
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
@@ -20,6 +23,7 @@ class Request:
     context: Context
     sampling: SamplingParameters
     n: int = 1  # independent samples of the context, which is read once
+    adapter: str | None = None  # the name of one of the engine's; None: the model alone
     priority: int = 0  # lower is served first
     timeout: float | None = None  # seconds from submission
 
@@ -47,6 +51,10 @@ class QueueFull(GmaskError):
         self.retry_after = retry_after  # seconds
 
 
+class EngineClosed(GmaskError):
+    """The engine answers no more: it was closed, or has failed for good."""
+
+
 class Ticket:
     """A submitted request."""
 
@@ -71,6 +79,12 @@ class Ticket:
         context, tokens = self.request.context, self.request.sampling.max_tokens
         return self.prefix + len(context.ids) + len(context.places) * (tokens + 1)
 
+    def outer_end(self, now: float) -> End | None:
+        """What ends it from outside at a time of `time.monotonic`; None while it may go on."""
+        if self.is_cancelled:
+            return "cancelled"
+        return "timeout" if self.deadline is not None and now > self.deadline else None
+
     def cancel(self) -> None:
         """Has the engine stop; what was said so far is told once more, with the end "cancelled"."""
         self.is_cancelled = True
@@ -86,13 +100,14 @@ class Ticket:
         return self.latest
 
     def report(self, progress: Progress) -> None:
-        """Tells of a sample; for the engine."""
+        """Tells of a sample; for the engine. A listener that fails is no other request's affair."""
         self.latest[progress.index] = progress
         try:
             self.tell(progress)
-        finally:
-            if all(latest.end for latest in self.latest):
-                self._is_over.set()
+        except Exception:
+            log.exception("a listener failed")
+        if all(latest.end for latest in self.latest):
+            self._is_over.set()
 
     def give_up(self, end: End, error: Exception | None = None) -> None:
         """Ends all samples that have not ended."""

@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
 from gmask.generation.answers import Token, token_texts
-from gmask.generation.context import BlankedText, Context, TextReader
+from gmask.generation.context import BlankedText, TextReader
 from gmask.generation.decoding import Answer
-from gmask.generation.likelihood import AnswerRow, AnswerScorer, encode_answer
+from gmask.generation.likelihood import encode_answer, score_answers, score_shared
 from gmask.models.glm import GLMForConditionalGeneration
 
 Normalization = Literal["sum", "mean", "unconditional"]
@@ -168,7 +168,7 @@ class Scorer:
 
     @cached_property
     def reader(self) -> TextReader:
-        return TextReader(self.tokenizer)
+        return TextReader(self.tokenizer, self.model.config.prompt_ids)
 
     def read(self, text: str, answers: Sequence[str]) -> Question:
         """Cuts and encodes a text and its answers, and checks that they fit the model."""
@@ -190,35 +190,18 @@ class Scorer:
 
     def score(self, questions: Sequence[Question]) -> list[Scoring]:
         """Scores questions that were read by this scorer."""
-        found = self.score_ids([(question.blanked.context, question.ids) for question in questions])
+        asked = [(question.blanked.context, question.ids) for question in questions]
+        found = score_answers(self.model, asked, self.reader.special, batch_size=self.batch_size)
         if self.normalization == "unconditional":
             baselines = self._score_without_text(questions)
         else:
             baselines = [[0.0] * len(question.ids) for question in questions]
         return list(map(self._assemble, questions, found, baselines))
 
-    def score_ids(self, questions: Sequence[tuple[Context, Sequence[tuple[int, ...]]]]) -> list[list[Answer]]:
-        """The answers, given as ids, to the first blank of each context, with their log-probabilities."""
-        order = sorted(range(len(questions)), key=lambda index: len(questions[index][0].ids))  # little padding
-        found: list[list[Answer]] = [[] for _ in questions]
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            contexts = [questions[index][0] for index in batch]
-            scorer = AnswerScorer(self.model, contexts, self.reader.special, batch_size=self.batch_size)
-            rows = [AnswerRow(place, (ids,)) for place, index in enumerate(batch) for ids in questions[index][1]]
-            for row, (answer,) in zip(rows, scorer.score(rows), strict=True):
-                found[batch[row.context]].append(answer)
-        return found
-
     def _score_without_text(self, questions: Sequence[Question]) -> list[list[float]]:
         """The log-probability of each answer to each question where the text is nothing but the question's blank."""
-        wanted: dict[int, dict[tuple[int, ...], float]] = {}
-        for question in questions:
-            wanted.setdefault(question.blank_id, {}).update(dict.fromkeys(question.ids, 0.0))
-        found = self.score_ids([(self.reader.read_blank(blank), list(ids)) for blank, ids in wanted.items()])
-        for ids, answers in zip(wanted.values(), found, strict=True):
-            ids.update((answer.ids, sum(answer.logprobs)) for answer in answers)
-        return [[wanted[question.blank_id][ids] for ids in question.ids] for question in questions]
+        bare = [(self.reader.read_blank(question.blank_id), question.ids) for question in questions]
+        return score_shared(self.model, bare, self.reader.special, batch_size=self.batch_size)
 
     def _assemble(self, question: Question, answers: Sequence[Answer], baselines: Sequence[float]) -> Scoring:
         logprobs = [sum(answer.logprobs) for answer in answers]

@@ -1,15 +1,54 @@
-"""Which token comes next: the most probable one, one drawn at random, or those of the best beams?"""
+"""Which token comes next: the most probable one, one drawn at random, or those of the best beams?
 
-from collections.abc import Sequence
+Shape letters: B rows, V vocabulary.
+"""
+
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gmask.generation.answers import token_texts
 from gmask.generation.context import Context
-from gmask.generation.decoding import Hypothesis, Rules
+from gmask.generation.decoding import Hypothesis, Rules, decode
 from gmask.generation.settings import Settings
+from gmask.infilling.blanks import BlankTokens
+
+
+def make_rules(
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    ends: Sequence[int],
+    forbidden: Collection[int],
+    vocabulary_size: int,
+) -> Rules:
+    """When an answer ends. The rows of the vocabulary behind the tokenizer's last are never part of one."""
+
+    def is_stopped(ids: tuple[int, ...]) -> bool:
+        if not settings.stop:
+            return False
+        text = "".join(token_texts(ids, tokenizer))
+        return any(stop in text for stop in settings.stop)
+
+    padding = range(len(tokenizer), vocabulary_size)
+    return Rules(
+        tuple(ends),
+        tuple(sorted({*forbidden, *padding} - set(ends))),
+        settings.max_tokens,
+        settings.min_tokens,
+        settings.no_repeat_ngram,
+        is_stopped,
+    )
+
+
+def make_seeds(settings: Settings, count: int) -> list[int]:
+    """Seeds of the first ``count`` texts; from a throw of the dice if the settings have none."""
+    first = int(np.random.default_rng().integers(2**62)) if settings.seed is None else settings.seed
+    return list(range(first, first + count))
 
 
 def allow(logprobs: Tensor, live: Sequence[Hypothesis], rules: Rules) -> Tensor:
@@ -19,7 +58,28 @@ def allow(logprobs: Tensor, live: Sequence[Hypothesis], rules: Rules) -> Tensor:
     too_short = [row for row, hypothesis in enumerate(live) if len(hypothesis.open.ids) < rules.min_tokens]
     if too_short:
         allowed[torch.tensor(too_short)[:, None], torch.tensor(rules.end_ids)] = -torch.inf
+    if rules.no_repeat_ngram:
+        _forbid_repeats(allowed, logprobs, live, rules)
     return allowed
+
+
+def _forbid_repeats(allowed: Tensor, logprobs: Tensor, live: Sequence[Hypothesis], rules: Rules) -> None:
+    """Forbids each row the tokens that would repeat an n-gram of its answer; one that may say nothing else may end."""
+    ends = torch.tensor(rules.end_ids, device=allowed.device)
+    for row, hypothesis in enumerate(live):
+        if repeats := find_repeats(hypothesis.open.ids, rules.no_repeat_ngram):
+            allowed[row, repeats] = -torch.inf
+            if not bool((allowed[row] > -torch.inf).any()):
+                allowed[row, ends] = logprobs[row, ends]
+
+
+def find_repeats(ids: Sequence[int], size: int) -> list[int]:
+    """The tokens that would complete a ``size``-gram that the ids hold already."""
+    start = len(ids) - size + 1
+    if start < 0:
+        return []
+    last = tuple(ids[start:])
+    return [ids[place + size - 1] for place in range(start) if tuple(ids[place : place + size - 1]) == last]
 
 
 class Sampling:
@@ -100,15 +160,19 @@ def _in_order(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 class BeamSearch:
-    """The most probable answers to all blanks of a text jointly.
+    """The answers to all blanks of a text that score best jointly: by log-probability / tokens ** length_penalty.
 
-    All live beams have predicted equally many tokens, end tokens counted, whichever blank they are at. A text is done
-    when none of its live beams can beat the complete ones: a log-probability only falls.
+    All live beams have predicted equally many tokens, end tokens counted, whichever blank they are at, so that among
+    them the log-probability decides. A text is done when none of its live beams can beat the complete ones: a
+    log-probability only falls, and no text has more tokens than ``max_tokens`` for each blank.
+
+    Source of the score: the beam search of transformers, which THUDM/GLM generates with.
     """
 
     def __init__(self, contexts: Sequence[Context], settings: Settings, rules: Rules) -> None:
         self.contexts = contexts
         self.width = settings.beams
+        self.length_penalty = settings.length_penalty
         self.rules = rules
         self.complete: list[list[Hypothesis]] = [[] for _ in contexts]
 
@@ -154,8 +218,42 @@ class BeamSearch:
                 kept.append((row, grown))
             if len(kept) == self.width:
                 break
-        complete.sort(key=lambda hypothesis: -hypothesis.logprob)
+        complete.sort(key=lambda hypothesis: -hypothesis.score(self.length_penalty))
         del complete[self.width :]
-        if len(complete) == self.width and (not kept or kept[0][1].logprob <= complete[-1].logprob):
-            return []
+        if len(complete) == self.width:
+            worst = complete[-1].score(self.length_penalty)
+            if not kept or self._best_end(kept[0][1]) <= worst:
+                return []
         return kept
+
+    def _best_end(self, live: Hypothesis) -> float:
+        """A score that a live beam and what may become of it cannot exceed."""
+        longest = self.rules.max_tokens * len(live.context.places)
+        length = longest if self.length_penalty > 0 else live.predicted
+        bound: float = live.logprob / length**self.length_penalty
+        return bound
+
+
+def make_search(
+    contexts: Sequence[Context], settings: Settings, rules: Rules, *, seeds: Sequence[int]
+) -> Sampling | BeamSearch:
+    """The search that the settings ask for; ``seeds`` has one for each context."""
+    if settings.beams > 1:
+        return BeamSearch(contexts, settings, rules)
+    return Sampling(contexts, settings, rules, seeds=seeds)
+
+
+def find_answers(
+    model: PreTrainedModel,
+    contexts: Sequence[Context],
+    settings: Settings,
+    rules: Rules,
+    *,
+    special: BlankTokens,
+    seeds: Sequence[int],
+) -> list[list[Hypothesis]]:
+    """The answers to all blanks of each context, the best first; the contexts are read in one batch."""
+    search = make_search(contexts, settings, rules, seeds=seeds)
+    for _ in decode(model, contexts, search, special=special):
+        pass
+    return [sorted(found, key=lambda one: -one.score(settings.length_penalty)) for found in search.complete]

@@ -18,6 +18,8 @@ class SettingsKeywords(TypedDict, total=False):
     top_k: int
     top_p: float
     num_beams: int
+    length_penalty: float
+    no_repeat_ngram: int
     seed: int | None
     stop: str | Sequence[str]
 
@@ -37,14 +39,16 @@ class Settings:
     top_k: int = 0
     top_p: float = 1.0
     num_beams: int = 1  # at least 2 * n are used when n > 1 and nothing is drawn
+    length_penalty: float = 0.0  # ranks answers by log-probability / tokens ** it; above 0 helps long ones
+    no_repeat_ngram: int = 0  # no n tokens stand twice in an answer; 0 = they may
     seed: int | None = None
     stop: tuple[str, ...] = ()  # an answer ends before any of these; they may lie across tokens
 
     def __post_init__(self) -> None:
-        for name in ("n", "max_tokens", "min_tokens", "top_k", "num_beams"):
+        for name in ("n", "max_tokens", "min_tokens", "top_k", "num_beams", "no_repeat_ngram"):
             if not _is_whole(getattr(self, name)):
                 raise GmaskError(f"{name} must be a whole number, not {getattr(self, name)!r}")
-        for name in ("temperature", "top_p"):
+        for name in ("temperature", "top_p", "length_penalty"):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float):
                 raise GmaskError(f"{name} must be a number, not {getattr(self, name)!r}")
         if self.seed is not None and not (_is_whole(self.seed) and self.seed >= 0):
@@ -59,6 +63,8 @@ class Settings:
             ("top_k", self.top_k >= 0, "0 or above"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("num_beams", self.num_beams >= 1, "at least 1"),
+            ("length_penalty", abs(self.length_penalty) < float("inf"), "a finite number"),
+            ("no_repeat_ngram", self.no_repeat_ngram >= 0, "0 or above"),
         ):
             if not fits:
                 raise GmaskError(f"{name} must be {rule}, not {getattr(self, name)}")

@@ -106,6 +106,10 @@ class SlotCache(Cache):
             self.lengths[row] = self.lengths[last]
         self.lengths.pop()
 
+    def keep(self, rows: int) -> None:
+        """Lets all but the first rows go."""
+        del self.lengths[rows:]
+
     def begin_step(self, device: torch.device) -> Tensor:
         """Prepares the feeding of one token a row; returns which places each row then sees, boolean ``[R, W]``."""
         self.row_index = torch.arange(len(self.lengths), device=device)

@@ -11,6 +11,7 @@ from gmask.generation.answers import Infilling, TextAssembler, assemble_infillin
 from gmask.generation.context import BlankedText
 from gmask.generation.decoding import Answer, decode
 from gmask.generation.infill import Infiller
+from gmask.generation.search import make_search, make_seeds
 from gmask.generation.settings import SettingsKeywords, make_settings
 from gmask.models.glm import GLMForConditionalGeneration
 
@@ -49,7 +50,7 @@ def stream_answers(infiller: Infiller, text: str) -> Generator[Fragment, None, I
 
 def _tell_answers(infiller: Infiller, blanked: BlankedText) -> Generator[Fragment, None, Infilling]:
     stops = infiller.settings.stop
-    search = infiller.make_search([blanked.context], infiller.make_seeds(1))
+    search = make_search([blanked.context], infiller.settings, infiller.rules, seeds=make_seeds(infiller.settings, 1))
     answer_stream = AnswerStream(infiller.tokenizer, settle_blank(blanked, 0), stops=stops)
     done: tuple[Answer, ...] = ()
     for (hypothesis,) in decode(infiller.model, search.contexts, search, special=infiller.reader.special):

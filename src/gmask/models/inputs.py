@@ -1,4 +1,4 @@
-"""How do the arguments of a forward pass become packed sequences and one mask, for either architecture?"""
+"""How are the arguments of a forward pass read, for either architecture: packed sequences, one mask, what is kept?"""
 
 import torch
 from torch import Tensor
@@ -73,3 +73,15 @@ def _drop_idle(mask: Tensor) -> Tensor | None:
 
 def continues(cache: Cache | None) -> bool:
     return cache is not None and bool(cache.get_seq_length() > 0)
+
+
+def keep_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Of ``hidden_states [B, T, H]`` those that logits are wanted of.
+
+    Args:
+        logits_to_keep: as in transformers, how many last positions (0 = all) or which ones ``[K]`` of every row; or a
+            boolean mask ``[B, T]``, which gives ``[n, H]`` in row order: training pays for no other position.
+    """
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    return hidden_states[logits_to_keep] if logits_to_keep.dtype == torch.bool else hidden_states[:, logits_to_keep]

@@ -42,44 +42,48 @@ def derive_layout(
     if sequence_ids is None:
         sequence_ids = torch.zeros_like(input_ids)
     is_real = is_real & (sequence_ids >= 0)
-    width = input_ids.shape[1] + 1  # more than any count within a row
-
-    def count_within_sequence(
-        flags: Tensor,
-    ) -> Tensor:  # [B, T] inclusive, restarting with each packed sequence
-        total = flags.long().cumsum(-1)
-        starts = torch.ones_like(flags)
-        starts[:, 1:] = sequence_ids[:, 1:] != sequence_ids[:, :-1]
-        before = torch.where(starts, total - flags.long(), torch.zeros_like(total))
-        return total - before.cummax(-1).values
-
     is_sop = (input_ids == sop_token_id) & is_real
-    sop_count = count_within_sequence(is_sop)
+    sop_count = _count_within(sequence_ids, is_sop)
     in_answer = (sop_count > 0) & is_real
-    is_blank = (
-        torch.isin(input_ids, torch.tensor(list(blank_token_ids), device=input_ids.device)) & is_real & ~in_answer
-    )
-    place = (count_within_sequence(is_real) - 1).clamp(min=0)
+    blank_ids = torch.tensor(list(blank_token_ids), device=input_ids.device)
+    is_blank = torch.isin(input_ids, blank_ids) & is_real & ~in_answer
+    place = (_count_within(sequence_ids, is_real) - 1).clamp(min=0)
+    of_blank = place.gather(1, _find_blanks(sequence_ids, is_blank, sop_count, in_answer))
+    context_place = torch.where(in_answer, of_blank, place)
+    column = torch.arange(input_ids.shape[1], device=input_ids.device)
+    last_sop = torch.where(is_sop, column, torch.zeros_like(input_ids)).cummax(-1).values
+    answer_place = torch.where(in_answer, column - last_sop + 1, torch.zeros_like(input_ids))
+    context_place = torch.where(is_real, context_place, torch.zeros_like(input_ids))
+    return torch.stack((context_place, answer_place), dim=1)
 
-    # Blanks get the ascending keys (sequence, rank); an answer looks up the greatest key not above its own.
-    key = sequence_ids * width
-    blank_keys = torch.where(
-        is_blank, key + count_within_sequence(is_blank), torch.full_like(key, torch.iinfo(key.dtype).max)
-    )
-    blank_keys, order = blank_keys.sort(-1)
+
+def _count_within(sequence_ids: Tensor, flags: Tensor) -> Tensor:
+    """How many flags ``[B, T]`` stand up to and at each token, counted anew in each packed sequence."""
+    total = flags.long().cumsum(-1)
+    starts = torch.ones_like(flags)
+    starts[:, 1:] = sequence_ids[:, 1:] != sequence_ids[:, :-1]
+    before = torch.where(starts, total - flags.long(), torch.zeros_like(total))
+    return total - before.cummax(-1).values
+
+
+def _find_blanks(sequence_ids: Tensor, is_blank: Tensor, sop_count: Tensor, in_answer: Tensor) -> Tensor:
+    """The column of the blank that each token of an answer fills ``[B, T]``; of no meaning at other tokens.
+
+    Blanks get the ascending keys (sequence, rank); an answer looks up the greatest key not above its own.
+
+    Raises:
+        ValueError: an answer without a blank before it.
+    """
+    key = sequence_ids * (sequence_ids.shape[1] + 1)  # a width that no count within a row reaches
+    none = torch.full_like(key, torch.iinfo(key.dtype).max)
+    blank_keys, order = torch.where(is_blank, key + _count_within(sequence_ids, is_blank), none).sort(-1)
     found = torch.searchsorted(blank_keys, key + sop_count, right=True) - 1
     blank = found.clamp(min=0)
     if bool((in_answer & ((found < 0) | (blank_keys.gather(1, blank) < key))).any()):
         raise ValueError(
             "a sequence has <sop> but no [MASK], [sMASK] or [gMASK] before it: put the blank into the context"
         )
-
-    context_place = torch.where(in_answer, place.gather(1, order.gather(1, blank)), place)
-    column = torch.arange(input_ids.shape[1], device=input_ids.device)
-    last_sop = torch.where(is_sop, column, torch.zeros_like(input_ids)).cummax(-1).values
-    answer_place = torch.where(in_answer, column - last_sop + 1, torch.zeros_like(input_ids))
-    context_place = torch.where(is_real, context_place, torch.zeros_like(input_ids))
-    return torch.stack((context_place, answer_place), dim=1)
+    return order.gather(1, blank)
 
 
 def extend_layout(layout: Tensor, new_tokens: int) -> Tensor:

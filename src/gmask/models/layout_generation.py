@@ -14,6 +14,7 @@ from transformers.generation.utils import GenerateOutput
 from transformers.modeling_outputs import ModelOutput
 
 from gmask.models.cache import GrowingCache
+from gmask.models.inputs import continues
 from gmask.models.layout import derive_layout, extend_layout
 
 
@@ -138,12 +139,22 @@ class LayoutGenerationMixin(GenerationMixin):
         updated["layout"] = extend_layout(updated["layout"], num_new_tokens)
         return updated
 
-    @staticmethod
+    def _prepare_static_cache(self, *args: Any, max_cache_len: int, **kwargs: Any) -> Cache:
+        """Of tokens and prefix."""
+        room = max_cache_len + (self.config.pre_seq_len or 0)
+        cache: Cache = super()._prepare_static_cache(*args, max_cache_len=room, **kwargs)
+        return cache
+
     def create_masks_for_generate(
-        attention_mask: Tensor | None = None, past_key_values: Cache | None = None, **kwargs: Any
+        self, attention_mask: Tensor | None = None, past_key_values: Cache | None = None, **kwargs: Any
     ) -> Tensor | None:
-        """The padding mask, as long as a static cache: a compiled step then sees one shape. Forward does the rest."""
+        """The padding mask, as long as a static cache: a compiled step then sees one shape. Forward does the rest.
+
+        Once the cache holds a prefix, the mask has that in front.
+        """
         if attention_mask is None or past_key_values is None:
             return attention_mask
+        if self.config.pre_seq_len is not None and continues(past_key_values):
+            attention_mask = F.pad(attention_mask, (self.config.pre_seq_len, 0), value=1)
         room = past_key_values.get_mask_sizes(1, 0)[0] - attention_mask.shape[1]
         return F.pad(attention_mask, (0, max(room, 0)), value=1)

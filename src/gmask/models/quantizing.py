@@ -5,8 +5,25 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from gmask.errors import GmaskError
 from gmask.quantization.linear import QuantizedLayer
-from gmask.quantization.quantizer import quantize_model
+from gmask.quantization.quantizer import parallel_rule, quantize_model, quantized_layers
+
+
+def check_division(model: Any, processes: int) -> None:
+    """Raises `GmaskError` for integers that cannot be divided among processes."""
+    for name, layer in quantized_layers(model):
+        if not model.hf_quantizer.pre_quantized:
+            raise GmaskError(
+                "weights are not quantized while they are divided among processes: write them with gmask quantize, and "
+                "name that folder"
+            )
+        together = layer.group_size or 8 // layer.bits  # columns that share a scale, or a byte
+        if model.tp_plan.get(parallel_rule(name)) == "rowwise" and layer.in_features % (together * processes):
+            raise GmaskError(
+                f"the {layer.in_features} columns of {name} lie in groups of {together}, which cannot be divided among "
+                f"{processes} processes: run fewer, or quantize in smaller groups"
+            )
 
 
 class QuantizingMixin:

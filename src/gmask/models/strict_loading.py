@@ -1,7 +1,7 @@
 """How does `from_pretrained` refuse weights that do not fit the model?"""
 
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,11 +11,15 @@ from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from gmask.errors import GmaskError, one_line
+from gmask.models.quantizing import check_division
 
 UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError)
 LFS_POINTER = b"version https://git-lfs"
 PLACEMENTS = ("device_map", "distributed_config", "gguf_file", "quantization_config", "tp_plan", "tp_size")
 """Keywords of `from_pretrained` by which the weights may go elsewhere than to the CPU, or be no floats."""
+
+OTHER_FILES = ("gguf_file", "key_mapping", "state_dict", "subfolder", "use_safetensors", "variant")
+"""Keywords of `from_pretrained` by which the weights are not simply those of the folder."""
 
 
 class StrictLoadingMixin:
@@ -24,6 +28,9 @@ class StrictLoadingMixin:
     base_model_prefix: str
     tuned_parts: ClassVar[tuple[str, ...]] = ()
     """Beginnings of the keys that tuning adds: a checkpoint may lack them as a whole, like a head for a task."""
+
+    check_source: ClassVar[Callable[..., None] | None] = None
+    """Refuses a folder before it is loaded, as `gmask.load` does; whoever knows how checkpoints are read sets it."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
@@ -41,6 +48,9 @@ class StrictLoadingMixin:
         lets_shapes_differ = kwargs.pop("ignore_mismatched_sizes", False)
         if all(kwargs.get(name) is None for name in ("dtype", "torch_dtype", *PLACEMENTS)):
             kwargs["dtype"] = torch.float32
+        is_plain = not model_args and not lets_shapes_differ and all(not kwargs.get(name) for name in OTHER_FILES)
+        if cls.check_source is not None and is_plain:
+            cls.check_source(cls, pretrained_model_name_or_path, **kwargs)
         try:
             model, info = super().from_pretrained(  # type: ignore[misc]
                 pretrained_model_name_or_path,
@@ -66,6 +76,9 @@ class StrictLoadingMixin:
     ) -> PreTrainedModel:
         if distributed_config is not None:
             check_processes(model.config.num_attention_heads, distributed_config.tp_size)
+            if model.config.pre_seq_len is not None:
+                raise GmaskError("a P-tuning prefix is not divided among processes: run one process")
+            check_division(model, distributed_config.tp_size)
         return super().maybe_distribute_model(model, distributed_config, *args)  # type: ignore[misc]
 
 

@@ -179,45 +179,50 @@ def matmul(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tenso
     Returns:
         ``[..., N]`` in x's dtype.
     """
+    rows = x.reshape(-1, packed.columns)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _Matmul.apply(x, bias, packed)  # type: ignore[no-any-return, no-untyped-call]
-    return _multiply(x, packed, bias)
+        y = _Matmul.apply(rows, bias, packed)  # type: ignore[no-untyped-call]
+    else:
+        y = _multiply(rows, packed, bias)
+    # A view is made here, for what a function returns as one may not be changed in place, as AdaLoRA's layers do.
+    output: Tensor = y.view(*x.shape[:-1], packed.outputs)
+    return output
 
 
 class _Matmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, packed: PackedWeight) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, bias: Tensor | None, packed: PackedWeight) -> Tensor:
         ctx.packed, ctx.bias_dtype = packed, None if bias is None else bias.dtype
-        return _multiply(x, packed, bias)
+        return _multiply(rows, packed, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_bias = None
+        grad_rows = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = _multiply_transposed(rows, ctx.packed).view(*grad.shape[:-1], ctx.packed.columns)
+            grad_rows = _multiply_transposed(grad, ctx.packed)
         if ctx.needs_input_grad[1]:
-            grad_bias = rows.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
-        return grad_x, grad_bias, None
+            grad_bias = grad.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
+        return grad_rows, grad_bias, None
 
 
-def _multiply(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
-    rows = x.reshape(-1, packed.columns)
-    if packed.path in NATIVE_PATHS and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
-        served = rows.float() if x.dtype == torch.float16 else rows
+def _multiply(rows: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+    """``[M, K]`` to ``[M, N]``."""
+    dtype = rows.dtype
+    if packed.path in NATIVE_PATHS and dtype in (torch.float32, torch.bfloat16, torch.float16):
+        served = rows.float() if dtype == torch.float16 else rows
         y = native.matmul(
             served, packed.data, packed.scale, bias, bits=packed.bits, outputs=packed.outputs, isa=packed.path
-        ).to(x.dtype)
-    elif packed.path == "triton" and x.dtype in TRITON_DTYPES and (triton_kernels := _triton_kernels(x.device)):
+        ).to(dtype)
+    elif packed.path == "triton" and dtype in TRITON_DTYPES and (triton_kernels := _triton_kernels(rows.device)):
         y = triton_kernels.matmul(rows, packed.data, packed.scale, bias, bits=packed.bits, group_size=packed.group_size)
     else:
-        if packed.path == "aten" and x.dtype == torch.bfloat16 and rows.shape[0] <= aten.MAX_ROWS[packed.bits]:
+        if packed.path == "aten" and dtype == torch.bfloat16 and rows.shape[0] <= aten.MAX_ROWS[packed.bits]:
             scale = packed.scale.float()
             y = aten.matmul(rows.contiguous(), packed.data, scale, bits=packed.bits, group_size=packed.group_size)
         else:
             y = _multiply_in_chunks(rows, packed)
-        y = y if bias is None else (y + bias).to(x.dtype)
-    return y.view(*x.shape[:-1], packed.outputs)
+        y = y if bias is None else (y + bias).to(dtype)
+    return y
 
 
 def _multiply_in_chunks(x: Tensor, packed: PackedWeight) -> Tensor:

@@ -36,17 +36,20 @@ class QuantizedLayer(nn.Module):
         weight: int8 ``[N, K * bits / 8]``, as `packing.pack` has it.
         weight_scale: float16 (or float32), ``[N]``, or ``[N, K / group_size]``.
         group_size: columns that share a scale; None for all of a row.
+        divided: of the names whose tensor is a share of this process's, how the whole is divided.
     """
 
     weight: Tensor
     weight_scale: Tensor
     bits: int
     group_size: int | None
+    divided: dict[str, dict[str, Any]]
+    _hf_quantized_needs_local_tp = True  # transformers hands the share over, and sums what the shares give
 
     def _set_format(
         self, rows: int, columns: int, bits: int, group_size: int | None, device: torch.device | str | None
     ) -> None:
-        self.bits, self.group_size = bits, group_size
+        self.bits, self.group_size, self.divided = bits, group_size, {}
         groups = columns // check_format(columns, bits, group_size)
         integers = torch.empty(rows, columns * bits // 8, dtype=torch.int8, device=device)
         shape = (rows,) if group_size is None else (rows, groups)
@@ -58,11 +61,20 @@ class QuantizedLayer(nn.Module):
         self.weight = nn.Parameter(pack(integers, self.bits), requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
 
+    def take_share(self) -> None:
+        """Of a weight that is divided among processes, keeps the share of this one as an ordinary tensor."""
+        for name in ("weight", "weight_scale"):
+            whole: Any = self._parameters[name]
+            if hasattr(whole, "placements"):  # a DTensor, whose module not every build of torch has
+                layout = {"device_mesh": whole.device_mesh, "placements": whole.placements}
+                self.divided[name] = {**layout, "shape": whole.shape, "stride": whole.stride()}
+                self._parameters[name] = nn.Parameter(whole.detach().to_local(), requires_grad=False)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight ``[N, K]`` that the integers stand for."""
         return dequantize(unpack(self.weight.data, self.bits), self.weight_scale.data, dtype)
 
-    def _product(self) -> PackedWeight:
+    def product(self) -> PackedWeight:
         """The weight in the layout that its device multiplies fastest by; the published form is let go for it."""
         weight: nn.Parameter = self._parameters["weight"]  # type: ignore[assignment]
         packed: _Packed | None = getattr(weight, "packed", None)
@@ -86,7 +98,7 @@ class QuantizedLayer(nn.Module):
         if not weight.is_cpu:
             return
         if isinstance(self, nn.Linear):
-            self._product()
+            self.product()
         if getattr(weight, "packed", None) is None:
             weight.data = weight.data.clone()
 
@@ -113,6 +125,10 @@ class QuantizedLayer(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._unpack()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, layout in self.divided.items():  # transformers gathers the whole from these
+            from torch.distributed.tensor import DTensor
+
+            destination[prefix + name] = DTensor.from_local(destination[prefix + name], run_check=False, **layout)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._unpack()
@@ -200,7 +216,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., K]`` to ``[..., N]`` in the precision of the input."""
-        return matmul(input, self._product(), self._parameters["bias"])
+        return matmul(input, self.product(), self._parameters["bias"])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"

@@ -242,6 +242,7 @@ class WeightQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **others: Any) -> PreTrainedModel:
         lay_out(model, self.quantization_config)
+        model.hf_quantizer = self
         if not self.pre_quantized:  # bfloat16 would round the weights before they are quantized
             names = {f"{name}.weight" for name, _ in quantized_layers(model)}
             model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), *names}
@@ -249,7 +250,18 @@ class WeightQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **others: Any) -> PreTrainedModel:
         model.__dict__.pop("_keep_in_fp32_modules_strict", None)
+        for _, layer in quantized_layers(model):
+            layer.take_share()
         return finish(model, self.quantization_config)
+
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """Embeddings stay whole in every process, and so do scales of whole rows where columns are divided."""
+        for name, layer in quantized_layers(model):
+            rule = parallel_rule(name)
+            if isinstance(layer, QuantEmbedding) or name == _tied_head(model):
+                plan.pop(rule, None)
+            elif plan.get(rule) == "rowwise" and layer.group_size is None:
+                plan[f"{rule}.weight_scale"] = "replicate"
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **others: Any) -> bool:
         path, _, parameter = param_name.rpartition(".")
@@ -272,6 +284,11 @@ class WeightQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True  # by adapters
+
+
+def parallel_rule(name: str) -> str:
+    """What a layer is called in plans of tensor parallelism: with ``*`` for its number."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:

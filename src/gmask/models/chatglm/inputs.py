@@ -54,16 +54,3 @@ def visible_from_published(attention_mask: Tensor | None, length: int, cache: Ca
     key_length = length if cache is None else int(cache.get_seq_length()) + length
     uncounted = max(key_length - attention_mask.shape[-1], 0)
     return F.pad((~attention_mask).long(), (uncounted, 0), value=1)
-
-
-def show_prefix(mask: Tensor | None, length: int, cache: Cache | None) -> Tensor | None:
-    """A mask ``[B, 1, T, K]`` of `build_mask` with the keys of a prefix, all visible, in front.
-
-    Args:
-        length: of the prefix.
-        cache: a static one has room for the prefix already, at the end.
-    """
-    if mask is None:
-        return None
-    room = -length if cache is not None and cache.is_compileable else 0
-    return F.pad(mask, (length, room), value=mask.dtype == torch.bool)  # an additive one hides nothing with 0

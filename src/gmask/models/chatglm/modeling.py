@@ -20,18 +20,16 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from gmask.errors import GmaskError
 from gmask.models.attention import attend
 from gmask.models.cache import GrowingCache
 from gmask.models.chatglm.activation import gelu
 from gmask.models.chatglm.chatting import ChatMixin
 from gmask.models.chatglm.configuration import ChatGLMConfig
-from gmask.models.chatglm.inputs import read_chat_layout, show_prefix, visible_from_published
+from gmask.models.chatglm.inputs import read_chat_layout, visible_from_published
 from gmask.models.chatglm.positions import inverse_frequencies, rotary_tables, rotate
-from gmask.models.chatglm.prefix import PrefixEncoder, prepend
-from gmask.models.glm.tensor_parallel import refuse_integers
-from gmask.models.inputs import build_mask, continues, resolve_sequences
+from gmask.models.inputs import build_mask, continues, keep_positions, resolve_sequences
 from gmask.models.layout_generation import LayoutGenerationMixin
+from gmask.models.prefix import PrefixEncoder, prepend, show_prefix
 from gmask.models.quantizing import QuantizingMixin
 from gmask.models.strict_loading import StrictLoadingMixin
 
@@ -116,14 +114,6 @@ class ChatGLMPreTrainedModel(StrictLoadingMixin, QuantizingMixin, PreTrainedMode
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": ChatGLMBlock, "attentions": ChatGLMAttention}  # noqa: RUF012
     _can_set_attn_implementation_cached_value = True  # transformers would look for it in this file's text
-
-    @classmethod
-    def maybe_distribute_model(cls, model: PreTrainedModel, distributed_config: Any, *args: Any) -> PreTrainedModel:
-        if distributed_config is not None:
-            refuse_integers(model)
-            if model.config.pre_seq_len is not None:
-                raise GmaskError("a P-tuning prefix is not divided among processes: run one process")
-        return super().maybe_distribute_model(model, distributed_config, *args)
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
@@ -250,20 +240,6 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, LayoutG
         """The layout ``[B, 2, S]`` of prompts ``[B, S]``; the mask has 0 at padding."""
         return read_chat_layout(self.config, input_ids, attention_mask, None, None)
 
-    def _prepare_static_cache(self, *args: Any, max_cache_len: int, **kwargs: Any) -> Cache:
-        """Of tokens and prefix."""
-        room = max_cache_len + (self.config.pre_seq_len or 0)
-        cache: Cache = super()._prepare_static_cache(*args, max_cache_len=room, **kwargs)
-        return cache
-
-    def create_masks_for_generate(  # type: ignore[override]  # the mixin's needs no config
-        self, attention_mask: Tensor | None = None, past_key_values: Cache | None = None, **kwargs: Any
-    ) -> Tensor | None:
-        """The padding mask as the mixin makes it; once the cache holds the prefix, with that in front."""
-        if self.config.pre_seq_len is not None and attention_mask is not None and continues(past_key_values):
-            attention_mask = F.pad(attention_mask, (self.config.pre_seq_len, 0), value=1)
-        return super().create_masks_for_generate(attention_mask, past_key_values)
-
     def _update_model_kwargs_for_generation(
         self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
@@ -291,7 +267,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, LayoutG
         """Logits ``[B, T, V]``, and the mean cross-entropy in nats when ``labels`` are given.
 
         ``labels[t]`` is the token at position t, which position t - 1 must predict; -100 is not scored. The other
-        arguments are those of `ChatGLMModel.forward`; ``logits_to_keep`` as in transformers.
+        arguments are those of `ChatGLMModel.forward`; ``logits_to_keep`` as of `keep_positions`.
         """
         outputs = self.transformer(
             input_ids=input_ids,
@@ -304,8 +280,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, LayoutG
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             targets = labels[:, 1:].flatten()

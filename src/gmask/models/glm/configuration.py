@@ -16,6 +16,13 @@ class GLMConfig(PreTrainedConfig):
 
     The ids of ``<sop>`` and of the blanks are what lets the model read a layout off the token ids; without them a
     ``layout`` has to be given.
+
+    What tuning adds, and no published config has:
+
+    - ``pre_seq_len`` trained keys and values in front of every layer (P-tuning v2), with ``prefix_projection`` out of a
+      small network.
+    - ``prompt_tokens`` trained vectors that stand in the text for words (P-tuning): ``prompt_ids`` are their ids.
+      ``prompt_encoder`` is the network that they come out of: ``"lstm"``, ``"mlp"``, or ``"none"``.
     """
 
     model_type = "glm_blank"
@@ -49,6 +56,10 @@ class GLMConfig(PreTrainedConfig):
     pool_token: Literal["cls", "start", "pad"] = "cls"
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-5
+    pre_seq_len: int | None = None
+    prefix_projection: bool = False
+    prompt_tokens: int = 0
+    prompt_encoder: Literal["lstm", "mlp", "none"] = "none"
     use_cache: bool = True
     tie_word_embeddings: bool = True
     pad_token_id: int | None = None
@@ -89,6 +100,11 @@ class GLMConfig(PreTrainedConfig):
     def position_rows(self) -> int:
         """Rows of a position table: with two tables, one more than positions, as published; answers start at 1."""
         return self.max_position_embeddings + int(self.block_position_encoding)
+
+    @property
+    def prompt_ids(self) -> range:
+        """The ids behind the vocabulary, which stand for trained vectors."""
+        return range(self.vocab_size, self.vocab_size + self.prompt_tokens)
 
     @property
     def blank_token_ids(self) -> list[int]:

@@ -204,6 +204,7 @@ class GLMForSequenceClassification(GLMPreTrainedModel):
         )
         states = outputs.last_hidden_state
         pooled = take_states(states, self._find_pooled(states, input_ids, attention_mask, position_ids))
+        pooled = pooled.to(self.dense.weight.dtype)  # a head that was trained on a bfloat16 model is float32
         logits = self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(pooled))))).float()
         loss = None
         if choices is not None:

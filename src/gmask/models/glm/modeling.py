@@ -1,7 +1,7 @@
 """How does a GLM turn tokens and their layout into logits?
 
 Shape letters: B rows, T positions, K key positions (cached ones first), H hidden size, N heads, D head size,
-V vocabulary.
+L layers, P prefix length, V vocabulary.
 Module names are those of the published checkpoints, so that their keys need no renaming.
 Source: Du et al., ACL 2022, section 2; published code THUDM/GLM model/modeling_glm.py and mpu/transformer.py.
 """
@@ -25,8 +25,10 @@ from gmask.models.attention import attend
 from gmask.models.cache import GrowingCache
 from gmask.models.glm.configuration import GLMConfig
 from gmask.models.glm.inputs import check_layout, read_layout
-from gmask.models.inputs import build_mask, resolve_sequences
+from gmask.models.glm.prompt_vectors import PromptEncoder
+from gmask.models.inputs import build_mask, continues, keep_positions, resolve_sequences
 from gmask.models.layout_generation import LayoutGenerationMixin
+from gmask.models.prefix import PrefixEncoder, prepend, show_prefix
 from gmask.models.quantizing import QuantizingMixin
 from gmask.models.strict_loading import StrictLoadingMixin
 
@@ -53,6 +55,7 @@ class GLMAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
+        prefix: Tensor | None,  # 2 N P D
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
@@ -62,6 +65,8 @@ class GLMAttention(nn.Module):
             part.view(batch, length, -1, self.head_dim).transpose(1, 2)  # B N T D
             for part in self.query_key_value(hidden_states).chunk(3, dim=-1)
         )
+        if prefix is not None:
+            key, value = prepend(prefix, key, value)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         dropout = self.attention_dropout if self.training else 0.0
@@ -96,11 +101,13 @@ class GLMBlock(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
+        prefix: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        mixed, _ = self.attention(self.input_layernorm(hidden_states), attention_mask, past_key_values, **kwargs)
+        normed = self.input_layernorm(hidden_states)
+        mixed, _ = self.attention(normed, prefix, attention_mask, past_key_values, **kwargs)
         hidden_states = hidden_states + self.dropout(mixed)
         expanded = self.mlp(self.post_attention_layernorm(hidden_states))
         output: Tensor = hidden_states + self.dropout(expanded)
@@ -131,14 +138,16 @@ class GLMTransformer(nn.Module):
         self,
         inputs_embeds: Tensor,
         layout: Tensor,
+        prefix: Tensor | None,  # L 2 N P D
         attention_mask: Tensor | None,
         past_key_values: Cache | None,
         **kwargs: Any,
     ) -> Tensor:
         hidden_states = self.dropout(inputs_embeds + self.embed_layout(layout))
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            own = None if prefix is None else prefix[index]  # a reentrant checkpoint loses gradients of keywords
             hidden_states = layer(
-                hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
+                hidden_states, own, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
             )
         output: Tensor = self.final_layernorm(hidden_states)
         return output
@@ -148,6 +157,7 @@ class GLMPreTrainedModel(StrictLoadingMixin, QuantizingMixin, PreTrainedModel):
     config: GLMConfig
     config_class = GLMConfig
     base_model_prefix = "glm"
+    tuned_parts = ("glm.prefix_encoder.", "glm.prompt_encoder.")
     _input_embed_layer = "word_embeddings"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GLMBlock"]  # noqa: RUF012 - transformers reads these as plain class attributes
@@ -175,6 +185,10 @@ class GLMModel(GLMPreTrainedModel):
         super().__init__(config)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.transformer = GLMTransformer(config)
+        if config.pre_seq_len is not None:
+            self.prefix_encoder = PrefixEncoder(config)
+        if config.prompt_tokens:
+            self.prompt_encoder = PromptEncoder(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -195,7 +209,7 @@ class GLMModel(GLMPreTrainedModel):
         """Runs the transformer.
 
         Args:
-            input_ids: ``[B, T]``.
+            input_ids: ``[B, T]``; those of ``config.prompt_ids`` stand for trained vectors.
             attention_mask: ``[B, past + T]`` padding mask (1 = a token). Also the published forms: a prefix length
                 (0-d, ``[1]`` or ``[B]``), a 4-D mask as given (1 = visible), and with 3-D ``position_ids`` a 2-D mask
                 that hides padded keys and nothing else.
@@ -212,7 +226,7 @@ class GLMModel(GLMPreTrainedModel):
         if "cache" in kwargs:
             raise ValueError("continuous batching reads prompts in chunks and causally, which is wrong for a prefix LM")
         if inputs_embeds is None:
-            inputs_embeds = self.word_embeddings(input_ids)
+            inputs_embeds = self._embed(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = GrowingCache(self.config)
         sequence_ids = resolve_sequences(position_ids, attention_mask, sequence_ids, past_key_values)
@@ -230,8 +244,19 @@ class GLMModel(GLMPreTrainedModel):
             published_positions=published_positions,
             dtype=inputs_embeds.dtype,
         )
-        hidden_states = self.transformer(inputs_embeds, layout, mask, past_key_values, **kwargs)
+        prefix = None
+        if self.config.pre_seq_len is not None and not continues(past_key_values):
+            prefix = self.prefix_encoder().unflatten(0, (-1, 2))  # L 2 N P D
+            mask = show_prefix(mask, self.config.pre_seq_len, past_key_values)
+        hidden_states = self.transformer(inputs_embeds, layout, prefix, mask, past_key_values, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def _embed(self, input_ids: Tensor | None) -> Tensor:
+        """The words of ids ``[B, T]``, and the trained vectors where they stand for these: ``[B, T, H]``."""
+        if self.config.prompt_tokens and input_ids is not None:
+            return self.prompt_encoder.embed(input_ids, self.word_embeddings)
+        words: Tensor = self.word_embeddings(input_ids)
+        return words
 
 
 class GLMLanguageModel(GLMPreTrainedModel):
@@ -269,7 +294,7 @@ class GLMForConditionalGeneration(GLMLanguageModel, LayoutGenerationMixin, Gener
         """Logits ``[B, T, V]``, and the mean cross-entropy in nats when ``labels`` are given.
 
         ``labels[t]`` is what position t must predict (not shifted, as published); -100 and the padding id are not
-        scored. The other arguments are those of `GLMModel.forward`; ``logits_to_keep`` as in transformers.
+        scored. The other arguments are those of `GLMModel.forward`; ``logits_to_keep`` as of `keep_positions`.
         """
         outputs = self.glm(
             input_ids=input_ids,
@@ -282,9 +307,7 @@ class GLMForConditionalGeneration(GLMLanguageModel, LayoutGenerationMixin, Gener
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, kept])
+        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             labels = self._scored(labels)

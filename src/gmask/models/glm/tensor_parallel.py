@@ -2,11 +2,9 @@
 
 The plans stand beside the config and the classes (`base_model_tp_plan`, `_tp_plan`): blocks are divided by heads and by
 columns of the MLP, the vocabulary by rows (the embeddings and the tied head alike; logits are gathered); norms and
-position tables are whole in every process. Integers with scales are not divided: a layer lets their published form go
-for a packed one, of which no slice can be read.
+position tables are whole in every process. Integers are divided as the weights are that they stand for, scales as the
+rows or columns that share them (`WeightQuantizer.update_parallel_plan`); quantized embeddings are whole.
 """
-
-from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -15,27 +13,12 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.distributed.tensor_parallel import PackedColwiseParallel
 
-from gmask.errors import GmaskError
-from gmask.quantization.linear import QuantizedLayer
-
-
-def refuse_integers(model: nn.Module) -> None:
-    """Raises `GmaskError` for a model, or a layer of one, that is quantized."""
-    if any(isinstance(module, QuantizedLayer) for module in model.modules()):
-        raise GmaskError(
-            "int8 and int4 weights are not divided among processes: run one process, or name the folder of the "
-            "unquantized model"
-        )
-
 
 class ThirdsColwiseParallel(PackedColwiseParallel):
     """Divides a fused projection ``q|k|v`` by rows within each third, its bias too: every process has whole heads."""
 
     def __init__(self) -> None:
         super().__init__(split_factor=3)
-
-    def validate_param(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        refuse_integers(module)
 
     def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
         whole = module._parameters.get(param)

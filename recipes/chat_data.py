@@ -1,0 +1,124 @@
+"""What is the bundled chat model taught? Writes train.jsonl and validation.jsonl for recipes/bundled-chat.yaml.
+
+    python recipes/chat_data.py CORPUS/sft OUT
+
+CORPUS/sft holds the files named in `SHARES` as NAME.train.jsonl and NAME.val.jsonl (instruction, input, output, or
+messages). Sums are drawn here, apart from those of the validation file. Nothing but the seed decides what comes out.
+"""
+
+import argparse
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SHARES = {
+    "arithmetic": 1, "translation": 1, "poems_zh": 1, "xiehouyu_zh": 1, "word_tasks": 2, "stories_en": 1,
+    "stories_zh": 2, "factbook_qa_en": 1, "identity": 4, "multiturn": 1,
+}  # fmt: skip
+"""How often each file is taken. Commands, recipes, reading and the seed tasks ask for more than so small a model knows."""
+
+SMALL_TALK = Path(__file__).with_name("small_talk.jsonl")
+SMALL_TALK_SHARE = 4
+LONGEST = 900  # characters of English of a sample, a third of it of Chinese: what 256 tokens hold
+SUMS = 9000
+NAMES = {"{{name}}": "gmask", "{{author}}": "the gmask authors"}
+OPERATIONS = {"+": ("plus", "加"), "-": ("minus", "减"), "×": ("times", "乘")}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def fill_names(text: str) -> str:
+    """The model's name and makers in the templates of `identity`."""
+    is_chinese = re.search("[一-鿿]", text)
+    names = {**NAMES, "{{author}}": " gmask 的作者们"} if is_chinese else NAMES
+    for template, name in names.items():
+        text = text.replace(template, name)
+    return re.sub(" +", " ", text)
+
+
+def messages_of(record: dict[str, Any]) -> list[dict[str, str]]:
+    if "messages" in record:
+        found = record["messages"]
+    else:
+        prompt = "\n".join(filter(None, (record["instruction"], record.get("input"))))
+        found = [{"role": "user", "content": prompt}, {"role": "assistant", "content": record["output"]}]
+    return [{**message, "content": fill_names(message["content"])} for message in found]
+
+
+def is_short(messages: list[dict[str, str]]) -> bool:
+    text = "".join(message["content"] for message in messages)
+    chinese = len(re.findall("[一-鿿]", text))
+    return 3 * chinese + (len(text) - chinese) <= LONGEST
+
+
+def make_sum(rng: random.Random) -> tuple[tuple[int, str, int], list[dict[str, str]]]:
+    """A question of arithmetic and its answer, in one of the wordings of the corpus; and what it asks."""
+    sign = rng.choice("+-×")
+    left, right = (rng.randint(2, 12), rng.randint(2, 12)) if sign == "×" else (rng.randint(1, 99), rng.randint(1, 99))
+    if sign == "-":
+        left, right = max(left, right), min(left, right)
+    value = {"+": left + right, "-": left - right, "×": left * right}[sign]
+    english, chinese = OPERATIONS[sign]
+    question, answer = rng.choice([
+        (f"What is {left} {sign} {right}?", f"{left} {sign} {right} = {value}."),
+        (f"What is {left} {english} {right}?", f"{left} {english} {right} is {value}."),
+        (f"计算：{left} {sign} {right}", f"{left} {sign} {right} = {value}"),
+        (f"{left}{chinese}{right}等于多少？", f"{left}{chinese}{right}等于{value}。"),
+    ])  # fmt: skip
+    return (left, sign, right), [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def asked_sum(text: str) -> tuple[int, str, int] | None:
+    """What a question of arithmetic asks, whatever its wording."""
+    signs = {word: sign for sign, words in OPERATIONS.items() for word in (sign, *words)} | {"乘以": "×", "*": "×"}
+    found = re.search(r"(\d+)\s*([^\d\s]+)\s*(\d+)", text)
+    return (int(found[1]), signs[found[2]], int(found[3])) if found and found[2] in signs else None
+
+
+def training_samples(corpus: Path, held_out: set[Any], rng: random.Random) -> Iterator[list[dict[str, str]]]:
+    for name, share in SHARES.items():
+        samples = filter(is_short, map(messages_of, read(corpus / f"{name}.train.jsonl")))
+        for messages in samples:
+            if name == "arithmetic" and asked_sum(messages[0]["content"]) in held_out:
+                continue
+            yield from [messages] * share
+    for messages in map(messages_of, read(SMALL_TALK)):
+        yield from [messages] * SMALL_TALK_SHARE
+    for _ in range(SUMS):
+        asked, messages = make_sum(rng)
+        if asked not in held_out:
+            yield messages
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    validation = [
+        {"messages": messages, "kind": name}
+        for name in SHARES
+        if (path := options.corpus / f"{name}.val.jsonl").is_file()
+        for messages in map(messages_of, read(path))
+        if is_short(messages)
+    ]
+    held_out = {asked_sum(record["messages"][0]["content"]) for record in validation if record["kind"] == "arithmetic"}
+    training = [{"messages": messages} for messages in training_samples(options.corpus, held_out - {None}, rng)]
+    rng.shuffle(training)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, records in (("train", training), ("validation", validation)):
+        draft = options.out / f".{name}.jsonl"
+        draft.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
+        draft.replace(options.out / f"{name}.jsonl")
+        print(f"{name}: {len(records)} conversations")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""How well does a model do a task? `run_task` reads records, predicts, and measures beside the majority baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from tqdm import tqdm
+
+from gmask.errors import GmaskError
+from gmask.generation.predictions import predict
+from gmask.generation.settings import make_settings
+from gmask.loading import load
+from gmask.tasks.metrics import check_metrics, evaluate, is_answered, predict_majority
+from gmask.tasks.records import read_records
+from gmask.tasks.result_files import write_json, write_predictions
+from gmask.tasks.samples import Sample, TaskKind
+from gmask.tasks.tables import Rows
+from gmask.tasks.task import Task, load_task
+
+
+@dataclass(frozen=True, slots=True)
+class TaskReport:
+    """What an evaluation found, and what it was made with. Scores are in per cent; there are none without answers."""
+
+    task: str
+    kind: TaskKind
+    model: str
+    adapter: str | None
+    data: str
+    samples: int
+    settings: Mapping[str, Any]
+    scores: Mapping[str, float]
+    majority: Mapping[str, float]  # of the label that is most frequent in the same samples; empty where there is none
+    versions: Mapping[str, str]
+
+
+def run_task(
+    model: str = "bundled",
+    *,
+    task: str,
+    data: str,
+    adapter: str | None = None,
+    out: str | None = None,
+    limit: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    batch_size: int = 16,
+    device: str | None = None,
+    tables: bool = True,
+) -> TaskReport:
+    """Measures a model on the samples of a task.
+
+    Args:
+        model: a folder, the name of a published model, or ``"bundled"``.
+        task: one of gmask's own, such as ``"superglue/rte"``, or the YAML file of another.
+        data: a file of records, or a glob.
+        adapter: a folder that was trained for the model.
+        out: the folder for ``predictions.jsonl``, which is there before anything is measured, and ``scores.json``.
+        limit: records that are read, from the first.
+        settings: of the decoding, by name, where the task has texts written.
+        batch_size: samples that are read together; the predictions do not depend on it.
+        tables: print the scores.
+
+    Raises:
+        GmaskError: a task, a file, a column or a metric that cannot be used; samples of which only some have an answer.
+        OSError: a file cannot be written.
+
+    Warns:
+        UserWarning: texts had to be cut, or rounds of conversations left out.
+    """
+    console = Console(stderr=not tables)
+    decoding = make_settings(settings or {})
+    plan = load_task(task)
+    if not plan.metrics:
+        raise GmaskError(f"task {task} names no metrics, so there is nothing to measure: add some, such as exact-match")
+    samples = plan.samples(read_records(data, limit=limit), require_answers=False)
+    is_measured = _has_answers(plan, samples)
+    network, tokenizer = load(model, adapter=adapter, device=device)
+    with tqdm(total=len(samples), unit="sample", disable=not console.is_terminal, leave=False) as bar:
+        predictions = predict(
+            network,
+            tokenizer,
+            plan.kind,
+            samples,
+            settings=decoding,
+            batch_size=batch_size,
+            on_progress=bar.update,
+        )
+    if out is not None:
+        write_predictions(Path(out) / "predictions.jsonl", predictions, samples)
+    baseline = predict_majority(samples, samples) if is_measured else None
+    measure = partial(evaluate, plan.metrics, samples=samples, language=plan.language)
+    report = TaskReport(
+        task=plan.name,
+        kind=plan.kind,
+        model=model,
+        adapter=adapter,
+        data=data,
+        samples=len(samples),
+        settings=asdict(decoding) | {"batch_size": batch_size, "limit": limit},
+        scores=measure(predictions) if is_measured else {},
+        majority={} if baseline is None else measure(baseline),
+        versions={name: version(name) for name in ("gmask", "torch", "transformers")},
+    )
+    if out is not None:
+        write_json(Path(out) / "scores.json", asdict(report))
+    if tables:
+        print_scores(report, console)
+    return report
+
+
+def print_scores(report: TaskReport, console: Console) -> None:
+    if not report.scores:
+        console.print(f"{report.task}: {report.samples} samples without answers, so there is nothing to measure")
+        return
+    names = ("this model", "majority") if report.majority else ("this model",)
+    columns = ("metric", *(f"{name}, %" for name in names))
+    rows = [
+        (metric, *(f"{scores[metric]:.2f}" for scores in (report.scores, report.majority) if scores))
+        for metric in report.scores
+    ]
+    console.print(Rows(columns, rows).to_rich(f"{report.task}: {report.samples} samples"))
+
+
+def _has_answers(plan: Task, samples: Sequence[Sample]) -> bool:
+    """Whether the answers of all samples are known, and can be measured; False if none is.
+
+    Raises:
+        GmaskError: some have an answer and others not, or a metric does not fit.
+    """
+    unanswered = [sample for sample in samples if not is_answered(sample, plan.kind)]
+    if len(unanswered) == len(samples):
+        return False
+    if unanswered:
+        first = unanswered[0]
+        raise GmaskError(
+            f"{first.path}, line {first.line}: the answer is not known, as it is not of {len(unanswered)} samples of "
+            f"{len(samples)}: evaluate those with an answer and those without apart"
+        )
+    check_metrics(plan.metrics, samples[0], plan.kind)
+    return True

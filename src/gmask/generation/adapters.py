@@ -1,0 +1,142 @@
+"""Which adapter does each row of a pass go through, where one model has several?
+
+LoRA adds to the linear layers: PEFT's own are told a name for each row. A prefix (P-tuning v2) is keys and values with
+which those of a row begin. Both are put in place from outside of the forward pass, so that whatever runs the model need
+not know of them.
+
+Shape letters: L layers, N heads, P prefix length, D head size.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gmask.checkpoints.adapter_files import PREFIX_TUNING, WRAPPER, Adapter, read_adapter
+from gmask.checkpoints.adapters import load_adapter
+from gmask.checkpoints.peft_layers import has_layers, require_peft
+from gmask.errors import GmaskError, one_line
+from gmask.models.cache import GrowingCache
+from gmask.models.inputs import continues
+
+BASE = "__base__"
+"""What PEFT calls the model without an adapter."""
+
+
+class AdapterSet:
+    """Adapters on one model, by their names. Without a word of `rows` or `only` a pass is the model's own.
+
+    Attributes:
+        names: in the order in which they were given.
+    """
+
+    def __init__(self, model: PreTrainedModel, folders: Mapping[str, Path]) -> None:
+        """Reads the adapters of folders, and has the model go through them.
+
+        Raises:
+            GmaskError: no such folder, a damaged one, one for another model, or of a kind that cannot be chosen by
+                row; a model that has an adapter for good.
+        """
+        self.model = model
+        self.names = tuple(folders)
+        self._prefixes: dict[str, Tensor] = {}  # L 2 N P D
+        self._layers: dict[str, str] = {}  # what PEFT calls an adapter, whose own name may hold any character
+        self._tuner: Any = None  # PEFT's, which knows of the layers
+        self._thread = threading.local()
+        if not folders:
+            return
+        if has_layers(model) or model.config.pre_seq_len is not None or getattr(model.config, "prompt_tokens", None):
+            raise GmaskError("the model has an adapter for good, and takes no others beside it")
+        for name, folder in folders.items():
+            self._read(name, folder.expanduser())
+        model.base_model.register_forward_pre_hook(self._put_prefix, with_kwargs=True)
+        for module in model.modules():
+            if hasattr(module, "lora_A"):
+                module.register_forward_pre_hook(self._name_rows, with_kwargs=True)
+        model.eval()
+
+    def prefix_length(self, name: str | None) -> int:
+        """Positions of keys and values that an adapter takes."""
+        return self._prefixes[name].shape[-2] if name in self._prefixes else 0
+
+    @contextmanager
+    def only(self, name: str | None) -> Iterator[None]:
+        """Has every row of this thread's passes go through one adapter; None: the model alone."""
+        with self._choose(name):
+            yield
+
+    @contextmanager
+    def rows(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Has each row of this thread's passes go through its own; passes that continue what was read through it."""
+        with self._choose([self._layers.get(name or "", BASE) for name in names]):
+            yield
+
+    @contextmanager
+    def _choose(self, chosen: "str | list[str] | None") -> Iterator[None]:
+        before = getattr(self._thread, "chosen", None)
+        self._thread.chosen = chosen
+        try:
+            yield
+        finally:
+            self._thread.chosen = before
+
+    def _read(self, name: str, folder: Path) -> None:
+        adapter = read_adapter(folder)
+        if adapter.kind == PREFIX_TUNING:
+            self._prefixes[name] = self._read_prefix(folder)
+        elif adapter.kind == "LORA" and not adapter.values.get("use_dora") and not adapter.whole_parts():
+            self._layers[name] = f"adapter{len(self._layers)}"
+            self._read_layers(adapter, self._layers[name])
+        else:
+            raise GmaskError(
+                f"{folder}: only LoRA and prefixes can be chosen by request: load this one alone, without NAME="
+            )
+
+    def _read_prefix(self, folder: Path) -> Tensor:
+        body, config = self.model.base_model, self.model.config
+        load_adapter(self.model, folder)
+        with torch.no_grad():
+            prefix: Tensor = body.prefix_encoder().unflatten(0, (-1, 2)).to(self.model.dtype)
+        del body.prefix_encoder
+        config.pre_seq_len, config.prefix_projection = None, False
+        return prefix
+
+    def _read_layers(self, adapter: Adapter, own_name: str) -> None:
+        peft = require_peft()
+        adapter.check_base(self.model.config, Path(self.model.name_or_path))
+        tensors = {name.removeprefix(WRAPPER): tensor for name, tensor in adapter.read().items()}
+        try:
+            config = peft.PeftConfig.from_peft_type(**{**adapter.values, "inference_mode": True})
+            if self._tuner is None:
+                self._tuner = peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](self.model, config, own_name)
+            else:
+                self._tuner.peft_config[own_name] = config
+                self._tuner.inject_adapter(self.model, own_name)
+            found = peft.set_peft_model_state_dict(self.model, tensors, adapter_name=own_name)
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            raise GmaskError(f"{adapter.folder}: cannot be put into this model ({one_line(error)})") from error
+        missing = [key for key in found.missing_keys if f".{own_name}." in key]
+        if wrong := [*missing, *found.unexpected_keys]:
+            raise GmaskError(f"{adapter.folder}: does not fit at {wrong[0]}: it was trained for another model")
+
+    def _name_rows(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        chosen = getattr(self._thread, "chosen", None)
+        if not isinstance(chosen, list):
+            chosen = [self._layers.get(chosen or "", BASE)] * len(args[0])
+        return args, {**kwargs, "adapter_names": chosen}
+
+    def _put_prefix(self, body: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        chosen = getattr(self._thread, "chosen", None)
+        cache = kwargs.get("past_key_values")
+        if not isinstance(chosen, str) or chosen not in self._prefixes or continues(cache):
+            return None
+        cache = GrowingCache(self.model.config) if cache is None else cache
+        rows = len(kwargs["input_ids"])
+        for index, (keys, values) in enumerate(self._prefixes[chosen]):
+            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), index)
+        return args, {**kwargs, "past_key_values": cache}

@@ -1,0 +1,339 @@
+"""How is a model tuned to a task?
+
+`run` is the whole of it: recipe, samples, model, method, training, the best weights, predictions, report.
+"""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from gmask.errors import GmaskError
+from gmask.generation.settings import make_settings
+from gmask.tasks.method_settings import USUAL_RATES, hint_learning_rate
+from gmask.tasks.metrics import evaluate as measure_predictions
+from gmask.tasks.metrics import is_answered, predict_majority
+from gmask.tasks.result_files import write_json, write_predictions
+from gmask.tasks.samples import Prediction, Sample
+from gmask.tasks.task import Task, read_task
+from gmask.tasks.tuning_recipe import TuningRecipe, differing_keys, load_tuning_recipe
+from gmask.training.batch_order import BatchOrder, steps_of
+from gmask.training.checkpoint import write_folder
+from gmask.training.forgetting import Forgetting, GeneralMeasure, load_measure, measure, read_general_set, save_measure
+from gmask.training.objective import Encoded, Objective, examples_of
+from gmask.training.report import read_records
+from gmask.training.sharding import unsharded
+from gmask.training.trainer import Schedule, TuningTrainer, last_checkpoint
+from gmask.training.tuning_arguments import forward_dtype, training_arguments
+from gmask.training.tuning_data import Splits, read_splits
+from gmask.training.tuning_memory import describe_memory
+from gmask.training.tuning_model import choose_trainable, load_tuned_model, peak_memory, save_tuned_model
+from gmask.training.tuning_report import TuningResults, draw_tuning_curves, metric_rows, render_tuning_card
+from gmask.training.tuning_start import Start
+from gmask.training.validation import Measurer
+
+RECIPE_FILE = "recipe.yaml"
+FILES_FILE = "data.json"
+RESULTS_FILE = "results.json"
+BEFORE_FILE = "general-before.json"
+START_FILE = "start.txt"
+
+
+def run(recipe_path: str, overrides: Sequence[str] = (), *, resume: bool = True) -> Path:
+    """Tunes a model by a recipe, resuming from its last checkpoint, and returns the folder of what was trained.
+
+    That is ``model`` or ``adapter`` in ``run.out``; of a cross-validation, ``run.out`` itself. The numbers stand in
+    ``run.out/results.json``.
+
+    Raises:
+        GmaskError: a mistake in the recipe or the samples, a run of another recipe in the folder, a full disk, a loss
+            that is not finite.
+    """
+    recipe = load_tuning_recipe(recipe_path, overrides)
+    if recipe.data.folds is not None and recipe.data.fold is None:
+        return _run_folds(recipe, resume=resume)
+    return Finetuning(recipe, resume=resume).train()
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """The numbers of a run, by the folder that `run` returned."""
+    place = folder if (folder / RESULTS_FILE).is_file() else folder.parent
+    results: dict[str, Any] = json.loads((place / RESULTS_FILE).read_text("utf-8"))
+    return results
+
+
+def _run_folds(recipe: TuningRecipe, *, resume: bool) -> Path:
+    """One run for each fold, and the mean and deviation of their metrics."""
+    out = Path(recipe.run.out)
+    assert recipe.data.folds is not None
+    found = []
+    for fold in range(1, recipe.data.folds + 1):
+        Finetuning(recipe.of_fold(fold), resume=resume).train()
+        found.append(json.loads((out / f"fold-{fold}" / RESULTS_FILE).read_text("utf-8")))
+    summary = {
+        "folds": len(found),
+        "metrics": summarize([results["metrics"]["validation"] for results in found]),
+        "majority": summarize([results["majority"].get("validation", {}) for results in found]),
+    }
+    write_json(out / RESULTS_FILE, {**found[0], **summary, "runs": [results["metrics"] for results in found]})
+    return out
+
+
+def summarize(metrics: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean and sample deviation of each metric over several runs."""
+    return {
+        name: {
+            "mean": statistics.mean(one[name] for one in metrics),
+            "deviation": statistics.stdev(one[name] for one in metrics) if len(metrics) > 1 else 0.0,
+        }
+        for name in metrics[0]
+    }
+
+
+@dataclasses.dataclass
+class Measured:
+    """What the final weights were found to do, by split; predictions of the last split alone."""
+
+    metrics: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    majority: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    predictions: Sequence[Prediction] = ()
+    samples: Sequence[Sample] = ()
+
+
+class Finetuning:
+    """One run of a recipe, in this process; under torchrun each process makes its own."""
+
+    def __init__(self, recipe: TuningRecipe, *, resume: bool = True) -> None:
+        """Reads what is cheap to read, so that a mistake is told before a model is loaded."""
+        rate = recipe.optimization.learning_rate or USUAL_RATES[recipe.method.name]
+        optimization = dataclasses.replace(recipe.optimization, learning_rate=rate)
+        self.recipe = dataclasses.replace(recipe, optimization=optimization)
+        self.out = Path(recipe.run.out)
+        if recipe.run.threads:
+            torch.set_num_threads(recipe.run.threads)
+        self.task: Task = read_task({"use": recipe.task} if isinstance(recipe.task, str) else recipe.task)
+        self.settings = make_settings(recipe.decoding)
+        self.splits: Splits = read_splits(self.task, recipe.data, seed=recipe.run.seed)
+        self._check_folder(resume=resume)
+        self.args = training_arguments(self.recipe)
+        self.is_main = self.args.process_index == 0
+        self.console = Console(stderr=True, quiet=not self.is_main)
+
+    @property
+    def export(self) -> Path:
+        """Where the trained weights go."""
+        return self.out / ("adapter" if self.recipe.method.makes_adapter else "model")
+
+    @property
+    def is_finished(self) -> bool:
+        return self.export.is_dir() and (self.out / RESULTS_FILE).is_file()
+
+    def train(self) -> Path:
+        """Runs the steps that are left, and writes what a run leaves."""
+        if self.is_finished:
+            self.console.print(f"{self.out} holds this run, finished", highlight=False)
+            return self.export
+        self.model, self.tokenizer = load_tuned_model(self.recipe, self.task, self.args.device)
+        trainer = self._make_trainer()
+        if self.is_main:
+            self._write_start()
+        before = self._measure_before()
+        trainer.fit()
+        trainer.load_best()
+        self._report(trainer, before)
+        return self.export
+
+    def _check_folder(self, *, resume: bool) -> None:
+        """Raises `GmaskError` if the folder holds a run that this one does not go on with."""
+        if last_checkpoint(self.out) is None:
+            return
+        if not resume:
+            raise GmaskError(f"{self.out} holds a run already: resume it, or choose another run.out")
+        keys = differing_keys(load_tuning_recipe(self.out / RECIPE_FILE), self.recipe)
+        old_files = json.loads((self.out / FILES_FILE).read_text("utf-8"))
+        keys += [f"the content of {name}" for name, sha in self._hashes().items() if old_files.get(name) != sha]
+        if keys:
+            raise GmaskError(
+                f"{self.out} holds a run of another recipe: {', '.join(keys)} {'differ' if keys[1:] else 'differs'}; "
+                "resume with that recipe, or choose another run.out"
+            )
+
+    def _hashes(self) -> dict[str, str]:
+        return {f"{file.split} file {file.name}": file.sha256 for file in self.splits.files}
+
+    def _make_trainer(self) -> TuningTrainer:
+        """The trainer, with all that it needs; shows what the run is about to do."""
+        recipe, optimization = self.recipe, self.recipe.optimization
+        per_step = optimization.batch_size * optimization.accumulation
+        steps = optimization.steps or steps_of(
+            optimization.epochs or 0, len(self.splits.train), samples_per_step=per_step
+        )
+        trainable = choose_trainable(self.model, recipe, steps=steps)
+        objective = Objective(self.tokenizer, self.model.config, self.task.kind, recipe.data)
+        encoded = objective.encode(self.splits.train)
+        if optimization.steps is None:  # now that it is known how many rows the samples make
+            steps = steps_of(optimization.epochs or 0, len(encoded.items), samples_per_step=per_step)
+        self.trainable, self.truncated = trainable, objective.encoder.truncated
+        self.measurer = Measurer(
+            self.model,
+            self.tokenizer,
+            self.task,
+            recipe.data,
+            settings=self.settings,
+            batch_size=optimization.batch_size,
+            args=self.args,
+            dtype=forward_dtype(recipe, self.args.device.type),
+        )
+        self._show_start(objective, encoded, steps)
+        validation = self.splits.validation[: recipe.data.validation_limit]
+        return TuningTrainer(
+            self.model,
+            self.args,
+            objective=objective,
+            encoded=encoded,
+            order=BatchOrder(
+                encoded.lengths,
+                steps=steps,
+                batch_size=optimization.batch_size,
+                accumulation=optimization.accumulation,
+                seed=recipe.run.seed,
+                length_grouped=optimization.length_grouped,
+                processes=self.args.world_size,
+                process=self.args.process_index,
+            ),
+            validate=(lambda: self.measurer.measure(validation)[0]) if validation else None,
+            schedule=Schedule(
+                log_every=recipe.run.log_every,
+                save_every=optimization.save_every,
+                keep_last=optimization.keep_last,
+                evaluate_every=optimization.evaluate_every or max(1, steps // 10),
+                early_stop=optimization.early_stop,
+                best=self.task.best,
+            ),
+        )
+
+    def _show_start(self, objective: Objective, encoded: Encoded, steps: int) -> None:
+        recipe = self.recipe
+        rate = recipe.optimization.learning_rate
+        assert rate is not None
+        memory = describe_memory(
+            recipe, self.model, length=max(encoded.lengths), device=self.args.device, dtype=self.measurer.dtype
+        )
+        self.start = Start(
+            recipe=recipe,
+            task=self.task,
+            example=examples_of(encoded.items[0])[0],
+            sop=objective.encoder.reader.special.sop,
+            trainable=self.trainable,
+            truncated=self.truncated,
+            samples=len(self.splits.train),
+            dropped=self.splits.dropped,
+            steps=steps,
+            processes=self.args.world_size,
+            advice=[line for line in (memory, hint_learning_rate(recipe.method.name, rate)) if line],
+        )
+        self.start.show(self.console, self.tokenizer)
+
+    def _write_start(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / RECIPE_FILE).write_text(self.recipe.to_yaml(), "utf-8")
+        write_json(self.out / FILES_FILE, self._hashes())
+        with (self.out / START_FILE).open("w", encoding="utf-8") as file:
+            self.start.show(Console(file=file, width=120), self.tokenizer)
+
+    # What a chat model forgets
+
+    @property
+    def _watches_forgetting(self) -> bool:
+        return self.task.kind == "chat" and not self.recipe.forgetting.skip
+
+    def _measure_general(self) -> GeneralMeasure:
+        general = read_general_set(self.recipe.forgetting, self.recipe.data.place)
+        return measure(general, self.measurer, answers=self.recipe.forgetting.answers)
+
+    def _measure_before(self) -> GeneralMeasure | None:
+        """As the model was before its first step; a resumed run has it in a file."""
+        path = self.out / BEFORE_FILE
+        if not self._watches_forgetting:
+            return None
+        if last_checkpoint(self.out) is not None and path.is_file():
+            return load_measure(path)
+        found = self._measure_general()
+        if self.is_main:
+            save_measure(found, path)
+        return found
+
+    # What a run leaves
+
+    def _report(self, trainer: TuningTrainer, before: GeneralMeasure | None) -> None:
+        """Measures the best weights on all samples, all processes together; the first one writes what is left."""
+        measured = Measured()
+        for split, samples in (("validation", self.splits.validation), ("test", self.splits.test)):
+            if samples:
+                measured.metrics[split], measured.predictions = self._measure_split(samples)
+                measured.majority[split] = self._measure_majority(samples)
+                measured.samples = samples
+        forgetting = None if before is None else self._compare(before)
+        with unsharded(self.model):
+            if self.is_main:
+                self._write_results(trainer, measured, forgetting)
+        trainer.accelerator.wait_for_everyone()
+
+    def _write_results(self, trainer: TuningTrainer, measured: Measured, forgetting: Forgetting | None) -> None:
+        """Everything that is left; the weights last but for results.json, which says that the run is finished."""
+        cut = self.truncated
+        results = TuningResults(
+            recipe=self.recipe,
+            task=self.task,
+            files=self.splits.files,
+            trainable_parameters=self.trainable.trainable,
+            parameters=self.trainable.total,
+            records=read_records(self.out / "metrics.jsonl"),
+            metrics=measured.metrics,
+            majority=measured.majority,
+            best_step=trainer.progress.best_step,
+            stopped_early=trainer.progress.stopped,
+            truncated={"cut": cut.sources, "shortened": cut.targets, "dropped": self.splits.dropped},
+            peak_memory_bytes=peak_memory(self.args.device),
+            forgetting=forgetting,
+        )
+        if measured.predictions:
+            write_predictions(self.out / "predictions.jsonl", measured.predictions, measured.samples)
+        if forgetting:
+            (self.out / "forgetting.md").write_text(forgetting.to_markdown(), "utf-8")
+        draw_tuning_curves(results.records, self.out / "curves.png")
+        (self.out / "README.md").write_text(render_tuning_card(results), "utf-8")
+        write_folder(self.export, self._fill_export)
+        write_json(self.out / RESULTS_FILE, results.to_dict())
+        if measured.metrics:
+            self.console.print(metric_rows(results).to_rich(f"{self.task.name}, {self.recipe.method.name}"))
+
+    def _fill_export(self, folder: Path) -> None:
+        dtype = forward_dtype(self.recipe, self.args.device.type)
+        save_tuned_model(self.model, self.tokenizer, self.recipe, folder, dtype=dtype)
+        for name in ("README.md", "curves.png", "metrics.jsonl"):
+            (folder / name).write_bytes((self.out / name).read_bytes())
+        (folder / RECIPE_FILE).write_text(self.recipe.without_places().to_yaml(), "utf-8")
+
+    def _measure_split(self, samples: Sequence[Sample]) -> tuple[dict[str, float], list[Prediction]]:
+        """Metrics and predictions; predictions alone of samples whose answers are not known."""
+        if all(is_answered(sample, self.task.kind) for sample in samples):
+            return self.measurer.measure(samples)
+        return {}, self.measurer.predict(self.task.kind, samples)
+
+    def _measure_majority(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """The metrics of the label that is most frequent in the training samples."""
+        baseline = predict_majority(self.splits.train, samples)
+        if baseline is None or not all(is_answered(sample, self.task.kind) for sample in samples):
+            return {}
+        return measure_predictions(self.task.metrics, baseline, samples, language=self.task.language)
+
+    def _compare(self, before: GeneralMeasure) -> Forgetting:
+        general = read_general_set(self.recipe.forgetting, self.recipe.data.place)
+        prompts = [sample.text for sample in general.prompts[: self.recipe.forgetting.answers]]
+        return Forgetting(prompts, before, self._measure_general())

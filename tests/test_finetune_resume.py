@@ -1,0 +1,114 @@
+"""A fine-tuning run that is killed goes on bit for bit, and goes on with its own recipe and samples only."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gmask.errors import GmaskError
+from gmask.training import finetune, trainer
+from tuning_data import CHAT, SENTIMENT, read_log, read_losses, write_lines, write_recipe
+
+DROPOUT = {"name": "lora", "rank": 4, "dropout": 0.3}  # draws random numbers at every step
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    path = write_recipe(
+        tmp_path, task="chat/alpaca", records=CHAT, method=DROPOUT, forgetting={"answers": 1},
+        optimization={"steps": 12, "batch_size": 2, "accumulation": 2, "save_every": 3, "evaluate_every": 4},
+    )  # fmt: skip
+    whole, killed = ([f"run.out={tmp_path / name}"] for name in ("whole", "killed"))
+    finetune.run(path, whole)
+    code = f"from gmask.training.finetune import run; run({path!r}, {killed!r})"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import torch; torch.set_num_threads(1); {code}"],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    log = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") >= 5):
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 5 <= len(read_log(tmp_path / "killed")) <= 12
+    finetune.run(path, killed)
+    assert read_losses(tmp_path / "killed") == read_losses(tmp_path / "whole")
+    weights = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "killed")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    predictions = [(tmp_path / name / "predictions.jsonl").read_text("utf-8") for name in ("whole", "killed")]
+    assert predictions[0] == predictions[1]
+    general = [(tmp_path / name / "forgetting.md").read_text("utf-8") for name in ("whole", "killed")]
+    assert general[0] == general[1]
+
+
+@pytest.mark.parametrize("method", ["adalora", "p-tuning-v2", "full"])
+def test_any_method_resumes_bit_for_bit(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_recipe(tmp_path, method={"name": method}, optimization={"steps": 10, "save_every": 4, "batch_size": 2})
+    finetune.run(path, [f"run.out={tmp_path / 'whole'}"])
+    honest = trainer.TuningTrainer._record
+
+    def stop_at_six(self: trainer.TuningTrainer, *args: float | None) -> dict[str, float]:
+        if self.state.global_step == 6:
+            raise KeyboardInterrupt
+        return honest(self, *args)
+
+    monkeypatch.setattr(trainer.TuningTrainer, "_record", stop_at_six)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.run(path, [f"run.out={tmp_path / 'stopped'}"])
+    monkeypatch.undo()
+    torch.rand(100)  # whatever happened to the random state since
+    finetune.run(path, [f"run.out={tmp_path / 'stopped'}"])
+    assert read_losses(tmp_path / "stopped") == read_losses(tmp_path / "whole")
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    folder = finetune.run(path)
+    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    assert finetune.run(path) == folder
+    assert written == {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*") if file.is_file()}
+
+
+def test_another_recipe_cannot_resume_and_its_keys_are_named(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    finetune.run(path)
+    with pytest.raises(GmaskError, match=r"another recipe: run\.seed, optimization\.steps differ; resume with"):
+        finetune.run(path, ["run.seed=3", "optimization.steps=6"])
+    with pytest.raises(GmaskError, match="holds a run already"):
+        finetune.run(path, resume=False)
+    write_lines(tmp_path / "train.jsonl", SENTIMENT[:-1])
+    with pytest.raises(GmaskError, match=r"the content of train file train\.jsonl differs"):
+        finetune.run(path)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_recipe(tmp_path)
+    monkeypatch.setattr(finetune.Finetuning, "_report", lambda self, *args: None)  # killed before the end
+    finetune.run(path)
+    weights = tmp_path / "out" / "checkpoint-00000004" / "trained.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(GmaskError, match=r"checkpoint-00000004/trained\.safetensors: damaged"):
+        finetune.run(path)
+
+
+def test_a_checkpoint_that_was_cut_short_is_not_taken_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_recipe(tmp_path)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer, "save_file", full)
+    with pytest.raises(GmaskError, match=r"cannot be written .*No space left on device"):
+        finetune.run(path)
+    assert trainer.list_checkpoints(tmp_path / "out") == []
+    monkeypatch.undo()
+    finetune.run(path)
+    assert [one[0] for one in read_losses(tmp_path / "out")] == [1, 2, 3, 4]
