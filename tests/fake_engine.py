@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+from gmask.generation.adapters import AdapterSet
 from gmask.generation.decoding import Answer
 from gmask.generation.engine import Counts
 from gmask.generation.requests import End, Progress, QueueFull, Request, Tell, Ticket
@@ -18,6 +19,7 @@ class FakeEngine:
     """
 
     def __init__(self, ids: Sequence[int] = (20, 21, 22), *, max_queue: int = 256, runs: bool = True) -> None:
+        self.adapters = AdapterSet(None, {})  # type: ignore[arg-type]
         self.ids = tuple(ids)
         self.max_queue = max_queue
         self.runs = threading.Event()
@@ -42,6 +44,10 @@ class FakeEngine:
             self.requests.append(request)
             self.live.append(ticket)
         return ticket
+
+    @property
+    def is_alive(self) -> bool:
+        return self.thread.is_alive()
 
     def counts(self) -> Counts:
         return Counts(0, len(self.live), 0, 1, 0, 0, 0, dict(self.ends))

@@ -17,8 +17,9 @@ from gmask.errors import GmaskError
 from gmask.generation.constraints import TokenMask
 from gmask.generation.context import Context, TextReader
 from gmask.generation.engine import Engine
-from gmask.generation.requests import Progress, QueueFull, Request, Ticket
+from gmask.generation.requests import Progress, QueueFull, Request
 from gmask.generation.sampling import SamplingParameters
+from slow_engine import SlowEngine, assert_as_alone, assert_idle, wait_until
 from tiny_folder import make_folder
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -45,49 +46,11 @@ def engine(loaded: tuple[Any, Any]) -> Iterator[Engine]:
 
 
 @pytest.fixture
-def slow(loaded: tuple[Any, Any]) -> Iterator["SlowEngine"]:
+def slow(loaded: tuple[Any, Any]) -> Iterator[SlowEngine]:
     made = SlowEngine(*loaded)
     yield made
     made.gate.set()
     made.engine.close(drain=False)
-
-
-class SlowEngine:
-    """An engine of two rows that waits at a gate before every decoding step."""
-
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.gate = threading.Event()
-        self.reader = TextReader(tokenizer)
-        self.engine = Engine(model, tokenizer, max_rows=2, max_queue=3)
-        step = self.engine._decode_step
-
-        def wait_and_step() -> None:
-            self.gate.wait()
-            step()
-
-        self.engine._decode_step = wait_and_step  # type: ignore[method-assign]
-
-    def submit(self, n: int = 1) -> Ticket:
-        parameters = SamplingParameters(max_tokens=8, min_tokens=8)
-        return self.engine.submit(Request(context=self.reader.read("a [MASK] b").context, sampling=parameters, n=n))
-
-    def fill(self) -> Ticket:
-        """Has both rows run, and wait at the gate."""
-        ticket = self.submit(n=2)
-        wait_until(lambda: self.engine.counts().running == 2)
-        return ticket
-
-
-def wait_until(is_so: Any) -> None:
-    end = time.monotonic() + 20
-    while not is_so():
-        assert time.monotonic() < end, "it does not come to pass"
-        time.sleep(0.005)
-
-
-def assert_idle(engine: Engine) -> None:
-    wait_until(lambda: engine.counts().running == 0 and engine.counts().waiting == 0)
-    assert engine._slots.lengths == []
 
 
 requests = st.fixed_dictionaries(
@@ -124,14 +87,6 @@ def test_greedy_answers_are_those_of_single_runs(
             if progress.end == "complete":
                 assert_as_alone(progress, request, loaded)
     assert_idle(engine)
-
-
-def assert_as_alone(progress: Progress, request: dict[str, Any], loaded: tuple[Any, Any]) -> None:
-    alone = gmask.infill(*loaded, request["text"], max_tokens=request["max_tokens"])
-    assert [answer.ids for answer in progress.done] == [
-        tuple(token.id for token in blank.tokens) for blank in alone.blanks
-    ]
-    assert sum(answer.logprob for answer in progress.done) == pytest.approx(alone.logprob, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -324,32 +279,6 @@ def test_what_is_too_late_ends_where_it_stands(slow: SlowEngine) -> None:
     slow.gate.set()
     assert [latest.end for latest in late.wait(20)] == ["timeout"] * 2
     assert_idle(slow.engine)
-
-
-def test_a_listener_that_fails_harms_no_other(loaded: tuple[Any, Any], engine: Engine, caplog: Any) -> None:
-    def fail(progress: Progress) -> None:
-        raise RuntimeError("the client has gone")
-
-    context = TextReader(loaded[1]).read("a [MASK]").context
-    bad = engine.submit(Request(context=context, sampling=SamplingParameters(max_tokens=3)), fail)
-    good = engine.submit(Request(context=context, sampling=SamplingParameters(max_tokens=3)))
-    assert bad.wait(20)[0].end == good.wait(20)[0].end == "complete"
-    assert "a listener failed" in caplog.text
-
-
-def test_a_context_that_fails_harms_no_other(loaded: tuple[Any, Any]) -> None:
-    model, tokenizer = loaded
-    engine = Engine(model, tokenizer, max_rows=4)
-    good = TextReader(tokenizer).read("a [MASK] b").context
-    bad = Context((10**6, *good.ids), tuple(place + 1 for place in good.places))
-    tickets = [
-        engine.submit(Request(context=context, sampling=SamplingParameters(max_tokens=3)))
-        for context in (good, bad, good)
-    ]
-    ends = [ticket.wait(20)[0] for ticket in tickets]
-    assert [end.end for end in ends] == ["complete", "failed", "complete"] and ends[1].error is not None
-    assert_idle(engine)
-    engine.close()
 
 
 def test_closing_finishes_or_returns_what_there_is(loaded: tuple[Any, Any]) -> None:

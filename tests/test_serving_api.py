@@ -160,6 +160,21 @@ def test_an_echoed_prompt_is_scored_from_left_to_right(client: TestClient, loade
     )
 
 
+def test_a_long_echo_holds_the_logits_of_a_few_tokens(
+    client: TestClient, loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = dict(prompt="The old man took his dog", echo=True, logprobs=2, max_tokens=0)
+    expected = ask(client, "/v1/completions", **body)["choices"][0]["logprobs"]
+    monkeypatch.setattr("gmask.serving.left_to_right.CHUNK", 3)
+    held: list[int] = []
+    hook = loaded[0].lm_head.register_forward_hook(lambda head, inputs, logits: held.append(logits.shape[:-1].numel()))
+    found = ask(client, "/v1/completions", **body)["choices"][0]["logprobs"]
+    hook.remove()
+    assert max(held) == 3 and sum(held) == len(found["tokens"]) > 6
+    assert found["tokens"] == expected["tokens"]
+    assert found["token_logprobs"] == pytest.approx(expected["token_logprobs"], abs=1e-5)
+
+
 def test_best_of_keeps_the_most_probable_ones(client: TestClient) -> None:
     body = dict(prompt="The", min_tokens=4, max_tokens=4, seed=1, temperature=1.5, logprobs=0)
 

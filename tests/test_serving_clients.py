@@ -16,6 +16,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from hypothesis import HealthCheck, given, settings
 
 import gmask
 from fake_engine import FakeEngine
+from gmask.checkpoints.adapters import save_adapter
 from gmask.generation.chat import Chat
+from gmask.models.prefix import attach_prefix
 from gmask.serving.server import ServerSettings, create_app, make_server
 from tiny_folder import make_folder
 
@@ -57,9 +60,13 @@ def address(loaded) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def open_address(loaded) -> Iterator[str]:
-    """Of one that does not: the published API knew no keys."""
-    yield from run(create_app(*loaded))
+def open_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Of one that does not, for the published API knew no keys; it has the adapter of the guide."""
+    base, adapter = make_folder(tmp_path_factory.mktemp("model")), tmp_path_factory.mktemp("adapter")
+    model, _ = gmask.load(base, device="cpu")
+    attach_prefix(model, 2, projection=False)
+    save_adapter(model, adapter, base=str(base))
+    yield from run(create_app(*gmask.load(base, device="cpu"), adapters={"news": adapter}))
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +190,39 @@ def test_langchains_chatglm_speaks_the_published_api(open_address: str) -> None:
     second = model.invoke("And?")
     assert model.history == [["The dog?", first], ["And?", second]]
     assert llms.ChatGLM(endpoint_url=open_address).invoke("The dog?")  # asks for 20000 tokens
+
+
+LM_EVAL_TASK = """
+task: go_on
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{text}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["\\n\\n"], max_gen_toks: 6, temperature: 0}
+metric_list: [{metric: exact_match}]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'gmask[eval]'")
+def test_lm_eval_lets_the_server_write(address: str, loaded, tmp_path: Path) -> None:
+    texts = ["The old man", "It was a", "我今天", "The dog ran"]
+    documents = [
+        {"text": text, "answer": gmask.infill(*loaded, f"{text}[gMASK]", max_tokens=6).blanks[0].text} for text in texts
+    ]
+    documents[-1]["answer"] += " not"
+    (tmp_path / "texts.json").write_text(json.dumps(documents), "utf-8")
+    (tmp_path / "go_on.yaml").write_text(LM_EVAL_TASK % (tmp_path / "texts.json"), "utf-8")
+    options = f"model=bundled,base_url={address}/v1/completions,tokenizer_backend=none,num_concurrent=2"
+    command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", options,
+               "--tasks", "go_on", "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out")]  # fmt: skip
+    own = {"OPENAI_API_KEY": KEY, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (written,) = (tmp_path / "out").rglob("results_*.json")
+    assert json.loads(written.read_text("utf-8"))["results"]["go_on"]["exact_match,none"] == 0.75
 
 
 def test_the_curl_lines_of_the_guide_work(open_address: str) -> None:

@@ -158,7 +158,7 @@ def test_scores_wait_in_a_queue_with_an_end(serve, monkeypatch: pytest.MonkeyPat
         ]
         for thread in threads:
             thread.start()
-        wait_until(lambda: client.app.state.backend.offline_waiting == 2)
+        wait_until(lambda: client.app.state.backend.worker.waiting == 2)
         refused = client.post("/v1/score", json=body)
         assert (refused.status_code, "retry-after" in refused.headers) == (429, True)
         goes_on.set()
@@ -197,48 +197,10 @@ def test_a_failed_answer_is_its_own_affair(serve, caplog: pytest.LogCaptureFixtu
         assert ask(client).status_code == 200
 
 
-def drive(app: Any, body: dict[str, Any], engine: FakeEngine, *, leave_after: int) -> list[dict[str, Any]]:
-    """What is sent to a client that goes once it has had so many messages."""
-    sent: list[dict[str, Any]] = []
-
-    async def run() -> None:
-        gone = asyncio.Event()
-        messages = iter([{"type": "http.request", "body": json.dumps(body).encode()}])
-
-        async def receive() -> dict[str, Any]:
-            for message in messages:
-                return message
-            await gone.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message: dict[str, Any]) -> None:
-            sent.append(message)
-            if len(sent) >= leave_after:
-                gone.set()
-
-        headers = [(b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
-        task = asyncio.create_task(app(scope, receive, send))
-        while not engine.live:
-            await asyncio.sleep(0.001)
-        if leave_after == 0:
-            gone.set()
-        await asyncio.wait_for(task, 20)
-
-    asyncio.run(run())
-    return sent
-
-
-@pytest.mark.parametrize(("stream", "leave_after"), [(False, 0), (True, 2), (True, 0)])
-def test_who_leaves_is_not_written_for(loaded, stream: bool, leave_after: int) -> None:
-    engine = FakeEngine()
-    engine.tokens_before_pause = 1 if stream else 0
-    app = create_app(*loaded, engine=engine)  # type: ignore[arg-type]
-    drive(app, {**COMPLETION, "n": 2, "stream": stream}, engine, leave_after=leave_after)
-    wait_until(lambda: not engine.live)
-    assert engine.ends == {"cancelled": 2}
-    assert app.state.backend.open_jobs == set()
-    app.state.backend.close()
+def test_the_page_asks_for_the_key_itself(serve) -> None:
+    with serve(api_keys=("key",)) as client:
+        statuses = [client.get(path).status_code for path in ("/ui", "/ui/login", "/uix", "/v1/ui/", "/ui/../metrics")]
+        assert statuses == [404, 404, 401, 401, 401]
 
 
 def test_a_slow_reader_holds_one_progress_for_each_sample(serve, loaded) -> None:

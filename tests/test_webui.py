@@ -3,8 +3,9 @@
 import asyncio
 import itertools
 import re
-import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import aclosing
 from typing import Any
 
 import httpx
@@ -22,7 +23,7 @@ from gmask.generation.answers import Blank, Choices, Combination, Infilling  # n
 from gmask.serving import webui_chat, webui_infill  # noqa: E402
 from gmask.serving.server import create_app  # noqa: E402
 from gmask.serving.settings import ServerSettings  # noqa: E402
-from gmask.serving.webui import create_page, mount_page  # noqa: E402
+from gmask.serving.webui import LOGIN, create_page, make_backend, mount_page  # noqa: E402
 from gmask.serving.webui_labels import LABELS, preferred_language  # noqa: E402
 from gmask.serving.webui_model import MAX_CHARACTERS, PageModel, told_errors  # noqa: E402
 from gmask.serving.webui_settings import read_seed  # noqa: E402
@@ -32,12 +33,31 @@ GREEDY = dict(temperature=0.0, top_p=1.0, seed="")
 
 
 @pytest.fixture(scope="module")
-def model() -> PageModel:
-    return PageModel(*gmask.load("bundled"))
+def loaded() -> Any:
+    return gmask.load("bundled")
+
+
+@pytest.fixture(scope="module")
+def model(loaded: Any) -> Iterator[PageModel]:
+    backend = make_backend(*loaded, name="bundled")
+    yield PageModel(backend)
+    backend.close()
 
 
 def fill(model: PageModel, text: str = TEXT, choices: str = "", n: int = 1, max_tokens: int = 6, **values: Any):
-    return webui_infill.fill_text(model, text, choices, n, max_tokens, **{**GREEDY, **values})
+    return asyncio.run(webui_infill.fill_text(model, text, choices, n, max_tokens, **{**GREEDY, **values}))
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.005)
+
+
+def is_idle(model: PageModel) -> bool:
+    counts = model.backend.engine.counts()
+    return not (counts.running or counts.waiting or model.backend.worker.waiting)
 
 
 def made_of(*answers: str, logprob: float = -1.0) -> Infilling:
@@ -50,18 +70,19 @@ def made_of(*answers: str, logprob: float = -1.0) -> Infilling:
     return Infilling(text, tuple(blanks), logprob * len(answers))
 
 
-def test_the_page_fills_as_the_library_does(model: PageModel) -> None:
-    assert fill(model, n=3) == gmask.infill(model.model, model.tokenizer, TEXT, n=3, max_tokens=6)
+def test_the_page_fills_as_the_library_does(model: PageModel, loaded: Any) -> None:
+    assert fill(model, n=3) == gmask.infill(*loaded, TEXT, n=3, max_tokens=6)  # beams
+    greedy, alone = fill(model), gmask.infill(*loaded, TEXT, max_tokens=6)
+    assert (greedy.text, greedy.alternatives) == (alone.text, ())
+    assert greedy.logprob == pytest.approx(alone.logprob, abs=1e-3)
     drawn = fill(model, n=2, temperature=1.2, top_p=0.9, seed=" 7 ")
-    settings = dict(n=2, max_tokens=6, temperature=1.2, top_p=0.9, seed=7)
-    assert drawn == gmask.infill(model.model, model.tokenizer, TEXT, **settings)
+    alone = gmask.infill(*loaded, TEXT, n=2, max_tokens=6, temperature=1.2, top_p=0.9, seed=7)
+    assert [drawn.text, drawn.alternatives[0].text] == [alone.text, alone.alternatives[0].text]
 
 
-def test_choices_are_scored_whatever_the_temperature(model: PageModel) -> None:
+def test_choices_are_scored_whatever_the_temperature(model: PageModel, loaded: Any) -> None:
     chosen = fill(model, choices="hat | head \n\n door｜house|sea\n", n=2, temperature=1.5)
-    assert chosen == gmask.infill(
-        model.model, model.tokenizer, TEXT, choices=[["hat", "head"], ["door", "house", "sea"]], n=2
-    )
+    assert chosen == gmask.infill(*loaded, TEXT, choices=[["hat", "head"], ["door", "house", "sea"]], n=2)
     shares = webui_infill.choice_shares(chosen.choices)
     assert set(shares["candidate"]) == {"1: hat", "1: head", "2: door", "2: house", "2: sea"}
     assert shares.groupby("blank")["probability"].sum().tolist() == pytest.approx([1, 1])
@@ -156,14 +177,21 @@ def test_a_guarded_text_has_no_markup_and_comes_back(text: str) -> None:
     assert webui_chat.unguard(guarded) == webui_chat.unguard(text)
 
 
-def test_the_page_chats_as_the_library_does(model: PageModel) -> None:
-    chat = gmask.Chat(model.model, model.tokenizer, max_tokens=8, temperature=0.9, top_p=0.8, seed=3)
+def talk(model: PageModel, message: str, history: list[dict[str, Any]], *settings: Any) -> list[tuple[str, str]]:
+    async def listen() -> list[tuple[str, str]]:
+        return [told async for told in webui_chat.reply_to(model, message, history, *settings, language="en")]
+
+    return asyncio.run(listen())
+
+
+def test_the_page_chats_as_the_library_does(model: PageModel, loaded: Any) -> None:
+    chat = gmask.Chat(*loaded, max_tokens=8, temperature=0.9, top_p=0.8, seed=3)
     history = [
         {"role": role, "content": [{"type": "text", "text": webui_chat.guard(text)}]}
         for role, text in [("user", "never answered"), ("user", "a < <b>"), ("assistant", "c & d")]
     ]
     chat.rounds = [("a < <b>", "c & d")]
-    told = list(webui_chat.reply_to(model, "<i>&amp;", history, 8, 0.9, 0.8, "3", language="en"))
+    told = talk(model, "<i>&amp;", history, 8, 0.9, 0.8, "3")
     reply = chat.ask("<i>&amp;")
     texts = [text for text, _ in told]
     assert texts[-1] == reply.text
@@ -172,21 +200,56 @@ def test_the_page_chats_as_the_library_does(model: PageModel) -> None:
     assert {note for _, note in told[:-1]} == {""}
 
 
-def test_a_reply_that_is_left_frees_the_model(model: PageModel) -> None:
-    reply = webui_chat.reply_to(model, "hello", [], 64, 0.9, 0.8, "1", language="en")
-    next(reply)
-    assert model.lock.locked()
-    reply.close()
-    assert not model.lock.locked()
+def test_a_reply_that_is_left_ends(model: PageModel) -> None:
+    async def leave() -> None:
+        async with aclosing(webui_chat.reply_to(model, "hello", [], 400, 0.9, 0.8, "1", language="en")) as reply:
+            await anext(reply)
+            assert not is_idle(model)
+
+    asyncio.run(leave())
+    wait_until(lambda: is_idle(model))
+    assert model.backend.engine.counts().ends["cancelled"] == 1
 
 
-def test_the_model_works_for_one_at_a_time(model: PageModel) -> None:
-    with model.lock:
-        waiting = threading.Thread(target=fill, args=(model,))
-        waiting.start()
-        waiting.join(0.5)
-        assert waiting.is_alive()
-    waiting.join()
+@pytest.mark.parametrize("kind", [dict(temperature=0.9), dict(n=16), dict(n=16, choices="a|b|c\nd|e|f")])
+def test_a_fill_that_is_stopped_ends(model: PageModel, kind: dict[str, Any]) -> None:
+    passes = 0
+
+    def count(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+        time.sleep(0.01)
+
+    async def stop() -> int:
+        settings = {**dict(n=1, choices=""), **GREEDY, **kind}
+        choices, n = settings.pop("choices"), settings.pop("n")
+        filling = asyncio.create_task(webui_infill.fill_text(model, TEXT, choices, n, 400, **settings))
+        while not passes:
+            await asyncio.sleep(0.005)
+        filling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await filling
+        return passes
+
+    hook = model.backend.model.base_model.register_forward_pre_hook(count)
+    stopped = asyncio.run(stop())
+    wait_until(lambda: is_idle(model))
+    hook.remove()
+    assert passes <= stopped + 3
+
+
+def test_users_of_the_page_are_answered_together(model: PageModel) -> None:
+    async def ask(seed: int) -> int:
+        settings = (40, 0.9, 0.8, str(seed))
+        busiest = 0
+        async for _ in webui_chat.reply_to(model, "hello", [], *settings, language="en"):
+            busiest = max(busiest, model.backend.engine.counts().running)
+        return busiest
+
+    async def ask_all() -> list[int]:
+        return await asyncio.gather(*map(ask, range(3)))
+
+    assert max(asyncio.run(ask_all())) == 3
 
 
 @pytest.mark.parametrize(
@@ -219,11 +282,11 @@ def test_seeds() -> None:
 
 
 @pytest.fixture
-def draw(model: PageModel) -> Callable[[str], dict[str, Any]]:
+def draw(loaded: Any) -> Callable[[str], dict[str, Any]]:
     """Builds a page, inside of an event loop: outside of one, Gradio opens its own and leaves them open."""
 
     async def build(language: str) -> dict[str, Any]:
-        return create_page(model.model, model.tokenizer, name="bundled", language=language).get_config_file()
+        return create_page(*loaded, name="bundled", language=language).get_config_file()
 
     return lambda language: asyncio.run(build(language))
 
@@ -260,15 +323,37 @@ def test_the_command_refuses_an_unknown_language(
     assert "'fr' is not one of 'en', 'zh', 'auto'" in capsys.readouterr().err
 
 
-def test_the_server_shows_the_page_beside_its_own_endpoints(model: PageModel) -> None:
-    async def ask() -> list[int]:
-        app = create_app(model.model, model.tokenizer, settings=ServerSettings(model_name="bundled"))
-        app = mount_page(app, model.model, model.tokenizer, name="bundled")
-        transport = httpx.ASGITransport(app)
+def visit(loaded: Any, settings: ServerSettings, steps: Callable[[httpx.AsyncClient], Any]) -> Any:
+    async def run() -> Any:
+        app = mount_page(create_app(*loaded, settings=settings))
         async with (
             app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client,
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client,
         ):
-            return [(await client.get(path)).status_code for path in ("/ui/", "/v1/models", "/ready")]
+            return await steps(client)
 
-    assert asyncio.run(ask()) == [200, 200, 200]
+    return asyncio.run(run())
+
+
+def test_the_server_shows_the_page_beside_its_own_endpoints(loaded: Any) -> None:
+    async def ask(client: httpx.AsyncClient) -> list[int]:
+        return [(await client.get(path)).status_code for path in ("/ui/", "/v1/models", "/ready")]
+
+    assert visit(loaded, ServerSettings(model_name="bundled"), ask) == [200, 200, 200]
+
+
+def test_a_server_with_keys_shows_the_page_to_who_gives_one(loaded: Any) -> None:
+    async def log_in(client: httpx.AsyncClient) -> list[int]:
+        async def look() -> list[int]:
+            paths = ("/ui/config", "/ui/gradio_api/info", "/v1/models")
+            return [(await client.get(path)).status_code for path in paths]
+
+        async def give(key: str) -> int:
+            return (await client.post("/ui/login", data={"username": "anybody", "password": key})).status_code
+
+        page = (await client.get("/ui/")).text
+        assert '"auth_required":true' in page and LOGIN.split(";")[0] in page and "infill-text" not in page
+        return [*await look(), await give("wrong"), *await look(), await give("second"), *await look()]
+
+    settings = ServerSettings(model_name="bundled", api_keys=("first", "second"))
+    assert visit(loaded, settings, log_in) == [401, 401, 401, 400, 401, 401, 401, 200, 200, 200, 401]

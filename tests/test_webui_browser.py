@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,24 +50,45 @@ MARKUP = (
 )
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where ``gmask webui`` has opened its page."""
+@contextmanager
+def run(log: Path, *arguments: str, **environment: str) -> Iterator[str]:
+    """The address of a command that serves a page."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    url, log = f"http://127.0.0.1:{port}/", tmp_path_factory.mktemp("webui") / "log"
+    url = f"http://127.0.0.1:{port}/"
     with log.open("w") as output:
-        command = [sys.executable, "-c", SERVER, "webui", "--port", str(port)]
-        server = subprocess.Popen(command, stdout=output, stderr=output)
+        command = [sys.executable, "-c", SERVER, *arguments, "--port", str(port)]
+        server = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **environment})
         try:
-            wait_for(url, server, log)
+            wait_for(f"{url}{'' if arguments[0] == 'webui' else 'health'}", server, log)
             yield url
         finally:
             server.terminate()
             server.wait(30)
     told = log.read_text()
     assert "OUTSIDE" not in told and "Traceback" not in told, told
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where ``gmask webui`` has opened its page."""
+    with run(tmp_path_factory.mktemp("webui") / "log", "webui") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def rambling_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Of a page whose model was not tuned to end its replies."""
+    with run(tmp_path_factory.mktemp("rambling") / "log", "webui", "bundled") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def guarded_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Of a ``gmask serve`` that asks for a key."""
+    with run(tmp_path_factory.mktemp("serve") / "log", "serve", GMASK_API_KEY="the-key") as url:
+        yield url
 
 
 def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
@@ -94,19 +116,23 @@ def open_page(browser: Any, address: str) -> Iterator[Any]:
     troubles: list[str] = []
     contexts = []
 
-    def watch(page: Any) -> None:
-        page.on("console", lambda message: message.type == "error" and troubles.append(message.text))
+    def watch(page: Any, address: str, expected: str) -> None:
+        def note(message: Any) -> None:
+            if message.type == "error" and expected not in message.text:
+                troubles.append(message.text)
+
+        page.on("console", note)
         page.on("pageerror", lambda error: troubles.append(str(error)))
         page.on("dialog", lambda dialog: (troubles.append(dialog.message), dialog.dismiss()))
         own = (address, "data:", "blob:")
         page.on("request", lambda request: request.url.startswith(own) or troubles.append(request.url))
 
-    def open_page(locale: str = "en-US") -> Any:
+    def open_page(locale: str = "en-US", address: str = address, expected: str = "no error") -> Any:
         context = browser.new_context(locale=locale, viewport={"width": 1280, "height": 860})
         contexts.append(context)
         context.set_default_timeout(PATIENCE)
         page = context.new_page()
-        watch(page)
+        watch(page, address.removesuffix("ui/"), expected)
         page.goto(address)
         return page
 
@@ -185,6 +211,35 @@ def test_blanks_are_filled_in_their_text_and_choices_charted(open_page: Any) -> 
     picture(page, "webui-infill.png")
 
 
+def test_a_fill_that_is_stopped_gives_way_to_the_next(open_page: Any) -> None:
+    page = open_page()
+    run, stop = page.locator("#infill-run"), page.locator("#infill-stop")
+    playwright.expect(stop).to_be_hidden()
+    page.locator("#infill-text textarea").fill("It was [gMASK]")
+    page.get_by_label("number input for Answers to compare").fill("16")
+    page.get_by_label("number input for Longest answer").first.fill("500")
+    run.click()
+    playwright.expect(stop).to_be_visible()
+    stop.click()
+    playwright.expect(stop).to_be_hidden()
+    playwright.expect(page.locator("#infill-filled")).to_be_hidden()
+    page.get_by_label("number input for Longest answer").first.fill("3")
+    run.click()
+    playwright.expect(page.locator("#infill-filled")).to_contain_text("It was")
+    playwright.expect(stop).to_be_hidden()
+
+
+def test_a_server_with_keys_lets_in_who_gives_one(open_page: Any, guarded_address: str) -> None:
+    page = open_page(address=f"{guarded_address}ui/", expected="401")  # what it asks for before the key is given
+    playwright.expect(page.get_by_text("the password is an API key")).to_be_visible()
+    page.get_by_label("username").fill("anybody")
+    page.get_by_label("password").fill("the-key")
+    page.get_by_role("button", name="Login").click()
+    page.locator("#infill-text textarea").fill("It was [MASK].")
+    page.locator("#infill-run").click()
+    playwright.expect(page.locator("#infill-filled")).to_contain_text("It was")
+
+
 def test_a_mistake_is_shown_and_the_page_goes_on(open_page: Any) -> None:
     page = open_page()
     page.locator("#infill-text textarea").fill("<img src=x onerror=alert(1)> [oMASK]")
@@ -222,8 +277,8 @@ def test_a_reply_is_streamed_and_what_was_written_is_no_markup(open_page: Any) -
     playwright.expect(messages(page)).to_have_count(2)
 
 
-def test_a_stopped_reply_stays_and_the_next_one_comes(open_page: Any) -> None:
-    page = open_page()
+def test_a_stopped_reply_stays_and_the_next_one_comes(open_page: Any, rambling_address: str) -> None:
+    page = open_page(address=rambling_address)
     set_up_chat(page, max_tokens=400, seed=3)
     say(page, "你好")
     page.wait_for_function("() => document.querySelectorAll('#chat-conversation .md')[1]?.innerText.length > 2")

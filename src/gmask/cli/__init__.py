@@ -16,10 +16,11 @@ from gmask.cli.estimating import estimate
 from gmask.cli.evaluation import evaluate
 from gmask.cli.filling import infill
 from gmask.cli.inspection import info
+from gmask.cli.merging import merge
 from gmask.cli.quantizing import quantize
 from gmask.cli.scoring import embed, score
 from gmask.cli.serving import serve
-from gmask.cli.training import pretrain, train_tokenizer
+from gmask.cli.training import finetune, pretrain, train_tokenizer
 from gmask.cli.webui import webui
 from gmask.errors import GmaskError, is_shortage
 
@@ -40,7 +41,9 @@ app.command()(convert)
 app.command()(quantize)
 app.command()(info)
 app.command()(estimate)
+app.command()(merge)
 app.command()(pretrain)
+app.command()(finetune)
 app.command()(evaluate)
 app.command("train-tokenizer")(train_tokenizer)
 
@@ -49,9 +52,13 @@ def main() -> None:
     """Runs a verb. A mistake of the user's is one line on standard error and exit code 2; Ctrl-C is exit code 130."""
     _quiet_libraries()
     try:
-        app()
+        sys.exit(app(prog_name=app.info.name, standalone_mode=False))
     except GmaskError as error:
         _fail(str(error))
+    except typer.TyperException as error:
+        _fail_usage(error)
+    except typer.Abort:
+        sys.exit(1)
     except ModuleNotFoundError as error:
         _fail(f"{error.name} is not installed; training needs pip install 'gmask[train]'")
     except OSError as error:  # no such file, no permission, disk full
@@ -67,6 +74,16 @@ def main() -> None:
 def _fail(message: str) -> NoReturn:
     print("gmask:", " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
+
+
+def _fail_usage(error: typer.TyperException) -> NoReturn:
+    """Tells a mistake in the words behind ``gmask``; without any, the help is what typer has to say."""
+    if len(sys.argv) == 1:
+        print(error.format_message())
+        sys.exit(error.exit_code)
+    context: typer.Context | None = getattr(error, "ctx", None)
+    command = context.command_path if context else app.info.name
+    _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
 
 
 def _quiet_libraries() -> None:

@@ -40,7 +40,7 @@ History = Annotated[
 
 def chat(
     texts: Texts = None,
-    model: Model = "bundled",
+    model: Model = "bundled-chat",
     context_length: ContextLength = None,
     max_tokens: MaxTokens = None,
     history: History = None,

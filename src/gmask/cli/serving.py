@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gmask.cli.filling import read_pairs
-from gmask.cli.options import Adapter, Dtype, Quantize
+from gmask.cli.options import BUNDLED, Dtype, Quantize
 from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
     from gmask.serving.settings import ServerSettings
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+FILLS, TALKS = BUNDLED
 
-Served = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or name of a model, or bundled.")]
+Served = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or name of a model, or bundled, or bundled-chat.")]
 Host = Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for every one of this machine.")]
 Port = Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)]
 KeyFile = Annotated[
@@ -26,6 +27,16 @@ KeyFile = Annotated[
     typer.Option(
         "--api-key-file",
         help="File with an API key a line. GMASK_API_KEY in the environment is one more.",
+        show_default=False,
+    ),
+]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="NAME=FOLDER",
+        help="LoRA or a prefix that requests choose as the model MODEL:NAME; once for each. "
+        "Without NAME=, the folder of one adapter of any kind, which every request goes through.",
         show_default=False,
     ),
 ]
@@ -43,13 +54,13 @@ Limits = Annotated[
 
 
 def serve(
-    model: Served = "bundled",
+    model: Served = FILLS,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     api_key_file: KeyFile = None,
     quantize: Quantize = None,
     dtype: Dtype = None,
-    adapter: Adapter = None,
+    adapter: Adapters = None,
     log_prompts: LogPrompts = False,
     pairs: Limits = None,
 ) -> None:
@@ -60,19 +71,27 @@ def serve(
     from gmask.serving.logs import log_as_json
     from gmask.serving.server import create_app, make_server
 
-    network, tokenizer = load(model, dtype=dtype, quantize=quantize, adapter=adapter)
+    fixed, chosen = read_adapters(adapter or [])
+    network, tokenizer = load(model, dtype=dtype, quantize=quantize, adapter=fixed)
     log_as_json()
     if host not in LOOPBACK and not settings.api_keys:
         print("note: everybody who reaches this address may ask: --api-key-file asks for a key", file=sys.stderr)
-    app = create_app(network, tokenizer, settings=settings)
-    shows_page = not settings.api_keys and find_spec("gradio") is not None  # a browser has no key to send
+    app = create_app(network, tokenizer, settings=settings, adapters=chosen)
+    shows_page = find_spec("gradio") is not None
+    talks = None
     if shows_page:
-        from gmask.serving.webui import mount_page
+        from gmask.serving.webui import make_backend, mount_page
 
-        app = mount_page(app, network, tokenizer, name=settings.model_name)
+        if model == FILLS:  # and says little of sense in a conversation
+            talks = make_backend(*load(TALKS), name=TALKS)
+        app = mount_page(app, talks=talks)
     page = ", a page at /ui" if shows_page else ""
     print(f"{settings.model_name} at http://{host}:{port}/v1, documented at /docs{page}", file=sys.stderr)
-    make_server(app, host=host, port=port).run()
+    try:
+        make_server(app, host=host, port=port).run()
+    finally:
+        if talks is not None:
+            talks.close()
 
 
 def check_installed() -> None:
@@ -100,6 +119,27 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
             raise GmaskError(f"{path}: holds no API key: write one a line")
         keys += found
     return tuple(keys)
+
+
+def read_adapters(values: list[str]) -> tuple[Path | None, dict[str, Path]]:
+    """The adapter that every request goes through, if there is one, and those that requests choose, by name.
+
+    Raises:
+        GmaskError: several of the former, or one beside others; a name that is empty or given twice.
+    """
+    fixed: list[Path] = []
+    chosen: dict[str, Path] = {}
+    for value in values:
+        name, sign, folder = value.partition("=")
+        if not sign or Path(value).expanduser().is_dir():
+            fixed.append(Path(value))
+        elif not name or name in chosen:
+            raise GmaskError(f"--adapter {value}: the name is {'given twice' if name else 'empty'}")
+        else:
+            chosen[name] = Path(folder)
+    if len(fixed) + bool(chosen) > 1:
+        raise GmaskError(f"--adapter {fixed[0]}: several adapters need names to be chosen by: --adapter NAME=FOLDER")
+    return (fixed[0] if fixed else None), chosen
 
 
 def read_settings(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from gmask.cli.options import Adapter, Dtype, Quantize
+from gmask.cli.options import BUNDLED, Adapter, Dtype, Quantize
 from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
-Model = Annotated[str, typer.Argument(help="Folder or name of a model, or bundled.")]
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        help="Folder or name of a model.",
+        show_default="bundled to fill blanks and bundled-chat to talk",
+    ),
+]
 Port = Annotated[int, typer.Option(help="Of the page.", min=1, max=65535)]
 Host = Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")]
 Share = Annotated[bool, typer.Option("--share", help="Make a public link, through a server of Gradio's.")]
@@ -26,7 +32,7 @@ Language = Annotated[
 
 
 def webui(
-    model: Model = "bundled",
+    model: Model = None,
     port: Port = 7860,
     host: Host = "127.0.0.1",
     share: Share = False,
@@ -37,14 +43,19 @@ def webui(
 ) -> None:
     """Open a page in the browser: fill blanks and chat, in English and Chinese."""
     try:
-        from gmask.serving.webui import create_page
+        from gmask.serving.webui import draw_page, make_backend
     except ModuleNotFoundError as error:
         raise GmaskError(f"{error.name} is not installed; the page needs pip install 'gmask[webui]'") from error
     from gmask.loading import load
 
-    network, tokenizer = load(model, dtype=dtype, quantize=quantize, adapter=adapter)
-    page = create_page(network, tokenizer, name=Path(model).name or model, language=language)
-    serve_page(page, host, port, share=share)
+    names = (model,) if model else BUNDLED[:1] if adapter else BUNDLED
+    with contextlib.ExitStack() as stack:
+        backends = []
+        for name in names:
+            network, tokenizer = load(name, dtype=dtype, quantize=quantize, adapter=adapter)
+            backends.append(make_backend(network, tokenizer, name=Path(name).name or name))
+            stack.callback(backends[-1].close)
+        serve_page(draw_page(backends[0], talks=backends[-1], language=language), host, port, share=share)
 
 
 def serve_page(page: "gr.Blocks", host: str, port: int, *, share: bool) -> None:

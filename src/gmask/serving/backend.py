@@ -2,11 +2,8 @@
 
 import asyncio
 import math
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -16,23 +13,22 @@ from transformers import PreTrainedTokenizerBase
 from gmask.errors import GmaskError
 from gmask.generation.context import Context, TextReader
 from gmask.generation.conversation import PromptFormat, find_format
-from gmask.generation.engine import Engine, Progress, Request, Ticket
+from gmask.generation.engine import Engine, EngineClosed, Progress, Request, Ticket
 from gmask.generation.sampling import SamplingParameters
 from gmask.loading import LanguageModel
 from gmask.models.glm import GLMForConditionalGeneration
 from gmask.serving.errors import ApiError
+from gmask.serving.mailbox import Key, Mailbox
 from gmask.serving.metrics import Metrics
-from gmask.serving.samples import Tops, blank_of
+from gmask.serving.offline import Dropped, Worker
+from gmask.serving.samples import Tops
 from gmask.serving.settings import ServerSettings
 
 Result = TypeVar("Result")
 
-Key = tuple[int, int]
-"""Which context of a request, and which of its samples."""
-
 
 class Backend:
-    """A model, its tokenizer, the engine that writes answers, and one thread for what the engine does not do."""
+    """A model, its tokenizer, the engine that writes answers, and the worker for what the engine does not do."""
 
     def __init__(
         self, model: LanguageModel, tokenizer: PreTrainedTokenizerBase, engine: Engine, settings: ServerSettings
@@ -42,8 +38,7 @@ class Backend:
         self.began = int(time.time())
         self.is_draining = False
         self.open_jobs: set[Job] = set()
-        self.offline_waiting = 0
-        self.worker = ThreadPoolExecutor(1, thread_name_prefix="gmask-offline")
+        self.worker = Worker(model)
 
     @cached_property
     def format(self) -> PromptFormat:
@@ -58,7 +53,7 @@ class Backend:
     @cached_property
     def reader(self) -> TextReader:
         """Of texts with blanks; ask `require_blanks` first."""
-        return TextReader(self.tokenizer)
+        return TextReader(self.tokenizer, self.model.config.prompt_ids)
 
     @property
     def positions(self) -> int:
@@ -81,20 +76,38 @@ class Backend:
             raise ApiError(400, f"{deed} needs a GLM, which fills blanks: a ChatGLM was tuned for dialogue alone")
         return self.model
 
-    def check_model(self, name: str | None) -> None:
-        """Raises `ApiError` for the name of another model."""
-        if name is not None and name != self.settings.model_name:
+    @property
+    def model_names(self) -> list[str]:
+        """What clients may call for: the model, and it with each of its adapters."""
+        own = self.settings.model_name
+        return [own, *(f"{own}:{adapter}" for adapter in self.engine.adapters.names)]
+
+    def find_adapter(self, name: str | None) -> str | None:
+        """The adapter that a client's name of a model means; None for the model alone, which needs no name.
+
+        Raises:
+            ApiError: the name of another model.
+        """
+        names = self.model_names
+        if name is not None and name not in names:
             raise ApiError(
                 404,
-                f"there is no model {name[:100]!r} here, but {self.settings.model_name!r}",
+                f"there is no model {name[:100]!r} here, but {', '.join(map(repr, names))}",
                 param="model",
                 code="model_not_found",
             )
+        return None if name in (None, names[0]) else str(name).removeprefix(f"{names[0]}:")
 
     def check_open(self) -> None:
-        """Raises `ApiError` once the server is ending."""
+        """Raises `ApiError` once the server is ending, or its engine has ended."""
         if self.is_draining:
             raise ApiError(503, "the server is ending: ask another one, or later", retry_after=5)
+        self.check_engine()
+
+    def check_engine(self) -> None:
+        """Raises `ApiError` where only a new process helps."""
+        if not self.engine.is_alive and not self.is_draining:
+            raise ApiError(503, "the engine has failed for good: the server must be started again", retry_after=30)
 
     def deadline(self, wanted: float | None) -> float:
         """Seconds that a request may take."""
@@ -102,18 +115,19 @@ class Backend:
 
     def submit(
         self,
-        http_request: HttpRequest,
+        http_request: HttpRequest | None,
         contexts: Sequence[Context],
         sampling: SamplingParameters,
         *,
         n: int = 1,
+        adapter: str | None = None,
         timeout: float | None = None,
         is_streamed: bool = False,
     ) -> "Job":
-        """Hands contexts to the engine, all or none.
+        """Hands contexts to the engine, all or none, until they are answered or the client has gone.
 
         Raises:
-            ApiError: too many samples; the server is ending.
+            ApiError: too many samples; the server takes no requests.
             GmaskError: the engine is full, or a context too long.
         """
         self.check_open()
@@ -123,7 +137,9 @@ class Backend:
         job = Job(self, http_request, len(contexts), n, wakes_every_token=is_streamed)
         try:
             for index, context in enumerate(contexts):
-                request = Request(context=context, sampling=sampling, n=n, timeout=self.deadline(timeout))
+                request = Request(
+                    context=context, sampling=sampling, n=n, adapter=adapter, timeout=self.deadline(timeout)
+                )
                 job.tickets.append(self.engine.submit(request, job.mailbox.slot(index)))
                 job.prompt_tokens += len(context.ids) + 1  # <sop>
         except BaseException:
@@ -131,25 +147,45 @@ class Backend:
             raise
         return job
 
-    async def offline(self, function: Callable[[], Result], *, timeout: float | None = None) -> Result:
-        """Runs what the engine does not do (scores, embeddings, beams) in the one thread that does it, in turn.
+    async def offline(
+        self,
+        http_request: HttpRequest | None,
+        function: Callable[[], Result],
+        *,
+        adapter: str | None = None,
+        timeout: float | None = None,
+    ) -> Result:
+        """Has the worker do what the engine does not, in turn, until it is done, late, or the client has gone.
 
         Raises:
-            ApiError: too many wait; it took too long; the server is ending.
+            ApiError: too many wait; it took too long; the server takes no requests.
         """
         self.check_open()
-        if self.offline_waiting >= self.settings.max_queue:
+        if self.worker.waiting >= self.settings.max_queue:
             raise ApiError(429, "too many requests wait for their turn", retry_after=5)
-        self.offline_waiting += 1
-        future = asyncio.get_running_loop().run_in_executor(self.worker, function)
-        future.add_done_callback(self._leave)
-        try:
-            return await asyncio.wait_for(future, self.deadline(timeout))
-        except TimeoutError:
-            raise ApiError(504, "there was not enough time for this request: ask for less, or later") from None
 
-    def _leave(self, _: "asyncio.Future[Any]") -> None:
-        self.offline_waiting -= 1
+        def through_adapter() -> Result:
+            with self.engine.adapters.only(adapter):
+                return function()
+
+        seconds = self.deadline(timeout)
+        work = self.worker.submit(through_adapter, seconds=seconds)
+        answer = asyncio.wrap_future(work.future)
+        ends: list[asyncio.Future[Any]] = [answer]
+        if http_request is not None:
+            ends.append(asyncio.create_task(_await_leaving(http_request)))
+        try:
+            await asyncio.wait(ends, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise Dropped
+            return answer.result()
+        except Dropped:
+            self.check_open()
+            raise ApiError(504, "there was not enough time for this request: ask for less, or later") from None
+        finally:
+            work.drop()
+            for end in ends:
+                end.cancel()
 
     def drain(self) -> None:
         """Takes no more requests; those that run return what they have after `ServerSettings.drain_seconds`."""
@@ -160,79 +196,38 @@ class Backend:
     def _cut(self) -> None:
         for job in list(self.open_jobs):
             job.cancel()
+        self.worker.drop_all()
 
     def close(self) -> None:
-        """Ends the engine and the thread."""
+        """Ends the engine and the worker."""
+        self.worker.close()
         self.engine.close(drain=False, timeout=self.settings.drain_seconds)
-        self.worker.shutdown(wait=False, cancel_futures=True)
 
 
-class Mailbox:
-    """The latest that the engine told of each sample, for the event loop to read.
-
-    The engine's thread tells every token. The event loop is woken for it only if it streams, and once for all that came
-    while it was busy; a slow reader therefore holds one progress for each sample, however far the engine has gone.
-    """
-
-    def __init__(self, samples: int, metrics: Metrics, *, wakes_every_token: bool) -> None:
-        self.metrics = metrics
-        self.wakes_every_token = wakes_every_token
-        self.loop = asyncio.get_running_loop()
-        self.news = asyncio.Event()
-        self.lock = threading.Lock()
-        self.unread: dict[Key, Progress] = {}
-        self.tops: dict[Key, dict[int, Tops]] = {}
-        self.running = samples
-        self.began = time.perf_counter()
-        self.last_told: dict[Key, float] = {}
-
-    def slot(self, context: int) -> Callable[[Progress], None]:
-        """Where the engine tells the progress of a context."""
-        return lambda progress: self._put((context, progress.index), progress)
-
-    def _put(self, key: Key, progress: Progress) -> None:
-        now = time.perf_counter()
-        if progress.end is None:
-            last = self.last_told.get(key)
-            histogram = self.metrics.first_token if last is None else self.metrics.next_token
-            histogram.observe(now - (self.began if last is None else last))
-            self.last_told[key] = now
-        with self.lock:
-            self.unread[key] = progress
-            if progress.top_logprobs:
-                self.tops.setdefault(key, {})[blank_of(progress)] = progress.top_logprobs
-            self.running -= progress.end is not None
-            is_news = self.wakes_every_token or not self.running
-        if is_news:
-            with suppress(RuntimeError):  # the loop has ended: nobody listens
-                self.loop.call_soon_threadsafe(self.news.set)
-
-    async def take(self) -> tuple[dict[Key, Progress], bool]:
-        """What is new, and whether that was all; waits for it."""
-        await self.news.wait()
-        self.news.clear()
-        with self.lock:
-            unread, self.unread = self.unread, {}
-            return unread, not self.running
+async def _await_leaving(http_request: HttpRequest) -> None:
+    """Ends once the client has gone."""
+    while (await http_request.receive())["type"] != "http.disconnect":
+        pass
 
 
 class Job:
-    """What the engine does for one HTTP request, until it is closed or the client goes."""
+    """What the engine does for one request, until it is closed or the client goes."""
 
     def __init__(
-        self, backend: Backend, http_request: HttpRequest, contexts: int, n: int, *, wakes_every_token: bool
+        self, backend: Backend, http_request: HttpRequest | None, contexts: int, n: int, *, wakes_every_token: bool
     ) -> None:
         self.backend = backend
         self.tickets: list[Ticket] = []
         self.prompt_tokens = 0
         self.mailbox = Mailbox(contexts * n, backend.metrics, wakes_every_token=wakes_every_token)
         backend.open_jobs.add(self)
-        self.watcher = asyncio.create_task(self._watch(http_request))
+        self.watcher = None if http_request is None else asyncio.create_task(self._watch(http_request))
 
     def close(self) -> None:
         """Has the engine drop what is not done."""
         self.backend.open_jobs.discard(self)
-        self.watcher.cancel()
+        if self.watcher is not None:
+            self.watcher.cancel()
         self.cancel()
 
     def cancel(self) -> None:
@@ -241,9 +236,7 @@ class Job:
             ticket.cancel()
 
     async def _watch(self, http_request: HttpRequest) -> None:
-        """Waits for the client to go."""
-        while (await http_request.receive())["type"] != "http.disconnect":
-            pass
+        await _await_leaving(http_request)
         self.close()
 
     async def news(self) -> AsyncIterator[tuple[Key, Progress]]:
@@ -270,7 +263,7 @@ class Job:
 
     def _check(self, progress: Progress) -> None:
         if progress.end == "failed":
-            if isinstance(progress.error, GmaskError):
+            if isinstance(progress.error, GmaskError) and not isinstance(progress.error, EngineClosed):
                 raise ApiError(500, str(progress.error))
             raise progress.error or RuntimeError("the engine failed at this request")
         if progress.end in ("timeout", "cancelled") and not (progress.done or progress.open.ids):

@@ -37,7 +37,7 @@ async def fill(request: Request, body: InfillRequest) -> Response:
     text is searched at once, by one request at a time; else the engine writes it together with other requests.
     """
     backend: Backend = request.app.state.backend
-    backend.check_model(body.model)
+    adapter = backend.find_adapter(body.model)
     backend.require_blanks("filling blanks")
     blanked = await asyncio.to_thread(backend.reader.read, body.text)
     blanked.context.check_length(backend.positions)
@@ -48,18 +48,31 @@ async def fill(request: Request, body: InfillRequest) -> Response:
         return await _search(request, body, sampling, len(blanked.context.ids) + 1)
     if body.stream and body.n > 1:
         raise ApiError(400, "several answers cannot be streamed: the best is known at the end", param="stream")
-    job = backend.submit(request, [blanked.context], sampling, n=body.n, timeout=body.timeout, is_streamed=body.stream)
+    job = backend.submit(
+        request,
+        [blanked.context],
+        sampling,
+        n=body.n,
+        adapter=adapter,
+        timeout=body.timeout,
+        is_streamed=body.stream,
+    )
     if body.stream:
         note(request, prompt_tokens=job.prompt_tokens, streamed=True)
         return stream(job, _fragments(job, blanked, sampling, body, backend))
-    with closing(job):
-        results = list((await job.results()).values())
-    filled = [_assemble(blanked, progress, sampling, backend) for progress in results]
-    filled.sort(key=lambda infilling: -infilling.logprob)
-    best = replace(filled[0], alternatives=tuple(filled[1:]))
-    tokens = sum(map(_count, results))
+    best = await read_filled(job, blanked, sampling)
+    tokens = _count(best)
     note(request, prompt_tokens=job.prompt_tokens, completion_tokens=tokens)
     return JSONResponse(_write(best, body, backend, job.prompt_tokens, tokens))
+
+
+async def read_filled(job: Job, blanked: BlankedText, sampling: SamplingParameters) -> Infilling:
+    """The text that a job has filled, and its alternatives, best first; errors as of `Job.news`."""
+    with closing(job):
+        results = await job.results()
+    filled = [_assemble(blanked, progress, sampling, job.backend) for progress in results.values()]
+    filled.sort(key=lambda infilling: -infilling.logprob)
+    return replace(filled[0], alternatives=tuple(filled[1:]))
 
 
 async def _search(request: Request, body: InfillRequest, sampling: SamplingParameters, prompt_tokens: int) -> Response:
@@ -76,6 +89,7 @@ async def _search(request: Request, body: InfillRequest, sampling: SamplingParam
     if body.choices is not None:
         _check_choices(body)
     found = await backend.offline(
+        request,
         lambda: infill(
             model,
             backend.tokenizer,
@@ -91,9 +105,10 @@ async def _search(request: Request, body: InfillRequest, sampling: SamplingParam
             seed=sampling.seed,
             stop=sampling.stop,
         ),
+        adapter=backend.find_adapter(body.model),
         timeout=body.timeout,
     )
-    tokens = sum(len(blank.tokens) for one in (found, *found.alternatives) for blank in one.blanks)
+    tokens = _count(found)
     note(request, prompt_tokens=prompt_tokens, completion_tokens=tokens)
     return JSONResponse(_write(found, body, backend, prompt_tokens, tokens))
 
@@ -115,8 +130,8 @@ def _assemble(blanked: BlankedText, progress: Progress, sampling: SamplingParame
     return assemble_infilling(blanked, answers, backend.tokenizer, stops=sampling.stop)
 
 
-def _count(progress: Progress) -> int:
-    return sum(len(answer.ids) for answer in (*progress.done, progress.open))
+def _count(found: Infilling) -> int:
+    return sum(len(blank.tokens) for one in (found, *found.alternatives) for blank in one.blanks)
 
 
 def _write(found: Infilling, body: InfillRequest, backend: Backend, prompt_tokens: int, tokens: int) -> dict[str, Any]:
@@ -145,20 +160,22 @@ async def _fragments(
             if piece.text:
                 yield {"object": "infilling.fragment", "blank": piece.blank, "text": piece.text}
     found = _assemble(blanked, progress, sampling, backend)
-    yield _write(found, body, backend, job.prompt_tokens, _count(progress))
+    yield _write(found, body, backend, job.prompt_tokens, _count(found))
 
 
 @router.post("/score")
 async def rank(request: Request, body: ScoreRequest) -> JSONResponse:
     """Exact log-probabilities of given answers, as ``gmask score --json`` prints them."""
     backend: Backend = request.app.state.backend
-    backend.check_model(body.model)
+    adapter = backend.find_adapter(body.model)
     model = backend.require_blanks("scoring answers to a blank")
     texts = [body.text] if isinstance(body.text, str) else body.text
     if backend.settings.log_prompts:
         note(request, prompt=texts)
     found = await backend.offline(
-        lambda: score(model, backend.tokenizer, texts, body.answers, normalization=body.normalization)
+        request,
+        lambda: score(model, backend.tokenizer, texts, body.answers, normalization=body.normalization),
+        adapter=adapter,
     )
     data = [scoring.to_dict() for scoring in found]
     assert all(math.isfinite(answer["score"]) for scored in data for answer in scored["answers"])

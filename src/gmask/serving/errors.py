@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from gmask.errors import GmaskError, is_shortage
+from gmask.generation.requests import EngineClosed, QueueFull
 
 logger = logging.getLogger("gmask.serving")
 
@@ -84,9 +85,12 @@ def as_api_error(error: Exception) -> ApiError:
     """What a client is told of an exception; of one that is not the client's doing, no more than that it happened."""
     if isinstance(error, ApiError):
         return error
-    retry_after = getattr(error, "retry_after", None)  # of the engine's QueueFull
+    if isinstance(error, QueueFull):
+        return ApiError(429, str(error), retry_after=error.retry_after)
+    if isinstance(error, EngineClosed):
+        return ApiError(503, str(error), retry_after=5)
     if isinstance(error, GmaskError):
-        return ApiError(400 if retry_after is None else 429, str(error), retry_after=retry_after)
+        return ApiError(400, str(error))
     if is_shortage(error):
         return ApiError(503, "not enough memory for this request: ask for less, or later", retry_after=5)
     logger.error("a request failed", exc_info=error)

@@ -16,6 +16,9 @@ from gmask.serving.settings import ServerSettings
 OPEN_PATHS = frozenset({"/health", "/ready"})
 """For load balancers, which have no key."""
 
+PAGE_PATH = "/ui"
+"""Of the page, which asks for the key itself: a browser has no header to send it in."""
+
 
 class Door:
     """Lets requests pass that bring a key, if keys are asked for, and whose body is small and does not dawdle."""
@@ -43,7 +46,7 @@ class Door:
         if "*" not in hosts and host_name(headers.get("host", "")) not in hosts:
             raise ApiError(400, "the Host header names none of the hosts that this server answers to (allowed_hosts)")
         keys = self.settings.api_keys
-        if keys and scope["path"] not in OPEN_PATHS and not is_authorized(headers.get("authorization", ""), keys):
+        if keys and not is_open(scope["path"]) and not is_authorized(headers.get("authorization", ""), keys):
             raise ApiError(401, "an API key is needed: send it as the header 'Authorization: Bearer KEY'")
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > self.settings.max_body_bytes:
@@ -72,17 +75,26 @@ class Door:
         raise ApiError(413, f"the body is larger than the {self.settings.max_body_bytes} bytes that are taken")
 
 
+def is_open(path: str) -> bool:
+    """Whether a path needs no key in a header."""
+    return path in OPEN_PATHS or path == PAGE_PATH or path.startswith(f"{PAGE_PATH}/")
+
+
 def host_name(header: str) -> str:
     """The host of a Host header, without its port."""
     return header.rpartition("]")[0] + "]" if header.startswith("[") else header.partition(":")[0].lower()
 
 
 def is_authorized(header: str, keys: Sequence[str]) -> bool:
-    """Whether an Authorization header brings one of the keys; the time that it takes tells nothing of them."""
+    """Whether an Authorization header brings one of the keys."""
     scheme, _, given = header.partition(" ")
-    token = given.strip().encode()
-    found = [hmac.compare_digest(token, key.encode()) for key in keys]
-    return scheme.lower() == "bearer" and any(found)
+    return is_key(given.strip(), keys) and scheme.lower() == "bearer"
+
+
+def is_key(given: str, keys: Sequence[str]) -> bool:
+    """Whether a text is one of the keys; the time that it takes tells nothing of them."""
+    found = [hmac.compare_digest(given.encode("utf-8", "replace"), key.encode()) for key in keys]
+    return any(found)
 
 
 def replay(body: bytes, receive: Receive) -> Receive:

@@ -15,11 +15,12 @@ from gmask.generation.embed import as_floats, embed
 from gmask.generation.requests import Progress
 from gmask.generation.sampling import SamplingParameters
 from gmask.serving import replies
-from gmask.serving.backend import Backend, Job, Key
+from gmask.serving.backend import Backend, Job
 from gmask.serving.errors import ApiError
 from gmask.serving.events import STREAMED, stream
 from gmask.serving.left_to_right import score_text
 from gmask.serving.logs import note
+from gmask.serving.mailbox import Key
 from gmask.serving.prompts import (
     Question,
     fit_chat,
@@ -27,6 +28,7 @@ from gmask.serving.prompts import (
     read_messages,
     read_prompts,
     read_sampling,
+    settle_reply,
 )
 from gmask.serving.replies import Choice, Form
 from gmask.serving.samples import SampleReader, ToldToken
@@ -39,28 +41,28 @@ Readers = Mapping[Key, SampleReader]
 
 @router.get("/models", responses={200: {"model": replies.ModelList}})
 async def list_models(request: Request) -> JSONResponse:
-    """The one model that is served."""
-    return JSONResponse({"object": "list", "data": [_describe_model(request.app.state.backend)]})
+    """The model that is served, and it with each of its adapters."""
+    backend: Backend = request.app.state.backend
+    return JSONResponse({"object": "list", "data": [_describe_model(backend, name) for name in backend.model_names]})
 
 
 @router.get("/models/{name:path}", responses={200: {"model": replies.Model}})
 async def show_model(request: Request, name: str) -> JSONResponse:
     """The model of a name."""
     backend: Backend = request.app.state.backend
-    backend.check_model(name)
-    return JSONResponse(_describe_model(backend))
+    backend.find_adapter(name)
+    return JSONResponse(_describe_model(backend, name))
 
 
-def _describe_model(backend: Backend) -> dict[str, Any]:
-    settings = backend.settings
-    return {"id": settings.model_name, "object": "model", "created": backend.began, "owned_by": "gmask"}
+def _describe_model(backend: Backend, name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": backend.began, "owned_by": "gmask"}
 
 
 @router.post("/chat/completions", responses={200: {"model": replies.ChatCompletion, "content": STREAMED}})
 async def chat(request: Request, body: ChatRequest) -> Response:
     """The reply to a conversation."""
     backend: Backend = request.app.state.backend
-    backend.check_model(body.model)
+    backend.find_adapter(body.model)
     query, rounds = read_messages(body.messages)
     wanted = body.max_completion_tokens or body.max_tokens
     longest = backend.positions
@@ -80,10 +82,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     if backend.settings.log_prompts:
         note(request, prompt=[message.text for message in body.messages])
 
-    def settle(text: str, is_whole: bool) -> str:
-        return backend.format.clean(text) if is_whole else backend.format.settled(text)
-
-    question = Question(prompt.context, settle)
+    question = Question(prompt.context, settle_reply(backend))
     form = Form("chat", _name(body, backend), logprobs=bool(body.logprobs), rounds_left_out=prompt.rounds_left_out)
     return await _answer(request, body, form, [question], sampling, n=body.n or 1)
 
@@ -97,7 +96,7 @@ async def complete(request: Request, body: CompletionRequest) -> Response:
     the prompt in both directions.
     """
     backend: Backend = request.app.state.backend
-    backend.check_model(body.model)
+    backend.find_adapter(body.model)
     questions = await asyncio.to_thread(read_prompts, body, backend)
     if backend.settings.log_prompts:
         note(request, prompt=[question.text for question in questions])
@@ -122,7 +121,7 @@ async def complete(request: Request, body: CompletionRequest) -> Response:
     form.prompts = [question.text for question in questions]
     if not body.echo:
         return await _answer(request, body, form, questions, sampling, n=n, samples=samples)
-    form.echoes = await _score_prompts(backend, questions, body)
+    form.echoes = await _score_prompts(request, questions, body)
     if max_tokens == 0:
         usage = sum(len(echo) + 2 for echo in form.echoes)
         choices = [Choice(index, "", (), "length", 0, 0.0) for index in range(len(questions) * n)]
@@ -131,14 +130,17 @@ async def complete(request: Request, body: CompletionRequest) -> Response:
 
 
 async def _score_prompts(
-    backend: Backend, questions: Sequence[Question], body: CompletionRequest
+    request: Request, questions: Sequence[Question], body: CompletionRequest
 ) -> list[tuple[ToldToken, ...]]:
     """The tokens of the prompts with their log-probabilities; none where these were not asked for."""
+    backend: Backend = request.app.state.backend
     if body.logprobs is None:
         return [()] * len(questions)
-    return [
-        await backend.offline(partial(score_text, backend, question.ids, top=body.logprobs)) for question in questions
-    ]
+    scorings = [partial(score_text, backend, question.ids, top=body.logprobs) for question in questions]
+    adapter = backend.find_adapter(body.model)
+    return await backend.offline(
+        request, lambda: [score() for score in scorings], adapter=adapter, timeout=body.timeout
+    )
 
 
 def _name(body: Sampled, backend: Backend) -> str:
@@ -163,6 +165,7 @@ async def _answer(
         [question.context for question in questions],
         sampling,
         n=samples,
+        adapter=backend.find_adapter(body.model),
         timeout=body.timeout,
         is_streamed=bool(body.stream),
     )
@@ -230,7 +233,7 @@ async def _chunks(
 async def embeddings(request: Request, body: EmbeddingRequest) -> JSONResponse:
     """A vector for each text: pooled hidden states of a model that fills blanks."""
     backend: Backend = request.app.state.backend
-    backend.check_model(body.model)
+    adapter = backend.find_adapter(body.model)
     model = backend.require_blanks("an embedding")
     size = model.config.hidden_size
     if body.dimensions not in (None, size):
@@ -239,7 +242,9 @@ async def embeddings(request: Request, body: EmbeddingRequest) -> JSONResponse:
     if backend.settings.log_prompts:
         note(request, prompt=texts)
     vectors = await backend.offline(
-        lambda: embed(model, backend.tokenizer, texts, pooling=body.pooling, layer=body.layer)
+        request,
+        lambda: embed(model, backend.tokenizer, texts, pooling=body.pooling, layer=body.layer),
+        adapter=adapter,
     )
     is_binary = body.encoding_format == "base64"
     data = [

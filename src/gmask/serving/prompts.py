@@ -123,6 +123,12 @@ def fit_chat(query: str, rounds: Rounds, backend: Backend, *, longest: int, max_
     return Prompt(prompt.context, prompt.rounds_left_out + len(rounds) - len(recent))
 
 
+def settle_reply(backend: Backend) -> Settle:
+    """What is certain of a reply, in the form in which it is shown."""
+    shape = backend.format
+    return lambda text, is_whole: shape.clean(text) if is_whole else shape.settled(text)
+
+
 def _recent(rounds: Rounds, backend: Backend, room: int) -> Rounds:
     """The latest rounds that could have room, each counted once: fitting them reads a long history many times."""
     for kept in range(len(rounds)):

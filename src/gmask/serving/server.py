@@ -1,8 +1,9 @@
 """Which application answers, and how does it begin and end?"""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -12,6 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from transformers import PreTrainedTokenizerBase
 
 import gmask
+from gmask.generation.adapters import AdapterSet
 from gmask.generation.engine import Engine
 from gmask.loading import LanguageModel
 from gmask.serving import blanks, legacy, openai
@@ -29,6 +31,7 @@ def create_app(
     tokenizer: PreTrainedTokenizerBase,
     *,
     settings: ServerSettings | None = None,
+    adapters: Mapping[str, Path] | None = None,
     engine: Engine | None = None,
 ) -> FastAPI:
     """The application that serves a model.
@@ -36,10 +39,20 @@ def create_app(
     Args:
         model, tokenizer: as `gmask.load` returns them.
         settings: the limits; by default those of `ServerSettings`.
+        adapters: folders of LoRA or prefixes by their names: a request chooses one as the model ``NAME:ADAPTER``.
         engine: that writes the answers; by default a new one. The application closes it when it ends.
+
+    Raises:
+        GmaskError: an adapter that does not fit the model.
     """
     settings = settings or ServerSettings()
-    engine = engine or Engine(model, tokenizer, max_rows=settings.max_rows, max_queue=settings.max_queue)
+    engine = engine or Engine(
+        model,
+        tokenizer,
+        max_rows=settings.max_rows,
+        max_queue=settings.max_queue,
+        adapters=AdapterSet(model, adapters or {}),
+    )
     backend = Backend(model, tokenizer, engine, settings)
 
     @asynccontextmanager
@@ -68,7 +81,8 @@ def create_app(
 def _add_probes(app: FastAPI, backend: Backend) -> None:
     @app.get("/health", tags=["Operation"])
     async def health() -> dict[str, str]:
-        """The process runs."""
+        """The process runs, and so does its engine: where it says no, only a new process helps."""
+        backend.check_engine()
         return {"status": "ok"}
 
     @app.get("/ready", tags=["Operation"])

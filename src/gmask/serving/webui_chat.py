@@ -1,7 +1,8 @@
 """How does the page hold a conversation?"""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any, Literal
 
 import gradio as gr
@@ -42,18 +43,19 @@ def unguard(text: str) -> str:
 def build_chat(model: PageModel, labelled: Labelled, language: gr.Radio) -> None:
     """Draws the tab and wires it up."""
 
-    def reply(message: str, history: Sequence[Mapping[str, Any]], *values: Any) -> Iterator[tuple[str, str]]:
+    async def reply(message: str, history: Sequence[Mapping[str, Any]], *values: Any) -> AsyncIterator[tuple[str, str]]:
         *settings, language = values
         with told_errors(language):
-            yield from reply_to(model, message, history, *settings, language=language)
+            async for told in reply_to(model, message, history, *settings, language=language):
+                yield told
 
     with gr.Row():
         with gr.Column(scale=1, min_width=260, render=False) as side:
             with labelled.make(gr.Accordion, {"label": "settings"}, open=True):
                 settings = build_sampling(
                     labelled,
-                    max_tokens=model.positions // 2,
-                    limit=model.positions - 1,
+                    max_tokens=min(model.positions // 2, model.longest_answer),
+                    limit=min(model.positions - 1, model.longest_answer),
                     temperature=DEFAULTS["temperature"],
                     top_p=DEFAULTS["top_p"],
                 )
@@ -74,7 +76,7 @@ def build_chat(model: PageModel, labelled: Labelled, language: gr.Radio) -> None
     labelled.add(chat.new_chat_button, {"value": "new_chat"})
 
 
-def reply_to(
+async def reply_to(
     model: PageModel,
     message: str,
     history: Sequence[Mapping[str, Any]],
@@ -84,23 +86,19 @@ def reply_to(
     seed: str,
     *,
     language: str,
-) -> Iterator[tuple[str, str]]:
+) -> AsyncIterator[tuple[str, str]]:
     """The reply as far as it is written, again and again, and beside it the counts, once it is whole.
 
     Raises:
-        GmaskError: as of `PageModel.stream_reply`.
+        GmaskError, ApiError: as of `PageModel.stream_reply`.
     """
-    settings = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": read_seed(seed)}
-    fragments = model.stream_reply(unguard(message), read_history(history), settings)
-    said = ""
-    try:
-        while True:
-            said += next(fragments)
-            yield said, ""
-    except StopIteration as done:
-        yield said, tell(done.value, language)
-    finally:
-        fragments.close()
+    rounds = read_history(history)
+    settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+    if (first := read_seed(seed)) is not None:
+        settings["seed"] = first + len(rounds)  # each reply is a throw of its own
+    async with aclosing(model.stream_reply(unguard(message), rounds, settings)) as fragments:
+        async for said, whole in fragments:
+            yield said, "" if whole is None else tell(whole, language)
 
 
 def read_history(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:

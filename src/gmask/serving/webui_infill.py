@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -15,7 +16,6 @@ from gmask.serving.webui_labels import Labelled, say
 from gmask.serving.webui_model import PageModel, check_length, told_errors
 from gmask.serving.webui_settings import build_sampling, read_seed
 
-MAX_ANSWERS = 16
 MAX_CANDIDATES = 64  # of one blank
 
 EXAMPLES = {
@@ -66,32 +66,40 @@ def build_infill(model: PageModel, labelled: Labelled, language: gr.Radio) -> No
     with gr.Row():
         with gr.Column(scale=3):
             text, choices = _build_texts(model.blanks, labelled)
-            run = labelled.make(gr.Button, {"value": "run"}, variant="primary", elem_id="infill-run")
+            with gr.Row():
+                run = labelled.make(gr.Button, {"value": "run"}, variant="primary", elem_id="infill-run")
+                stop = labelled.make(
+                    gr.Button, {"value": "stop"}, variant="stop", min_width=120, scale=0, visible=False,
+                    elem_id="infill-stop",
+                )  # fmt: skip
             results = _build_results(labelled)
             _build_examples([text, choices], labelled)
         with gr.Column(scale=1, min_width=260):
-            settings = _build_settings(model.positions, labelled)
+            settings = _build_settings(model, labelled)
     filled = gr.State(time_to_live=3600)  # an Infilling, or None before the first
 
-    def fill(text: str, choices: str, *values: Any) -> list[Any]:
+    async def fill(text: str, choices: str, *values: Any) -> list[Any]:
         *settings, language = values
         with told_errors(language):
-            infilling = fill_text(model, text, choices, *settings)
+            infilling = await fill_text(model, text, choices, *settings)
         return [infilling, *show_results(infilling, language)]
 
-    run.click(
+    quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    began = run.click(partial(gr.update, visible=True), None, stop, **quick)
+    filling = began.then(
         fill,
         [text, choices, *settings, language],
         [filled, *results.all],
-        concurrency_id="model",
         show_progress_on=run,
         api_visibility="private",
     )
+    filling.then(partial(gr.update, visible=False), None, stop, **quick)
+    stop.click(partial(gr.update, visible=False), None, stop, cancels=filling, **quick)
     language.change(show_results, [filled, language], results.all, queue=False, api_visibility="private")
     results.table.select(pick_row, filled, results.text, queue=False, api_visibility="private")
 
 
-def fill_text(
+async def fill_text(
     model: PageModel,
     text: str,
     choices: str,
@@ -104,12 +112,12 @@ def fill_text(
     """A filled text and its ``n - 1`` alternatives, best first; choices are scored, whatever the temperature.
 
     Raises:
-        GmaskError: as of `PageModel.fill`, `read_choices` and `read_seed`.
+        GmaskError, ApiError: as of `PageModel.fill`, `read_choices` and `read_seed`.
     """
     if candidates := read_choices(choices):
-        return model.fill(text, candidates, {"n": n})
+        return await model.fill(text, candidates, n, {})
     drawn = {"temperature": temperature, "top_p": top_p, "seed": read_seed(seed)} if temperature else {}
-    return model.fill(text, [], {"n": n, "max_tokens": max_tokens, **drawn})
+    return await model.fill(text, [], n, {"max_tokens": max_tokens, **drawn})
 
 
 def read_choices(text: str) -> list[list[str]]:
@@ -288,9 +296,12 @@ def _build_examples(inputs: list[Any], labelled: Labelled) -> None:
         labelled.add(shown.dataset, {"label": f"examples_{language}"})
 
 
-def _build_settings(positions: int, labelled: Labelled) -> list[Any]:
+def _build_settings(model: PageModel, labelled: Labelled) -> list[Any]:
+    most, limit = model.most_answers, model.longest_answer
     with labelled.make(gr.Accordion, {"label": "settings"}, open=True):
         return [
-            labelled.make(gr.Slider, {"label": "n", "info": "n_info"}, minimum=1, maximum=MAX_ANSWERS, value=4, step=1),
-            *build_sampling(labelled, max_tokens=min(24, positions), limit=positions, temperature=0.0, top_p=1.0),
+            labelled.make(
+                gr.Slider, {"label": "n", "info": "n_info"}, minimum=1, maximum=most, value=min(4, most), step=1
+            ),
+            *build_sampling(labelled, max_tokens=min(24, limit), limit=limit, temperature=0.0, top_p=1.0),
         ]

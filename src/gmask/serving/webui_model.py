@@ -1,77 +1,111 @@
-"""What does the page ask of a model, one request at a time?"""
+"""What does the page ask of a model, and how is it told what went wrong?
 
+It asks as an HTTP client does: what it wants is written in one batch with other requests, and ends when the user stops
+it.
+"""
+
+import asyncio
 import html
-import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any
 
 import gradio as gr
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError, is_shortage
 from gmask.generation.answers import Infilling
-from gmask.generation.chat import Chatter, Reply
-from gmask.generation.context import TextReader
-from gmask.generation.conversation import Rounds
+from gmask.generation.chat import DEFAULTS, Reply
+from gmask.generation.conversation import Prompt, Rounds
 from gmask.generation.infill import infill
-from gmask.models.glm import GLMForConditionalGeneration
+from gmask.generation.requests import Progress
+from gmask.generation.sampling import SamplingParameters
+from gmask.serving.backend import Backend
+from gmask.serving.blanks import read_filled
+from gmask.serving.errors import ApiError
+from gmask.serving.prompts import fit_chat, settle_reply
+from gmask.serving.samples import SampleReader
 from gmask.serving.webui_labels import say
 
 MAX_CHARACTERS = 20_000
 """Of a text, of all its choices, and of a message; what a model reads is less, but is counted in tokens."""
 
+MAX_ANSWERS = 16
+"""To one text."""
+
 
 class PageModel:
-    """A model that answers one request after the other.
+    """A model, as the page sees it."""
 
-    Args:
-        lock: held while the model works, for a program that uses the same model beside the page.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lock: "threading.Lock | None" = None
-    ) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.lock = lock or threading.Lock()
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
 
     @property
     def positions(self) -> int:
         """Tokens that prompt and reply may have together."""
-        return int(self.model.config.max_position_embeddings)
+        return self.backend.positions
+
+    @property
+    def longest_answer(self) -> int:
+        """In tokens."""
+        return self.backend.longest_answer
+
+    @property
+    def most_answers(self) -> int:
+        """To one text."""
+        return min(MAX_ANSWERS, self.backend.settings.max_samples)
 
     @property
     def blanks(self) -> list[str]:
         """The blank tokens that it was trained with; none for a model that only talks."""
-        if not isinstance(self.model, GLMForConditionalGeneration):
+        if not self.backend.fills_blanks:
             return []
-        known = TextReader(self.tokenizer).blank_ids
+        known = self.backend.reader.blank_ids
         return [blank for blank in ("[MASK]", "[sMASK]", "[gMASK]") if blank in known]
 
-    def fill(self, text: str, choices: Sequence[Sequence[str]], settings: dict[str, Any]) -> Infilling:
-        """A text with its blanks filled.
+    async def fill(self, text: str, choices: Sequence[Sequence[str]], n: int, settings: dict[str, Any]) -> Infilling:
+        """A text with its blanks filled, and ``n - 1`` alternatives; settings as of `gmask.infill`.
 
         Raises:
             GmaskError: as of `gmask.infill`; also a text that is too long.
+            ApiError: too many requests; no time.
         """
         check_length(text)
-        assert isinstance(self.model, GLMForConditionalGeneration), "the page has no blanks for another model"
-        with self.lock:
-            filled: Infilling = infill(self.model, self.tokenizer, text, choices=choices or None, **settings)
-        return filled
+        backend = self.backend
+        model = backend.require_blanks("filling blanks")
+        if choices or (n > 1 and not settings.get("temperature")):
+            search = partial(infill, model, backend.tokenizer, text, choices=choices or None, n=n, **settings)
+            return await backend.offline(None, search)
+        blanked = await asyncio.to_thread(backend.reader.read, text)
+        sampling = SamplingParameters(**settings)
+        return await read_filled(backend.submit(None, [blanked.context], sampling, n=n), blanked, sampling)
 
-    def stream_reply(self, message: str, rounds: Rounds, settings: dict[str, Any]) -> Generator[str, None, Reply]:
-        """The reply to a message in fragments; it ends early when the generator is closed.
+    async def stream_reply(
+        self, message: str, rounds: Rounds, settings: dict[str, Any]
+    ) -> AsyncGenerator[tuple[str, Reply | None]]:
+        """What is certain of the reply to a message, again and again, and at its end the whole `Reply`.
 
         Raises:
             GmaskError: as of `gmask.Chat`; also a message that is too long.
+            ApiError: too many requests; no time.
         """
         check_length(message)
-        chatter = Chatter(self.model, self.tokenizer, **settings)
-        prompt = chatter.fit(message, rounds)
-        seed = chatter.first_seed() + len(rounds)
-        with self.lock, closing(chatter.stream(prompt, seed)) as fragments:
-            return (yield from fragments)
+        backend, longest, room = self.backend, self.positions, settings["max_tokens"]
+        prompt = await asyncio.to_thread(fit_chat, message, rounds, backend, longest=longest, max_tokens=room)
+        sampling = SamplingParameters(**{**DEFAULTS, **settings})
+        reader = SampleReader(backend.tokenizer, [settle_reply(backend)], (), logprobs=False)
+        said = ""
+        with closing(backend.submit(None, [prompt.context], sampling, is_streamed=True)) as job:
+            async for _, progress in job.news():
+                said += "".join(piece.text for piece in reader.read(progress, {}))
+                yield said, read_reply(said, prompt, progress) if progress.end else None
+
+
+def read_reply(text: str, prompt: Prompt, progress: Progress) -> Reply:
+    """What is known of a reply that has ended; one that had no more time counts as one that was cut."""
+    answer = progress.done[0] if progress.done else progress.open
+    finish = answer.finish or "length"
+    return Reply(text, finish, prompt.length, len(answer.ids), prompt.rounds_left_out, answer.logprob)
 
 
 def check_length(text: str) -> None:
@@ -85,7 +119,7 @@ def told_errors(language: str) -> Iterator[None]:
     """Tells the user's mistakes in a line on the page. Gradio would render it as HTML, and it may quote the user."""
     try:
         yield
-    except GmaskError as error:
+    except (GmaskError, ApiError) as error:
         message = str(error)
     except (MemoryError, RuntimeError) as error:
         if not is_shortage(error):
