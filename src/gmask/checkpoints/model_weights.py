@@ -19,6 +19,7 @@ from gmask.checkpoints.tensor_files import SCALES
 from gmask.checkpoints.weight_maps import bare_name
 from gmask.errors import GmaskError
 from gmask.models.chatglm import ChatGLMConfig
+from gmask.native.primitive_cache import bound_primitive_cache
 from gmask.quantization.quantizer import QuantizationConfig, finish, form_of, lay_out, quantize_weight, settle
 
 LARGE = 3_000_000_000
@@ -43,6 +44,7 @@ def fill_model(
 
     form: in which the weights are to be kept, if the folder does not hold quantized ones.
     """
+    bound_primitive_cache()
     held = None if adapter is None else _choose_adapter(adapter, folder, config)
     named = None if held is None else held.model_class
     model = shape_model(folder, config, model_class=model_class or _find_class(config, named))

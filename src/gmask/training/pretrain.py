@@ -23,6 +23,7 @@ from gmask.infilling.collator import collate
 from gmask.infilling.objectives import OBJECTIVES, Objective
 from gmask.loading import best_device
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
+from gmask.native.primitive_cache import bound_primitive_cache
 from gmask.tasks.recipe import OptimizationSettings, Recipe, load_recipe
 from gmask.tasks.vocabulary import make_mixture
 from gmask.training.cache import TokenSource, open_sources
@@ -67,6 +68,7 @@ class Pretraining:
             torch.set_num_threads(settings.threads)
         self.out = Path(settings.out)
         self.device = torch.device(settings.device or best_device())
+        bound_primitive_cache()
         torch.manual_seed(settings.seed)
         data = self.recipe.data
         sources = data.placed_sources

@@ -16,6 +16,7 @@ from gmask.checkpoints.model_folder import write_tokenizer
 from gmask.errors import GmaskError
 from gmask.loading import find_folder, load, load_tokenizer, read_config, read_dtype
 from gmask.models.glm import GLMForConditionalGeneration, GLMForSequenceClassification
+from gmask.native.primitive_cache import bound_primitive_cache
 from gmask.tasks.task import Task
 from gmask.tasks.tuning_recipe import TuningRecipe
 from gmask.training.methods import TrainableTable, apply_method, resume_adapter
@@ -29,6 +30,7 @@ def load_tuned_model(
     Raises:
         GmaskError: as of `gmask.load`; a head on a model that is quantized or no GLM.
     """
+    bound_primitive_cache()
     settings = recipe.model
     if settings.initialization == "random":
         model, tokenizer = _make_random(settings.name, device, seed=recipe.run.seed)
