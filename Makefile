@@ -15,7 +15,7 @@ KERNEL := setup.py $(wildcard src/gmask/native/csrc/*)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check bench bundled docs clean
+.PHONY: help demo test test-all check bench bundled bundled-chat docs clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,15 @@ bundled: $(VENV)/.installed-dev  ## train, evaluate and ship the bundled model: 
 	cp runs/bundled/model/* src/gmask/pretrained/
 	$(BIN)/gmask evaluate bundled --recipe recipes/bundled.yaml --corpus $(CORPUS) \
 	  --card src/gmask/pretrained/README.md $(if $(HARDWARE),--hardware "$(HARDWARE)")
+
+bundled-chat: $(VENV)/.installed-dev  ## tune, measure and ship the bundled chat model: make bundled-chat SFT=folder
+	$(BIN)/python recipes/chat_data.py $(SFT) data/chat
+	$(BIN)/gmask finetune recipes/bundled-chat.yaml
+	mkdir -p src/gmask/pretrained/chat
+	cp runs/bundled-chat/model/* runs/bundled-chat/results.json src/gmask/pretrained/chat/
+	$(BIN)/python benchmarks/chat_quality.py data/chat/validation.jsonl --json > src/gmask/pretrained/chat/quality.json
+	$(BIN)/python recipes/chat_card.py runs/bundled-chat src/gmask/pretrained/chat/quality.json \
+	  --output src/gmask/pretrained/chat/README.md $(if $(HARDWARE),--hardware "$(HARDWARE)")
 
 docs: $(VENV)/.installed-dev  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

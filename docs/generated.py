@@ -12,12 +12,14 @@ from gmask.cli import app
 
 VERBS = "<!-- verbs -->"
 CARD = "<!-- card -->"
+CHAT_CARD = "<!-- chat card -->"
 PRETRAINED = Path(__file__).parents[1] / "src" / "gmask" / "pretrained"
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """A hook of mkdocs: the card's picture belongs to the site."""
-    files.append(File.generated(config, "reference/curves.png", abs_src_path=str(PRETRAINED / "curves.png")))
+    """A hook of mkdocs: the cards' pictures belong to the site."""
+    for name, folder in (("curves.png", PRETRAINED), ("chat-curves.png", PRETRAINED / "chat")):
+        files.append(File.generated(config, f"reference/{name}", abs_src_path=str(folder / "curves.png")))
     return files
 
 
@@ -25,12 +27,14 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """A hook that mkdocs calls for every page: a marker becomes one section a verb, or the model card."""
     if VERBS in markdown:
         return markdown.replace(VERBS, "\n".join(describe_verbs()))
-    return markdown.replace(CARD, read_card()) if CARD in markdown else markdown
+    if CHAT_CARD in markdown:
+        return markdown.replace(CHAT_CARD, read_card(PRETRAINED / "chat").replace("curves.png", "chat-curves.png"))
+    return markdown.replace(CARD, read_card(PRETRAINED)) if CARD in markdown else markdown
 
 
-def read_card() -> str:
-    """The bundled model's card without its front matter and title."""
-    text = (PRETRAINED / "README.md").read_text(encoding="utf-8")
+def read_card(folder: Path) -> str:
+    """A bundled model's card without its front matter and title."""
+    text = (folder / "README.md").read_text(encoding="utf-8")
     return re.sub(r"\A---\n.*?\n---\n|^# .*\n", "", text, flags=re.S | re.M)
 
 

@@ -37,8 +37,8 @@ gmask.Chat(model, tokenizer).ask("What is 7 + 5?").text
 
 ## Intended use
 
-Trying out chat, streaming, serving and tuning without a download, in tests and in lessons. It adds and multiplies small numbers, exchanges greetings,
-tries short translations, couplets, sayings and little stories, all within the means of so small a model.
+Trying out chat, streaming, serving and tuning without a download, in tests and in lessons. It exchanges greetings, and knows what the answer to a
+sum, a translation, a saying, a poem or a story looks like; whether it is right is another matter, which the table tells.
 
 ## Quality
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import gmask
-from gmask.loading import BUNDLED
+from gmask.loading import BUNDLED, BUNDLED_MODELS
 
 MAX_MEGABYTES = 40
 
@@ -81,3 +81,24 @@ def test_it_fills_two_blanks_with_exact_log_probabilities(
 def test_the_package_data_travel_with_the_package() -> None:
     pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8")
     assert "pretrained" in pyproject
+
+
+def test_the_chat_model_is_whole_and_documented() -> None:
+    folder = BUNDLED_MODELS["bundled-chat"]
+    assert sum(path.stat().st_size for path in folder.iterdir()) < MAX_MEGABYTES * 1e6
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    card = (folder / "README.md").read_text("utf-8")
+    for heading in ("## Intended use", "## Quality", "## Training data", "## Attribution", "## Limits", "## Reproduce"):
+        assert heading in card
+    results = json.loads((folder / "results.json").read_text("utf-8"))
+    assert f"{results['metrics']['validation']['loss']:.3f} nats per token" in card
+    quality = json.loads((folder / "quality.json").read_text("utf-8"))
+    assert all(f"{found['exact']:.1f}" in card for found in quality["bundled-chat"].values())
+
+
+@pytest.mark.parametrize(("said", "answered"), [("Who are you?", "gmask"), ("Thank you!", "welcome"), ("你好", "你好")])
+def test_the_chat_model_makes_small_talk(said: str, answered: str) -> None:
+    chat = gmask.Chat(*gmask.load("bundled-chat"), temperature=0.0, max_tokens=40)
+    reply = chat.ask(said)
+    assert answered in reply.text
+    assert reply.finish == "end"
