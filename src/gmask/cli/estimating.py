@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gmask.cli.inspection import find_cached
+from gmask.cli.options import BUNDLED
 from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
@@ -65,48 +66,101 @@ def estimate(
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Embeddings and head quantized too.")] = False,
     context_length: Annotated[
         list[int] | None,
-        typer.Option(help="Tokens of a prompt and its answer; once for each length.", show_default="512 and 2048"),
+        typer.Option(
+            "--context-length",
+            "--length",
+            help="Tokens of a prompt and its answer, or of a sample; once for each length.",
+            show_default="512 and 2048",
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Prompts that are answered at once.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Prompts that are answered, or samples that are read, at once.")] = 1,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="lora|full|...", help="Memory for tuning by this method.", show_default="memory for answering"
+        ),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="With --method: blocks are computed twice.")
+    ] = False,
+    gpus: Annotated[
+        int | None,
+        typer.Option(help="With --method: GPUs that FSDP divides the model among.", show_default="this machine"),
+    ] = None,
+    pairs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="With --method: its settings, such as rank=16; optimizer, answer_length, accumulation.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tell how much memory a model takes to run, and what fits here, without loading or fetching it."""
-    import torch
-
-    from gmask.checkpoints.memory import free_bytes
-    from gmask.estimation.inference import estimate_inference
-    from gmask.loading import DTYPES, best_device
-
+    """Tell how much memory a model takes to run or to tune, and what fits here, without loading or fetching it."""
     config = find_config(model)
     lengths = sorted(set(context_length or (min(n, config.max_position_embeddings) for n in CONTEXT_LENGTHS)))
     choices = list_choices(config, dtype, quantize, group_size=group_size, embeddings=embeddings)
+    if method is None:
+        if gradient_checkpointing or gpus is not None or pairs:
+            raise GmaskError("--gradient-checkpointing, --gpus and --set are about tuning: add --method lora")
+        tell_inference(model, config, choices, lengths, batch_size, as_json=as_json)
+        return
+    from gmask.cli.estimating_training import Plan, tell_training
+
+    plan = Plan.read(method, pairs or [], batch_size, gpus, gradient_checkpointing=gradient_checkpointing)
+    tell_training(model, config, plan, choices, lengths, as_json=as_json)
+
+
+def tell_inference(
+    model: str,
+    config: "Config",
+    choices: Sequence[Choice],
+    lengths: Sequence[int],
+    batch_size: int,
+    *,
+    as_json: bool,
+) -> None:
+    """Prints what answering takes."""
+    import torch
+
+    from gmask.checkpoints.memory import free_bytes
+    from gmask.loading import best_device
+
     device = torch.device(best_device())
     free = free_bytes(device)
-    kind: Any = device.type
-    found = {
-        choice: [
-            estimate_inference(
-                config,
-                dtype=DTYPES[choice.dtype],
-                form=choice.form,
-                context_length=length,
-                batch_size=batch_size,
-                device_kind=kind,
-            )
-            for length in lengths
-        ]
-        for choice in choices
-    }
+    found = {choice: figure(config, choice, lengths, batch_size, device.type) for choice in choices}
     if as_json:
         rows = [
             describe(choice, length, batch_size, figures)
             for choice, row in found.items()
             for length, figures in zip(lengths, row, strict=True)
         ]
-        print(json.dumps({"model": model, "device": kind, "free_bytes": free, "estimates": rows}, indent=2))
+        print(json.dumps({"model": model, "device": device.type, "free_bytes": free, "estimates": rows}, indent=2))
         return
     print_table(found, lengths)
-    print(advise({choice: row[-1] for choice, row in found.items()}, free, device=kind, length=lengths[-1]))
+    print(advise({choice: row[-1] for choice, row in found.items()}, free, device=device.type, length=lengths[-1]))
+
+
+def figure(
+    config: "Config", choice: Choice, lengths: Sequence[int], batch_size: int, device_kind: Any
+) -> "list[MemoryEstimate]":
+    """The estimates of one form, one for each length of the context."""
+    from gmask.estimation.inference import estimate_inference
+    from gmask.loading import DTYPES
+
+    return [
+        estimate_inference(
+            config,
+            dtype=DTYPES[choice.dtype],
+            form=choice.form,
+            context_length=length,
+            batch_size=batch_size,
+            device_kind=device_kind,
+        )
+        for length in lengths
+    ]
 
 
 def find_config(name: str) -> "Config":
@@ -119,7 +173,7 @@ def find_config(name: str) -> "Config":
     from gmask.estimation.weights import config_of_family, read_shape_config
     from gmask.loading import find_folder
 
-    if name == "bundled" or Path(name).expanduser().exists():
+    if name in BUNDLED or Path(name).expanduser().exists():
         return read_shape_config(find_folder(name))
     if family := find_family(name):
         return config_of_family(family)

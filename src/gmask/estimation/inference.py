@@ -2,7 +2,7 @@
 
 The largest moment is the reading of a whole prompt, in the multilayer perceptron of a block; for quantized weights also
 the first product, which repacks them. What is counted there is what `gmask.models` and `gmask.quantization` hold at
-that moment, line by line; change it with them. Training has other moments and would be a module beside this one.
+that moment, line by line; change it with them. Training has other moments: training.py.
 
 Shape letters: B rows, T positions of the context, H hidden size, F width of the perceptron, V vocabulary.
 """

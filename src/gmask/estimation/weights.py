@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from gmask.checkpoints.architectures import architecture_of
@@ -61,7 +62,7 @@ def shape_model(config: Config, *, dtype: torch.dtype, form: QuantizationConfig 
     return model
 
 
-def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the parameters and buffers of a model; a head that is tied to the embeddings is counted once."""
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers of a model or a part of it; a head tied to the embeddings counts once."""
     tensors = [*model.parameters(), *model.buffers()]  # each shared one comes once
     return sum(tensor.nbytes for tensor in tensors)

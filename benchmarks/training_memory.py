@@ -1,0 +1,222 @@
+"""Does tuning take the memory that `gmask estimate --method` says?
+
+    python benchmarks/training_memory.py [--shape 335M] [--method lora ...] [--size 1x128 ...] [--as-it-comes]
+
+A model of that shape is made in a process of its own, made ready by `gmask.training.methods`, and makes
+two steps with the loss of `gmask finetune`, AdamW and, for bfloat16, accelerate's autocast. Measured is the largest
+resident memory of the process (VmHWM), against the estimated peak; and without what the process held before the model
+was made, against the peak without the libraries. Both ought to be within 15 % of each other. What is freed goes back at
+once (MALLOC_MMAP_THRESHOLD_=65536); with `--as-it-comes` the allocator of the C library keeps some of it, which no
+estimate counts. Full tuning at 335M takes 6 GB.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from estimate import config_of, read_quantization, resident_bytes
+from machine import describe_machine
+
+GLM: dict[str, Any] = {"kind": "glm", "max_position_embeddings": 512, "hidden_act": "gelu_pytorch_tanh"}
+SHAPES: dict[str, dict[str, Any]] = {
+    "335M": {**GLM, "vocab_size": 50304, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "small": {**GLM, "vocab_size": 20000, "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8},
+    "chat": {"kind": "chatglm", "vocab_size": 20000, "hidden_size": 512, "num_hidden_layers": 8,
+             "num_attention_heads": 8, "intermediate_size": 2048},
+}  # fmt: skip
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"name": "full"},
+    "full bf16": {"name": "full", "autocast": True},
+    "full checkpointing": {"name": "full", "checkpointing": True},
+    "frozen-embeddings": {"name": "frozen-embeddings"},
+    "lora": {"name": "lora"},
+    "lora bf16": {"name": "lora", "dtype": "bfloat16", "autocast": True},
+    "lora checkpointing": {"name": "lora", "checkpointing": True},
+    "dora": {"name": "dora"},
+    "adalora": {"name": "adalora"},
+    "ia3": {"name": "ia3"},
+    "qlora int8": {"name": "qlora", "quantize": "int8"},
+    "qlora int4": {"name": "qlora", "quantize": "int4"},
+    "p-tuning-v2": {"name": "p-tuning-v2"},
+    "p-tuning-v2 int4": {"name": "p-tuning-v2", "quantize": "int4"},
+    "p-tuning": {"name": "p-tuning"},
+}
+STEPS = 2  # from the second on the optimizer has its state
+TINY = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def make_batch(batch_size: int, length: int) -> dict[str, Any]:
+    """Rows of a context and an answer of half the tokens each."""
+    import torch
+
+    context = length // 2
+    layout = torch.zeros(batch_size, 2, length, dtype=torch.int64)
+    layout[:, 0] = torch.arange(length).clamp(max=context - 1)
+    layout[:, 1, context:] = torch.arange(1, length - context + 1)
+    labels = torch.full((batch_size, length), -100)
+    labels[:, context:] = 10
+    ids = torch.full((batch_size, length), 10)
+    return {"input_ids": ids, "layout": layout, "labels": labels, "sequence_ids": torch.zeros_like(ids)}
+
+
+def train(config: Any, case: dict[str, Any], *, batch_size: int, length: int) -> None:
+    """Makes the model and its steps."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    from gmask.estimation.weights import shape_model
+    from gmask.quantization.quantizer import finish
+    from gmask.tasks.method_settings import MethodSettings
+    from gmask.training.losses import token_loss
+    from gmask.training.methods import apply_method
+
+    form = read_quantization(case)
+    model = shape_model(config, dtype=getattr(torch, case.get("dtype", "float32")), form=form)
+    values = {name: torch.full_like(weight, 0.01 if weight.is_floating_point() else 1, device="cpu")
+              for name, weight in model.named_parameters()}  # fmt: skip
+    model.load_state_dict(values, strict=False, assign=True)
+    del values
+    model.tie_weights()
+    if form is not None:
+        finish(model, form)
+    apply_method(model, MethodSettings(name=case["name"]), steps=100)
+    if case.get("checkpointing"):
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that this one was forked from
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if case.get("autocast") else "no")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    prepared, optimizer = accelerator.prepare(model, torch.optim.AdamW(trained, lr=1e-5, fused=True))
+    batch = make_batch(batch_size, length)
+    for _ in range(STEPS):
+        total, tokens = token_loss(prepared, batch)
+        accelerator.backward(total / tokens)
+        del total
+        accelerator.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    accelerator.free_memory()
+
+
+def warm_up() -> None:
+    """Has the libraries load what they need."""
+    for kind in ({"kind": "glm"}, {"kind": "chatglm", "intermediate_size": 256}):
+        train(config_of({**TINY, **kind}), {"name": "lora"}, batch_size=1, length=8)
+
+
+def measure(cases: list[dict[str, Any]]) -> None:
+    """Prints for each case the resident memory of this process, and the largest with what the case adds to it.
+
+    Each case has a process of its own, which starts as a copy of this one and spares the seconds of the imports.
+    """
+    import gc
+
+    from gmask.training import finetune  # noqa: F401 - what a run imports
+
+    warm_up()
+    gc.collect()
+    held = resident_bytes("VmRSS")
+    for case in cases:
+        child = os.fork()
+        if child == 0:
+            warm_up()  # a copy has none of the libraries' pages until it reads them
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+            before = resident_bytes("VmRSS")
+            train(config_of(case["shape"]), case["method"], batch_size=case["batch_size"], length=case["length"])
+            print(json.dumps({"before": held, "peak": held + resident_bytes("VmHWM") - before}), flush=True)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            raise SystemExit(f"{case}: failed")
+
+
+def estimate(case: dict[str, Any]) -> Any:
+    import torch
+
+    from gmask.estimation.training import estimate_training
+    from gmask.tasks.method_settings import MethodSettings
+
+    method, length = case["method"], case["length"]
+    return estimate_training(
+        config_of(case["shape"]),
+        method=MethodSettings(name=method["name"]),
+        dtype=getattr(torch, method.get("dtype", "float32")),
+        autocast=method.get("autocast", False),
+        form=read_quantization(method),
+        batch_size=case["batch_size"],
+        length=length,
+        answer_length=length - length // 2,
+        gradient_checkpointing=method.get("checkpointing", False),
+    )
+
+
+def compare(cases: list[dict[str, Any]], *, threads: int, return_freed: bool) -> Iterator[dict[str, Any]]:
+    """A record for each case."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    if return_freed:
+        environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    command = [sys.executable, __file__, "--process", json.dumps(cases)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for case, line in zip(cases, process.stdout, strict=False):
+            measured, found = json.loads(line), estimate(case)
+            grown = measured["peak"] - measured["before"]
+            yield {
+                **{name: case[name] for name in ("shape_name", "method_name", "batch_size", "length")},
+                "trainable": found.trainable,
+                "estimated": found.peak,
+                "measured": measured["peak"],
+                "before": measured["before"],
+                "ratio": measured["peak"] / found.peak,
+                "ratio_of_model": grown / (found.peak - found.runtime),
+            }
+    if process.returncode:
+        raise SystemExit(process.returncode)
+
+
+def print_table(records: Iterator[dict[str, Any]]) -> None:
+    print("\n| shape | method | rows x tokens | trainable | estimated, MB | measured | measured / it | of the model |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|")
+    for record in records:
+        sizes = f"{record['trainable']:,} | {record['estimated'] / 1e6:.0f} | {record['measured'] / 1e6:.0f}"
+        ratios = f"{record['ratio']:.2f} | {record['ratio_of_model']:.2f}"
+        place = f"{record['shape_name']} | {record['method_name']} | {record['batch_size']} x {record['length']}"
+        print(f"| {place} | {sizes} | {ratios} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["335M"])
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--size", nargs="+", default=["1x128"], help="rows x tokens, such as 4x128")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--as-it-comes", action="store_true", help="let the allocator keep what it likes")
+    parser.add_argument("--json", action="store_true", help="print a JSON object for each case")
+    parser.add_argument("--process", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.process:
+        measure(options.process)
+        return
+    sizes = [tuple(map(int, size.split("x"))) for size in options.size]
+    cases = [
+        {"shape": SHAPES[shape], "method": METHODS[method], "batch_size": rows, "length": tokens,
+         "shape_name": shape, "method_name": method}
+        for shape in options.shape for method in options.method for rows, tokens in sizes
+    ]  # fmt: skip
+    machine = describe_machine(options.threads)
+    records = compare(cases, threads=options.threads, return_freed=not options.as_it_comes)
+    if options.json:
+        for record in records:
+            print(json.dumps(record), flush=True)
+        return
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print_table(records)
+
+
+if __name__ == "__main__":
+    main()
