@@ -51,6 +51,9 @@ def inject(model: PreTrainedModel, config: "PeftConfig") -> Any:
         raise GmaskError("the model has an adapter already: merge it, or load the model alone")
     tuner = peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, adapter_name=NAME)
     cast_adapter_dtype(model, NAME)
+    for name, parameter in model.named_parameters():
+        if ".ranknum." in name:  # adalora's count of ranks, which PEFT has train on a bfloat16 model
+            parameter.requires_grad_(False)
     model._hf_peft_config_loaded = True  # as transformers' add_adapter has it, for what transformers does with models
     model.train(model.training)
     return tuner
