@@ -47,6 +47,7 @@ bench: $(VENV)/.installed-dev  ## measure against peers, all in one run
 	$(BIN)/python benchmarks/matmul.py
 	$(BIN)/python benchmarks/loading.py --like GLM-Large
 	$(BIN)/python benchmarks/forward.py
+	$(BIN)/python benchmarks/tuning_speed.py
 	$(if $(CORPUS),$(BIN)/python benchmarks/tokenizer.py $(CORPUS) --ours src/gmask/pretrained)
 
 bundled: $(VENV)/.installed-dev  ## train, evaluate and ship the bundled model: make bundled CORPUS=folder

@@ -70,7 +70,8 @@ kept, step {best}.
 ## Limits
 
 - It is wrong more often than right wherever a question is not of a kind in the table, and makes facts up. Nothing that it says should be relied on.
-- Translations of more than a few words are mostly wrong. Poems asked for by name are recited from memory, often of another poem.
+- Translations of more than a few words are mostly wrong, and practically all of the pairs that they were measured by stand in the texts that the
+  bundled model was pretrained on. Poems asked for by name are recited from memory, often of another poem.
 - It was not tuned to refuse anything. Its texts are old books, laws, poems and encyclopaedias, with their views.
 - 512 tokens of conversation; earlier rounds are left out beyond that.
 
