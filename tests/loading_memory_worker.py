@@ -35,7 +35,8 @@ def anonymous_bytes() -> int:
 
 
 def write(folder: Path, form: str, dtype: str) -> None:
-    config = GLMConfig(vocab_size=2048, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, **IDS)
+    folder.mkdir()
+    config = GLMConfig(vocab_size=1536, hidden_size=384, num_hidden_layers=8, num_attention_heads=6, **IDS)
     config.save_pretrained(folder)
     with torch.device("meta"):
         shapes = {key: tensor.shape for key, tensor in GLMModel(config).state_dict().items()}
@@ -63,14 +64,14 @@ def main(parent: Path) -> None:
     peaks = {}
     for form in ("safetensors", "bin", "megatron"):
         for stored, wanted, quantize in CONVERSIONS:
-            folder = parent / f"{form} {stored} {wanted} {quantize}"
-            folder.mkdir()
-            write(folder, form, stored)
+            folder = parent / f"{form} {stored}"
+            if not folder.exists():
+                write(folder, form, stored)
             before = anonymous_bytes()
             grown.clear()
             model = load_model(folder, device="cpu", dtype=wanted, quantize=quantize)
             size = sum(parameter.nbytes for parameter in model.parameters())
-            peaks[folder.name] = (max(*grown, anonymous_bytes()) - before) / size
+            peaks[f"{form} {stored} {wanted} {quantize}"] = (max(*grown, anonymous_bytes()) - before) / size
             del model
     print(json.dumps(peaks))
 

@@ -17,6 +17,7 @@ from transformers.distributed import DistributedConfig
 from gmask.errors import GmaskError
 from gmask.models.chatglm import ChatGLMForConditionalGeneration
 from gmask.models.glm import GLMForConditionalGeneration, GLMForSequenceClassification
+from gmask.quantization.quantizer import QuantizationConfig
 
 CACHES: dict[str, dict[str, Any]] = {
     "dynamic": {},
@@ -25,9 +26,14 @@ CACHES: dict[str, dict[str, Any]] = {
 }
 REFUSED = {
     "odd": GLMForConditionalGeneration,
-    "int4": GLMForConditionalGeneration,
-    "chat-int8": ChatGLMForConditionalGeneration,
+    "wide-groups": GLMForConditionalGeneration,
     "chat-prefix": ChatGLMForConditionalGeneration,
+}
+INTEGERS = {
+    "int4": GLMForConditionalGeneration,
+    "int4-groups": GLMForConditionalGeneration,
+    "chat-int8": ChatGLMForConditionalGeneration,
+    "chat-int4": ChatGLMForConditionalGeneration,
 }
 
 
@@ -64,9 +70,20 @@ def main(folder: Path) -> None:
     )  # the older keyword
     found["classifier"] = compute(classifier.eval(), inputs)
     model.save_pretrained(folder / "saved")
-    for name, model_class in REFUSED.items():
+    for name, model_class in INTEGERS.items():
+        whole = model_class.from_pretrained(folder / name, distributed_config=divided, dtype=torch.float32)
+        found[name] = compute(whole.eval(), torch.load(folder / ("chat.pt" if "chat" in name else "inputs.pt")))
+        found[f"{name}.local"] = {key: value.shape for key, value in whole.named_parameters()}
+        if name == "int4-groups":
+            whole.save_pretrained(folder / "saved-int4")
+    form = QuantizationConfig(8)
+    for name, model_class, settings in (
+        *((name, model_class, {}) for name, model_class in REFUSED.items()),
+        ("quantized while loading", GLMForConditionalGeneration, {"quantization_config": form}),
+    ):
         try:
-            model_class.from_pretrained(folder / name, distributed_config=divided)
+            place = folder / (name if (folder / name).exists() else "ours")
+            model_class.from_pretrained(place, distributed_config=divided, **settings)
         except GmaskError as error:
             found[name] = str(error)
     torch.save(found, folder / f"{os.environ['RANK']}.pt")

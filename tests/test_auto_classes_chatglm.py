@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,17 +126,5 @@ def test_missing_weights_and_those_of_the_model_with_images_are_named(published:
     index["weight_map"]["image_encoder.vit.weight"] = shard.name
     (published / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     torch.save({**torch.load(shard, weights_only=True), "image_encoder.vit.weight": torch.ones(2)}, shard)
-    with pytest.raises(gmask.GmaskError, match=r"unexpected image_encoder\.vit\.weight"):
+    with pytest.raises(gmask.GmaskError, match=r"holds an image_encoder, so it is VisualGLM"):
         AutoModel.from_pretrained(published)
-
-
-def test_a_config_alone_loads_the_classes_on_first_use() -> None:
-    code = (
-        "import sys, gmask\nfrom transformers import AutoConfig, AutoModel\n"
-        "assert 'gmask.models.chatglm' not in sys.modules\n"
-        "small = dict(vocab_size=32, hidden_size=16, num_layers=1, num_attention_heads=2, inner_hidden_size=32)\n"
-        "config = AutoConfig.for_model('chatglm', **small)\n"
-        "print(type(config).__name__, type(AutoModel.from_config(config)).__name__)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout == "ChatGLMConfig ChatGLMForConditionalGeneration\n", done.stderr

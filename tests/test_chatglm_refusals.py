@@ -146,8 +146,7 @@ FAULTS = {
     "first config, later weights": Fault(
         set_config(vocab_size=20864),
         r"word_embeddings\.weight has the shape \[864, 64\], but the config asks for \[20864, 64\]; take all files",
-        ("load", "chat", "quantize"),
-        others=(("AutoModel", r"lm_head\.weight has the shape \[864, 64\], but config\.json asks for \[20864, 64\]"),),
+        (*READS_NUMBERS, "quantize"),
     ),
     "shards of two revisions": Fault(
         mix_shards,
@@ -168,8 +167,8 @@ FAULTS = {
     "int4 without scales": Fault(
         lambda folder: lose(folder, "weight_scale"),
         r"holds no scales.*; download the model again, or quantize it anew",
-        ("load", "chat", "info"),
-        others=(("AutoModel", "lack their scales.*download the whole model"), ("quantize", "is quantized already")),
+        (*READS_NUMBERS, "info"),
+        others=(("quantize", "is quantized already"),),
         case=INT4,
     ),
     "int4 without one scale": Fault(
@@ -181,21 +180,18 @@ FAULTS = {
     "int4 weights, unquantized config": Fault(
         set_config(quantization_bit=None),
         r"holds quantized weights, where config\.json says nothing of it; take all files from one revision",
-        ("load", "chat", "quantize"),
-        others=(("AutoModel", r"unexpected .*weight_scale.* do not fit config\.json"),),
+        (*READS_NUMBERS, "quantize"),
         case=INT4,
     ),
     "unquantized weights, int4 config": Fault(
         set_config(quantization_bit=4),
         r"the weights are not quantized, though config\.json says so: take quantization_bit out of it",
-        ("load", "chat"),
-        others=(("AutoModel", "lack their scales"),),
+        READS_NUMBERS,
     ),
     "int4 weights, int8 config": Fault(
         set_config(quantization_bit=8),
         r"shape \[192, 32\], but the config asks for \[192, 64\]; quantization_bit there says another number of bits",
-        ("load", "chat"),
-        others=(("AutoModel", r"shape \[64, 32\], but config\.json asks for \[64, 64\]"),),
+        READS_NUMBERS,
         case=INT4,
     ),
     "3 bits": Fault(set_config(quantization_bit=3), "4 or 8 bits, not in 3", READS_WEIGHTS),
@@ -214,8 +210,7 @@ FAULTS = {
     "images, by the weights": Fault(
         hold_images,
         r"holds an image_encoder, so it is VisualGLM.*use github\.com/THUDM/VisualGLM-6B",
-        ("load", "chat", "quantize"),
-        others=(("AutoModel", r"unexpected image_encoder\.vit\.weight"),),
+        (*READS_NUMBERS, "quantize"),
     ),
     "pointer to weights": Fault(put_pointer(SHARD), rf"{SHARD}: a Git LFS pointer.*git lfs pull", READS_WEIGHTS),
     "pointer to safetensors": Fault(
@@ -284,7 +279,7 @@ def test_what_is_loaded_names_its_folder(name: str, tmp_path: Path) -> None:
     assert load_error(folder).startswith(str(folder))
 
 
-@pytest.mark.parametrize("way", ["load", "chat"])
+@pytest.mark.parametrize("way", READS_NUMBERS)
 def test_too_little_memory_is_told_with_the_numbers_and_what_needs_less(
     way: str, tmp_path: Path, monkeypatch, capsys
 ) -> None:
@@ -292,6 +287,27 @@ def test_too_little_memory_is_told_with_the_numbers_and_what_needs_less(
     monkeypatch.setattr(memory, "free_bytes", lambda device: 600_000)
     message = r"needs 1\.0 MB of memory on cpu, 0\.6 MB are free; dtype='bfloat16' needs 0\.5 MB"
     assert re.search(message, refuse(way, folder, monkeypatch, capsys))
+
+
+MISFITS = {
+    "weights of other numbers": (hold_images, "no: holds an image_encoder, so it is VisualGLM"),
+    "a lost tensor": (
+        lambda folder: lose(folder, "dense_4h_to_h.bias", first=True),
+        "no: the weights lack transformer.",
+    ),
+    "two revisions": (mix_shards, "no: lm_head.weight has the shape [900, 64], but the config asks for [864, 64]"),
+    "nothing": (lambda folder: None, "yes"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_info_tells_whether_the_weights_fit_the_config(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    folder = publish(tmp_path / "chatglm-6b")
+    change, verdict = MISFITS[name]
+    change(folder)
+    assert type_command(["info", str(folder)], monkeypatch) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("weights fit"))
+    assert line.removeprefix("weights fit").strip().startswith(verdict)
 
 
 @pytest.mark.parametrize("bits", [3, 16, "int3"])
@@ -308,6 +324,10 @@ def test_the_command_refuses_bits_that_are_not_supported(bits: int, tmp_path: Pa
     arguments = ["quantize", str(tmp_path / "chatglm-6b"), str(tmp_path / "quantized"), "--bits", str(bits)]
     assert type_command(arguments, monkeypatch) == 2
     assert capsys.readouterr().err == f"gmask: weights can be kept in 4 or 8 bits, not in {bits}\n"
+    arguments[-1] = "int3"
+    assert type_command(arguments, monkeypatch) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("gmask: ") and "'--bits'" in line and line.endswith("; see gmask quantize --help")
     assert not (tmp_path / "quantized").exists()
 
 

@@ -3,8 +3,6 @@
 import io
 import json
 import os
-import pty
-import select
 import signal
 import subprocess
 import sys
@@ -18,6 +16,7 @@ import pytest
 import gmask
 from gmask.cli import interactive, main
 from gmask.cli.rendering import highlight
+from terminal import Terminal, heed_ctrl_c
 from tiny_folder import make_folder
 
 VERBS = ["infill", "chat", "score", "embed", "convert", "quantize", "info", "pretrain", "evaluate", "train-tokenizer"]
@@ -155,6 +154,29 @@ def test_mistakes_in_names_of_models_and_recipes_too(run: Run, tmp_path: Path) -
         assert len(done.err.splitlines()) == 1
 
 
+MISTYPED = [
+    (["quantize", "bundled", "new", "--bits", "int3"], "'--bits'", "gmask quantize"),
+    (["infill", "[MASK]", "--sett", "seed=1"], "No such option: --sett", "gmask infill"),
+    (["infill", "[MASK]", "--max-tokens"], "--max-tokens", "gmask"),
+    (["convert", "bundled"], "TARGET", "gmask convert"),
+    (["info", "a", "b"], "b", "gmask info"),
+    (["inffill", "[MASK]"], "No such command 'inffill'", "gmask"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message", "program"), MISTYPED)
+def test_a_mistyped_command_is_one_line_that_names_its_help(run: Run, arguments, message: str, program: str) -> None:
+    done = run(*arguments)
+    (line,) = done.err.splitlines()
+    assert (done.code, done.out) == (2, "")
+    assert line.startswith("gmask: ") and message in line and line.endswith(f"; see {program} --help")
+
+
+def test_without_a_word_the_help_is_shown(run: Run) -> None:
+    done = run()
+    assert done.code == 2 and all(f"  {verb} " in done.out for verb in VERBS)
+
+
 def test_a_full_disk_is_one_line_too(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -199,7 +221,7 @@ def test_every_verb_has_help_and_at_most_eight_options_of_its_own(run: Run, verb
     done = run(verb, "--help")
     options = [line.split()[0] for line in done.out.splitlines() if line.startswith("  -")]
     assert done.code == 0
-    shared = {"--set", "--quantize", "--help"}
+    shared = {"--adapter", "--set", "--quantize", "--help"}
     assert len(set(options) - shared) <= 8
     assert "[sMASK]" in done.out or verb != "infill"
 
@@ -209,38 +231,6 @@ def test_on_a_terminal_answers_are_highlighted(folder: Path) -> None:
     text = highlight(infilling)
     assert text.plain == infilling.text
     assert [(span.start, span.end) for span in text.spans] == [(blank.start, blank.end) for blank in infilling.blanks]
-
-
-class Terminal:
-    """A program on a terminal of its own."""
-
-    def __init__(self, command: list[str], **environment: str) -> None:
-        self.leader, follower = pty.openpty()
-        settings = {**os.environ, "TERM": "xterm", "COLUMNS": "200", "PROMPT_TOOLKIT_NO_CPR": "1", **environment}
-        self.process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=settings)
-        os.close(follower)
-        self.unread = b""
-
-    def press(self, keys: str) -> None:
-        os.write(self.leader, keys.encode())
-
-    def read_until(self, text: str, *, seconds: float = 60) -> None:
-        """Reads what it shows up to and with a text; an error if that does not come."""
-        deadline = time.monotonic() + seconds
-        while text.encode() not in self.unread:
-            ready, _, _ = select.select([self.leader], [], [], max(0.0, deadline - time.monotonic()))
-            assert ready, f"{text!r} did not come, but {self.unread.decode(errors='replace')!r}"
-            self.unread += os.read(self.leader, 4096)
-        self.unread = self.unread.partition(text.encode())[2]
-
-    def read_until_prompt(self) -> None:
-        self.read_until("\x1b[?2004h")  # pasting is switched on when a line begins
-        self.read_until("\x1b[?25h")  # the cursor is shown when the prompt has been drawn
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self.leader)
 
 
 @pytest.mark.slow
@@ -319,7 +309,8 @@ def test_ctrl_c_stops_a_real_run_without_a_traceback(folder: Path, tmp_path: Pat
         "--output",
         str(tmp_path / "out.jsonl"),
     ]
-    process = subprocess.Popen([sys.executable, "-m", "gmask", *command], stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "gmask", *command]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("*.partial")) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -12,9 +12,10 @@ import pytest
 import gmask
 from gmask.cli import main
 from gmask.models.chatglm import ChatGLMForConditionalGeneration
+from terminal import Terminal
 from test_chatglm_chat import VOCABULARY, needs_vocabulary
 from test_chatglm_parity import TINY, read_case
-from test_cli import Outcome, Terminal
+from test_cli import Outcome
 
 FOLDER = VOCABULARY.parent
 GOLDEN = Path(__file__).parent / "golden"

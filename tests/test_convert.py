@@ -107,7 +107,7 @@ def make_weights(shape: dict[str, int], dtype: torch.dtype, labels: int | None, 
     return weights
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     heads=st.sampled_from([4, 8, 12]),
     head_dim=st.integers(1, 4),

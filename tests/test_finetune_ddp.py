@@ -54,6 +54,7 @@ def test_two_processes_make_the_steps_of_one(tmp_path: Path, kind: str, method: 
     assert told[0] == told[1] > 0
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_resumes_exactly(tmp_path: Path) -> None:
     task, records = TASKS["seq2seq"]
     path = write_recipe(tmp_path, task=task, records=records, method={"name": "lora", "dropout": 0.2})

@@ -109,7 +109,7 @@ def plain_visible(layout: Tensor, sequence_ids: Tensor) -> Tensor:
 
 
 @given(batches())
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 def test_derive_layout_equals_its_plain_twin(rows: Rows) -> None:
     expected = [
         plain_layout(ids, belongs)
@@ -119,7 +119,7 @@ def test_derive_layout_equals_its_plain_twin(rows: Rows) -> None:
 
 
 @given(batches(most_packed=1))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 def test_a_padding_mask_says_the_same_as_sequence_ids(rows: Rows) -> None:
     by_mask = derive_layout(
         rows.input_ids, blank_token_ids=BLANKS, sop_token_id=SOP, attention_mask=rows.is_real.long()
@@ -128,7 +128,7 @@ def test_a_padding_mask_says_the_same_as_sequence_ids(rows: Rows) -> None:
 
 
 @given(batches())
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 def test_a_packed_or_padded_sequence_keeps_the_layout_that_it_has_alone(rows: Rows) -> None:
     for ids, belongs, layout in zip(rows.input_ids, rows.sequence_ids, rows.layout, strict=True):
         for sequence in range(int(belongs.max()) + 1):
@@ -206,7 +206,7 @@ def test_an_answer_without_a_blank_is_an_error(ids: list[int], sequence_ids: lis
 
 
 @given(batches(most_packed=1), st.integers(1, 4))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 def test_extend_layout_counts_on_as_if_derived(rows: Rows, new_tokens: int) -> None:
     first, last = torch.full((len(rows.input_ids), 1), MASK), torch.full((len(rows.input_ids), 1), SOP)
     ids = torch.cat((first, rows.input_ids, last), dim=1)

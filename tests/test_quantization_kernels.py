@@ -47,7 +47,8 @@ def error_bound(x: Tensor, weight: Tensor, exact: Tensor, bias: Tensor, path: st
     """
     rounding, size = ROUNDING[x.dtype], x.double().abs()
     products = size @ weight.abs().T
-    bound = 2.0**-23 * (x.shape[1] + 8) * (products + bias.abs()) + rounding * exact.abs()
+    subnormal = rounding * torch.finfo(x.dtype).smallest_normal  # of float16, whose small numbers lie evenly
+    bound = 2.0**-23 * (x.shape[1] + 8) * (products + bias.abs()) + rounding * exact.abs() + subnormal
     if path not in kernels.NATIVE_PATHS:
         return bound + rounding * (products + 2 * exact.abs() + 3 * bias.abs())
     if group is not None:

@@ -261,17 +261,15 @@ def write_folder(folder: Path, state: dict[str, Tensor], **changes: Any) -> Path
 def test_integers_without_scales_are_refused_in_one_line(tmp_path: Path) -> None:
     state = torch.load(GOLDEN / "chatglm-tiny-int4" / "model" / "pytorch_model.bin", weights_only=True)
     write_folder(tmp_path, {key: tensor for key, tensor in state.items() if not key.endswith("weight_scale")})
-    with pytest.raises(
-        GmaskError, match=r"lack their scales \(transformer\.layers\.0.* and 13 more\).* download"
-    ) as caught:
-        ChatGLMForConditionalGeneration.from_pretrained(tmp_path)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(GmaskError, match=r"no scales, .* download"):
-        load_model(tmp_path, device="cpu")
+    ways = (ChatGLMForConditionalGeneration.from_pretrained, lambda folder: load_model(folder, device="cpu"))
+    for load in ways:
+        with pytest.raises(GmaskError, match=r"^[^\n]*no scales, .* download[^\n]*$"):
+            load(tmp_path)
     one = next(key for key in state if key.endswith("weight_scale"))
     write_folder(tmp_path, {key: tensor for key, tensor in state.items() if key != one})
-    with pytest.raises(GmaskError, match=r"lack their scales \(transformer.*download"):
-        load_model(tmp_path, device="cpu")
+    for load in ways:
+        with pytest.raises(GmaskError, match=r"lack their scales \(transformer.*download"):
+            load(tmp_path)
 
 
 def test_unquantized_weights_under_a_quantized_config_are_refused(tmp_path: Path) -> None:
@@ -279,7 +277,7 @@ def test_unquantized_weights_under_a_quantized_config_are_refused(tmp_path: Path
     state = {key: tensor for path in shards for key, tensor in torch.load(path, weights_only=True).items()}
     for bits in (4, 8):
         write_folder(tmp_path, state, quantization_bit=bits)
-        with pytest.raises(GmaskError, match=r"lack their scales"):
+        with pytest.raises(GmaskError, match=r"are not quantized, though config\.json says so"):
             ChatGLMForConditionalGeneration.from_pretrained(tmp_path)
 
 
@@ -334,7 +332,7 @@ def test_the_command_writes_a_folder_that_loads_as_the_model_quantized_in_memory
 
 def test_the_command_calibrates_by_a_text(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
-    text.write_text("The old man walked down to the river, for he had lived there all his life. " * 60, "utf-8")
+    text.write_text("The old man walked down to the river, for he had lived there all his life. " * 15, "utf-8")
     target = tmp_path / "small"
     result = quantize_bundled(target, "--group-size", "64", "--calibrate", text)
     assert result.exit_code == 0 and "calibrated" in result.stdout
@@ -369,7 +367,7 @@ def test_a_target_in_use_and_a_quantized_source_are_refused(tmp_path: Path) -> N
     assert quantize_bundled(first, "--bits", "8").exit_code == 0
     assert "--force" in str(quantize_bundled(first, "--bits", "8").exception)
     assert quantize_bundled(first, "--bits", "4", "--force").exit_code == 0
-    with pytest.raises(GmaskError, match="holds quantized weights"):
+    with pytest.raises(GmaskError, match=r"is quantized \(int4, a scale a row\).* nothing to convert"):
         convert(first, tmp_path / "second")
     with pytest.raises(GmaskError, match="quantized already"):
         quantize_folder(first, tmp_path / "second", None, QuantizationConfig(8))  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,10 @@ MODELS = {
     "published": GLMForConditionalGeneration,
     "classifier": GLMForSequenceClassification,
     "chat": ChatGLMForConditionalGeneration,
+    "int4": GLMForConditionalGeneration,
+    "int4-groups": GLMForConditionalGeneration,
+    "chat-int8": ChatGLMForConditionalGeneration,
+    "chat-int4": ChatGLMForConditionalGeneration,
 }
 SMALL_CHAT = dict(
     vocab_size=49, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, intermediate_size=80,
@@ -33,12 +38,12 @@ SMALL_CHAT = dict(
 ROWS = [[16, 17, GMASK, SOP], [18, MASK, 19, 20, 21, SOP]]
 
 
-def make_folder(folder: Path, model: PreTrainedModel, *, bits: int | None = None) -> None:
+def make_folder(folder: Path, model: PreTrainedModel, **form: Any) -> None:
     """A model with random weights; the biases too, which would be zero and hide a wrong split."""
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    if bits is not None:
-        model.quantize(bits)
+    if form:
+        model.quantize(**form)
     model.save_pretrained(folder)
 
 
@@ -61,6 +66,31 @@ def make_inputs(rows: list[list[int]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": (ids != PAD).long()}
 
 
+def run_together(folder: Path) -> None:
+    """Starts two workers as torchrun does, but for its own process."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    shared |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(TESTS / "tensor_parallel_worker.py"), str(folder)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for worker in workers:
+            _, errors = worker.communicate(timeout=240)
+            assert worker.returncode == 0, errors[-4000:]
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
 @pytest.fixture(scope="module")
 def computed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one process computes, under "one", and what each of two does, under 0 and 1."""
@@ -72,8 +102,13 @@ def computed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         odd = small_config(hidden_size=33, num_attention_heads=3)
         make_folder(folder / "odd", GLMForConditionalGeneration(odd))
         make_folder(folder / "chat", ChatGLMForConditionalGeneration(ChatGLMConfig(**SMALL_CHAT)))
-        make_folder(folder / "int4", GLMForConditionalGeneration(small_config()), bits=4)
+        even = small_config(hidden_size=64)
+        make_folder(folder / "int4", GLMForConditionalGeneration(even), bits=4)
+        make_folder(folder / "int4-groups", GLMForConditionalGeneration(even), bits=4, group_size=32)
+        make_folder(folder / "wide-groups", GLMForConditionalGeneration(even), bits=4, group_size=64)
         make_folder(folder / "chat-int8", ChatGLMForConditionalGeneration(ChatGLMConfig(**SMALL_CHAT)), bits=8)
+        chat = ChatGLMForConditionalGeneration(ChatGLMConfig(**SMALL_CHAT))
+        make_folder(folder / "chat-int4", chat, bits=4, embeddings=True)
         prefixed = ChatGLMConfig(**SMALL_CHAT, pre_seq_len=2)
         make_folder(folder / "chat-prefix", ChatGLMForConditionalGeneration(prefixed))
     make_published(folder / "published")
@@ -81,19 +116,11 @@ def computed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     torch.save(inputs, folder / "inputs.pt")
     chat_inputs = make_inputs([[16, 17, 18, GMASK, SOP], [19, GMASK, SOP]])
     torch.save(chat_inputs, folder / "chat.pt")
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*start, str(TESTS / "tensor_parallel_worker.py"), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_together(folder)
     one = {
         name: compute(
             model_class.from_pretrained(folder / name, dtype=torch.float32).eval(),
-            chat_inputs if name == "chat" else inputs,
+            chat_inputs if name.startswith("chat") else inputs,
         )
         for name, model_class in MODELS.items()
     }
@@ -108,7 +135,7 @@ def test_logits_are_those_of_one_process(computed: dict[str, Any], name: str, ra
 
 
 @pytest.mark.parametrize("caching", CACHES)
-@pytest.mark.parametrize("name", ["ours", "published", "chat"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "classifier"])
 def test_greedy_ids_are_those_of_one_process(computed: dict[str, Any], name: str, caching: str) -> None:
     for rank in range(2):
         assert torch.equal(computed[rank][name][caching], computed["one"][name][caching])
@@ -138,10 +165,27 @@ def test_each_process_holds_whole_heads_of_a_chatglm(computed: dict[str, Any]) -
         assert share[f"{block}.mlp.dense_4h_to_h.weight"] == (48, 40)
 
 
-def test_a_divided_model_is_saved_whole(computed: dict[str, Any]) -> None:
+def test_each_process_holds_its_rows_or_columns_of_integers_and_scales(computed: dict[str, Any]) -> None:
+    block = "glm.transformer.layers.0"
+    for rank in range(2):
+        plain, groups = computed[rank]["int4.local"], computed[rank]["int4-groups.local"]
+        for share, columns in ((plain, ()), (groups, (2,))):
+            assert share[f"{block}.attention.query_key_value.weight"] == (96, 32)  # two columns a byte
+            assert share[f"{block}.attention.query_key_value.weight_scale"] == (96, *columns)
+            assert share[f"{block}.attention.dense.weight"] == (64, 16)
+            assert share[f"{block}.mlp.dense_4h_to_h.weight"] == (64, 64)
+        assert plain[f"{block}.attention.dense.weight_scale"] == (64,), "of whole rows"
+        assert groups[f"{block}.attention.dense.weight_scale"] == (64, 1)
+        assert groups[f"{block}.mlp.dense_4h_to_h.weight_scale"] == (64, 4)
+        embedding = computed[rank]["chat-int4.local"]["transformer.word_embeddings.weight"]
+        assert embedding == (49, 24), "quantized embeddings are whole"
+
+
+@pytest.mark.parametrize(("name", "source"), [("saved", "published"), ("saved-int4", "int4-groups")])
+def test_a_divided_model_is_saved_whole(computed: dict[str, Any], name: str, source: str) -> None:
     folder = computed["folder"]
-    saved = GLMForConditionalGeneration.from_pretrained(folder / "saved").state_dict()
-    for key, value in GLMForConditionalGeneration.from_pretrained(folder / "published").state_dict().items():
+    saved = GLMForConditionalGeneration.from_pretrained(folder / name).state_dict()
+    for key, value in GLMForConditionalGeneration.from_pretrained(folder / source).state_dict().items():
         assert torch.equal(saved[key], value), key
 
 
@@ -154,9 +198,13 @@ def test_an_odd_number_of_heads_is_refused_in_one_line(computed: dict[str, Any])
 
 @pytest.mark.parametrize(
     ("name", "what"),
-    [("int4", "int8 and int4 weights are"), ("chat-int8", "int8 and int4 weights are"), ("chat-prefix", "prefix is")],
+    [
+        ("chat-prefix", "prefix is not divided among processes: run one process"),
+        ("wide-groups", "columns of glm.transformer.layers.0.attention.dense lie in groups of 64, which cannot be"),
+        ("quantized while loading", "weights are not quantized while they are divided among processes"),
+    ],
 )
 def test_what_is_not_divided_is_refused_in_one_line(computed: dict[str, Any], name: str, what: str) -> None:
     for rank in range(2):
-        assert f"{what} not divided among processes: run one process" in computed[rank][name]
+        assert what in computed[rank][name]
         assert "\n" not in computed[rank][name]

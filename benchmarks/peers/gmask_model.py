@@ -122,7 +122,7 @@ class Stepper:
 
     def read(self) -> dict[str, float]:
         """Seconds that a loop takes to touch the bytes of all matrices and scales once, and how many they are."""
-        products = [layer._product() for _, layer in quantized_layers(self.model)]  # as they lie in memory
+        products = [layer.product() for _, layer in quantized_layers(self.model)]  # as they lie in memory
         matrices = {tensor for product in products for tensor in (product.data, product.scale)}
         matrices = matrices or {tensor for tensor in self.model.parameters() if tensor.ndim == 2}
         started = time.perf_counter()

@@ -192,6 +192,7 @@ def _register_classes(home: str) -> None:
 
     classes, config_class = CLASSES[home], _config_class(home)
     config_class.complete_published = _complete if home == GLM else _complete_chat
+    _strict_loading().check_source = staticmethod(_check_source)
     transformers.AutoConfig.register(classes.model_type, config_class, exist_ok=True)
     for auto_name, (module, name) in classes.models.items():
         model_class = _find_class(home, module, name)
@@ -208,6 +209,7 @@ def _unregister_classes(home: str) -> None:
 
     classes, config_class = CLASSES[home], _config_class(home)
     config_class.complete_published = None
+    _strict_loading().check_source = None
     for auto_name, (module, name) in classes.models.items():
         getattr(transformers, auto_name)._model_mapping._extra_content.pop(config_class, None)
         if vars(transformers).get(name) is _find_class(home, module, name):
@@ -222,6 +224,19 @@ def _find_class(home: str, module: str, name: str) -> Any:
 
 def _config_class(home: str) -> Any:
     return getattr(importlib.import_module(home), CLASSES[home].config)
+
+
+def _strict_loading() -> Any:
+    return _find_class("gmask.models", "strict_loading", "StrictLoadingMixin")
+
+
+def _check_source(model_class: Any, source: Any, **settings: Any) -> None:
+    """Has a folder checked before `from_pretrained` reads it; settings are the keywords of that."""
+    from gmask.checkpoints.preflight import check_pretrained
+
+    folder = None if source is None or settings.get("revision") else _folder_of(str(source))
+    if folder is not None:
+        check_pretrained(folder, model_class, **settings)
 
 
 def _complete_chat(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def read_glm_config(folder: Path, like: str | None = None, heads: int | None = N
     config = read_config(folder, like, heads)
     if not isinstance(config, GLMConfig):
         raise GmaskError(
-            f"{folder}: is ChatGLM-6B, which is loaded as it was published and has no other form: nothing to convert"
+            f"{folder}: is a ChatGLM, which the training code of GLM does not know; convert it to gmask or huggingface"
         )
     return config
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gmask.checkpoints.reading import Checkpoint, open_checkpoint
+from gmask.checkpoints.tensor_files import SCALES
 from gmask.checkpoints.weight_maps import same_bits
 from gmask.errors import GmaskError
 
@@ -20,8 +21,9 @@ class Content:
     Args:
         checkpoint: where they come from.
         names: of those that are wanted, by bare name: what they are called in the new files.
-        dtype: what they become; None to keep what each has.
+        dtype: what they become, but for integers and their scales; None to keep what each has.
         rows: rows of the word embedding to put in the place of those that are there.
+        twins: tensors that the checkpoint lacks, by bare name, and the bare name of the one that each equals.
     """
 
     def __init__(
@@ -30,9 +32,11 @@ class Content:
         names: Mapping[str, str],
         dtype: torch.dtype | None = None,
         rows: Mapping[int, Tensor] | None = None,
+        twins: Mapping[str, str] | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.names = dict(names)
+        self.twins = dict(twins or {})
         self._dtype = dtype
         self._rows = dict(rows or {})
 
@@ -40,15 +44,22 @@ class Content:
         return iter(self.names)
 
     def dtype(self, key: str) -> torch.dtype:
-        return self._dtype or self.checkpoint.dtype(key)
+        stored = self.checkpoint.dtype(self._source(key))
+        is_kept = not stored.is_floating_point or key.endswith(SCALES)
+        return stored if is_kept or self._dtype is None else self._dtype
 
     def plan(self, key: str) -> Tensor:
         """The shape and dtype of a tensor, without numbers."""
-        return torch.empty(self.checkpoint.shape(key), dtype=self.dtype(key), device="meta")
+        return torch.empty(self.checkpoint.shape(self._source(key)), dtype=self.dtype(key), device="meta")
 
     @property
     def nbytes(self) -> int:
         return sum(self.plan(key).nbytes for key in self)
+
+    @property
+    def numbers(self) -> int:
+        """How many there are, those of integers that are packed counted as they lie there."""
+        return sum(self.plan(key).numel() for key in self)
 
     def read(self, key: str) -> Tensor:
         """A tensor, which may be a view of its file.
@@ -56,7 +67,7 @@ class Content:
         Raises:
             GmaskError: the new dtype is too small for a number.
         """
-        stored = self.checkpoint.read(key)
+        stored = self.checkpoint.read(self._source(key))
         tensor = stored.to(self.dtype(key))
         if has_overflown(stored, tensor):
             raise GmaskError(
@@ -76,7 +87,10 @@ class Content:
 
     def with_rows(self, rows: Mapping[int, Tensor]) -> "Content":
         """The same, but for rows of the word embedding."""
-        return Content(self.checkpoint, self.names, self._dtype, rows)
+        return Content(self.checkpoint, self.names, self._dtype, rows, self.twins)
+
+    def _source(self, key: str) -> str:
+        return self.twins.get(key, key)
 
 
 def verify(content: Content, folder: Path, advance: Callable[[int], object]) -> None:
@@ -100,7 +114,7 @@ def verify(content: Content, folder: Path, advance: Callable[[int], object]) -> 
 
 def has_overflown(stored: Tensor, tensor: Tensor) -> bool:
     """Whether finite numbers have become infinite in a smaller dtype."""
-    if torch.finfo(tensor.dtype).max >= torch.finfo(stored.dtype).max:
+    if tensor.dtype == stored.dtype or torch.finfo(tensor.dtype).max >= torch.finfo(stored.dtype).max:
         return False
     pieces = zip(torch.split(stored.reshape(-1), PIECE), torch.split(tensor.reshape(-1), PIECE), strict=True)
     return any(not torch.equal(before.isfinite(), after.isfinite()) for before, after in pieces)

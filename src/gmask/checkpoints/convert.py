@@ -10,13 +10,15 @@ import torch
 from tqdm import tqdm
 
 from gmask.checkpoints.catalog import ITEM_BYTES
-from gmask.checkpoints.configs import lacks_config
+from gmask.checkpoints.chat_plans import plan_chat_folder
+from gmask.checkpoints.configs import lacks_config, read_config
 from gmask.checkpoints.content import dtype_name, verify
 from gmask.checkpoints.memory import check_room
 from gmask.checkpoints.placing import check_places, check_space, placed_at_last
 from gmask.checkpoints.plans import Origin, Plan, plan_folder, plan_ranks
 from gmask.checkpoints.reading import Checkpoint, open_checkpoint
 from gmask.errors import GmaskError
+from gmask.models.chatglm import ChatGLMConfig
 
 FORMS = ("gmask", "huggingface", "megatron")
 
@@ -65,9 +67,9 @@ def convert(
         source: a folder in any form that `open_checkpoint` reads.
         target: a folder that is not there yet.
         to: ``gmask`` (safetensors, config and tokenizer of ours), ``huggingface`` (safetensors, config and names of the
-            published folders) or ``megatron`` (a file for each rank, for the original training code).
+            published folders) or, for a GLM, ``megatron`` (a file for each rank, for the original training code).
         parts: ranks of model parallelism; for ``megatron`` alone.
-        dtype: float32, bfloat16 or float16; as stored if absent.
+        dtype: float32, bfloat16 or float16; as stored if absent. Integers and their scales stay what they are.
         like: for a checkpoint of the training code whose shape does not tell, the published model that it is made like.
         heads: for such a checkpoint of another shape, the number of its attention heads.
         tokenizer: the folder with the vocabulary, if it is not beside the weights.
@@ -84,28 +86,8 @@ def convert(
         if checkpoint.unmapped_bytes:
             check_room(source, checkpoint.unmapped_bytes, torch.device("cpu"))
         plan = _plan(checkpoint, origin, getattr(torch, dtype) if dtype else None, to, parts)
-        check_space(target, plan.content.nbytes)
-        with placed_at_last(target) as folder:
-            _fill(plan, folder, source)
-            files = {
-                path.relative_to(folder).as_posix(): path.stat().st_size
-                for path in sorted(folder.rglob("*"))
-                if path.is_file()
-            }
-        return ConversionReport(
-            source=str(source),
-            source_form=checkpoint.layout,
-            source_parts=checkpoint.parallel_size,
-            target=str(target),
-            form=to,
-            parts=parts,
-            tensors=len(plan.content.names),
-            parameters=sum(checkpoint.shape(key).numel() for key in plan.content),
-            dtypes=tuple(sorted({dtype_name(plan.content.dtype(key)) for key in plan.content})),
-            files=files,
-            seconds=round(time.monotonic() - started, 1),
-            notes=tuple(plan.notes),
-        )
+        files = _write(plan, target, source)
+        return _report(plan, target, form=to, parts=parts, files=files, seconds=time.monotonic() - started)
 
 
 def _check_settings(source: Path, to: str, parts: int, dtype: str | None, origin: Origin) -> None:
@@ -130,7 +112,38 @@ def _check_settings(source: Path, to: str, parts: int, dtype: str | None, origin
 def _plan(checkpoint: Checkpoint, origin: Origin, dtype: torch.dtype | None, to: str, parts: int) -> Plan:
     if to == "megatron":
         return plan_ranks(checkpoint, origin, dtype, parts)
-    return plan_folder(checkpoint, origin, dtype, published=to == "huggingface")
+    is_chat = not lacks_config(checkpoint.folder) and isinstance(read_config(checkpoint.folder), ChatGLMConfig)
+    plan = plan_chat_folder if is_chat else plan_folder
+    return plan(checkpoint, origin, dtype, published=to == "huggingface")
+
+
+def _write(plan: Plan, target: Path, source: Path) -> dict[str, int]:
+    """Puts all files of a plan in their place; returns their bytes by name."""
+    check_space(target, plan.content.nbytes)
+    with placed_at_last(target) as folder:
+        _fill(plan, folder, source)
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _report(
+    plan: Plan, target: Path, *, form: str, parts: int, files: dict[str, int], seconds: float
+) -> ConversionReport:
+    content = plan.content
+    return ConversionReport(
+        source=str(content.checkpoint.folder),
+        source_form=content.checkpoint.layout,
+        source_parts=content.checkpoint.parallel_size,
+        target=str(target),
+        form=form,
+        parts=parts,
+        tensors=len(content.names),
+        parameters=plan.parameters,
+        dtypes=tuple(sorted({dtype_name(content.dtype(key)) for key in content})),
+        files=files,
+        seconds=round(seconds, 1),
+        notes=tuple(plan.notes),
+    )
 
 
 def _fill(plan: Plan, folder: Path, source: Path) -> None:

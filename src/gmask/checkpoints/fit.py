@@ -95,11 +95,12 @@ def _explain_keys(
 
 def check_head(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     """Raises `GmaskError` if a head that the config ties to the embedding was stored, and differs from it."""
-    if not model.config.tie_word_embeddings or HEAD not in checkpoint:
-        return
     embedding = architecture_of(model.config).embedding
-    if not torch.equal(checkpoint.read(HEAD), checkpoint.read(embedding)):
-        raise GmaskError(
-            f"{checkpoint.folder}: {HEAD} differs from {embedding}, though config.json ties them; "
-            "set tie_word_embeddings to false there to use it"
-        )
+    for head, twin in ((HEAD, embedding), (f"{HEAD}_scale", f"{embedding}_scale")):
+        if not model.config.tie_word_embeddings or head not in checkpoint or twin not in checkpoint:
+            continue
+        if not torch.equal(checkpoint.read(head), checkpoint.read(twin)):
+            raise GmaskError(
+                f"{checkpoint.folder}: {head} differs from {twin}, though config.json ties them; "
+                "set tie_word_embeddings to false there to use it"
+            )

@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gmask.checkpoints.architectures import LANGUAGE_MODEL
-from gmask.checkpoints.configs import SPECIAL_IDS, read_glm_config
+from gmask.checkpoints.architectures import architecture_of
+from gmask.checkpoints.configs import Config, read_config
 from gmask.checkpoints.content import EMBEDDING, Content
 from gmask.checkpoints.tensor_files import SafetensorsFile
 from gmask.checkpoints.tokenizer_files import read_tokenizer
 from gmask.checkpoints.writing import SafetensorsWriter, plan_shards
 from gmask.errors import GmaskError
-from gmask.models.glm import GLMConfig
+from gmask.models.chatglm import ChatGLMConfig
+from gmask.models.chatglm.tokenization import ChatGLMTokenizer
+from gmask.models.chatglm.tokenization_v0 import ChatGLMTokenizerV0
 from gmask.models.glm.published_vocabulary import PublishedVocabulary
+from gmask.quantization.quantizer import form_of
 
 SHARD_BYTES = 5 * 10**9
 
@@ -29,6 +32,12 @@ PUBLISHED_ONLY = {
     "parallel_output": True, "relative_encoding": False, "spell_func": "lstm", "spell_length": None,
 }  # fmt: skip
 """What published configs state beside what ours does. Source: configuration_glm.py of THUDM/glm-large-chinese."""
+
+CHECKED = (
+    "architectures", "hidden_act", "num_attention_heads", "num_hidden_layers", "pool_token", "position_rule",
+    "pre_seq_len", "residual_alpha",
+)  # fmt: skip
+"""Values of a config that are read back, beside the special ids; either kind of model has some of them."""
 
 OF_THIS_MACHINE = ("local_files_only", "is_local", "name_or_path")
 OF_LATER_VERSIONS = ("added_tokens_decoder", "backend")
@@ -57,17 +66,26 @@ def write_shards(content: Content, folder: Path, advance: Callable[[int], object
         )
 
 
-def write_config(config: GLMConfig, folder: Path, *, published: bool) -> None:
+def write_config(config: Config, folder: Path, *, published: bool) -> None:
     """Writes ``config.json``; where the published form has no name for a value, it stands under ours."""
     values = json.loads(config.to_json_string())
     values.pop("auto_map", None)
     if published:
-        names = {ours: theirs for theirs, ours in GLMConfig.attribute_map.items()}
-        values = PUBLISHED_ONLY | {names.get(name, name): value for name, value in values.items()}
-        values |= {"model_type": "glm", "torch_dtype": values.pop("dtype")}
+        architecture = architecture_of(config)
+        aliases = {
+            ours: theirs for theirs, ours in config.attribute_map.items() if ours not in architecture.special_ids
+        }
+        values = {aliases.get(name, name): value for name, value in values.items()}
+        values["torch_dtype"] = values.pop("dtype")
         values.pop("transformers_version", None)
-        if values["architectures"] == [LANGUAGE_MODEL]:
-            values["architectures"] = ["GLMModel"]
+        if values["architectures"] == [architecture.classes[0]]:
+            values["architectures"] = [architecture.body]
+        form = form_of(config)
+        if form is not None:
+            del values["quantization_config"]
+            values |= {"quantization_bit": form.bits, "quantization_embeddings": form.embeddings}
+        if not isinstance(config, ChatGLMConfig):
+            values = PUBLISHED_ONLY | values | {"model_type": "glm"}
     write_json(folder / "config.json", values)
 
 
@@ -79,6 +97,11 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, publish
     if published and isinstance(tokenizer, PublishedVocabulary):
         left_out.update(OF_LATER_VERSIONS)
         values |= {"additional_special_tokens": values.pop("extra_special_tokens"), "use_fast": False}
+    elif published and isinstance(tokenizer, ChatGLMTokenizer):
+        left_out.update(OF_LATER_VERSIONS)
+        values |= {"tokenizer_class": ChatGLMTokenizer.__name__, "num_image_tokens": tokenizer.first_id}
+        if isinstance(tokenizer, ChatGLMTokenizerV0):
+            values["eop_token"] = values.pop("end_token")
     write_json(path, {name: value for name, value in values.items() if name not in left_out})
 
 
@@ -100,11 +123,13 @@ def read_rows(folder: Path, content: Content) -> dict[int, Tensor]:
     return {int(name): file.read(name).to(content.dtype(EMBEDDING)) for name in file.names()}
 
 
-def verify_folder(folder: Path, config: GLMConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def verify_folder(folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises `GmaskError` if config or vocabulary are not read back as they were written."""
-    found, words = read_glm_config(folder), read_tokenizer(folder)
-    names = ("architectures", "hidden_act", "num_attention_heads", "num_hidden_layers", "pool_token", *SPECIAL_IDS)
-    differing = [name for name in names if getattr(found, name) != getattr(config, name)]
+    found, words = read_config(folder), read_tokenizer(folder)
+    names = (*CHECKED, *architecture_of(config).special_ids)
+    differing = [name for name in names if getattr(found, name, None) != getattr(config, name, None)]
+    if str(form_of(found)) != str(form_of(config)):
+        differing.append("quantization_config")
     if type(words) is not type(tokenizer) or words.get_vocab() != tokenizer.get_vocab():
         differing.append("the vocabulary")
     if differing:

@@ -30,6 +30,7 @@ from gmask.models import glm
 from gmask.models.glm import GLMConfig
 from gmask.models.glm.modeling import GLMPreTrainedModel
 from gmask.models.glm.prompts import find_token_id
+from gmask.quantization.quantizer import form_of
 
 TANH, ERF = "gelu_pytorch_tanh", "gelu"
 
@@ -54,6 +55,7 @@ class Plan:
     """A conversion that only has to be done."""
 
     content: Content
+    parameters: int  # of the model, whichever way they are kept
     write: Callable[[Path, Advance], None]  # fills a folder
     verify: Callable[[Path], None]  # what stands beside the weights
     notes: list[str] = field(default_factory=list)
@@ -74,7 +76,7 @@ def plan_ranks(checkpoint: Checkpoint, origin: Origin, dtype: torch.dtype | None
         heads = heads or (family.heads if family else None)
         content = Content(checkpoint, training_names(checkpoint, keys), dtype)
     else:
-        config = read_glm_config(checkpoint.folder)
+        config = _read_plain_config(checkpoint.folder)
         heads, model = config.num_attention_heads, _shape_model(config)
         keys = list(match_keys(checkpoint, model))
         check_head(checkpoint, model)
@@ -93,7 +95,7 @@ def plan_ranks(checkpoint: Checkpoint, origin: Origin, dtype: torch.dtype | None
     def write(folder: Path, advance: Advance) -> None:
         write_ranks(content, folder, parts=parts, iteration=iteration, bookkeeping=bookkeeping, advance=advance)
 
-    return Plan(content, write, lambda folder: None, notes)
+    return Plan(content, content.numbers, write, lambda folder: None, notes)
 
 
 def plan_folder(checkpoint: Checkpoint, origin: Origin, dtype: torch.dtype | None, *, published: bool) -> Plan:
@@ -106,7 +108,7 @@ def plan_folder(checkpoint: Checkpoint, origin: Origin, dtype: torch.dtype | Non
         config, tokenizer, notes = _read_training_config(checkpoint, origin)
         copied = rows_to_copy(checkpoint, config, origin.like)
     else:
-        config, notes, copied = read_glm_config(checkpoint.folder), [], {}
+        config, notes, copied = _read_plain_config(checkpoint.folder), [], {}
         tokenizer = _read_vocabulary(checkpoint.folder, origin.tokenizer, None)
         check_vocabulary(tokenizer, config)
     model = _shape_model(config)
@@ -140,7 +142,18 @@ def plan_folder(checkpoint: Checkpoint, origin: Origin, dtype: torch.dtype | Non
         write_tokenizer(tokenizer, folder, published=published)
         write_config(config, folder, published=published)
 
-    return Plan(content, write, lambda folder: verify_folder(folder, config, tokenizer), notes)
+    return Plan(content, content.numbers, write, lambda folder: verify_folder(folder, config, tokenizer), notes)
+
+
+def _read_plain_config(folder: Path) -> GLMConfig:
+    """The config of a GLM that is not quantized."""
+    config = read_glm_config(folder)
+    if form := form_of(config):
+        raise GmaskError(
+            f"{folder}: is quantized ({form}), for which GLM has this form alone: nothing to convert; name the folder "
+            "of the unquantized model"
+        )
+    return config
 
 
 def _shape_model(config: GLMConfig) -> GLMPreTrainedModel:

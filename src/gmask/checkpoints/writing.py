@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gmask.checkpoints.megatron import WEIGHTS_ENTRY
-from gmask.checkpoints.tensor_files import DTYPES, INTEGERS
+from gmask.checkpoints.tensor_files import DTYPES, INTEGERS, SCALES
 
 ALIGNMENT = 64  # of tensors in an archive, so that they can be mapped; as torch.save has it
 LARGE = 2**30  # from here on an entry of an archive has the long form of its header
@@ -186,11 +186,14 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def plan_shards(plan: Mapping[str, Tensor], limit: int) -> dict[str, dict[str, Tensor]]:
-    """The names of safetensors files, and what each holds: at most ``limit`` bytes, or one tensor."""
+    """The names of safetensors files, and what each holds: at most ``limit`` bytes, or one tensor.
+
+    Scales stay in the file of the tensor before them: a file of integers alone is not read.
+    """
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in plan.items():
-        if shards[-1] and size + tensor.nbytes > limit:
+        if shards[-1] and size + tensor.nbytes > limit and not name.endswith(SCALES):
             shards.append({})
             size = 0
         shards[-1][name] = tensor

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gmask.cli.options import BUNDLED
 from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def describe(name: str) -> dict[str, Any]:
     from gmask.checkpoints.catalog import find_family
     from gmask.cli.zoo import describe_family
 
-    if name == "bundled" or Path(name).expanduser().exists():
+    if name in BUNDLED or Path(name).expanduser().exists():
         return describe_folder(name)
     family = find_family(name)
     cached = find_cached(family.hub_names[0] if family and family.hub_names else name)
@@ -82,6 +83,7 @@ def describe_folder(name: str) -> dict[str, Any]:
             about = _describe_training_checkpoint(checkpoint)
         else:
             about = _describe_config(folder)
+            about["weights_fit"] = _compare(checkpoint)
         keys = checkpoint.keys()
         stored = sorted({str(checkpoint.dtype(key)).removeprefix("torch.") for key in keys})
         form = {"form": checkpoint.layout, "parallel_size": checkpoint.parallel_size, "stored_as": stored}
@@ -123,6 +125,20 @@ def _describe_config(folder: Path) -> dict[str, Any]:
         "shape": shape,
         "special_ids": {role: getattr(config, f"{role}_token_id", None) for role in roles},
     }
+
+
+def _compare(checkpoint: "Checkpoint") -> str:
+    """Whether names and shapes of the weights are those that the config asks for, or what is wrong with them."""
+    from gmask.checkpoints.configs import read_config
+    from gmask.checkpoints.fit import match_keys
+    from gmask.checkpoints.preflight import shape_stored
+
+    model = shape_stored(checkpoint.folder, read_config(checkpoint.folder))
+    try:
+        match_keys(checkpoint, model)
+    except GmaskError as error:
+        return str(error).replace(f"{checkpoint.folder}: ", "no: ", 1)
+    return "yes"
 
 
 def _describe_training_checkpoint(checkpoint: "Checkpoint") -> dict[str, Any]:
