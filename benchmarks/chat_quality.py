@@ -2,8 +2,8 @@
 
     python benchmarks/chat_quality.py VALIDATION.jsonl [--models bundled bundled-chat] [--limit 50] [--json]
 
-VALIDATION.jsonl is what recipes/chat_data.py writes: `messages`, and the `kind` of question. Greedy replies; in percent:
-exact, the reply is the reference but for spaces and the mark at its end; ROUGE-L and BLEU-4 as in tuning.
+VALIDATION.jsonl is what recipes/chat_data.py writes: `messages`, and the `kind` of question. Greedy replies; in per
+cent: exact, the reply is the reference but for spaces and the mark at its end; ROUGE-L and BLEU-4 as in tuning.
 """
 
 import argparse

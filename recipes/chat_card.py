@@ -25,8 +25,8 @@ base_model: bundled
 
 # bundled-chat: the model that comes with gmask, tuned to answer
 
-The bundled GLM ({parameters:.1f} M parameters), all of it tuned on {tokens} tokens of replies in English and Chinese. It is what `gmask chat` and the
-page talk with.
+The bundled GLM ({parameters:.1f} M parameters), all of it tuned on {tokens} tokens of replies in English and
+Chinese. It is what `gmask chat` and the page talk with.
 
 ```python
 import gmask
@@ -37,13 +37,14 @@ gmask.Chat(model, tokenizer).ask("What is 7 + 5?").text
 
 ## Intended use
 
-Trying out chat, streaming, serving and tuning without a download, in tests and in lessons. It exchanges greetings, and knows what the answer to a
-sum, a translation, a saying, a poem or a story looks like; whether it is right is another matter, which the table tells.
+Trying out chat, streaming, serving and tuning without a download, in tests and in lessons. It exchanges greetings,
+and knows what the answer to a sum, a translation, a saying, a poem or a story looks like; whether it is right is
+another matter, which the table tells.
 
 ## Quality
 
-Greedy replies to held-out questions, in per cent, beside the model that it was tuned from (`benchmarks/chat_quality.py`). Exact: the reference but
-for spaces and the mark at its end.
+Greedy replies to held-out questions, in per cent, beside the model that it was tuned from
+(`benchmarks/chat_quality.py`). Exact: the reference but for spaces and the mark at its end.
 
 {quality}
 
@@ -51,9 +52,9 @@ for spaces and the mark at its end.
 
 ## Training
 
-`recipes/bundled-chat.yaml`: {steps} steps of {rows} rows of {length} tokens, {epochs} passes, AdamW, peak learning rate {rate} with a cosine to 0,
-bfloat16 forward on {hardware}, {minutes:.0f} minutes, seed {seed}. The best of the evaluations by validation loss ({loss:.3f} nats per token) is
-kept, step {best}.
+`recipes/bundled-chat.yaml`: {steps} steps of {rows} rows of {length} tokens, {epochs} passes, AdamW, peak learning
+rate {rate} with a cosine to 0, bfloat16 forward on {hardware}, {minutes:.0f} minutes, seed {seed}. The best of the
+evaluations by validation loss ({loss:.3f} nats per token) is kept, step {best}.
 
 ![Losses, metrics, learning rate and gradient norm over the steps](curves.png)
 
@@ -69,9 +70,11 @@ kept, step {best}.
 
 ## Limits
 
-- It is wrong more often than right wherever a question is not of a kind in the table, and makes facts up. Nothing that it says should be relied on.
-- Translations of more than a few words are mostly wrong, and practically all of the pairs that they were measured by stand in the texts that the
-  bundled model was pretrained on. Poems asked for by name are recited from memory, often of another poem.
+- It is wrong more often than right wherever a question is not of a kind in the table, and makes facts up. Nothing
+  that it says should be relied on.
+- Translations of more than a few words are mostly wrong, and practically all of the pairs that they were measured
+  by stand in the texts that the bundled model was pretrained on. Poems asked for by name are recited from memory,
+  often of another poem.
 - It was not tuned to refuse anything. Its texts are old books, laws, poems and encyclopaedias, with their views.
 - 512 tokens of conversation; earlier rounds are left out beyond that.
 
@@ -95,8 +98,8 @@ def render_quality(quality: dict[str, Any]) -> str:
 def render_forgetting(results: dict[str, Any]) -> str:
     found = {name: f"{value:.3f}" for name, value in results["forgetting"].items()}
     return (
-        "What it forgot (a fixed general set that it was not tuned on, nats per token, before and after): general texts "
-        f"{found['text_loss_before']} and {found['text_loss_after']}, replies {found['reply_loss_before']} and "
+        "What it forgot (a fixed general set that it was not tuned on, nats per token, before and after): general "
+        f"texts {found['text_loss_before']} and {found['text_loss_after']}, replies {found['reply_loss_before']} and "
         f"{found['reply_loss_after']}."
     )
 

@@ -18,7 +18,7 @@ SHARES = {
     "arithmetic": 1, "translation": 1, "poems_zh": 1, "xiehouyu_zh": 1, "word_tasks": 2, "stories_en": 1,
     "stories_zh": 2, "factbook_qa_en": 1, "identity": 4, "multiturn": 1,
 }  # fmt: skip
-"""How often each file is taken. Commands, recipes, reading and the seed tasks ask for more than so small a model knows."""
+"""How often each file is taken. Commands, recipes, reading and the seed tasks ask for more than the model can learn."""
 
 SMALL_TALK = Path(__file__).with_name("small_talk.jsonl")
 SMALL_TALK_SHARE = 4
