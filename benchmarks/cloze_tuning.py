@@ -73,8 +73,8 @@ class FewShot:
 
     @classmethod
     def fewclue(cls, name: str, **settings: Any) -> "FewShot":
-        files = (f"nc/fewclue/{name}/{file}.json" for file in ("train_0", "test_public", "dev_0"))
-        return cls(f"clue/{name}", *files, **settings)
+        train, test, validation = (f"nc/fewclue/{name}/{file}.json" for file in ("train_0", "test_public", "dev_0"))
+        return cls(f"clue/{name}", train, test, validation, **settings)
 
     @classmethod
     def fewglue(cls, name: str, folder: str, **settings: Any) -> "FewShot":

@@ -122,7 +122,7 @@ def test_a_block_keeps_what_torch_keeps(
     if kind == "chatglm" and method.name == "p-tuning":
         pytest.skip("ChatGLM has no vectors in its texts")
     if method.name == "adalora" and dtype == torch.bfloat16:
-        pytest.skip("PEFT has the number of ranks trained beside bfloat16 weights")
+        pytest.skip("adalora's scale keeps tensors beside bfloat16 weights that show at this size alone")
     two, three = (
         kept_bytes(
             make_model(make_config(kind, dropout=dropout, num_hidden_layers=layers), method, dtype), autocast=autocast
