@@ -138,6 +138,7 @@ def test_packed_samples_have_the_loss_that_they_have_alone(tmp_path: Path) -> No
         finetune.run(write_recipe(tmp_path / "cloze", data={"packing": 64}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora", "p-tuning-v2"])
 def test_checkpointing_gradients_changes_no_loss(tmp_path: Path, method: str) -> None:
     path = write_recipe(tmp_path, method={"name": method})
@@ -302,6 +303,7 @@ def test_long_samples_are_cut_and_counted_and_odd_rates_hinted_at(tmp_path: Path
     assert "a learning rate of 0.0002 is unusual for p-tuning-v2" in start
 
 
+@pytest.mark.slow
 def test_options_of_the_library_pass_through(tmp_path: Path) -> None:
     path = write_recipe(tmp_path)
     finetune.run(path, [f"run.out={tmp_path / 'adamw'}"])

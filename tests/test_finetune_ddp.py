@@ -27,7 +27,9 @@ def run_in_two(recipe: str, *overrides: str) -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.mark.parametrize(("kind", "method"), [("seq2seq", "full"), ("cloze", "lora")])
+@pytest.mark.parametrize(
+    ("kind", "method"), [("seq2seq", "full"), pytest.param("cloze", "lora", marks=pytest.mark.slow)]
+)
 def test_two_processes_make_the_steps_of_one(tmp_path: Path, kind: str, method: str) -> None:
     task, records = TASKS[kind]
     path = write_recipe(
@@ -70,6 +72,7 @@ def test_a_run_of_two_processes_resumes_exactly(tmp_path: Path) -> None:
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_samples_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, optimization={"batch_size": 3})
     done = run_in_two(path)

@@ -49,6 +49,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert general[0] == general[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["adalora", "p-tuning-v2", "full"])
 def test_any_method_resumes_bit_for_bit(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_recipe(tmp_path, method={"name": method}, optimization={"steps": 10, "save_every": 4, "batch_size": 2})
