@@ -7,10 +7,13 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 # A folder of validation texts, LANGUAGE/*.val.jsonl.zst; with it, `make bench` measures the tokenizer too.
 CORPUS ?=
+# Processes that tests run in; each holds up to 3 GB.
+WORKERS ?= 2
 
 export NO_MKDOCS_2_WARNING := 1
 
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/pytest --numprocesses=$(WORKERS) --dist=worksteal
 KERNEL := setup.py $(wildcard src/gmask/native/csrc/*)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -26,10 +29,10 @@ demo: $(VENV)/.installed  ## fill blanks in English and Chinese with the bundled
 	  "中华人民共和国[MASK]法，由[MASK]公布。"
 
 test: $(VENV)/.installed-dev  ## run the default tests
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: $(VENV)/.installed-dev  ## run the slow tests too, and the GPU ones where there is a GPU
-	$(BIN)/pytest $(if $(shell command -v nvidia-smi),,-m "not gpu")
+	$(PYTEST) $(if $(shell command -v nvidia-smi),,-m "not gpu")
 
 check: $(VENV)/.installed-dev  ## lint, types, import layers, documentation
 	$(BIN)/ruff check

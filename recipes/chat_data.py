@@ -3,7 +3,8 @@
     python recipes/chat_data.py CORPUS/sft OUT
 
 CORPUS/sft holds the files named in `SHARES` as NAME.train.jsonl and NAME.val.jsonl (instruction, input, output, or
-messages). Sums are drawn here, apart from those of the validation file. Nothing but the seed decides what comes out.
+messages). Sums and numbers to sort are drawn here, apart from the sums of the validation file. Nothing but the seed
+decides what comes out.
 """
 
 import argparse
@@ -23,7 +24,8 @@ SHARES = {
 SMALL_TALK = Path(__file__).with_name("small_talk.jsonl")
 SMALL_TALK_SHARE = 4
 LONGEST = 900  # characters of English of a sample, a third of it of Chinese: what 256 tokens hold
-SUMS = 9000
+SUMS = 40_000
+LISTS = 5_000
 NAMES = {"{{name}}": "gmask", "{{author}}": "the gmask authors"}
 OPERATIONS = {"+": ("plus", "加"), "-": ("minus", "减"), "×": ("times", "乘")}
 
@@ -73,6 +75,16 @@ def make_sum(rng: random.Random) -> tuple[tuple[int, str, int], list[dict[str, s
     return (left, sign, right), [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
+def make_list(rng: random.Random) -> list[dict[str, str]]:
+    """Five numbers to sort, and those numbers sorted, in one of the wordings of the corpus."""
+    numbers = rng.sample(range(1, 100), 5)
+    question, mark, end = rng.choice([
+        ("Sort these numbers from smallest to largest: ", ", ", "."), ("把这些数从小到大排列：", "、", "。")
+    ])  # fmt: skip
+    asked, answer = (mark.join(map(str, found)) + end for found in (numbers, sorted(numbers)))
+    return [{"role": "user", "content": question + asked}, {"role": "assistant", "content": answer}]
+
+
 def asked_sum(text: str) -> tuple[int, str, int] | None:
     """What a question of arithmetic asks, whatever its wording."""
     signs = {word: sign for sign, words in OPERATIONS.items() for word in (sign, *words)} | {"乘以": "×", "*": "×"}
@@ -93,6 +105,8 @@ def training_samples(corpus: Path, held_out: set[Any], rng: random.Random) -> It
         asked, messages = make_sum(rng)
         if asked not in held_out:
             yield messages
+    for _ in range(LISTS):
+        yield make_list(rng)
 
 
 def main() -> None:

@@ -318,3 +318,10 @@ def test_ctrl_c_stops_a_real_run_without_a_traceback(folder: Path, tmp_path: Pat
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
+
+
+def test_the_command_knows_the_bundled_models_without_loading_any() -> None:
+    from gmask.cli.options import BUNDLED
+    from gmask.loading import BUNDLED_MODELS
+
+    assert tuple(BUNDLED_MODELS) == BUNDLED

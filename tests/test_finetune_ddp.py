@@ -13,6 +13,7 @@ from gmask.training import finetune
 from test_finetune import TASKS
 from tuning_data import read_log, write_recipe
 
+pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parent
 
 
@@ -27,9 +28,7 @@ def run_in_two(recipe: str, *overrides: str) -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.mark.parametrize(
-    ("kind", "method"), [("seq2seq", "full"), pytest.param("cloze", "lora", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("kind", "method"), [("seq2seq", "full"), ("cloze", "lora")])
 def test_two_processes_make_the_steps_of_one(tmp_path: Path, kind: str, method: str) -> None:
     task, records = TASKS[kind]
     path = write_recipe(
@@ -56,7 +55,6 @@ def test_two_processes_make_the_steps_of_one(tmp_path: Path, kind: str, method: 
     assert told[0] == told[1] > 0
 
 
-@pytest.mark.slow
 def test_a_run_of_two_processes_resumes_exactly(tmp_path: Path) -> None:
     task, records = TASKS["seq2seq"]
     path = write_recipe(tmp_path, task=task, records=records, method={"name": "lora", "dropout": 0.2})
@@ -72,7 +70,6 @@ def test_a_run_of_two_processes_resumes_exactly(tmp_path: Path) -> None:
     assert losses[0] == losses[1]
 
 
-@pytest.mark.slow
 def test_samples_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, optimization={"batch_size": 3})
     done = run_in_two(path)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -47,6 +48,7 @@ def make_batch() -> dict[str, Tensor]:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+@pytest.mark.slow
 def test_a_sharded_step_is_the_step_of_the_whole_model(
     tmp_path: Path, build_glm: Callable[..., GLMForConditionalGeneration]
 ) -> None:

@@ -301,6 +301,7 @@ def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.Mon
     assert memory.free_bytes(cpu) > 3100
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="measured as Linux counts it")
 def test_loading_takes_no_more_memory_than_the_model_and_one_tensor(tmp_path: Path) -> None:
     worker = Path(__file__).with_name("loading_memory_worker.py")

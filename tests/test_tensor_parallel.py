@@ -18,6 +18,7 @@ from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration, GLMForSequenceClassification
 from tensor_parallel_worker import CACHES, compute
 
+pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parent
 # Six heads, three for each process; a vocabulary that two processes do not share evenly.
 UNEVEN = dict(vocab_size=49, hidden_size=36, num_attention_heads=6)

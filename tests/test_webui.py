@@ -20,7 +20,7 @@ from gmask.errors import GmaskError
 gr = pytest.importorskip("gradio", reason="the page needs gmask[webui]")
 
 from gmask.generation.answers import Blank, Choices, Combination, Infilling  # noqa: E402
-from gmask.serving import webui_chat, webui_infill  # noqa: E402
+from gmask.serving import webui, webui_chat, webui_infill  # noqa: E402
 from gmask.serving.server import create_app  # noqa: E402
 from gmask.serving.settings import ServerSettings  # noqa: E402
 from gmask.serving.webui import LOGIN, create_page, make_backend, mount_page  # noqa: E402
@@ -357,3 +357,20 @@ def test_a_server_with_keys_shows_the_page_to_who_gives_one(loaded: Any) -> None
 
     settings = ServerSettings(model_name="bundled", api_keys=("first", "second"))
     assert visit(loaded, settings, log_in) == [401, 401, 401, 400, 401, 401, 401, 200, 200, 200, 401]
+
+
+def test_one_model_may_fill_and_another_talk(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, PageModel] = {}
+    monkeypatch.setattr(webui, "build_infill", lambda model, *_: asked.update(fill=model))
+    monkeypatch.setattr(webui, "build_chat", lambda model, *_: asked.update(chat=model))
+    limits = ServerSettings(max_tokens=7, request_seconds=3.0)
+    fills = make_backend(*loaded, name="bundled")
+    talks = make_backend(*gmask.load("bundled-chat"), name="bundled-chat", settings=limits)
+    try:
+        webui.draw_page(fills, talks=talks)
+        assert (asked["fill"].backend, asked["chat"].backend) == (fills, talks)
+        assert (talks.settings.max_tokens, talks.settings.request_seconds) == (7, 3.0)
+        assert talks.settings.model_name == "bundled-chat"
+    finally:
+        talks.close()
+        fills.close()

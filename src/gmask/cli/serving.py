@@ -83,7 +83,7 @@ def serve(
         from gmask.serving.webui import make_backend, mount_page
 
         if model == FILLS:  # and says little of sense in a conversation
-            talks = make_backend(*load(TALKS), name=TALKS)
+            talks = make_backend(*load(TALKS), name=TALKS, settings=settings)
         app = mount_page(app, talks=talks)
     page = ", a page at /ui" if shows_page else ""
     print(f"{settings.model_name} at http://{host}:{port}/v1, documented at /docs{page}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Where do people who do not program meet a model? On a page in their browser."""
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import gradio as gr
@@ -69,9 +70,13 @@ def create_page(
     return draw_page(make_backend(model, tokenizer, name=name), language=language)
 
 
-def make_backend(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> Backend:
-    """What answers a page that has no server beside it; to be closed by its user."""
-    return Backend(model, tokenizer, Engine(model, tokenizer), ServerSettings(model_name=name))
+def make_backend(
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, *, name: str, settings: ServerSettings | None = None
+) -> Backend:
+    """What answers a page without a server, or beside its model and within its limits; to be closed by its user."""
+    limits = replace(settings or ServerSettings(), model_name=name)
+    engine = Engine(model, tokenizer, max_rows=limits.max_rows, max_queue=limits.max_queue)
+    return Backend(model, tokenizer, engine, limits)
 
 
 def draw_page(backend: Backend, *, talks: Backend | None = None, language: Language = "auto") -> gr.Blocks:

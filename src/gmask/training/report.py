@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -88,12 +89,24 @@ def draw_curves(records: list[dict[str, Any]], path: Path) -> Path:
     top.set_ylabel("loss (nats per labelled token)")
     top.grid(alpha=0.3)
     top.legend()
-    bottom.plot(millions, [record["learning_rate"] for record in records], color="tab:blue")
-    bottom.set_ylabel("learning rate", color="tab:blue")
-    norms = bottom.twinx()
-    norms.plot(millions, [record["gradient_norm"] for record in records], color="tab:orange", alpha=0.6, linewidth=1)
-    norms.set_ylabel("gradient norm", color="tab:orange")
+    draw_rates(bottom, millions, records)
     bottom.set_xlabel("tokens seen (millions)")
+    return save_picture(figure, path)
+
+
+def draw_rates(panel: Any, places: Sequence[float], records: Sequence[Mapping[str, Any]]) -> None:
+    """Draws learning rate and gradient norm of the records over their places."""
+    panel.plot(places, [record["learning_rate"] for record in records], color="tab:blue")
+    panel.set_ylabel("learning rate", color="tab:blue")
+    norms = panel.twinx()
+    norms.plot(places, [record["gradient_norm"] for record in records], color="tab:orange", alpha=0.6, linewidth=1)
+    norms.set_ylabel("gradient norm", color="tab:orange")
+
+
+def save_picture(figure: Any, path: Path) -> Path:
+    """Writes a figure, whole or not at all, and forgets it."""
+    from matplotlib import pyplot as plt
+
     draft = path.with_name(f".{path.name}")
     figure.savefig(draft, dpi=120, format="png")
     plt.close(figure)

@@ -11,6 +11,7 @@ from gmask.tasks.tables import Rows
 from gmask.tasks.task import Task
 from gmask.tasks.tuning_recipe import TuningRecipe, base_name
 from gmask.training.forgetting import Forgetting
+from gmask.training.report import draw_rates, save_picture
 from gmask.training.tuning_data import DataFile
 
 
@@ -101,17 +102,9 @@ def draw_tuning_curves(records: Sequence[Mapping[str, Any]], path: Path) -> Path
     for panel in panels[:-1]:
         panel.grid(alpha=0.3)
         panel.legend()
-    rates.plot(steps, [record["learning_rate"] for record in records], color="tab:blue")
-    rates.set_ylabel("learning rate", color="tab:blue")
-    norms = rates.twinx()
-    norms.plot(steps, [record["gradient_norm"] for record in records], color="tab:orange", alpha=0.6, linewidth=1)
-    norms.set_ylabel("gradient norm", color="tab:orange")
+    draw_rates(rates, steps, records)
     rates.set_xlabel("steps")
-    draft = path.with_name(f".{path.name}")
-    figure.savefig(draft, dpi=120, format="png")
-    plt.close(figure)
-    draft.replace(path)
-    return path
+    return save_picture(figure, path)
 
 
 def render_tuning_card(results: TuningResults) -> str:
