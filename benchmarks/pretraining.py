@@ -31,7 +31,7 @@ from gmask.infilling.blanks import BlankTokens
 from gmask.infilling.collator import collate
 from gmask.infilling.objectives import Mixture
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
-from gmask.tasks.recipe import OptimizationSettings
+from gmask.tasks.recipes.pretraining import OptimizationSettings
 from gmask.training.cache import TokenSource
 from gmask.training.datasets import RowStream
 from gmask.training.pretrain import make_optimizer

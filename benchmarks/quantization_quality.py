@@ -24,7 +24,7 @@ from gmask.quantization.calibration import calibrate_model
 from gmask.quantization.calibration_texts import cut_texts
 from gmask.quantization.quantizer import quantize_model
 from gmask.tasks.corpus import Source, find_files, read_texts
-from gmask.tasks.recipe import load_recipe
+from gmask.tasks.recipes.pretraining import load_recipe
 from gmask.tasks.vocabulary import make_mixture
 from machine import describe_machine
 

@@ -152,12 +152,12 @@ def measure_untuned(recipe_path: str, overrides: list[str]) -> None:
 
     from gmask.generation.settings import make_settings
     from gmask.loading import load
+    from gmask.tasks.recipes.tuning import load_tuning_recipe
     from gmask.tasks.result_files import write_predictions
     from gmask.tasks.task import read_task
-    from gmask.tasks.tuning_recipe import load_tuning_recipe
-    from gmask.training.tuning_arguments import training_arguments
-    from gmask.training.tuning_data import read_splits
-    from gmask.training.validation import Measurer
+    from gmask.training.tuning.arguments import training_arguments
+    from gmask.training.tuning.data import read_splits
+    from gmask.training.tuning.validation import Measurer
 
     recipe = load_tuning_recipe(recipe_path, overrides)
     assert isinstance(recipe.task, dict)

@@ -24,8 +24,8 @@ from gmask.generation.score import Scorer
 from gmask.loading import read_config
 from gmask.models.glm import GLMForConditionalGeneration, GLMForSequenceClassification
 from gmask.quantization.quantizer import QuantizationConfig
-from gmask.tasks.method_settings import MethodSettings
-from gmask.training.methods import apply_method, resume_adapter
+from gmask.tasks.recipes.methods import MethodSettings
+from gmask.training.tuning.methods import apply_method, resume_adapter
 from tiny_folder import make_folder
 from tuning import BUILDERS, METHODS, RATES, STEPS, batch_of, build_glm_of, logits_of, train, tune
 

@@ -13,10 +13,11 @@ import gmask
 from gmask.generation.predictions import predict
 from gmask.generation.settings import make_settings
 from gmask.tasks.metrics import evaluate
+from gmask.tasks.recipes.tuning import load_tuning_recipe
 from gmask.tasks.records import read_records
 from gmask.tasks.task import load_task
-from gmask.tasks.tuning_recipe import load_tuning_recipe
-from gmask.training import finetune, trainer
+from gmask.training import finetune
+from gmask.training.tuning import trainer
 from test_chatglm_chat import VOCABULARY, needs_vocabulary
 from tuning_data import read_log, read_losses, write_lines
 

@@ -18,9 +18,9 @@ from gmask.estimation.training import TrainingEstimate, estimate_training
 from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from gmask.quantization.quantizer import QuantizationConfig
-from gmask.tasks.method_settings import LINEARS, MethodSettings
-from gmask.training.losses import token_loss
-from gmask.training.methods import apply_method
+from gmask.tasks.recipes.methods import LINEARS, MethodSettings
+from gmask.training.tuning.losses import token_loss
+from gmask.training.tuning.methods import apply_method
 
 SIZE, VOCABULARY, ROWS, TOKENS = 64, 96, 2, 32
 SHAPE: dict[str, Any] = dict(vocab_size=VOCABULARY, hidden_size=SIZE, num_hidden_layers=2, num_attention_heads=4)

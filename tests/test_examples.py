@@ -16,8 +16,8 @@ from gmask.infilling.blanks import NOT_SCORED
 from gmask.models.chatglm.positions import derive_chat_layout
 from gmask.models.layout import derive_layout
 from gmask.tasks.samples import Sample, TaskKind
-from gmask.training.batches import pack
-from gmask.training.examples import Example, SampleEncoder
+from gmask.training.tuning.batches import pack
+from gmask.training.tuning.examples import Example, SampleEncoder
 from tuning_models import Pair, make_chatglm, make_glm
 
 GOLDEN = Path(__file__).parent / "golden"

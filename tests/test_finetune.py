@@ -17,7 +17,8 @@ from gmask.generation.predictions import predict
 from gmask.models.glm import GLMForSequenceClassification
 from gmask.tasks.records import read_records
 from gmask.tasks.task import load_task, read_task
-from gmask.training import finetune, objective, trainer, validation
+from gmask.training import finetune
+from gmask.training.tuning import objective, trainer, validation
 from tuning_data import CHAT, CLOZE_TASK, SENTIMENT, read_log, read_losses, write_recipe
 
 TASKS: dict[str, tuple[Any, list[dict[str, Any]]]] = {

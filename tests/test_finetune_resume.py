@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from gmask.errors import GmaskError
-from gmask.training import finetune, trainer
+from gmask.training import finetune
+from gmask.training.tuning import trainer
 from tuning_data import CHAT, SENTIMENT, read_log, read_losses, write_lines, write_recipe
 
 DROPOUT = {"name": "lora", "rank": 4, "dropout": 0.3}  # draws random numbers at every step

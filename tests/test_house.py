@@ -158,7 +158,7 @@ def test_the_worked_example_of_the_documentation_is_what_the_code_computes() -> 
 def test_the_recipes_shown_and_shipped_are_valid() -> None:
     import yaml
 
-    from gmask.tasks.recipe import load_recipe, read_recipe
+    from gmask.tasks.recipes.pretraining import load_recipe, read_recipe
 
     (shown,) = fenced_blocks("docs/how-to/pretrain.md", "yaml")
     assert read_recipe(yaml.safe_load(shown)).run.out == "runs/mine"

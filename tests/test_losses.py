@@ -11,9 +11,9 @@ from gmask.generation.reading import SampleReader
 from gmask.infilling.blanks import NOT_SCORED
 from gmask.models.glm import GLMForSequenceClassification
 from gmask.tasks.samples import Sample, TaskKind
-from gmask.training.batches import find_collator, pack
-from gmask.training.examples import SampleEncoder
-from gmask.training.losses import choice_logprobs, choice_loss, class_loss, find_loss, token_loss
+from gmask.training.tuning.batches import find_collator, pack
+from gmask.training.tuning.examples import SampleEncoder
+from gmask.training.tuning.losses import choice_logprobs, choice_loss, class_loss, find_loss, token_loss
 from tiny_folder import make_folder
 from tuning_models import Pair, make_chatglm, make_glm, weights_kept
 

@@ -13,8 +13,8 @@ from gmask.checkpoints.merging import merge_folder
 from gmask.cli import app
 from gmask.errors import GmaskError
 from gmask.loading import load_tokenizer
-from gmask.tasks.method_settings import MethodSettings
-from gmask.training.methods import apply_method
+from gmask.tasks.recipes.methods import MethodSettings
+from gmask.training.tuning.methods import apply_method
 from tiny_folder import make_folder
 from tuning import BUILDERS, METHODS, build_glm_of, logits_of, tune
 

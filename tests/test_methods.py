@@ -15,8 +15,8 @@ from gmask.generation.context import TextReader
 from gmask.generation.score import Scorer
 from gmask.models.glm import GLMForSequenceClassification
 from gmask.quantization.linear import QuantizedLayer, QuantLinear
-from gmask.tasks.method_settings import OWNERS, RATES, USUAL_RATES, MethodSettings, hint_learning_rate
-from gmask.training.methods import RankSchedule, apply_method, count_trainable
+from gmask.tasks.recipes.methods import OWNERS, RATES, USUAL_RATES, MethodSettings, hint_learning_rate
+from gmask.training.tuning.methods import RankSchedule, apply_method, count_trainable
 from tuning import BUILDERS, METHODS, STEPS, batch_of, build_chatglm, build_glm_of, train, tune
 
 PROMPTED = MethodSettings(name="p-tuning", prompt_tokens=2)

@@ -13,9 +13,9 @@ from gmask.generation.predictions import predict
 from gmask.generation.settings import Settings
 from gmask.models.glm import GLMForSequenceClassification
 from gmask.tasks.samples import Prediction, Sample, TaskKind
-from gmask.training.batches import find_collator
-from gmask.training.examples import SampleEncoder
-from gmask.training.losses import find_loss
+from gmask.training.tuning.batches import find_collator
+from gmask.training.tuning.examples import SampleEncoder
+from gmask.training.tuning.losses import find_loss
 from tiny_folder import make_folder
 from tuning_models import Pair, make_chatglm, make_glm, weights_kept
 

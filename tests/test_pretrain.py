@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from gmask.errors import GmaskError
 from gmask.models.glm import GLMForConditionalGeneration
-from gmask.tasks.recipe import OptimizationSettings, load_recipe
+from gmask.tasks.recipes.pretraining import OptimizationSettings, load_recipe
 from gmask.training import checkpoint, pretrain
 from gmask.training.report import read_records
 

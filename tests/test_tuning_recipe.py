@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from gmask.errors import GmaskError
+from gmask.tasks.recipes.tuning import differing_keys, load_tuning_recipe, read_tuning_recipe
 from gmask.tasks.task import load_task, read_task
-from gmask.tasks.tuning_recipe import differing_keys, load_tuning_recipe, read_tuning_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("finetune-*.yaml"))
 TREE: dict[str, Any] = {

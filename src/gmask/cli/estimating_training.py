@@ -13,7 +13,7 @@ from gmask.errors import GmaskError
 if TYPE_CHECKING:
     from gmask.checkpoints.configs import Config
     from gmask.estimation.training import TrainingEstimate
-    from gmask.tasks.method_settings import MethodSettings
+    from gmask.tasks.recipes.methods import MethodSettings
 
 OTHER_SETTINGS = ("optimizer", "answer_length", "accumulation")
 """What ``--set`` takes beside the settings of a method."""
@@ -38,8 +38,8 @@ class Plan:
         Raises:
             GmaskError: an unknown method or setting, or a value that it cannot have.
         """
-        from gmask.tasks.method_settings import MethodSettings
-        from gmask.tasks.settings_tree import build
+        from gmask.tasks.recipes.methods import MethodSettings
+        from gmask.tasks.recipes.settings_tree import build
 
         values = read_pairs(pairs)
         others = {name: values.pop(name) for name in OTHER_SETTINGS if name in values}

@@ -86,7 +86,7 @@ def read_text_sources(files: list[str]) -> tuple[list["Source"], int | None]:
         GmaskError: a recipe among other files.
     """
     from gmask.tasks.corpus import Source
-    from gmask.tasks.recipe import load_recipe
+    from gmask.tasks.recipes.pretraining import load_recipe
 
     recipes = [name for name in files if name.endswith((".yaml", ".yml"))]
     if not recipes:

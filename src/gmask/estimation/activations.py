@@ -15,7 +15,7 @@ import torch
 
 from gmask.checkpoints.configs import Config
 from gmask.models.glm import GLMConfig
-from gmask.tasks.method_settings import LOW_RANK, MethodSettings
+from gmask.tasks.recipes.methods import LOW_RANK, MethodSettings
 
 FLOAT = 4  # bytes of what trains, of attention weights and of log-probabilities
 

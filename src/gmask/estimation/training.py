@@ -4,7 +4,7 @@ A step has four large moments: the loss, when all activations are kept; the back
 gradients of the head; that of the first block, with nearly all gradients and few activations; and the gradients of the
 embeddings, which come twice where the head shares them. The largest of them is what counts: gradients grow while
 activations go, and the two are never there whole together. What is counted is what `gmask.models`,
-`gmask.training.losses` and PEFT hold; change it with them.
+`gmask.training.tuning.losses` and PEFT hold; change it with them.
 
 Shape letters: activations.py.
 """
@@ -27,7 +27,7 @@ from gmask.models.glm.prompt_vectors import PromptEncoder
 from gmask.models.prefix import PrefixEncoder
 from gmask.quantization.linear import QuantizedLayer
 from gmask.quantization.quantizer import QuantizationConfig
-from gmask.tasks.method_settings import LINEARS, LOW_RANK, MethodSettings
+from gmask.tasks.recipes.methods import LINEARS, LOW_RANK, MethodSettings
 
 RUNTIME_BYTES: dict[DeviceKind, int] = {"cpu": 530_000_000, "mps": 530_000_000, "cuda": 500_000_000}
 """What a process takes beside the model: Python and the libraries that training imports, with the buffers of their

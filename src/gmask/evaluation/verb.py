@@ -19,7 +19,7 @@ from gmask.evaluation.model_card import Card, render_card
 from gmask.evaluation.report import print_evaluation
 from gmask.loading import find_folder, load
 from gmask.models.glm import GLMForConditionalGeneration
-from gmask.tasks.recipe import Recipe, load_recipe
+from gmask.tasks.recipes.pretraining import Recipe, load_recipe
 from gmask.tasks.vocabulary import make_mixture
 
 

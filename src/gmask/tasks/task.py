@@ -10,9 +10,9 @@ from gmask.errors import GmaskError
 from gmask.tasks.metrics import check_metric
 from gmask.tasks.official import READERS, flatten
 from gmask.tasks.questions import make_samples
+from gmask.tasks.recipes.settings_tree import build, check_choice, field_names, load_tree
 from gmask.tasks.records import Record
 from gmask.tasks.samples import Sample, TaskKind
-from gmask.tasks.settings_tree import build, check_choice, field_names, load_tree
 from gmask.tasks.templates import nearest, parse_template
 from gmask.tasks.text_metrics import Language
 

@@ -15,27 +15,34 @@ from rich.console import Console
 
 from gmask.errors import GmaskError
 from gmask.generation.settings import make_settings
-from gmask.tasks.method_settings import USUAL_RATES, hint_learning_rate
 from gmask.tasks.metrics import evaluate as measure_predictions
 from gmask.tasks.metrics import is_answered, predict_majority
+from gmask.tasks.recipes.methods import USUAL_RATES, hint_learning_rate
+from gmask.tasks.recipes.tuning import TuningRecipe, differing_keys, load_tuning_recipe
 from gmask.tasks.result_files import write_json, write_predictions
 from gmask.tasks.samples import Prediction, Sample
 from gmask.tasks.task import Task, read_task
-from gmask.tasks.tuning_recipe import TuningRecipe, differing_keys, load_tuning_recipe
-from gmask.training.batch_order import BatchOrder, steps_of
 from gmask.training.checkpoint import write_folder
-from gmask.training.forgetting import Forgetting, GeneralMeasure, load_measure, measure, read_general_set, save_measure
-from gmask.training.objective import Encoded, Objective, examples_of
 from gmask.training.report import read_records
-from gmask.training.sharding import unsharded
-from gmask.training.trainer import Schedule, TuningTrainer, last_checkpoint
-from gmask.training.tuning_arguments import forward_dtype, training_arguments
-from gmask.training.tuning_data import Splits, read_splits
-from gmask.training.tuning_memory import describe_memory
-from gmask.training.tuning_model import choose_trainable, load_tuned_model, peak_memory, save_tuned_model
-from gmask.training.tuning_report import TuningResults, draw_tuning_curves, metric_rows, render_tuning_card
-from gmask.training.tuning_start import Start
-from gmask.training.validation import Measurer
+from gmask.training.tuning.arguments import forward_dtype, training_arguments
+from gmask.training.tuning.batch_order import BatchOrder, steps_of
+from gmask.training.tuning.data import Splits, read_splits
+from gmask.training.tuning.forgetting import (
+    Forgetting,
+    GeneralMeasure,
+    load_measure,
+    measure,
+    read_general_set,
+    save_measure,
+)
+from gmask.training.tuning.memory import describe_memory
+from gmask.training.tuning.model import choose_trainable, load_tuned_model, peak_memory, save_tuned_model
+from gmask.training.tuning.objective import Encoded, Objective, examples_of
+from gmask.training.tuning.report import TuningResults, draw_tuning_curves, metric_rows, render_tuning_card
+from gmask.training.tuning.sharding import unsharded
+from gmask.training.tuning.start import Start
+from gmask.training.tuning.trainer import Schedule, TuningTrainer, last_checkpoint
+from gmask.training.tuning.validation import Measurer
 
 RECIPE_FILE = "recipe.yaml"
 FILES_FILE = "data.json"

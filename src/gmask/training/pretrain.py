@@ -24,7 +24,7 @@ from gmask.infilling.objectives import OBJECTIVES, Objective
 from gmask.loading import best_device
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from gmask.native.primitive_cache import bound_primitive_cache
-from gmask.tasks.recipe import OptimizationSettings, Recipe, load_recipe
+from gmask.tasks.recipes.pretraining import OptimizationSettings, Recipe, load_recipe
 from gmask.tasks.vocabulary import make_mixture
 from gmask.training.cache import TokenSource, open_sources
 from gmask.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, write_folder

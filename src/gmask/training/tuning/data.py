@@ -11,10 +11,10 @@ import numpy as np
 from gmask.errors import GmaskError
 from gmask.tasks.corpus import find_files
 from gmask.tasks.metrics import check_metrics, is_answered
+from gmask.tasks.recipes.tuning import TuningDataSettings
 from gmask.tasks.records import read_records
 from gmask.tasks.samples import Sample
 from gmask.tasks.task import Task
-from gmask.tasks.tuning_recipe import TuningDataSettings
 
 Unit = tuple[object, ...]
 """Samples of one record, or of one line of a file: they are never divided between training and validation."""

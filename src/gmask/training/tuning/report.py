@@ -7,12 +7,12 @@ from typing import Any
 
 import yaml
 
+from gmask.tasks.recipes.tuning import TuningRecipe, base_name
 from gmask.tasks.tables import Rows
 from gmask.tasks.task import Task
-from gmask.tasks.tuning_recipe import TuningRecipe, base_name
-from gmask.training.forgetting import Forgetting
 from gmask.training.report import draw_rates, save_picture
-from gmask.training.tuning_data import DataFile
+from gmask.training.tuning.data import DataFile
+from gmask.training.tuning.forgetting import Forgetting
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from gmask.errors import GmaskError
+from gmask.tasks.recipes.tuning import ForgettingSettings
 from gmask.tasks.records import Record, read_records
 from gmask.tasks.samples import Sample
 from gmask.tasks.tables import Rows
-from gmask.tasks.tuning_recipe import ForgettingSettings
-from gmask.training.validation import Measurer
+from gmask.training.tuning.validation import Measurer
 
-GENERAL = Path(__file__).parents[1] / "tasks" / "general.jsonl"
+GENERAL = Path(__file__).parents[2] / "tasks" / "general.jsonl"
 """Short texts, and simple questions with their answers, in English and Chinese; written for gmask."""
 
 

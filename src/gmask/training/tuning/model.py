@@ -17,9 +17,9 @@ from gmask.errors import GmaskError
 from gmask.loading import find_folder, load, load_tokenizer, read_config, read_dtype
 from gmask.models.glm import GLMForConditionalGeneration, GLMForSequenceClassification
 from gmask.native.primitive_cache import bound_primitive_cache
+from gmask.tasks.recipes.tuning import TuningRecipe
 from gmask.tasks.task import Task
-from gmask.tasks.tuning_recipe import TuningRecipe
-from gmask.training.methods import TrainableTable, apply_method, resume_adapter
+from gmask.training.tuning.methods import TrainableTable, apply_method, resume_adapter
 
 
 def load_tuned_model(

@@ -13,7 +13,7 @@ from gmask.errors import GmaskError
 from gmask.generation.reading import CHOICES
 from gmask.infilling.collator import collate
 from gmask.tasks.samples import TaskKind
-from gmask.training.examples import Example
+from gmask.training.tuning.examples import Example
 
 Row = tuple[Example, ...]
 """Examples that share a row and do not see one another."""

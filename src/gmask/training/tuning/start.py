@@ -9,10 +9,10 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from gmask.infilling.blanks import NOT_SCORED
+from gmask.tasks.recipes.tuning import TuningRecipe
 from gmask.tasks.task import Task
-from gmask.tasks.tuning_recipe import TuningRecipe
-from gmask.training.examples import Example, Truncated
-from gmask.training.methods import TrainableTable
+from gmask.training.tuning.examples import Example, Truncated
+from gmask.training.tuning.methods import TrainableTable
 
 SUPERVISED_STYLE = "bold green"
 SHOWN = 2000

@@ -21,7 +21,7 @@ from gmask.models.glm import GLMConfig
 from gmask.models.glm.prompt_vectors import attach_prompts
 from gmask.models.prefix import attach_prefix
 from gmask.quantization.linear import QuantizedLayer
-from gmask.tasks.method_settings import MethodSettings
+from gmask.tasks.recipes.methods import MethodSettings
 from gmask.tasks.tables import Rows
 
 if TYPE_CHECKING:

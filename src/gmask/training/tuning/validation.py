@@ -12,11 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from gmask.generation.predictions import predict
 from gmask.generation.settings import Settings
 from gmask.tasks.metrics import evaluate
+from gmask.tasks.recipes.tuning import TuningDataSettings
 from gmask.tasks.samples import Prediction, Sample, TaskKind
 from gmask.tasks.task import Task
-from gmask.tasks.tuning_recipe import TuningDataSettings
-from gmask.training.objective import Objective, count_items, examples_of
-from gmask.training.sharding import unsharded
+from gmask.training.tuning.objective import Objective, count_items, examples_of
+from gmask.training.tuning.sharding import unsharded
 
 
 class Measurer:

@@ -10,8 +10,8 @@ from transformers import TrainingArguments
 
 from gmask.errors import GmaskError
 from gmask.loading import best_device
-from gmask.tasks.settings_tree import check_keys
-from gmask.tasks.tuning_recipe import TuningRecipe
+from gmask.tasks.recipes.settings_tree import check_keys
+from gmask.tasks.recipes.tuning import TuningRecipe
 
 OWN = {
     "output_dir": "run.out", "seed": "run.seed", "data_seed": "run.seed", "full_determinism": "run.deterministic",

@@ -7,11 +7,11 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
 from gmask.infilling.blanks import NOT_SCORED
+from gmask.tasks.recipes.tuning import TuningDataSettings
 from gmask.tasks.samples import Sample, TaskKind
-from gmask.tasks.tuning_recipe import TuningDataSettings
-from gmask.training.batches import Batch, Row, find_collator, pack
-from gmask.training.examples import Example, SampleEncoder
-from gmask.training.losses import find_loss
+from gmask.training.tuning.batches import Batch, Row, find_collator, pack
+from gmask.training.tuning.examples import Example, SampleEncoder
+from gmask.training.tuning.losses import find_loss
 
 Item = Example | Row
 """What takes a row of a batch: an example, or several that are packed."""

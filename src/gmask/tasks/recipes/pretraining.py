@@ -9,7 +9,15 @@ from gmask.errors import GmaskError
 from gmask.infilling.objectives import Mixture
 from gmask.models.glm.configuration import GLMConfig
 from gmask.tasks.corpus import Source
-from gmask.tasks.settings_tree import build, check_choice, check_keys, field_names, load_tree, plain_values, to_yaml
+from gmask.tasks.recipes.settings_tree import (
+    build,
+    check_choice,
+    check_keys,
+    field_names,
+    load_tree,
+    plain_values,
+    to_yaml,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

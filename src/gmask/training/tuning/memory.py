@@ -8,7 +8,7 @@ from gmask.checkpoints.memory import format_bytes, free_bytes
 from gmask.estimation.training import OPTIMIZER_BYTES, estimate_training
 from gmask.loading import find_folder
 from gmask.quantization.quantizer import read_form
-from gmask.tasks.tuning_recipe import TuningRecipe
+from gmask.tasks.recipes.tuning import TuningRecipe
 
 
 def describe_memory(

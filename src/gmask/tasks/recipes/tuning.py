@@ -6,8 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from gmask.errors import GmaskError
-from gmask.tasks.method_settings import MethodSettings
-from gmask.tasks.settings_tree import build, check_choice, check_keys, field_names, load_tree, plain_values, to_yaml
+from gmask.tasks.recipes.methods import MethodSettings
+from gmask.tasks.recipes.settings_tree import (
+    build,
+    check_choice,
+    check_keys,
+    field_names,
+    load_tree,
+    plain_values,
+    to_yaml,
+)
 
 SCHEDULES = ("linear", "cosine", "constant")
 FREE_KEYS = (

@@ -27,13 +27,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from gmask.errors import GmaskError, one_line
-from gmask.training.batch_order import BatchOrder
-from gmask.training.batches import Batch
 from gmask.training.checkpoint import PREFIX
-from gmask.training.methods import RankSchedule
-from gmask.training.objective import Encoded, Objective, count_items
 from gmask.training.report import MetricsLog
-from gmask.training.sharding import unsharded
+from gmask.training.tuning.batch_order import BatchOrder
+from gmask.training.tuning.batches import Batch
+from gmask.training.tuning.methods import RankSchedule
+from gmask.training.tuning.objective import Encoded, Objective, count_items
+from gmask.training.tuning.sharding import unsharded
 
 STATE_FILE = "trainer_state.json"
 WEIGHTS_FILE = "trained.safetensors"

@@ -1,0 +1,1 @@
+"""What does `gmask finetune` do between a recipe and a tuned model?"""
