@@ -230,6 +230,18 @@ def test_candidates_stand_side_by_side_and_see_the_same_blank(glm: Pair) -> None
     assert example.choice == 1
 
 
+def test_each_right_candidate_is_compared_with_the_wrong_ones(glm: Pair) -> None:
+    answers = ("dog", "Rome", "cat", "Paris")
+    sample = Sample(text="I saw a [MASK].", answers=answers, label=2, references=("cat", "dog"))
+    examples = make_encoder(glm, "multiple-choice").encode_all([sample])
+    tokenizer = glm[1]
+    found = []
+    for example in examples:
+        taught = [example.labels[example.pieces == number] for number in range(1, max(example.pieces) + 1)]
+        found.append(([tokenizer.decode(labels[labels != NOT_SCORED]).strip() for labels in taught], example.choice))
+    assert found == [(["dog", "Rome", "Paris"], 0), (["Rome", "cat", "Paris"], 1)]
+
+
 def test_a_text_to_classify_is_read_as_a_whole(glm: Pair) -> None:
     example = make_encoder(glm, "classification").encode(Sample(text="The old man", label=2))
     assert example.input_ids.tolist() == glm[1]("The old man")["input_ids"]

@@ -262,9 +262,10 @@ def test_settings_are_read_back_as_they_were(name: Any, key: str) -> None:
 
 def test_a_rate_of_another_method_is_hinted_at() -> None:
     hint = hint_learning_rate("p-tuning-v2", 1e-4)
-    assert hint is not None and "0.003 to 0.03 is common" in hint and "0.0001 is one for full" in hint
+    assert hint is not None and "0.003 to 0.03 is common" in hint and "0.0001 is one for lora" in hint
+    assert "3e-05 is one for full" in str(hint_learning_rate("p-tuning-v2", 3e-5))
     assert "2e-05 is unusual for lora" in str(hint_learning_rate("lora", 2e-5))
-    assert "0.02 is one for ia3" in str(hint_learning_rate("full", 0.02))
+    assert "0.02 is one for p-tuning-v2" in str(hint_learning_rate("full", 0.02))
 
 
 @pytest.mark.parametrize(

@@ -7,21 +7,30 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from rich.console import Console
 from tqdm import tqdm
 
 from gmask.errors import GmaskError
 from gmask.generation.predictions import predict
+from gmask.generation.reading import Truncation
 from gmask.generation.settings import make_settings
-from gmask.loading import load
+from gmask.loading import find_folder, load
 from gmask.tasks.metrics import check_metrics, evaluate, is_answered, predict_majority
+from gmask.tasks.recipes.tuning import TuningRecipe, find_tuning_recipe
 from gmask.tasks.records import read_records
 from gmask.tasks.result_files import write_json, write_predictions
 from gmask.tasks.samples import Sample, TaskKind
 from gmask.tasks.tables import Rows
 from gmask.tasks.task import Task, load_task
+
+
+class Limits(TypedDict):
+    """How long a question may be; arguments of `predict`."""
+
+    max_source: int | None
+    truncation: Truncation
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +58,16 @@ def run_task(
     out: str | None = None,
     limit: int | None = None,
     settings: Mapping[str, Any] | None = None,
+    max_source: int | None = None,
+    truncation: Truncation | None = None,
     batch_size: int = 16,
     device: str | None = None,
     tables: bool = True,
 ) -> TaskReport:
     """Measures a model on the samples of a task.
+
+    A model or an adapter of ``gmask finetune`` is asked as it was tuned: ``settings``, ``max_source`` and
+    ``truncation`` are those of its recipe, where they are not given.
 
     Args:
         model: a folder, the name of a published model, or ``"bundled"``.
@@ -63,6 +77,7 @@ def run_task(
         out: the folder for ``predictions.jsonl``, which is there before anything is measured, and ``scores.json``.
         limit: records that are read, from the first.
         settings: of the decoding, by name, where the task has texts written.
+        max_source, truncation: tokens of a question, and where a longer one is cut, as of `predict`.
         batch_size: samples that are read together; the predictions do not depend on it.
         tables: print the scores.
 
@@ -74,12 +89,15 @@ def run_task(
         UserWarning: texts had to be cut, or rounds of conversations left out.
     """
     console = Console(stderr=not tables)
-    decoding = make_settings(settings or {})
+    make_settings(settings or {})  # a mistake in them is told before a model is fetched
     plan = load_task(task)
     if not plan.metrics:
         raise GmaskError(f"task {task} names no metrics, so there is nothing to measure: add some, such as exact-match")
     samples = plan.samples(read_records(data, limit=limit), require_answers=False)
     is_measured = _has_answers(plan, samples)
+    recipe = find_tuning_recipe(Path(adapter).expanduser() if adapter else find_folder(model))
+    decoding = make_settings({**(recipe.decoding if recipe else {}), **(settings or {})})
+    limits = _choose_limits(recipe, max_source, truncation)
     network, tokenizer = load(model, adapter=adapter, device=device)
     with tqdm(total=len(samples), unit="sample", disable=not console.is_terminal, leave=False) as bar:
         predictions = predict(
@@ -90,6 +108,7 @@ def run_task(
             settings=decoding,
             batch_size=batch_size,
             on_progress=bar.update,
+            **limits,
         )
     if out is not None:
         write_predictions(Path(out) / "predictions.jsonl", predictions, samples)
@@ -102,7 +121,7 @@ def run_task(
         adapter=adapter,
         data=data,
         samples=len(samples),
-        settings=asdict(decoding) | {"batch_size": batch_size, "limit": limit},
+        settings=asdict(decoding) | limits | {"batch_size": batch_size, "limit": limit},
         scores=measure(predictions) if is_measured else {},
         majority={} if baseline is None else measure(baseline),
         versions={name: version(name) for name in ("gmask", "torch", "transformers")},
@@ -125,6 +144,14 @@ def print_scores(report: TaskReport, console: Console) -> None:
         for metric in report.scores
     ]
     console.print(Rows(columns, rows).to_rich(f"{report.task}: {report.samples} samples"))
+
+
+def _choose_limits(recipe: TuningRecipe | None, max_source: int | None, truncation: Truncation | None) -> Limits:
+    tuned = recipe.data if recipe else None
+    return Limits(
+        max_source=max_source or (tuned.max_source if tuned else None),
+        truncation=truncation or ("right" if tuned and tuned.truncation == "right" else "left"),
+    )
 
 
 def _has_answers(plan: Task, samples: Sequence[Sample]) -> bool:

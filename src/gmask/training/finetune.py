@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from gmask.errors import GmaskError
+from gmask.generation.context import PROMPT
 from gmask.generation.settings import make_settings
 from gmask.tasks.metrics import evaluate as measure_predictions
 from gmask.tasks.metrics import is_answered, predict_majority
@@ -124,6 +125,7 @@ class Finetuning:
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
         self.task: Task = read_task({"use": recipe.task} if isinstance(recipe.task, str) else recipe.task)
+        self._check_prompts()
         self.settings = make_settings(recipe.decoding)
         self.splits: Splits = read_splits(self.task, recipe.data, seed=recipe.run.seed)
         self._check_folder(resume=resume)
@@ -154,6 +156,14 @@ class Finetuning:
         trainer.load_best()
         self._report(trainer, before)
         return self.export
+
+    def _check_prompts(self) -> None:
+        """Raises `GmaskError` for a template with trained vectors where there are none: it would be read as text."""
+        if PROMPT in self.task.template and self.recipe.method.name != "p-tuning" and not self.recipe.model.adapter:
+            raise GmaskError(
+                f"the template of {self.task.name} has {PROMPT}, a vector that p-tuning trains: set method.name to "
+                f"p-tuning, not {self.recipe.method.name}, or take it out"
+            )
 
     def _check_folder(self, *, resume: bool) -> None:
         """Raises `GmaskError` if the folder holds a run that this one does not go on with."""

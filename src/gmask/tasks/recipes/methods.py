@@ -1,6 +1,7 @@
 """Which parts of a model are trained, and how many numbers are added to it for that?"""
 
 import dataclasses
+import math
 from typing import Literal, get_args
 
 from gmask.errors import GmaskError
@@ -113,7 +114,8 @@ def hint_learning_rate(method: Method, rate: float) -> str | None:
     if low <= rate <= high:
         return None
     others = [name for name, (least, most) in RATES.items() if least <= rate <= most and name != method]
-    likely = f", {rate:g} is one for {others[0]}" if others else ""
+    nearest = min(others, key=lambda name: abs(math.log(rate / USUAL_RATES[name])), default=None)
+    likely = f", {rate:g} is one for {nearest}" if nearest else ""
     return f"a learning rate of {rate:g} is unusual for {method}: {low:g} to {high:g} is common{likely}"
 
 

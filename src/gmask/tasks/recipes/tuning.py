@@ -151,6 +151,14 @@ def load_tuning_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Tunin
     return read_tuning_recipe(load_tree(path, overrides, field_names(TuningRecipe)))
 
 
+def find_tuning_recipe(folder: Path) -> TuningRecipe | None:
+    """The recipe that a folder of ``gmask finetune`` was tuned by; None where it holds none, or one of pre-training."""
+    path = folder / "recipe.yaml"
+    if not path.is_file() or "task" not in (tree := load_tree(path, (), field_names(TuningRecipe))):
+        return None
+    return read_tuning_recipe(tree)
+
+
 def read_tuning_recipe(tree: Mapping[str, Any]) -> TuningRecipe:
     """Checks a recipe's tree of plain values and gives it types."""
     sections = dict(tree)

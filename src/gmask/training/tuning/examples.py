@@ -95,7 +95,8 @@ class SampleEncoder:
         self.truncated = Truncated()
 
     def encode(self, sample: Sample) -> Example:
-        """The example of a sample. A document may make several: `encode_all` gives them.
+        """The example of a sample. A document, or a choice with several right candidates, may make several:
+        `encode_all` gives them.
 
         Raises:
             GmaskError: a sample that cannot be read, or that teaches nothing; with its file and line.
@@ -130,8 +131,7 @@ class SampleEncoder:
         if not answers:
             raise GmaskError("the sample has no answer, so that nothing can be learnt from it")
         if self.kind in CHOICES:
-            candidates = [Piece(places[0], ids, NOT_SCORED) for ids in answers]
-            return [self._join(context, candidates, choice=_known_label(sample, len(candidates)))]
+            return [self._join_candidates(question, right, kept) for right, kept in _contests(sample)]
         if self.kind != "infill" and len(answers) > 1:
             raise GmaskError(f"{self.kind} takes one answer, but the sample has {len(answers)}")
         if self.kind == "language-model":
@@ -139,6 +139,12 @@ class SampleEncoder:
         eop = self.reader.special.eop
         pieces = [Piece(place, ids[: self.longest], eop) for place, ids in zip(places, answers, strict=True)]
         return [self._join(context, pieces)]
+
+    def _join_candidates(self, question: ReadSample, right: int, kept: Sequence[int]) -> Example:
+        """The context and the candidates ``kept``, of which one is right."""
+        place = question.context.places[0]
+        candidates = [Piece(place, question.answers[index], NOT_SCORED) for index in kept]
+        return self._join(question.context, candidates, choice=kept.index(right))
 
     def _cut_document(self, place: int, ids: tuple[int, ...]) -> list[Piece]:
         """Pieces of a document, each behind a blank; where the text goes on behind one, no end is taught."""
@@ -176,6 +182,17 @@ class SampleEncoder:
             return (sop, *piece.ids), (*piece.ids, piece.end)
         end = () if piece.end == NOT_SCORED else (piece.end,)
         return (sop, *piece.ids, *end), (NOT_SCORED, *piece.ids, *end)
+
+
+def _contests(sample: Sample) -> list[tuple[int, list[int]]]:
+    """Each right candidate of a sample, and those that it is compared with: itself and the wrong ones.
+
+    Source: THUDM/GLM tasks/superglue, where ReCoRD gives an example for each right entity.
+    """
+    label = _known_label(sample, len(sample.answers))
+    right = [index for index, text in enumerate(sample.answers) if index == label or text in sample.references]
+    wrong = [index for index in range(len(sample.answers)) if index not in right]
+    return [(index, sorted((index, *wrong))) for index in right]
 
 
 def _known_label(sample: Sample, choices: int | None) -> int:
