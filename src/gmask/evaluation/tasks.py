@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
@@ -90,10 +89,7 @@ def run_task(
     """
     console = Console(stderr=not tables)
     make_settings(settings or {})  # a mistake in them is told before a model is fetched
-    plan = load_task(task)
-    if not plan.metrics:
-        raise GmaskError(f"task {task} names no metrics, so there is nothing to measure: add some, such as exact-match")
-    samples = plan.samples(read_records(data, limit=limit), require_answers=False)
+    plan, samples = _read_samples(task, data, limit)
     is_measured = _has_answers(plan, samples)
     recipe = find_tuning_recipe(Path(adapter).expanduser() if adapter else find_folder(model))
     decoding = make_settings({**(recipe.decoding if recipe else {}), **(settings or {})})
@@ -112,8 +108,6 @@ def run_task(
         )
     if out is not None:
         write_predictions(Path(out) / "predictions.jsonl", predictions, samples)
-    baseline = predict_majority(samples, samples) if is_measured else None
-    measure = partial(evaluate, plan.metrics, samples=samples, language=plan.language)
     report = TaskReport(
         task=plan.name,
         kind=plan.kind,
@@ -122,8 +116,8 @@ def run_task(
         data=data,
         samples=len(samples),
         settings=asdict(decoding) | limits | {"batch_size": batch_size, "limit": limit},
-        scores=measure(predictions) if is_measured else {},
-        majority={} if baseline is None else measure(baseline),
+        scores=evaluate(plan.metrics, predictions, samples, language=plan.language) if is_measured else {},
+        majority=_measure_majority(plan, samples) if is_measured else {},
         versions={name: version(name) for name in ("gmask", "torch", "transformers")},
     )
     if out is not None:
@@ -144,6 +138,18 @@ def print_scores(report: TaskReport, console: Console) -> None:
         for metric in report.scores
     ]
     console.print(Rows(columns, rows).to_rich(f"{report.task}: {report.samples} samples"))
+
+
+def _read_samples(task: str, data: str, limit: int | None) -> tuple[Task, list[Sample]]:
+    plan = load_task(task)
+    if not plan.metrics:
+        raise GmaskError(f"task {task} names no metrics, so there is nothing to measure: add some, such as exact-match")
+    return plan, plan.samples(read_records(data, limit=limit), require_answers=False)
+
+
+def _measure_majority(plan: Task, samples: Sequence[Sample]) -> Mapping[str, float]:
+    baseline = predict_majority(samples, samples)
+    return {} if baseline is None else evaluate(plan.metrics, baseline, samples, language=plan.language)
 
 
 def _choose_limits(recipe: TuningRecipe | None, max_source: int | None, truncation: Truncation | None) -> Limits:
