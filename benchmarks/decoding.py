@@ -17,10 +17,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, logging
+from transformers import logging
 
 import gmask
 from machine import describe_machine
+from measuring import make_gpt2
 
 TEXT = "The old man walked down to the river every morning. He had lived there all his life, and [gMASK]"
 NEW_TOKENS = 128
@@ -28,25 +29,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SYSTEMS = ("infill", "generate", "gpt2")
 
 
-def make_gpt2(config: Any, dtype: torch.dtype) -> GPT2LMHeadModel:
-    shape = GPT2Config(
-        vocab_size=config.vocab_size,
-        n_embd=config.hidden_size,
-        n_layer=config.num_hidden_layers,
-        n_head=config.num_attention_heads,
-        n_positions=config.max_position_embeddings,
-        activation_function="gelu_pytorch_tanh",
-        bos_token_id=1,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    return GPT2LMHeadModel(shape).to(dtype).eval()
-
-
 def make_writers(name: str, dtype: torch.dtype, batch: int) -> dict[str, Callable[[], object]]:
     """A call for each system that writes `NEW_TOKENS` tokens in `batch` rows."""
     model, tokenizer = gmask.load(name, dtype=dtype, device="cpu")
-    gpt2 = make_gpt2(model.config, dtype)
+    gpt2 = make_gpt2(
+        hidden_size=model.config.hidden_size,
+        layers=model.config.num_hidden_layers,
+        heads=model.config.num_attention_heads,
+        vocab_size=model.config.vocab_size,
+        positions=model.config.max_position_embeddings,
+        pad_token_id=0,
+    )
+    gpt2.to(dtype).eval()
     prompt = tokenizer([TEXT], return_tensors="pt")["input_ids"]
     prompt = torch.cat((prompt, torch.tensor([[tokenizer.sop_token_id]])), dim=1).repeat(batch, 1)
     settings: dict[str, Any] = {

@@ -16,7 +16,6 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, logging
+from transformers import logging
 
 from gmask.infilling.blanks import BlankTokens
 from gmask.infilling.collator import collate
@@ -36,6 +35,7 @@ from gmask.training.cache import TokenSource
 from gmask.training.datasets import RowStream
 from gmask.training.pretrain import make_optimizer
 from machine import describe_machine
+from measuring import compare, make_gpt2, spread, take_turns
 
 SPECIAL = BlankTokens(pad=0, eos=1, cls=2, mask=5, smask=6, gmask=7, sop=8, eop=9, dblock=10)
 DOCUMENT_LENGTH = 900  # tokens, on average; the bundled corpus has about as many
@@ -72,7 +72,7 @@ class Trainer:
         torch.manual_seed(0)
         self.shape = shape
         self.half = setting.dtype == "bfloat16"
-        self.model: Any = make_glm(shape) if setting.model == "glm" else make_gpt2(shape)
+        self.model: Any = make_glm(shape) if setting.model == "glm" else peer_of(shape)
         self.model.train()
         self.step_once: Callable[[], int] = self.step_glm if setting.model == "glm" else self.step_gpt2
         self.stream = made_rows(shape)
@@ -131,21 +131,14 @@ def make_glm(shape: Shape) -> GLMForConditionalGeneration:
     )
 
 
-def make_gpt2(shape: Shape) -> GPT2LMHeadModel:
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=shape.vocab_size,
-            n_embd=shape.hidden_size,
-            n_layer=shape.layers,
-            n_head=shape.heads,
-            n_positions=shape.row_length,
-            activation_function="gelu_pytorch_tanh",  # the same function as its default, in one kernel
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            resid_pdrop=0.0,
-            bos_token_id=1,
-            eos_token_id=1,
-        )
+def peer_of(shape: Shape) -> Any:
+    return make_gpt2(
+        hidden_size=shape.hidden_size,
+        layers=shape.layers,
+        heads=shape.heads,
+        vocab_size=shape.vocab_size,
+        positions=shape.row_length,
+        use_cache=False,
     )
 
 
@@ -176,53 +169,19 @@ def serve_measurements(setting: Setting, shape: Shape, threads: int) -> None:
         print(json.dumps({"tokens_per_second": speed, "peak_mib": peak}), flush=True)
 
 
-class Measurer:
-    """The near end of a measuring process."""
-
-    def __init__(self, setting: Setting, options: argparse.Namespace) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--threads", str(options.threads), "--measure", json.dumps(asdict(setting))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(options.threads)},
-        )
-        assert self._read() == "ready"
-
-    def _read(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline().strip()
-        if not line:
-            raise SystemExit("a measuring process ended early; its error stands above")
-        return line
-
-    def measure(self, steps: int) -> dict[str, float]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        result: dict[str, float] = json.loads(self._read())
-        return result
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
 def measure_settings(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A record for each arithmetic: speeds of all rounds, ratios, peaks."""
     for dtype in DTYPES:
-        measurers = [Measurer(Setting(model, dtype), options) for model in MODELS]
-        rounds = [[measurer.measure(options.steps) for measurer in measurers] for _ in range(options.rounds)]
-        for measurer in measurers:
-            measurer.close()
-        ours, theirs = zip(*rounds, strict=True)
-        speeds = [[each["tokens_per_second"] for each in column] for column in (ours, theirs)]
+        commands = [
+            ["--threads", str(options.threads), "--measure", json.dumps(asdict(Setting(model, dtype)))]
+            for model in MODELS
+        ]
+        ours, theirs = take_turns(commands, threads=options.threads, rounds=options.rounds, steps=options.steps)
         yield {
             "dtype": dtype,
-            "glm": statistics.median(speeds[0]),
-            "gpt2": statistics.median(speeds[1]),
-            "ratios": sorted(a / b for a, b in zip(*speeds, strict=True)),
+            "glm": statistics.median(each["tokens_per_second"] for each in ours),
+            "gpt2": statistics.median(each["tokens_per_second"] for each in theirs),
+            "ratios": compare(ours, theirs, "tokens_per_second"),
             "glm_peak_mib": ours[-1]["peak_mib"],
             "gpt2_peak_mib": theirs[-1]["peak_mib"],
         }
@@ -247,10 +206,9 @@ def main() -> None:
     print("\n| arithmetic | GLM tokens/s | GPT-2 tokens/s | ratio: median (min-max) | peak MiB |")
     print("|---|---:|---:|---:|---:|")
     for record in records:
-        ratios = record["ratios"]
         print(
             f"| {record['dtype']} | {record['glm']:,.0f} "
-            f"| {record['gpt2']:,.0f} | {statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f}) "
+            f"| {record['gpt2']:,.0f} | {spread(record['ratios'])} "
             f"| {record['glm_peak_mib']:,.0f} and {record['gpt2_peak_mib']:,.0f} |"
         )
 

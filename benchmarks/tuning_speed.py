@@ -16,16 +16,15 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from machine import describe_machine
+from measuring import compare, make_gpt2, spread, take_turns
 
 SOURCE, TARGET = 64, 64  # tokens
 SAMPLES = 512
@@ -180,7 +179,15 @@ def tune_gpt2(setting: Setting, folder: Path) -> None:
     import torch
     from transformers import Trainer, TrainingArguments
 
-    model: Any = make_gpt2(SHAPES[setting.shape])
+    shape = SHAPES[setting.shape]
+    model = make_gpt2(
+        hidden_size=shape.hidden_size,
+        layers=shape.layers,
+        heads=shape.heads,
+        vocab_size=shape.vocab_size,
+        positions=512,
+        use_cache=False,
+    )
     if setting.method == "lora":
         layers = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
         config = peft.LoraConfig(
@@ -207,66 +214,7 @@ def tune_gpt2(setting: Setting, folder: Path) -> None:
     Trainer(model=model, args=arguments, train_dataset=rows).train()
 
 
-def make_gpt2(shape: Shape) -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=shape.vocab_size,
-            n_embd=shape.hidden_size,
-            n_layer=shape.layers,
-            n_head=shape.heads,
-            n_positions=512,
-            activation_function="gelu_pytorch_tanh",  # the same function as its default, in one kernel
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            resid_pdrop=0.0,
-            bos_token_id=1,
-            eos_token_id=1,
-            use_cache=False,
-        )
-    )
-
-
 # The near end
-
-
-class Measurer:
-    """A measuring process, as those see it who ask it to measure."""
-
-    def __init__(self, setting: Setting) -> None:
-        self.folder = tempfile.TemporaryDirectory()
-        self.log = Path(self.folder.name, "log.txt")
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, __file__, "--measure", json.dumps(asdict(setting)), "--folder", self.folder.name],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": str(setting.threads)},
-            )
-        assert self._read() == "ready"
-
-    def _read(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline().strip()
-        if not line:
-            raise SystemExit(f"a measuring process ended early:\n{self.log.read_text()[-2000:]}")
-        return line
-
-    def measure(self, steps: int) -> dict[str, float]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        result: dict[str, float] = json.loads(self._read())
-        return result
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-        self.folder.cleanup()
 
 
 def measure_settings(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -276,15 +224,8 @@ def measure_settings(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             settings = [
                 Setting(system, shape, method, options.dtype, options.device, options.threads) for system in SYSTEMS
             ]
-            measurers = [Measurer(setting) for setting in settings]
-            rounds = []
-            for number in range(options.rounds):
-                turns = measurers[:: -1 if number % 2 else 1]  # each goes first in turn
-                found = {id(measurer): measurer.measure(options.steps) for measurer in turns}
-                rounds.append([found[id(measurer)] for measurer in measurers])
-            for measurer in measurers:
-                measurer.close()
-            ours, theirs = zip(*rounds, strict=True)
+            commands = [["--measure", json.dumps(asdict(setting)), "--folder", "{folder}"] for setting in settings]
+            ours, theirs = take_turns(commands, threads=options.threads, rounds=options.rounds, steps=options.steps)
             yield {
                 "shape": shape,
                 "method": method,
@@ -292,17 +233,8 @@ def measure_settings(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "gpt2": [each["samples_per_second"] for each in theirs],
                 "ratios": compare(ours, theirs, "samples_per_second"),
                 "cpu_ratios": compare(ours, theirs, "samples_per_cpu_second"),
-                "peaks": [each["peak"] for each in rounds[-1]],
+                "peaks": [each[-1]["peak"] for each in (ours, theirs)],
             }
-
-
-def compare(ours: Sequence[dict[str, float]], theirs: Sequence[dict[str, float]], name: str) -> list[float]:
-    """The ratio of each round, the lowest first."""
-    return sorted(our[name] / their[name] for our, their in zip(ours, theirs, strict=True))
-
-
-def spread(ratios: Sequence[float]) -> str:
-    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
 
 
 def main() -> None:

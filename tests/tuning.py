@@ -62,7 +62,7 @@ def train(model: PreTrainedModel, *, rate: float = 0.02, steps: int = STEPS) -> 
     """Fits what trains to the two rows; returns the losses."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=rate)
-    schedule = RankSchedule.of(model)
+    schedule = RankSchedule.of(model, steps=steps)
     losses = []
     model.train()
     for step in range(1, steps + 1):

@@ -165,7 +165,8 @@ def make_peft_config(model: PreTrainedModel, settings: MethodSettings, *, steps:
         "lora_dropout": settings.dropout,
     }
     if settings.name == "adalora":
-        config = peft.AdaLoraConfig(**common, **_plan_ranks(settings.rank, steps))
+        ranks = {"target_r": settings.rank, "init_r": settings.rank + (settings.rank + 1) // 2}  # on average, at first
+        config = peft.AdaLoraConfig(**common, **ranks, **_plan_steps(steps))
     else:
         config = peft.LoraConfig(**common, r=settings.rank, use_dora=settings.name == "dora")
     return config
@@ -178,18 +179,25 @@ class RankSchedule:
     cleared. `state` and `restore` are for an exact resume.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """``model``: as `apply_method` made it ready for adalora."""
+    def __init__(self, model: PreTrainedModel, *, steps: int | None = None) -> None:
+        """
+        Args:
+            model: as `apply_method` made it ready for adalora.
+            steps: of the run, where they are other than `apply_method` was told.
+        """
         from peft.tuners.adalora.layer import RankAllocator
 
         self.model, self.config = model, model.peft_config[NAME]
+        if steps is not None:
+            for name, value in _plan_steps(steps).items():
+                setattr(self.config, name, value)
         self._allocator: Any = RankAllocator(model, self.config, NAME)  # type: ignore[no-untyped-call]
 
     @staticmethod
-    def of(model: PreTrainedModel) -> "RankSchedule | None":
+    def of(model: PreTrainedModel, *, steps: int | None = None) -> "RankSchedule | None":
         """That of a model which trains by adalora; None for others."""
         is_adalora = has_layers(model) and model.peft_config[NAME].peft_type == "ADALORA"
-        return RankSchedule(model) if is_adalora else None
+        return RankSchedule(model, steps=steps) if is_adalora else None
 
     def penalty(self) -> Tensor:
         """How far the layers' matrices are from orthogonal, weighted as in the paper (equation 4)."""
@@ -236,15 +244,13 @@ def _train_weights(model: PreTrainedModel, *, with_embeddings: bool) -> None:
     model.get_input_embeddings().requires_grad_(with_embeddings)
 
 
-def _plan_ranks(rank: int, steps: int | None) -> dict[str, int]:
-    """The rank that remains on average, that of the start (half as much again), and when ranks are dropped."""
+def _plan_steps(steps: int | None) -> dict[str, int]:
+    """When adalora drops ranks."""
     if steps is None or steps < 10:
         raise GmaskError(
             "adalora drops ranks step by step and needs to know of at least 10 steps: set steps, or epochs"
         )
     return {
-        "target_r": rank,
-        "init_r": rank + (rank + 1) // 2,
         "tinit": int(ADALORA_WARMUP * steps),
         "tfinal": int(ADALORA_END * steps),
         "deltaT": max(1, steps // 100),

@@ -114,7 +114,7 @@ class TuningTrainer(Trainer):
         self._recorded = 0  # the last step that was
         self._loss, self._items, self._started = torch.zeros(()), 0, 0.0  # of the step that is being made
         self._seen: list[tuple[list[int], Batch]] = []  # this step's, to be named if they are bad
-        self.ranks = RankSchedule.of(model)
+        self.ranks = RankSchedule.of(model, steps=order.steps)
         if self.ranks is not None:
             self.add_callback(_DropRanks(self.ranks))
 
