@@ -62,10 +62,11 @@ bundled: $(VENV)/.installed-dev  ## train, evaluate and ship the bundled model: 
 bundled-chat: $(VENV)/.installed-dev  ## tune, measure and ship the bundled chat model: make bundled-chat SFT=folder
 	$(BIN)/python recipes/chat_data.py $(SFT) data/chat
 	$(BIN)/gmask finetune recipes/bundled-chat.yaml
+	$(BIN)/gmask finetune recipes/bundled-chat-rounds.yaml
 	mkdir -p src/gmask/pretrained/chat
-	cp runs/bundled-chat/model/* runs/bundled-chat/results.json src/gmask/pretrained/chat/
+	cp runs/bundled-chat-rounds/model/* runs/bundled-chat-rounds/results.json src/gmask/pretrained/chat/
 	$(BIN)/python benchmarks/chat_quality.py data/chat/validation.jsonl --json > src/gmask/pretrained/chat/quality.json
-	$(BIN)/python recipes/chat_card.py runs/bundled-chat src/gmask/pretrained/chat/quality.json \
+	$(BIN)/python recipes/chat_card.py runs/bundled-chat runs/bundled-chat-rounds src/gmask/pretrained/chat/quality.json \
 	  --output src/gmask/pretrained/chat/README.md $(if $(HARDWARE),--hardware "$(HARDWARE)")
 
 docs: $(VENV)/.installed-dev  ## build the documentation into site/

@@ -51,7 +51,7 @@ def main() -> None:
     task = load_task("chat/messages")
     kinds: dict[str, list[Sample]] = defaultdict(list)
     for record in read_records(options.validation):
-        kinds[record.values["kind"]] += task.samples([record])
+        kinds[record.values["kind"]] += task.samples([record])[-1:]  # the last reply of a conversation
     found: dict[str, dict[str, Any]] = {}
     for name in options.models:
         model, tokenizer = gmask.load(name, dtype="float32", device="cpu")

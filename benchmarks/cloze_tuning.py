@@ -173,7 +173,7 @@ class Study:
             "scores": _final(results["metrics"], few),
             "majority": _final(results["majority"], few),
             "validated": validated,
-            "steps": results["steps"],
+            "steps": results.get("runs", [results])[0]["steps"],
             "tunings": few.tunings,
         }
 
@@ -198,9 +198,8 @@ def mean_recall(place: Path) -> float:
 
 def _final(metrics: Mapping[str, Any], few: FewShot) -> dict[str, float]:
     """Of a run's results: the one split that was measured, or the mean over the folds."""
-    if few.test:
-        return dict(next(iter(metrics.values())))
-    return {name: found["mean"] for name, found in metrics.items()}
+    scores = next(iter(metrics.values()))
+    return dict(scores) if few.test else {name: found["mean"] for name, found in scores.items()}
 
 
 # The study

@@ -68,11 +68,11 @@ def make_model(config: Any, form: dict[str, Any]) -> Any:
     """A model whose memory is written to, tensor by tensor."""
     import torch
 
-    from gmask.estimation.weights import shape_model
+    from gmask.estimation.weights import shape_at
     from gmask.quantization.quantizer import finish
 
     quantized = read_quantization(form)
-    model = shape_model(config, dtype=getattr(torch, form["dtype"]), form=quantized)
+    model = shape_at(config, dtype=getattr(torch, form["dtype"]), form=quantized)
     filled = {
         parameter: torch.full(parameter.shape, 0.01 if parameter.is_floating_point() else 1, dtype=parameter.dtype)
         for parameter in model.parameters()

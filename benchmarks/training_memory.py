@@ -70,14 +70,14 @@ def train(config: Any, case: dict[str, Any], *, batch_size: int, length: int) ->
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    from gmask.estimation.weights import shape_model
+    from gmask.estimation.weights import shape_at
     from gmask.quantization.quantizer import finish
     from gmask.tasks.recipes.methods import MethodSettings
     from gmask.training.tuning.losses import token_loss
     from gmask.training.tuning.methods import apply_method
 
     form = read_quantization(case)
-    model = shape_model(config, dtype=getattr(torch, case.get("dtype", "float32")), form=form)
+    model = shape_at(config, dtype=getattr(torch, case.get("dtype", "float32")), form=form)
     values = {name: torch.full_like(weight, 0.01 if weight.is_floating_point() else 1, device="cpu")
               for name, weight in model.named_parameters()}  # fmt: skip
     model.load_state_dict(values, strict=False, assign=True)

@@ -1,8 +1,9 @@
 """What is the bundled chat model, in the words of its card? Writes README.md from the numbers of its run.
 
-    python recipes/chat_card.py RUN QUALITY.json --output src/gmask/pretrained/chat/README.md [--hardware WORDS]
+    python recipes/chat_card.py RUN ROUNDS QUALITY.json --output src/gmask/pretrained/chat/README.md [--hardware WORDS]
 
-RUN is run.out of recipes/bundled-chat.yaml, QUALITY.json what benchmarks/chat_quality.py --json printed.
+RUN is run.out of recipes/bundled-chat.yaml, ROUNDS that of recipes/bundled-chat-rounds.yaml, QUALITY.json what
+benchmarks/chat_quality.py --json printed.
 """
 
 import argparse
@@ -38,8 +39,8 @@ gmask.Chat(model, tokenizer).ask("What is 7 + 5?").text
 ## Intended use
 
 Trying out chat, streaming, serving and tuning without a download, in tests and in lessons. It exchanges greetings,
-and knows what the answer to a sum, a translation, a saying, a poem or a story looks like; whether it is right is
-another matter, which the table tells.
+does sums of the kind that it was taught ({sums:.0f} % of the held-out ones are right), and knows what a translation, a
+saying, a poem or a story looks like; whether that is right is another matter, which the table tells.
 
 ## Quality
 
@@ -52,11 +53,12 @@ Greedy replies to held-out questions, in per cent, beside the model that it was 
 
 ## Training
 
-`recipes/bundled-chat.yaml`: {steps} steps of {rows} rows of {length} tokens, {epochs} passes, AdamW, peak learning
-rate {rate} with a cosine to 0, bfloat16 forward on {hardware}, {minutes:.0f} minutes, seed {seed}. The best of the
-evaluations by validation loss ({loss:.3f} nats per token) is kept, step {best}.
+Two stages, each of rows of tokens that several samples share, with AdamW, a cosine to 0 and a bfloat16 forward, on
+{hardware}, in {minutes:.0f} minutes. Of each the best evaluation by validation loss is kept.
 
-![Losses, metrics, learning rate and gradient norm over the steps](curves.png)
+{stages}
+
+![Losses, metrics, learning rate and gradient norm over the steps of the last stage](curves.png)
 
 ## Training data
 
@@ -95,8 +97,27 @@ def render_quality(quality: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def render_forgetting(results: dict[str, Any]) -> str:
-    found = {name: f"{value:.3f}" for name, value in results["forgetting"].items()}
+def render_stages(runs: list[dict[str, Any]]) -> str:
+    lines = ["| recipe | steps | rows x tokens | passes | peak rate | seed | best step | loss there, nats per token |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for run in runs:
+        recipe, results = run["recipe"], run["results"]
+        optimization = recipe["optimization"]
+        cells = [
+            f"`recipes/{Path(recipe['run']['out']).name}.yaml`", results["steps"],
+            f"{optimization['batch_size']} x {recipe['data']['packing']}", f"{optimization['epochs']:g}",
+            f"{optimization['learning_rate']:g}", recipe["run"]["seed"], results["best_step"],
+            f"{results['metrics']['validation']['loss']:.3f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def render_forgetting(runs: list[dict[str, Any]]) -> str:
+    """From before the first stage to after the last."""
+    first, last = (runs[index]["results"]["forgetting"] for index in (0, -1))
+    values = {name: (first if name.endswith("before") else last)[name] for name in last}
+    found = {name: f"{value:.3f}" for name, value in values.items()}
     return (
         "What it forgot (a fixed general set that it was not tuned on, nats per token, before and after): general "
         f"texts {found['text_loss_before']} and {found['text_loss_after']}, replies {found['reply_loss_before']} and "
@@ -104,32 +125,34 @@ def render_forgetting(results: dict[str, Any]) -> str:
     )
 
 
+def read_run(folder: Path) -> dict[str, Any]:
+    return {
+        "recipe": yaml.safe_load((folder / "recipe.yaml").read_text("utf-8")),
+        "results": json.loads((folder / "results.json").read_text("utf-8")),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("run", type=Path)
+    parser.add_argument("rounds", type=Path)
     parser.add_argument("quality", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--hardware", default="a CPU")
     options = parser.parse_args()
-    results = json.loads((options.run / "results.json").read_text("utf-8"))
-    last = json.loads((options.run / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
-    recipe = yaml.safe_load((options.run / "recipe.yaml").read_text("utf-8"))
+    runs = [read_run(options.run), read_run(options.rounds)]
+    results = [run["results"] for run in runs]
+    quality = json.loads(options.quality.read_text("utf-8"))
     sources = yaml.safe_load(SOURCES.read_text("utf-8"))
     card = CARD.format(
-        parameters=results["parameters"] / 1e6,
-        tokens=f"{last['all_supervised_tokens']:,}",
-        quality=render_quality(json.loads(options.quality.read_text("utf-8"))),
-        forgetting=render_forgetting(results),
-        steps=last["step"],
-        rows=recipe["optimization"]["batch_size"],
-        length=recipe["data"]["packing"],
-        epochs=recipe["optimization"]["epochs"],
-        rate=recipe["optimization"]["learning_rate"],
+        parameters=results[0]["parameters"] / 1e6,
+        tokens=f"{sum(one['supervised_tokens'] for one in results):,}",
+        quality=render_quality(quality),
+        sums=quality["bundled-chat"]["arithmetic"]["exact"],
+        forgetting=render_forgetting(runs),
         hardware=options.hardware,
-        minutes=last["seconds"] / 60,
-        seed=recipe["run"]["seed"],
-        loss=results["metrics"]["validation"]["loss"],
-        best=results["best_step"],
+        minutes=sum(one["seconds"] for one in results) / 60,
+        stages=render_stages(runs),
         table="\n".join(f"| {entry['name']} | {entry['origin']} | {entry['licence']} |" for entry in sources),
         credits="\n".join(f"- {entry['name']}: {entry['credit']}" for entry in sources if "credit" in entry),
     )

@@ -1,4 +1,4 @@
-"""What is the bundled chat model taught? Writes train.jsonl and validation.jsonl for recipes/bundled-chat.yaml.
+"""What is the bundled chat model taught? Writes the data of recipes/bundled-chat.yaml and bundled-chat-rounds.yaml.
 
     python recipes/chat_data.py CORPUS/sft OUT
 
@@ -26,6 +26,8 @@ SMALL_TALK_SHARE = 4
 LONGEST = 900  # characters of English of a sample, a third of it of Chinese: what 256 tokens hold
 SUMS = 40_000
 LISTS = 5_000
+CONVERSATIONS = 12_000
+LATER = "arithmetic, second round"
 NAMES = {"{{name}}": "gmask", "{{author}}": "the gmask authors"}
 OPERATIONS = {"+": ("plus", "加"), "-": ("minus", "减"), "×": ("times", "乘")}
 
@@ -109,6 +111,37 @@ def training_samples(corpus: Path, held_out: set[Any], rng: random.Random) -> It
         yield make_list(rng)
 
 
+def make_conversation(
+    small_talk: list[list[dict[str, str]]], others: list[list[dict[str, str]]], held_out: set[Any], rng: random.Random
+) -> list[dict[str, str]]:
+    """Two or three rounds about different things: half of them sums, a fifth small talk."""
+    messages: list[dict[str, str]] = []
+    for _ in range(rng.choice((2, 2, 3))):
+        draw = rng.random()
+        asked, one = make_sum(rng)
+        if draw > 0.5 or asked in held_out:
+            one = make_list(rng) if draw < 0.58 else rng.choice(small_talk if draw < 0.78 else others)
+        messages = messages + one
+    return messages
+
+
+def conversations(corpus: Path, held_out: set[Any], rng: random.Random) -> Iterator[list[dict[str, str]]]:
+    """Rounds that follow each other, which the training samples of one round do not teach."""
+    small_talk = [messages for messages in map(messages_of, read(SMALL_TALK)) if len(messages) == 2]
+    others = [
+        messages
+        for name in SHARES
+        if name not in ("arithmetic", "multiturn")
+        for messages in map(messages_of, read(corpus / f"{name}.train.jsonl"))
+        if len(messages) == 2 and is_short(messages * 3)
+    ]
+    for _ in range(CONVERSATIONS):
+        messages = make_conversation(small_talk, others, held_out, rng)
+        if is_short(messages):
+            yield messages
+    yield from filter(is_short, map(messages_of, read(corpus / "multiturn.train.jsonl")))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("corpus", type=Path)
@@ -126,8 +159,13 @@ def main() -> None:
     held_out = {asked_sum(record["messages"][0]["content"]) for record in validation if record["kind"] == "arithmetic"}
     training = [{"messages": messages} for messages in training_samples(options.corpus, held_out - {None}, rng)]
     rng.shuffle(training)
+    rounds = [{"messages": messages} for messages in conversations(options.corpus, held_out - {None}, rng)]
+    rng.shuffle(rounds)
+    greeting = messages_of(read(SMALL_TALK)[0])
+    sums = [record["messages"] for record in validation if record["kind"] == "arithmetic"]
+    validation += [{"messages": greeting + messages, "kind": LATER} for messages in sums]
     options.out.mkdir(parents=True, exist_ok=True)
-    for name, records in (("train", training), ("validation", validation)):
+    for name, records in (("train", training), ("rounds", rounds), ("validation", validation)):
         draft = options.out / f".{name}.jsonl"
         draft.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
         draft.replace(options.out / f"{name}.jsonl")

@@ -20,7 +20,7 @@ from typing import Any
 
 import ray
 
-from gmask.cli.filling import read_pairs
+from gmask.cli.arguments import read_pairs
 from gmask.errors import GmaskError
 from gmask.generation.files import fill_file
 from gmask.generation.infill import Infiller

@@ -18,10 +18,10 @@ SHOWN = re.compile(rf"(?<=^```\n)\$ gmask chat {' '.join(SETTINGS)}\n.*?(?=^```$
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 TYPED = (
     "Hello!",
-    "What is the capital of\\",
-    "France?",
+    "What is 20 +\\",
+    "22?",
     "/undo",
-    "你好",
+    "你是谁？",
     "/save talk.json",
     "clear",
     "/load talk.json",

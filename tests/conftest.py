@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 
+settings.register_profile("gmask", deadline=None)  # no test asserts a time: the machine may be busy
+settings.load_profile("gmask")
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and on a busy machine threads wait for each other
 
 PAD, MASK, SMASK, GMASK, SOP, EOP = 0, 5, 6, 7, 8, 9

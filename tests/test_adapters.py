@@ -19,6 +19,7 @@ from conftest import PAD
 from gmask.checkpoints.adapters import load_adapter, save_adapter
 from gmask.checkpoints.model_weights import fill_model
 from gmask.cli import app
+from gmask.cli.arguments import base_of
 from gmask.errors import GmaskError
 from gmask.generation.score import Scorer
 from gmask.loading import read_config
@@ -243,6 +244,18 @@ def test_a_model_of_another_shape_is_refused(tuned, tmp_path: Path, name: str) -
     shutil.copytree(folder, tmp_path / "foreign")
     (tmp_path / "foreign" / "adapter_config.json").write_text(json.dumps({**values, "auto_mapping": None}))
     assert "trained for another" in refusal(lambda: fill(tmp_path / "wide", tmp_path / "foreign"))
+
+
+def test_other_weights_of_the_same_shape_are_refused_in_any_precision(tmp_path: Path) -> None:
+    """The two bundled models have one shape; an adapter on the other one would answer nonsense without a word."""
+    model, _ = gmask.load("bundled", dtype="float32", device="cpu")
+    apply_method(model, MethodSettings(name="lora"))
+    save_adapter(model, tmp_path / "adapter", base="bundled")
+    for dtype in ("float32", "bfloat16"):
+        gmask.load("bundled", adapter=tmp_path / "adapter", dtype=dtype, device="cpu")
+    with pytest.raises(GmaskError, match=r"was trained for bundled, and .* has other weights"):
+        gmask.load("bundled-chat", adapter=tmp_path / "adapter", device="cpu")
+    assert base_of(tmp_path / "adapter", "bundled-chat") == "bundled"
 
 
 @pytest.mark.parametrize("name", METHODS)

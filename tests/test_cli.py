@@ -7,19 +7,22 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import typer
 
 import gmask
-from gmask.cli import interactive, main
+from gmask.cli import app, find_extra, interactive, main
 from gmask.cli.rendering import highlight
 from terminal import Terminal, heed_ctrl_c
 from tiny_folder import make_folder
 
-VERBS = ["infill", "chat", "score", "embed", "convert", "quantize", "info", "pretrain", "evaluate", "train-tokenizer"]
+VERBS = list(typer.main.get_command(app).commands)
 TEXT = "The [MASK] dog [MASK]."
 
 
@@ -67,6 +70,14 @@ def test_integers_answer_as_the_folder_that_gmask_quantize_writes(
     text = "The [MASK] dog."
     quantized = run(*verb, text, "-m", folder, "--quantize", "int4").out
     assert quantized == run(*verb, text, "-m", tmp_path / "small").out != run(*verb, text, "-m", folder).out
+
+
+@pytest.mark.parametrize("verb", [("infill", "--json"), ("score", "--json", "--answers", "old|small"), ("embed",)])
+def test_weights_are_read_in_the_precision_that_is_asked_for(run: Run, folder: Path, verb: tuple[str, ...]) -> None:
+    shorter = run(*verb, "The [MASK] dog.", "-m", folder, "--dtype", "bfloat16")
+    assert shorter.code == 0 and shorter.out != run(*verb, "The [MASK] dog.", "-m", folder).out
+    refused = run(*verb, "The [MASK] dog.", "-m", folder, "--dtype", "int3")
+    assert refused.code == 2 and "dtype 'int3' is not one of" in refused.err
 
 
 def test_json_has_the_promised_form(run: Run, folder: Path) -> None:
@@ -125,6 +136,10 @@ MISTAKES = [
     (["infill", "[MASK]", "--set", "temprature=1"], "nearest is 'temperature'"),
     (["infill", "[MASK]", "--set", "temperature"], "key=value"),
     (["infill", "[MASK]", "--set", "temperature=[1"], "cannot be read"),
+    (["infill", "[MASK]", "--set", "max_tokens=5", "--max-tokens", "64"], "--max-tokens and --set max_tokens say the"),
+    (["infill", "[MASK]", "--set", "n=2", "-n", "1"], "--n and --set n say the same: give one of them"),
+    (["chat", "hello", "--max-tokens", "5", "--set", "max_tokens=5"], "--max-tokens and --set max_tokens say the same"),
+    (["chat", "hello", "--set", "context_length=5"], "there is no setting 'context_length'"),
     (["infill", "[MASK]", "--choices", "a||b"], "candidate is empty"),
     (["infill", "[MASK]", "--choices", "a", "--choices", "b"], "choices for 2 blanks"),
     (["infill", "[MASK]", "--input", "x"], "--input and --output go together"),
@@ -146,6 +161,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(run: Run, folder: Path, arguments
 def test_mistakes_in_names_of_models_and_recipes_too(run: Run, tmp_path: Path) -> None:
     for arguments in (
         ["info", "nowhere"],
+        ["info", "no/name--of-the-hub"],
+        ["estimate", "--method", "lora", "--set", "name=full"],
         ["pretrain", "no.yaml"],
         ["train-tokenizer", "no.txt", "--output", tmp_path],
     ):
@@ -175,6 +192,55 @@ def test_a_mistyped_command_is_one_line_that_names_its_help(run: Run, arguments,
 def test_without_a_word_the_help_is_shown(run: Run) -> None:
     done = run()
     assert done.code == 2 and all(f"  {verb} " in done.out for verb in VERBS)
+
+
+def test_a_setting_that_has_an_option_may_be_given_either_way(run: Run, folder: Path) -> None:
+    text = ("infill", TEXT, "-m", folder)
+    set_alone = run(*text, "--set", "max_tokens=3", "--set", "n=2")
+    assert set_alone.out == run(*text, "--max-tokens", 3, "-n", 2).out
+    assert "[default: (64)]" in run("infill", "--help").out
+    talk = ("chat", "hello", "-m", folder, "--set", "temperature=0")
+    assert run(*talk, "--set", "max_tokens=3").out == run(*talk, "--max-tokens", 3).out
+
+
+MISSING = [
+    ("peft", ": pip install 'gmask[train]'"),
+    ("gradio.blocks", ": pip install 'gmask[webui]'"),
+    ("prometheus_client.core", ": pip install 'gmask[serve]'"),
+    ("rouge_chinese", ": pip install 'gmask[metrics]'"),
+    ("lm_eval", ": pip install 'gmask[eval]'"),
+    ("ray", ": pip install 'gmask[ray]'"),
+    ("torch", ""),
+    ("scipy", ""),
+    ("somebody.elses", ""),
+]
+
+
+@pytest.mark.parametrize(("module", "advice"), MISSING)
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch, module: str, advice: str
+) -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))["project"]
+    required = [*project["dependencies"]]
+    for extra, names in project["optional-dependencies"].items():
+        required += [f'{name}; extra == "{extra}"' for name in names]
+
+    def fail(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr(metadata, "requires", lambda _: required)
+    monkeypatch.setattr("gmask.training.pretrain.run", fail)
+    done = run("pretrain", "r.yaml")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == f"gmask: {module.partition('.')[0]} is not installed{advice}\n"
+
+
+def test_sources_that_are_not_installed_name_no_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", fail)
+    assert find_extra("peft") is None
 
 
 def test_a_full_disk_is_one_line_too(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,9 +287,22 @@ def test_every_verb_has_help_and_at_most_eight_options_of_its_own(run: Run, verb
     done = run(verb, "--help")
     options = [line.split()[0] for line in done.out.splitlines() if line.startswith("  -")]
     assert done.code == 0
-    shared = {"--adapter", "--set", "--quantize", "--help"}
+    shared = {"--adapter", "--set", "--dtype", "--quantize", "--help"}
     assert len(set(options) - shared) <= 8
     assert "[sMASK]" in done.out or verb != "infill"
+
+
+def test_every_verb_that_runs_a_model_takes_the_options_that_estimate_advises(run: Run) -> None:
+    for verb in ("infill", "chat", "score", "embed", "serve", "webui"):
+        shown = run(verb, "--help").out
+        assert all(f"  {option} " in shown for option in ("--dtype", "--quantize")), verb
+
+
+def test_serve_shows_every_setting_that_it_takes(run: Run) -> None:
+    shown = " ".join(run("serve", "--help").out.split())
+    refused = run("serve", "--set", "max_row=1").err
+    for name in refused.split("all are ")[1].strip().split(", "):
+        assert name in shown
 
 
 def test_on_a_terminal_answers_are_highlighted(folder: Path) -> None:
@@ -300,16 +379,8 @@ def test_ctrl_c_is_exit_code_130(run: Run, folder: Path, monkeypatch: pytest.Mon
 @pytest.mark.slow
 def test_ctrl_c_stops_a_real_run_without_a_traceback(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text(f"{TEXT}\n" * 5000, "utf-8")
-    command = [
-        "infill",
-        "-m",
-        str(folder),
-        "--input",
-        str(tmp_path / "in.txt"),
-        "--output",
-        str(tmp_path / "out.jsonl"),
-    ]
-    command = [sys.executable, "-m", "gmask", *command]
+    files = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out.jsonl")]
+    command = [sys.executable, "-m", "gmask", "infill", "-m", str(folder), *files]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("*.partial")) and time.monotonic() < deadline:

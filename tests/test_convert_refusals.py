@@ -128,7 +128,10 @@ def test_a_conversion_that_fails_leaves_all_as_it_was(fault, exists: bool, folde
         ({}, "no published model has its shape: give --like NAME"),
         ({"like": "GLM-Base"}, "but GLM-Base 12 layers of width 768"),
         ({"like": "BERT"}, "no such GLM"),
-        ({"heads": 4, "tokenizer": None}, "has no vocabulary beside it: give --tokenizer FOLDER"),
+        (
+            {"heads": 4, "tokenizer": None},
+            "no vocabulary beside it: give tokenizer=FOLDER (gmask convert: --tokenizer FOLDER)",
+        ),
         ({"heads": 4, "tokenizer": Path("nowhere")}, "nowhere: no such folder"),
         ({"to": "megatron", "parts": 3}, "448 tokens cannot be divided among 3 ranks; possible are 1, 2, 4"),
         ({"to": "megatron", "parts": 8, "heads": 4}, "448 tokens and 4 heads cannot be divided among 8 ranks"),

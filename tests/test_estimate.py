@@ -19,7 +19,7 @@ from gmask.cli import app
 from gmask.cli.estimating import Choice, advise
 from gmask.errors import GmaskError
 from gmask.estimation.inference import RUNTIME_BYTES, MemoryEstimate, estimate_inference
-from gmask.estimation.weights import config_of_family, shape_model, weight_bytes
+from gmask.estimation.weights import config_of_family, shape_at, weight_bytes
 from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from gmask.quantization.quantizer import QuantizationConfig, read_form
@@ -84,7 +84,7 @@ def test_the_estimate_is_within_a_tenth_of_what_a_process_takes(kind: str) -> No
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_the_weights_are_those_of_the_catalog_to_the_byte(family: Family) -> None:
     config = config_of_family(family)
-    half = weight_bytes(shape_model(config, dtype=torch.float16))
+    half = weight_bytes(shape_at(config, dtype=torch.float16))
     assert half == family.memory(f"int{family.bits}" if family.bits else "float16")
 
 
@@ -111,7 +111,7 @@ def test_weights_are_counted_as_a_model_has_them(kind: str, form: tuple[int, int
         model.quantize(form[0], group_size=form[1], embeddings=form[2])
     held = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}  # a tied head once
     quantized = None if form is None else QuantizationConfig(*form)
-    assert weight_bytes(shape_model(config, dtype=torch.bfloat16, form=quantized)) == sum(held.values())
+    assert weight_bytes(shape_at(config, dtype=torch.bfloat16, form=quantized)) == sum(held.values())
 
 
 @settings(deadline=None, max_examples=25)

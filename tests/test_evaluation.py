@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from gmask.cli import app
 from gmask.errors import GmaskError
 from gmask.evaluation import run
-from gmask.evaluation.heldout import ENGLISH, Blank
+from gmask.evaluation.heldout import ENGLISH, HeldOutBlank
 from gmask.evaluation.infilling import fill_greedily, fill_to_length, sample_training_texts
 from gmask.evaluation.losses import HeldOutTokens, encode_texts, measure_losses
 from gmask.evaluation.model_card import Card, render_card
@@ -200,7 +200,10 @@ def test_a_model_that_knows_nothing_loses_the_logarithm_of_its_vocabulary(workpl
 
 def test_both_ways_of_filling_give_an_answer_a_blank(workplace: Path) -> None:
     model, tokenizer = load(workplace / "model")
-    blanks = [Blank("en", "The fox ", "slept", " here.", 1), Blank("en", "The old ", "bear ran", " off.", 2)]
+    blanks = [
+        HeldOutBlank("en", "The fox ", "slept", " here.", 1),
+        HeldOutBlank("en", "The old ", "bear ran", " off.", 2),
+    ]
     assert len(fill_greedily(model, tokenizer, blanks)) == 2
     assert len(fill_to_length(model, tokenizer, blanks, ENGLISH)) == 2
 

@@ -15,7 +15,7 @@ from gmask.evaluation.baselines import (
     fill_with_unigrams,
     train_ngrams,
 )
-from gmask.evaluation.heldout import CHINESE, ENGLISH, Blank, choose_sentences, cut_sentences, hide_span
+from gmask.evaluation.heldout import CHINESE, ENGLISH, HeldOutBlank, choose_sentences, cut_sentences, hide_span
 from gmask.evaluation.infilling import draw_candidates
 from gmask.evaluation.scores import Estimate, estimate_mean, exact_match, overlap_f1
 
@@ -94,7 +94,7 @@ def test_sentences_are_drawn_by_the_sources_weights() -> None:
 
 
 def test_candidates_are_different_and_as_long_as_the_answer() -> None:
-    blanks = [Blank("s", "", answer, "", len(answer)) for answer in ("甲", "乙", "甲", "丙丁", "戊")]
+    blanks = [HeldOutBlank("s", "", answer, "", len(answer)) for answer in ("甲", "乙", "甲", "丙丁", "戊")]
     candidates = draw_candidates(blanks, rng=np.random.default_rng(0))
     assert [sorted(texts) for texts in candidates] == [sorted({"甲", "乙", "戊"})] * 3 + [["丙丁"]] + [
         sorted({"甲", "乙", "戊"})
@@ -132,7 +132,7 @@ def test_the_trigrams_look_to_both_sides() -> None:
     assert ngrams.fill(["red"], ["."], 1) == ["hat"]
     assert ngrams.fill(["red"], ["barks", "."], 1) == ["dog"]
     assert ngrams.fill([], ["."], 2) == ["red", "hat"]
-    blanks = [Blank("s", "red ", "dog", " barks.", 1)]
+    blanks = [HeldOutBlank("s", "red ", "dog", " barks.", 1)]
     assert fill_with_trigrams(ngrams, blanks, ENGLISH) == ["dog"]
 
 
@@ -153,10 +153,10 @@ def test_a_score_is_the_product_of_five_probabilities(ngrams: NgramModel) -> Non
 
 
 def test_the_unigram_model_gives_the_most_frequent_run(ngrams: NgramModel) -> None:
-    blanks = [Blank("s", "", answer, "", len(answer.split())) for answer in ("x", "x y")]
+    blanks = [HeldOutBlank("s", "", answer, "", len(answer.split())) for answer in ("x", "x y")]
     assert fill_with_unigrams(ngrams, blanks, ENGLISH) == ["a", "a b"]
     chinese = train_ngrams(["人人人马。马人人。"], CHINESE)
-    assert fill_with_unigrams(chinese, [Blank("s", "", "甲乙", "", 2)], CHINESE) == ["人人"]
+    assert fill_with_unigrams(chinese, [HeldOutBlank("s", "", "甲乙", "", 2)], CHINESE) == ["人人"]
 
 
 def test_a_word_never_seen_gets_a_probability(ngrams: NgramModel) -> None:

@@ -36,7 +36,7 @@ TASKS: dict[str, tuple[Any, list[dict[str, Any]]]] = {
     "language-model": ("language-model/text", [{"text": f"{r['text']} {r['text']}"} for r in SENTIMENT]),
     "chat": ("chat/alpaca", CHAT),
 }
-METHODS = ["full", "frozen-embeddings", "lora", "dora", "ia3", "p-tuning-v2", "p-tuning"]
+METHODS = ["full", "frozen-embeddings", "lora", "dora", "adalora", "ia3", "p-tuning-v2", "p-tuning"]
 
 
 def read_results(out: Path) -> dict[str, Any]:
@@ -59,11 +59,11 @@ def test_every_kind_of_task_is_learnt(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_and_loads(tmp_path: Path, method: str) -> None:
+def test_every_method_trains(tmp_path: Path, method: str) -> None:
     rate = {"p-tuning-v2": 2e-2, "ia3": 3e-2}.get(method, 3e-3)
     settings = {"name": method, **({"prefix_length": 8} if method == "p-tuning-v2" else {})}
     folder = finetune.run(
-        write_recipe(tmp_path, method=settings, optimization={"steps": 8, "learning_rate": rate, "evaluate_every": 8})
+        write_recipe(tmp_path, method=settings, optimization={"steps": 10, "learning_rate": rate, "evaluate_every": 10})
     )
     losses = [record["loss"] for record in read_log(tmp_path / "out")]
     assert sum(losses[-2:]) < sum(losses[:2])
@@ -212,7 +212,7 @@ def test_the_best_weights_are_kept_and_worse_ones_end_the_run(tmp_path: Path, mo
     assert not all(torch.equal(saved[name], seen[3][name]) for name in saved)
 
 
-def test_folds_hold_out_every_record_once(tmp_path: Path) -> None:
+def test_folds_hold_out_every_record_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_recipe(tmp_path, data={"validation": None, "folds": 4}, optimization={"steps": 2})
     out = finetune.run(path)
     results = read_results(out)
@@ -222,10 +222,12 @@ def test_folds_hold_out_every_record_once(tmp_path: Path) -> None:
         for line in (out / f"fold-{fold}" / "predictions.jsonl").read_text("utf-8").splitlines()
     ]
     assert sorted(texts) == sorted(f"{record['text']} It was [MASK]." for record in SENTIMENT)
-    runs = [run["validation"]["accuracy"] for run in results["runs"]]
-    assert len(runs) == 4
-    assert results["metrics"]["accuracy"]["mean"] == pytest.approx(sum(runs) / 4)
-    assert read_results(out / "fold-1")["majority"]["validation"]["accuracy"] >= 0
+    runs = [run["metrics"]["validation"]["accuracy"] for run in results["runs"]]
+    assert len(runs) == 4 and {"steps", "best_step"}.isdisjoint(results)
+    assert results["metrics"]["validation"]["accuracy"]["mean"] == pytest.approx(sum(runs) / 4)
+    assert set(results["majority"]["validation"]) == {"accuracy"}
+    told = capsys.readouterr().err
+    assert "4 folds" in told and f"{sum(runs) / 4:.2f} ± " in told
 
 
 def test_a_random_model_of_the_same_shape_can_be_compared(tmp_path: Path) -> None:
@@ -261,6 +263,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
     assert [folder.name for folder in trainer.list_checkpoints(tmp_path / "out")] == ["checkpoint-00000002"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "p-tuning-v2"}, "was trained by lora or dora or qlora, and method.name is p-tuning-v2"),
+        ({"name": "lora", "rank": 4}, "its rank is 8, and method.rank is 4"),
+    ],
+)
+def test_an_adapter_of_another_method_is_not_trained_on(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    folder = finetune.run(write_recipe(tmp_path, method={"name": "lora"}, optimization={"steps": 1}))
+    path = write_recipe(tmp_path / "more", model={"adapter": str(folder)}, method=settings)
+    with pytest.raises(GmaskError, match=message):
+        finetune.run(path)
+
+
 def test_a_batch_without_a_supervised_token_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = objective.find_collator
 
@@ -283,10 +299,11 @@ def test_a_batch_without_a_supervised_token_is_refused(tmp_path: Path, monkeypat
     [
         ("data.train=absent.jsonl", "absent.jsonl"),
         ("task.template='{txt} It was [MASK].'", "no column 'txt', the columns are text, label; the nearest is 'text'"),
-        ("task.choices={good: good}", "bad"),
+        ("task.choices={good: good}", "the label 'bad' is none of the choices: good"),
         ("task.metrics=[acuracy]", "nearest is 'accuracy'"),
         ("decoding.beams=2", "no setting 'beams'"),
         ("optimization.trainer.optm=sgd", "nearest is 'optim'"),
+        ("optimization.trainer.label_smoothing_factor=0.1", "has no effect on a run"),
         ("optimization.trainer.learning_rate=1", "set optimization.learning_rate instead"),
         ("optimization.trainer.optim=nonsense", "nonsense"),
         ("run.device=tpu", "choose cpu, cuda or mps"),
@@ -315,13 +332,21 @@ def test_bad_records_stop_the_run_or_are_counted(tmp_path: Path) -> None:
         finetune.run(path)
     finetune.run(path, ["data.skip_bad_lines=true"])
     assert "2 records could not be used" in (tmp_path / "out" / "start.txt").read_text("utf-8")
+    with (tmp_path / "train.jsonl").open("a", encoding="utf-8") as file:
+        file.write("{broken\n")
+    finetune.run(path, ["data.skip_bad_lines=true", f"run.out={tmp_path / 'again'}"])
+    assert "3 records could not be used" in (tmp_path / "again" / "start.txt").read_text("utf-8")
 
 
-def test_long_samples_are_cut_and_counted_and_odd_rates_hinted_at(tmp_path: Path) -> None:
+def test_long_samples_are_cut_and_counted_and_odd_rates_hinted_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_recipe(tmp_path, data={"max_source": 8}, method={"name": "p-tuning-v2"})
     finetune.run(path, ["optimization.learning_rate=2e-4"])
     start = (tmp_path / "out" / "start.txt").read_text("utf-8")
-    assert "of 8 samples, " in start and "raise data.max_source (8)" in start
+    assert "of 8 samples, " in start and "raise data.max_source (8)" in start and "tokens on the left" in start
+    assert "validation: of 4 samples " in capsys.readouterr().err
+    assert read_results(tmp_path / "out")["truncated"]["cut"] > 0
     assert "a learning rate of 0.0002 is unusual for p-tuning-v2" in start
 
 

@@ -1,6 +1,7 @@
 """A fine-tuning run that is killed goes on bit for bit, and goes on with its own recipe and samples only."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from gmask.errors import GmaskError
 from gmask.training import finetune
 from gmask.training.tuning import trainer
-from tuning_data import CHAT, SENTIMENT, read_log, read_losses, write_lines, write_recipe
+from tuning_data import CHAT, CLOZE_TASK, SENTIMENT, read_log, read_losses, write_lines, write_recipe
 
 DROPOUT = {"name": "lora", "rank": 4, "dropout": 0.3}  # draws random numbers at every step
 
@@ -88,6 +90,20 @@ def test_another_recipe_cannot_resume_and_its_keys_are_named(tmp_path: Path) -> 
         finetune.run(path, resume=False)
     write_lines(tmp_path / "train.jsonl", SENTIMENT[:-1])
     with pytest.raises(GmaskError, match=r"the content of train file train\.jsonl differs"):
+        finetune.run(path)
+
+
+def test_a_task_that_was_changed_is_not_resumed_nor_a_finished_run_taken_for_another(tmp_path: Path) -> None:
+    task = tmp_path / "mood.yaml"
+    task.write_text(yaml.safe_dump(CLOZE_TASK, sort_keys=False), "utf-8")
+    path = write_recipe(tmp_path, task=str(task))
+    finetune.run(path)
+    for checkpoint in trainer.list_checkpoints(tmp_path / "out"):  # to save room
+        shutil.rmtree(checkpoint)
+    with pytest.raises(GmaskError, match=r"another recipe: run\.seed differs"):
+        finetune.run(path, ["run.seed=3"])
+    task.write_text(yaml.safe_dump({**CLOZE_TASK, "choices": {"bad": "good", "good": "bad"}}, sort_keys=False), "utf-8")
+    with pytest.raises(GmaskError, match="another recipe: the content of task mood differs"):
         finetune.run(path)
 
 

@@ -242,6 +242,9 @@ def test_adalora_ends_with_the_ranks_that_were_asked_for_and_resumes_exactly() -
         ({"rank": 0}, "method.rank must be at least 1"),
         ({"dropout": 1.0}, "method.dropout must be"),
         ({"alpha": 0}, "method.alpha must be above 0"),
+        ({"alpha": float("nan")}, "method.alpha must be above 0 and finite, not nan"),
+        ({"targets": 3}, "method.targets is 3: expected query_key_value, "),
+        ({"targets": []}, "method.targets is []: expected query_key_value, "),
         ({"targets": ["q_proj"]}, "method.targets is 'q_proj': choose query_key_value"),
         ({"name": "p-tuning", "prompt_encoder": "gru"}, "method.prompt_encoder is 'gru'"),
     ],
@@ -267,12 +270,18 @@ def test_a_rate_of_another_method_is_hinted_at() -> None:
     assert "3e-05 is one for full" in str(hint_learning_rate("p-tuning-v2", 3e-5))
     assert "2e-05 is unusual for lora" in str(hint_learning_rate("lora", 2e-5))
     assert "0.02 is one for p-tuning-v2" in str(hint_learning_rate("full", 0.02))
+    assert "0.0005 to 0.01 is common, 0.0002 is one for lora" in str(hint_learning_rate("p-tuning", 2e-4))
+
+
+def test_targets_name_each_layer_once() -> None:
+    assert MethodSettings(targets=("dense", "dense")).layers == ("dense",)
+    assert MethodSettings(targets=("dense", "all-linear")).layers == MethodSettings(targets="all-linear").layers
 
 
 @pytest.mark.parametrize(
     ("settings", "bits", "message"),
     [
-        (MethodSettings(name="qlora"), None, "set model.quantize to int8 or int4, or choose lora"),
+        (MethodSettings(name="qlora"), None, "to int8 or int4, or choose lora"),
         (MethodSettings(name="dora"), 8, "dora needs the norms of the float weights"),
         (MethodSettings(name="full"), 4, "integers cannot be trained"),
         (MethodSettings(name="frozen-embeddings"), 8, "integers cannot be trained"),

@@ -106,6 +106,12 @@ def test_a_table_counts_the_lines_of_its_cells(tmp_path: Path) -> None:
     assert [(record.line, record.values["label"]) for record in read_records(path)] == [(2, "a"), (5, "b")]
 
 
+def test_a_table_of_one_column_may_hold_other_marks(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('text\n"Hi; you | all"\n')
+    assert [record.values for record in read_records(path)] == [{"text": "Hi; you | all"}]
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
 @given(
     rows=st.lists(st.dictionaries(st.text(max_size=4), st.text(max_size=6), max_size=3), min_size=1, max_size=4),
@@ -140,6 +146,13 @@ def test_records_of_an_array_name_their_lines(
         ("a.json", b"\xff", r"a\.json: not UTF-8"),
         ("a.csv", b"a,b\n1,2\n1\n", r"a\.csv, line 3: 1 values for the 2 columns a, b"),
         ("a.csv", b"a,a\n1,2\n", r"a\.csv, line 1: two columns have the same name"),
+        ("a.csv", b"text;label\nHi, you;1\n", r"a\.csv, line 1: the table seems to be separated by ';': separate its"),
+        (
+            "a.csv",
+            b"text\tlabel\nHi\t1\n",
+            r"separated by '\\t': separate its columns by commas, or by tabs in a \.tsv",
+        ),
+        ("a.tsv", b"text|label\nHi|1\n", r"a\.tsv, line 1: the table seems to be separated by '\|'"),
         ("a.csv", b'a,b\n1,"2"x\n', r"a\.csv, line 2: not a table"),
         ("a.csv", "a\n天".encode("gbk"), r"a\.csv: not UTF-8 text; save the table as UTF-8"),
         ("a.csv", b"a,b\n", "there is no record"),

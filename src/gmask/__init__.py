@@ -93,8 +93,11 @@ __all__ = [
     "embed",
     "infill",
     "load",
+    "load_adapter",
     "load_model_on_gpus",
+    "merge_adapter",
     "reply_all",
+    "save_adapter",
     "score",
     "stream_infill",
 ]

@@ -1,6 +1,8 @@
 """What is raised for a mistake that the user can mend?"""
 
+import difflib
 import re
+from collections.abc import Iterable
 
 SHORTAGE = re.compile(r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED")
 """In the messages of torch, whose errors are plain RuntimeErrors on a CPU and on Apple's GPU."""
@@ -13,6 +15,11 @@ class GmaskError(ValueError):
 def one_line(error: Exception) -> str:
     """The start of another library's message; of torch's, of what stands behind its advice."""
     return " ".join(str(error).split("WeightsUnpickler error:")[-1].split())[:160] or type(error).__name__
+
+
+def nearest(word: object, known: Iterable[str]) -> str:
+    """The one of several known words that a mistyped word most resembles."""
+    return difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.0)[0]
 
 
 def is_shortage(error: Exception) -> bool:

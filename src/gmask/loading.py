@@ -15,7 +15,7 @@ from gmask.checkpoints.model_weights import fill_model
 from gmask.checkpoints.reading import is_megatron, open_checkpoint
 from gmask.checkpoints.reading import weight_files as weight_files
 from gmask.checkpoints.tensor_files import refuse_placeholder
-from gmask.checkpoints.tokenizer_files import read_tokenizer
+from gmask.checkpoints.tokenizer_files import SETTINGS_FILES, VOCABULARY_FILES, read_tokenizer, require_vocabulary
 from gmask.errors import GmaskError
 from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from gmask.models.chatglm.placement import spread_layers
@@ -26,14 +26,6 @@ BUNDLED = Path(__file__).parent / "pretrained"
 
 BUNDLED_MODELS = {"bundled": BUNDLED, "bundled-chat": BUNDLED / "chat"}
 """What comes with gmask: a model that fills blanks, and the same tuned to answer."""
-
-VOCABULARY_FILES = {
-    "chinese": "cog-pretrain.model",
-    "gpt2": "vocab.json and merges.txt of GPT-2",
-    "bert": "vocab.txt of BERT (uncased)",
-    "roberta": "vocab.json and merges.txt of RoBERTa",
-}
-"""What a tokenizer is read from, by its name in the catalog."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -255,17 +247,11 @@ def load_tokenizer(folder: Path, *, kind: str | None = None) -> PreTrainedTokeni
         GmaskError: no vocabulary there, or a damaged one.
     """
     if folder.is_dir():
-        names = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                 "cog-pretrain.model", "ice_text.model", "vocab.txt", "vocab.json", "merges.txt"}  # fmt: skip
-        found = [path for path in sorted(folder.iterdir()) if path.name in names]
-        if is_megatron(folder) and not found:
-            files = VOCABULARY_FILES[kind] if kind else " or ".join(VOCABULARY_FILES.values())
-            raise GmaskError(
-                f"{folder}: has no vocabulary beside it: give tokenizer=FOLDER (gmask convert: --tokenizer FOLDER), "
-                f"one that holds {files}"
-            )
-        for path in found:
-            refuse_placeholder(path)
+        for path in sorted(folder.iterdir()):
+            if path.name in VOCABULARY_FILES | SETTINGS_FILES:
+                refuse_placeholder(path)
+        if is_megatron(folder):
+            require_vocabulary(folder, kind)
     return read_tokenizer(folder, kind=kind)
 
 

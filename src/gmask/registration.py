@@ -271,11 +271,6 @@ def _folder_of(source: str | None) -> Path | None:
     path = Path(source).expanduser()
     if path.exists():
         return path if path.is_dir() else path.parent
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+    from gmask.checkpoints.hub import find_cached
 
-    try:
-        cached = try_to_load_from_cache(str(source), "config.json")
-    except HFValidationError:
-        return None
-    return Path(cached).parent if isinstance(cached, str) else None
+    return find_cached(source)

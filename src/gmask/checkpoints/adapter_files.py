@@ -5,6 +5,7 @@ published one of P-tuning v2 (a checkpoint with ``transformer.prefix_encoder.*``
 trained vectors (P-tuning), whose ``adapter_config.json`` PEFT does not read.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gmask.checkpoints.architectures import architecture_of
 from gmask.checkpoints.fit import PREFIX
@@ -109,6 +110,30 @@ class Adapter:
         if self.is_published_prefix and config.model_type != "chatglm":
             raise GmaskError(f"{self.folder}: a published P-tuning prefix belongs to a ChatGLM, and {base} is a GLM")
 
+    def check_weights(self, model: PreTrainedModel) -> None:
+        """Raises `GmaskError` if it was trained for other weights than those of a model of the same shape."""
+        wanted = self.notes.get("base_fingerprint")
+        if wanted is not None and wanted != fingerprint(model):
+            name = self.values.get("base_model_name_or_path") or "another model"
+            raise GmaskError(
+                f"{self.folder}: was trained for {name}, and {model.name_or_path or 'this model'} has other weights: "
+                "name the model that it was trained for"
+            )
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """What tells the weights of a model from others of its shape: a digest of its last layer norm.
+
+    That is never quantized, and rounded to bfloat16 it is the same in every precision. Weights with LoRA folded in keep
+    it.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if ".final_layernorm." in name:
+            rounded = parameter.detach().to("cpu", torch.bfloat16)
+            digest.update(rounded.contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
 
 def read_adapter(folder: Path) -> Adapter:
     """Opens the folder of an adapter.
@@ -159,12 +184,14 @@ def shape_of(config: PreTrainedConfig) -> dict[str, Any]:
     return {"model_type": config.model_type, **{name: getattr(config, name) for name in SHAPE}}
 
 
-def describe_base(model_class: type, config: PreTrainedConfig) -> dict[str, Any]:
+def describe_base(model: PreTrainedModel) -> dict[str, Any]:
     """What is noted of a base model, in a place of ``adapter_config.json`` where PEFT leaves room for it."""
+    config = model.config
     return {
-        "base_model_class": model_class.__name__,
+        "base_model_class": type(model).__name__,
         "parent_library": architecture_of(config).home,
         "base_shape": shape_of(config),
+        "base_fingerprint": fingerprint(model),
         "num_labels": config.num_labels,
     }
 

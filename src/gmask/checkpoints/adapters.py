@@ -27,7 +27,8 @@ from gmask.checkpoints.fit import PREFIX
 from gmask.checkpoints.peft_layers import fill_layers, fold_layers, has_layers, layer_tensors, layer_values
 from gmask.errors import GmaskError
 from gmask.models.glm import GLMConfig
-from gmask.models.glm.prompt_vectors import Network, attach_prompts, has_prompts
+from gmask.models.glm.configuration import Network
+from gmask.models.glm.prompt_vectors import attach_prompts, has_prompts
 from gmask.models.prefix import attach_prefix
 
 LANGUAGE_MODELS = ("GLMForConditionalGeneration", "ChatGLMForConditionalGeneration")
@@ -57,7 +58,12 @@ def load_adapter(model: PreTrainedModel, folder: Path | str, *, trainable: bool 
 
 
 def attach(model: PreTrainedModel, adapter: Adapter, tensors: Mapping[str, Tensor], *, trainable: bool = False) -> None:
-    """Puts an adapter that was read into a model, but for whole parts of this: `read_parts`."""
+    """Puts an adapter that was read into a model, but for whole parts of this: `read_parts`.
+
+    Raises:
+        GmaskError: it was trained for other weights.
+    """
+    adapter.check_weights(model)
     if adapter.kind in LAYERS:
         fill_layers(model, adapter, tensors, trainable=trainable)
         return
@@ -115,7 +121,7 @@ def save_adapter(
     else:
         raise GmaskError("the model has no adapter that could be saved: save the model itself")
     tensors |= {f"{WRAPPER}{name}": parameter for name, parameter in head_parameters(model).items()}
-    notes = describe_base(type(model), config) | ({"settings": dict(settings)} if settings else {})
+    notes = describe_base(model) | ({"settings": dict(settings)} if settings else {})
     task = "CAUSAL_LM" if type(model).__name__ in LANGUAGE_MODELS else None
     values |= {"base_model_name_or_path": base, "task_type": task, "auto_mapping": notes}
     write_adapter(Path(folder).expanduser(), values, tensors)

@@ -18,8 +18,6 @@ CLASSES = (
     "GLMForMultiTokenCloze",
     "GLMForSingleTokenCloze",
 )
-LATER_CHATGLM = frozenset({"multi_query_attention", "padded_vocab_size", "rmsnorm"})
-"""What the configs of ChatGLM2, ChatGLM3 and GLM-4-9B have, and that of ChatGLM-6B has not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +75,7 @@ def find_architecture(values: Mapping[str, Any], path: Path) -> Architecture:
     """
     kind, classes = values.get("model_type"), _named_classes(values)
     if kind == "chatglm":
-        if not LATER_CHATGLM.isdisjoint(values) or any("WithImage" in name for name in classes):
+        if _names_later_settings(values) or any("WithImage" in name for name in classes):
             raise GmaskError(f"{path}: {_name_other(values)}")
         return CHATGLM
     if kind == "glm_blank" or "block_position_encoding" in values or {*GLM.classes, GLM.body} & set(classes):
@@ -88,6 +86,11 @@ def find_architecture(values: Mapping[str, Any], path: Path) -> Architecture:
 def architecture_of(config: PreTrainedConfig) -> Architecture:
     """The architecture that a config of ours is of."""
     return next(row for row in ARCHITECTURES if isinstance(config, row.config_class))
+
+
+def class_of(config: PreTrainedConfig) -> Any:
+    """The class that a config of ours names; the language model if it names none."""
+    return architecture_of(config).find_class((config.architectures or [None])[0])
 
 
 def find_class_name(values: Mapping[str, Any], path: Path) -> str:
@@ -111,7 +114,7 @@ def _named_classes(values: Mapping[str, Any]) -> list[str]:
 
 def _name_other(values: Mapping[str, Any]) -> str:
     kind = values.get("model_type")
-    if kind == "chatglm" and not LATER_CHATGLM.isdisjoint(values):
+    if kind == "chatglm" and _names_later_settings(values):
         return (
             "is ChatGLM2, ChatGLM3 or GLM-4-9B, not a first-generation GLM; load it with transformers and its own code "
             "(gmask.registration.unregister(), then AutoModel.from_pretrained with trust_remote_code=True)"
@@ -124,3 +127,9 @@ def _name_other(values: Mapping[str, Any]) -> str:
             "load it with transformers (AutoModelForCausalLM.from_pretrained)"
         )
     return f"model_type {kind!r} is not a first-generation GLM"
+
+
+def _names_later_settings(values: Mapping[str, Any]) -> bool:
+    from gmask.models.chatglm.configuration import LATER_GENERATIONS  # which reading a GLM's config need not load
+
+    return not LATER_GENERATIONS.isdisjoint(values)

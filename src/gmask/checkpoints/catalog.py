@@ -11,9 +11,6 @@ from typing import Any, Literal
 
 import yaml
 
-MASK_ROLES = {"[MASK]": "mask_token_id", "[sMASK]": "smask_token_id", "[gMASK]": "gmask_token_id"}
-"""The blanks, and the names of their ids in a config."""
-
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 QUANTIZED_BITS = {"int8": 8, "int4": 4}
 
@@ -46,11 +43,6 @@ class Family:
     aliases: tuple[str, ...] = ()  # other names in use, under which no download was found
     archive: str | None = None  # of the original checkpoint, as the README of THUDM/GLM names it
     stored_dtype: str | None = None  # of the weights in the Hugging Face form; None where that is not known
-
-    @property
-    def untrained_masks(self) -> tuple[str, ...]:
-        """Blanks that the vocabulary has, though the model was not trained with them."""
-        return tuple(mask for mask, role in MASK_ROLES.items() if role in self.special_ids and mask not in self.masks)
 
     def memory(self, dtype: str) -> int:
         """Bytes of the weights in ``"float32"``, ``"bfloat16"`` or ``"float16"``, or as ``"int8"`` or ``"int4"``.

@@ -7,14 +7,13 @@ from transformers import PreTrainedModel
 
 from gmask.checkpoints.architectures import architecture_of
 from gmask.checkpoints.configs import read_config
-from gmask.checkpoints.content import Content
+from gmask.checkpoints.content import Content, main_dtype
 from gmask.checkpoints.fit import HEAD, check_head, check_vocabulary, match_keys
 from gmask.checkpoints.model_folder import verify_folder, write_config, write_shards, write_tokenizer
 from gmask.checkpoints.model_weights import shape_model
 from gmask.checkpoints.plans import Advance, Origin, Plan
 from gmask.checkpoints.preflight import shape_stored
 from gmask.checkpoints.reading import Checkpoint
-from gmask.checkpoints.tensor_files import SCALES
 from gmask.checkpoints.tokenizer_files import read_tokenizer
 from gmask.errors import GmaskError
 from gmask.models.chatglm import ChatGLMConfig
@@ -44,7 +43,7 @@ def plan_chat_folder(checkpoint: Checkpoint, origin: Origin, dtype: torch.dtype 
     check_vocabulary(tokenizer, config)
     model = shape_stored(checkpoint.folder, config)
     content = _choose_content(checkpoint, model, dtype, published=published)
-    config.dtype = _dtype_of(content, architecture_of(config).embedding)
+    config.dtype = main_dtype(content, architecture_of(config).embedding)
 
     def write(folder: Path, advance: Advance) -> None:
         write_shards(content, folder, advance)
@@ -74,12 +73,6 @@ def _choose_content(
     tied = {HEAD: embedding, f"{HEAD}_scale": f"{embedding}_scale"} if model.config.tie_word_embeddings else {}
     twins = {head: key for head, key in tied.items() if key in checkpoint and head not in checkpoint}
     return Content(checkpoint, names | {key: key for key in twins}, dtype, twins=twins)
-
-
-def _dtype_of(content: Content, embedding: str) -> torch.dtype:
-    """The dtype that a model of these weights computes in."""
-    keys = [embedding, *(key for key in content if not key.endswith(SCALES))]
-    return next(content.dtype(key) for key in keys if content.dtype(key).is_floating_point)
 
 
 def _tell_unknown(config: ChatGLMConfig) -> list[str]:

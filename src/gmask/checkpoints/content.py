@@ -120,5 +120,15 @@ def has_overflown(stored: Tensor, tensor: Tensor) -> bool:
     return any(not torch.equal(before.isfinite(), after.isfinite()) for before, after in pieces)
 
 
+def main_dtype(weights: Checkpoint | Content, embedding: str) -> torch.dtype:
+    """The dtype that a model of these weights computes in: of its embedding, or of the first floats.
+
+    Args:
+        embedding: the bare name of the word embedding.
+    """
+    keys = [embedding, *(key for key in weights if not key.endswith(SCALES))]
+    return next(weights.dtype(key) for key in keys if weights.dtype(key).is_floating_point)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -1,6 +1,5 @@
 """How does a checkpoint of one form become one of another?"""
 
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from gmask.checkpoints.chat_plans import plan_chat_folder
 from gmask.checkpoints.configs import lacks_config, read_config
 from gmask.checkpoints.content import dtype_name, verify
 from gmask.checkpoints.memory import check_room
+from gmask.checkpoints.model_folder import copy_companions
 from gmask.checkpoints.placing import check_places, check_space, placed_at_last
 from gmask.checkpoints.plans import Origin, Plan, plan_folder, plan_ranks
 from gmask.checkpoints.reading import Checkpoint, open_checkpoint
@@ -21,9 +21,6 @@ from gmask.errors import GmaskError
 from gmask.models.chatglm import ChatGLMConfig
 
 FORMS = ("gmask", "huggingface", "megatron")
-
-COMPANIONS = ("README.md", "LICENSE", "MODEL_LICENSE", "generation_config.json")
-"""Files that go along with the weights: they say whose these are, and how answers are drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +147,7 @@ def _fill(plan: Plan, folder: Path, source: Path) -> None:
     """Writes all files of the new folder and reads them back."""
     total = 2 * plan.content.nbytes
     with tqdm(total=total, unit="B", unit_scale=True, desc="writing", leave=False, disable=None) as bar:
-        for name in COMPANIONS:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        copy_companions(source, folder)
         plan.write(folder, bar.update)
         bar.set_description("reading back")
         verify(plan.content, folder, bar.update)

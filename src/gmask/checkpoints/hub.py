@@ -55,6 +55,18 @@ def fetch(name: str, *, revision: str | None = None) -> Path:
         raise GmaskError(_explain(error, repository, revision)) from error
 
 
+def find_cached(repository: str) -> Path | None:
+    """The folder of a model of the hub in the local cache, as its default branch was; None if it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(repository, "config.json")
+    except HFValidationError:  # a path, or another word that names no model
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
 def _find_repository(name: str) -> str:
     family = find_family(name)
     if looks_like_hub_name(name) and (family is None or name.split("/")[0].casefold() != MODELSCOPE.casefold()):

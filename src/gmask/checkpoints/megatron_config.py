@@ -91,6 +91,11 @@ def rows_to_copy(checkpoint: Checkpoint, config: GLMConfig, like: str | None = N
     family = row_of_shape(checkpoint) if like is None else find_family(like)
     if family is None or checkpoint.bookkeeping.get(ROWS_APART):
         return {}
+    return copies_of(family, config)
+
+
+def copies_of(family: Family, config: GLMConfig) -> dict[int, int]:
+    """`Family.copied_rows` that a model of this config has: those of its own ``[gMASK]``."""
     return {row: source for row, source in family.copied_rows.items() if row == config.gmask_token_id}
 
 

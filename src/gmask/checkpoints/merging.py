@@ -1,6 +1,5 @@
 """How does a model with an adapter become a model of its own?"""
 
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,9 +12,9 @@ from gmask.checkpoints.adapter_files import LAYERS, read_adapter
 from gmask.checkpoints.adapters import merge_adapter
 from gmask.checkpoints.architectures import architecture_of
 from gmask.checkpoints.configs import read_config
-from gmask.checkpoints.convert import COMPANIONS
+from gmask.checkpoints.content import dtype_name
 from gmask.checkpoints.fit import check_vocabulary
-from gmask.checkpoints.model_folder import SHARD_BYTES, write_tokenizer
+from gmask.checkpoints.model_folder import SHARD_BYTES, copy_companions, write_tokenizer
 from gmask.checkpoints.model_weights import fill_model
 from gmask.checkpoints.placing import check_places, check_space, placed_at_last
 from gmask.checkpoints.reading import open_checkpoint
@@ -88,13 +87,10 @@ def merge_folder(
     with placed_at_last(target) as folder:
         _write(model, folder, source, tokenizer)
     seconds = round(time.monotonic() - started, 1)
-    name = str(dtype).removeprefix("torch.")
-    return MergeReport(str(source), str(adapter), str(target), layers, name, size, seconds)
+    return MergeReport(str(source), str(adapter), str(target), layers, dtype_name(dtype), size, seconds)
 
 
 def _write(model: PreTrainedModel, folder: Path, source: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
     write_tokenizer(tokenizer, folder, published=False)
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    copy_companions(source, folder)

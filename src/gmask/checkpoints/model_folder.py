@@ -1,6 +1,7 @@
 """What stands in a folder that transformers reads, in our form and in the published one?"""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from gmask.models.glm.published_vocabulary import PublishedVocabulary
 from gmask.quantization.quantizer import form_of
 
 SHARD_BYTES = 5 * 10**9
+
+COMPANIONS = ("README.md", "LICENSE", "MODEL_LICENSE", "generation_config.json")
+"""Files that go along with the weights: they say whose these are, and how answers are drawn."""
 
 ROWS_FILE = "training_rows.safetensors"
 """Rows of the word embedding that the training checkpoint had where the model has copies of others, by their number."""
@@ -58,12 +62,27 @@ def write_shards(content: Content, folder: Path, advance: Callable[[int], object
             for name in shard:
                 writer.write(name, content.read(keys[name]))
                 advance(shard[name].nbytes)
+    write_index(shards, folder)
+
+
+def write_index(shards: Mapping[str, Mapping[str, Tensor]], folder: Path) -> None:
+    """Writes which of several files holds which tensor; one file needs no index.
+
+    Args:
+        shards: what each file holds, by its name; the tensors may be without numbers.
+    """
     if len(shards) > 1:
         places = {name: file for file, shard in shards.items() for name in shard}
-        write_json(
-            folder / "model.safetensors.index.json",
-            {"metadata": {"total_size": content.nbytes}, "weight_map": dict(sorted(places.items()))},
-        )
+        size = sum(tensor.nbytes for shard in shards.values() for tensor in shard.values())
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copies those of `COMPANIONS` that are there into the folder of the new weights."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def write_config(config: Config, folder: Path, *, published: bool) -> None:
@@ -90,6 +109,7 @@ def write_config(config: Config, folder: Path, *, published: bool) -> None:
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, published: bool) -> None:
+    """Writes the vocabulary and its settings, in the published form with what the published code expects of them."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
@@ -106,6 +126,7 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, publish
 
 
 def write_rows(rows: Mapping[int, Tensor], folder: Path) -> None:
+    """Writes rows of the word embedding into `ROWS_FILE`, for the way back to a training checkpoint."""
     with SafetensorsWriter(folder / ROWS_FILE, {str(row): values.to("meta") for row, values in rows.items()}) as writer:
         for row, values in rows.items():
             writer.write(str(row), values)

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from gmask.checkpoints.adapter_files import PREFIX_TUNING, Adapter, read_adapter
 from gmask.checkpoints.adapters import attach, read_parts
-from gmask.checkpoints.architectures import architecture_of
+from gmask.checkpoints.architectures import architecture_of, class_of
 from gmask.checkpoints.configs import Config, lacks_config
+from gmask.checkpoints.content import main_dtype
 from gmask.checkpoints.fit import check_head, match_keys
 from gmask.checkpoints.memory import check_room, format_bytes
 from gmask.checkpoints.reading import Checkpoint, open_checkpoint
@@ -95,7 +96,7 @@ def shape_model(
     Raises:
         GmaskError: a class that is not for this kind of model.
     """
-    chosen = model_class or architecture_of(config).find_class((config.architectures or [None])[0])
+    chosen = model_class or class_of(config)
     if not issubclass(chosen.config_class, type(config)):
         if isinstance(config, ChatGLMConfig):
             raise GmaskError(f"{folder}: is a ChatGLM, which has no blanks to fill: use `gmask chat` or model.chat")
@@ -186,8 +187,7 @@ def _check_form(folder: Path, stored: QuantizationConfig, wanted: QuantizationCo
 def _default_dtype(checkpoint: Checkpoint, config: Config, device: torch.device, numbers: int) -> torch.dtype:
     if device.type == "cpu":
         return torch.bfloat16 if numbers > LARGE else torch.float32
-    keys = [architecture_of(config).embedding, *(key for key in checkpoint if not key.endswith(SCALES))]
-    return next(checkpoint.dtype(key) for key in keys if checkpoint.dtype(key).is_floating_point)
+    return main_dtype(checkpoint, architecture_of(config).embedding)
 
 
 def _place_dtype(checkpoint: Checkpoint, key: str, wanted: torch.dtype) -> torch.dtype:

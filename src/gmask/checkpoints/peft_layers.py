@@ -60,6 +60,7 @@ def inject(model: PreTrainedModel, config: "PeftConfig") -> Any:
 
 
 def has_layers(model: PreTrainedModel) -> bool:
+    """Whether layers of PEFT stand in the model; transformers' own `add_adapter` leaves the same mark."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 

@@ -12,7 +12,7 @@ from gmask.checkpoints.catalog import family_of_shape
 from gmask.checkpoints.configs import SPECIAL_IDS, lacks_config, read_glm_config
 from gmask.checkpoints.content import EMBEDDING, Content
 from gmask.checkpoints.fit import check_head, check_vocabulary, match_keys
-from gmask.checkpoints.megatron_config import ROWS_APART, find_row, row_of_shape, rows_to_copy
+from gmask.checkpoints.megatron_config import ROWS_APART, copies_of, find_row, row_of_shape, rows_to_copy
 from gmask.checkpoints.model_folder import (
     read_rows,
     verify_folder,
@@ -21,21 +21,17 @@ from gmask.checkpoints.model_folder import (
     write_shards,
     write_tokenizer,
 )
+from gmask.checkpoints.model_weights import shape_model
 from gmask.checkpoints.rank_folder import check_divisible, find_iteration, new_bookkeeping, training_names, write_ranks
 from gmask.checkpoints.reading import Checkpoint
-from gmask.checkpoints.tokenizer_files import CLASSES, read_tokenizer
+from gmask.checkpoints.tokenizer_files import read_tokenizer, require_vocabulary
 from gmask.checkpoints.weight_maps import same_bits
 from gmask.errors import GmaskError
-from gmask.models import glm
 from gmask.models.glm import GLMConfig
-from gmask.models.glm.modeling import GLMPreTrainedModel
 from gmask.models.glm.prompts import find_token_id
 from gmask.quantization.quantizer import form_of
 
 TANH, ERF = "gelu_pytorch_tanh", "gelu"
-
-VOCABULARIES = ("tokenizer.json", "cog-pretrain.model", "vocab.txt", "vocab.json")
-"""Files of which every folder with a vocabulary has one."""
 
 Advance = Callable[[int], object]
 """Is told the bytes that were dealt with."""
@@ -77,7 +73,7 @@ def plan_ranks(checkpoint: Checkpoint, origin: Origin, dtype: torch.dtype | None
         content = Content(checkpoint, training_names(checkpoint, keys), dtype)
     else:
         config = _read_plain_config(checkpoint.folder)
-        heads, model = config.num_attention_heads, _shape_model(config)
+        heads, model = config.num_attention_heads, shape_model(checkpoint.folder, config)
         keys = list(match_keys(checkpoint, model))
         check_head(checkpoint, model)
         if not config.tie_word_embeddings:
@@ -111,7 +107,7 @@ def plan_folder(checkpoint: Checkpoint, origin: Origin, dtype: torch.dtype | Non
         config, notes, copied = _read_plain_config(checkpoint.folder), [], {}
         tokenizer = _read_vocabulary(checkpoint.folder, origin.tokenizer, None)
         check_vocabulary(tokenizer, config)
-    model = _shape_model(config)
+    model = shape_model(checkpoint.folder, config)
     names = match_keys(checkpoint, model)
     check_head(checkpoint, model)
     if published and not config.tie_word_embeddings:
@@ -156,13 +152,6 @@ def _read_plain_config(folder: Path) -> GLMConfig:
     return config
 
 
-def _shape_model(config: GLMConfig) -> GLMPreTrainedModel:
-    """The model of a config, without numbers."""
-    with torch.device("meta"):
-        model: GLMPreTrainedModel = getattr(glm, (config.architectures or ["GLMForConditionalGeneration"])[0])(config)
-    return model
-
-
 def _read_training_config(
     checkpoint: Checkpoint, origin: Origin
 ) -> tuple[GLMConfig, PreTrainedTokenizerBase, list[str]]:
@@ -190,12 +179,9 @@ def _read_training_config(
 
 
 def _read_vocabulary(folder: Path, elsewhere: Path | None, kind: str | None) -> PreTrainedTokenizerBase:
-    place = elsewhere or folder
-    if elsewhere is None and not any((folder / name).is_file() for name in VOCABULARIES):
-        wanted = {name: files.vocab_files_names.values() for name, files in CLASSES.items() if kind in (None, name)}
-        files = " or ".join(" and ".join(sorted(set(names) - {"added_tokens.json"})) for names in wanted.values())
-        raise GmaskError(f"{folder}: has no vocabulary beside it: give --tokenizer FOLDER, one that holds {files}")
-    return read_tokenizer(place, kind=kind)
+    if elsewhere is None:
+        require_vocabulary(folder, kind)
+    return read_tokenizer(elsewhere or folder, kind=kind)
 
 
 def _rows_for_training(content: Content, config: GLMConfig) -> tuple[dict[int, Tensor], bool, list[str]]:
@@ -210,9 +196,7 @@ def _rows_for_training(content: Content, config: GLMConfig) -> tuple[dict[int, T
         vocab_size=config.vocab_size,
         positions=config.max_position_embeddings,
     )
-    copied = (
-        {row: source for row, source in family.copied_rows.items() if row == config.gmask_token_id} if family else {}
-    )
+    copied = copies_of(family, config) if family else {}
     if not copied:
         return {}, False, []
     found = content.read_rows([*copied, *copied.values()])

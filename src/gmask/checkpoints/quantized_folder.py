@@ -1,6 +1,5 @@
 """How does a folder with a model become one with int8 or int4 weights?"""
 
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -13,9 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.checkpoints.architectures import architecture_of
 from gmask.checkpoints.configs import read_config
-from gmask.checkpoints.convert import COMPANIONS
 from gmask.checkpoints.fit import check_head, check_vocabulary, match_keys
-from gmask.checkpoints.model_folder import SHARD_BYTES, write_config, write_json, write_tokenizer
+from gmask.checkpoints.model_folder import SHARD_BYTES, copy_companions, write_config, write_index, write_tokenizer
 from gmask.checkpoints.model_weights import plan_weights, shape_model, stream_weights
 from gmask.checkpoints.placing import check_places, check_space, placed_at_last
 from gmask.checkpoints.reading import open_checkpoint
@@ -91,9 +89,7 @@ def quantize_folder(
                 state = calibrated.state_dict()
                 pieces = ((name, state[name].cpu().to(meta.dtype)) for name, meta in plan.items())
             _write(folder, plan, pieces)
-            for name in COMPANIONS:
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, folder / name)
+            copy_companions(source, folder)
             model.config.quantization_config, model.config.dtype = form, dtype
             write_config(model.config, folder, published=False)
             write_tokenizer(tokenizer, folder, published=False)
@@ -122,7 +118,4 @@ def _write(folder: Path, plan: Mapping[str, Tensor], pieces: Iterator[tuple[str,
         writers = {file: stack.enter_context(SafetensorsWriter(folder / file, shard)) for file, shard in shards.items()}
         for name, tensor in pieces:
             writers[places[name]].write(name, tensor)
-    if len(shards) > 1:
-        size = sum(tensor.nbytes for tensor in plan.values())
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-        write_json(folder / "model.safetensors.index.json", index)
+    write_index(shards, folder)

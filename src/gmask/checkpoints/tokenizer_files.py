@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from gmask.checkpoints.json_files import read_object
 from gmask.errors import GmaskError, one_line
 from gmask.models.chatglm.tokenization import VOCABULARY_FILE, ChatGLMTokenizer
-from gmask.models.glm.published_vocabulary import read_ids
+from gmask.models.glm.published_vocabulary import ADDED_TOKENS, read_ids
 from gmask.models.glm.special_tokens import TRAINING_TOKENS
 from gmask.models.glm.tokenization import (
     GLMBertTokenizer,
@@ -32,6 +32,39 @@ CLASS_NAMES: dict[str, type[Any]] = {
     **dict.fromkeys(("GLMTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend"), GLMTokenizer),
 }
 """What ``tokenizer_class`` may say in ``tokenizer_config.json``."""
+
+SETTINGS_FILES = frozenset({"tokenizer_config.json", "special_tokens_map.json", ADDED_TOKENS})
+"""Files that say more of a vocabulary, and hold none."""
+
+VOCABULARY_FILES = {
+    "tokenizer.json",
+    VOCABULARY_FILE,
+    *(name for tokenizer_class in CLASSES.values() for name in tokenizer_class.vocab_files_names.values()),
+} - SETTINGS_FILES
+"""Files of which every folder with a vocabulary has one."""
+
+WANTED = {
+    "chinese": "cog-pretrain.model",
+    "gpt2": "vocab.json and merges.txt of GPT-2",
+    "bert": "vocab.txt of BERT (uncased)",
+    "roberta": "vocab.json and merges.txt of RoBERTa",
+}
+"""What a user has to bring for a kind of vocabulary, in words."""
+
+
+def require_vocabulary(folder: Path, kind: str | None) -> None:
+    """Raises `GmaskError` for a folder with weights alone, with the files that are missing.
+
+    Args:
+        kind: of the vocabulary that is wanted; None for any.
+    """
+    if any((folder / name).is_file() for name in VOCABULARY_FILES):
+        return
+    files = WANTED[kind] if kind else " or ".join(WANTED.values())
+    raise GmaskError(
+        f"{folder}: has no vocabulary beside it: give tokenizer=FOLDER (gmask convert: --tokenizer FOLDER), one that "
+        f"holds {files}"
+    )
 
 
 def read_tokenizer(folder: Path, *, kind: str | None = None) -> PreTrainedTokenizerBase:

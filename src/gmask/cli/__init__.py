@@ -4,6 +4,7 @@ One thin function a verb; each imports what it needs when it runs, so that ``gma
 """
 
 import os
+import re
 import sys
 import warnings
 from typing import NoReturn
@@ -60,7 +61,7 @@ def main() -> None:
     except typer.Abort:
         sys.exit(1)
     except ModuleNotFoundError as error:
-        _fail(f"{error.name} is not installed; training needs pip install 'gmask[train]'")
+        _fail_missing(error)
     except OSError as error:  # no such file, no permission, disk full
         _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
     except (MemoryError, RuntimeError) as error:
@@ -74,6 +75,30 @@ def main() -> None:
 def _fail(message: str) -> NoReturn:
     print("gmask:", " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
+
+
+def _fail_missing(error: ModuleNotFoundError) -> NoReturn:
+    """Tells which package is missing, and which extra of gmask brings it if one does."""
+    if error.name is None:
+        _fail(str(error))
+    package = error.name.partition(".")[0]
+    extra = find_extra(package)
+    _fail(f"{package} is not installed" + (f": pip install 'gmask[{extra}]'" if extra else ""))
+
+
+def find_extra(package: str) -> str | None:
+    """The extra of gmask that asks for a package, by what was installed; None if none does."""
+    from importlib import metadata
+
+    try:
+        requirements = metadata.requires("gmask") or []
+    except metadata.PackageNotFoundError:  # run from its sources
+        return None
+    for requirement in requirements:
+        name, extra = re.match(r"[\w.-]+", requirement), re.search(r"extra == ['\"]([\w-]+)", requirement)
+        if name and extra and extra[1] != "dev" and name[0].replace("-", "_").lower() == package.lower():
+            return extra[1]
+    return None
 
 
 def _fail_usage(error: typer.TyperException) -> NoReturn:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gmask.cli.filling import read_pairs, read_texts
-from gmask.cli.options import Adapter, Dtype, Model, Pairs, Quantize
+from gmask.cli.arguments import base_of, merge_pairs, read_texts
+from gmask.cli.options import Adapter, Dtype, Pairs, Quantize
 from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
@@ -33,6 +33,15 @@ ContextLength = Annotated[
     typer.Option(help="Tokens of prompt and reply together.", show_default="what the model was trained on"),
 ]
 MaxTokens = Annotated[int | None, typer.Option(help="Tokens of a reply.", show_default="half of the context")]
+Talker = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Folder or name of a model, or bundled, or bundled-chat.",
+        show_default="bundled-chat, or the bundled model that the adapter is for",
+    ),
+]
 History = Annotated[
     Path | None, typer.Option("--load", help="Go on with the conversation in this file.", show_default=False)
 ]
@@ -40,7 +49,7 @@ History = Annotated[
 
 def chat(
     texts: Texts = None,
-    model: Model = "bundled-chat",
+    model: Talker = None,
     context_length: ContextLength = None,
     max_tokens: MaxTokens = None,
     history: History = None,
@@ -51,12 +60,13 @@ def chat(
 ) -> None:
     """Talk with a model: ChatGLM-6B, or another GLM by questions and answers."""
     from gmask.generation.chat import Chat
+    from gmask.generation.settings import make_settings
     from gmask.loading import load
 
-    settings = read_pairs(pairs or [])
-    if max_tokens is not None:
-        settings["max_tokens"] = max_tokens
-    network, tokenizer = load(model, dtype=dtype, quantize=quantize, adapter=adapter)
+    settings = merge_pairs(pairs, max_tokens=max_tokens)
+    make_settings({"max_tokens": sys.maxsize, **settings})  # a mistake is told before the model and its limit are read
+    chosen = model or (base_of(adapter, "bundled-chat") if adapter else "bundled-chat")
+    network, tokenizer = load(chosen, dtype=dtype, quantize=quantize, adapter=adapter)
     conversation = Chat(network, tokenizer, context_length=context_length, **settings)
     _tell_context(conversation.chatter.context_length, network.config.max_position_embeddings)
     if history is not None:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gmask.cli.options import AsJson, WrittenDtype
+
 if TYPE_CHECKING:
     from gmask.checkpoints.convert import ConversionReport
 
@@ -23,12 +25,7 @@ def convert(
         ),
     ] = "gmask",
     parts: Annotated[int, typer.Option(help="Ranks of model parallelism; for megatron alone.")] = 1,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="float32|bfloat16|float16", help="What the weights become.", show_default="as they are stored"
-        ),
-    ] = None,
+    dtype: WrittenDtype = None,
     like: Annotated[
         str | None,
         typer.Option(
@@ -42,7 +39,7 @@ def convert(
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder with the vocabulary.", show_default="SOURCE")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is at TARGET.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint in another form, and compare every bit of the result with the source."""
     from gmask.checkpoints import convert as conversion

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gmask.cli.inspection import find_cached
-from gmask.cli.options import BUNDLED
+from gmask.cli.arguments import refuse_unknown
+from gmask.cli.options import BUNDLED, DTYPE_NAMES, AsJson
 from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def estimate(
     dtype: Annotated[
         str | None,
         typer.Option(
-            metavar="float32|bfloat16|float16",
+            metavar=DTYPE_NAMES,
             help="Precision of what is not quantized.",
             show_default="float32 and bfloat16",
         ),
@@ -96,7 +96,7 @@ def estimate(
             show_default=False,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Tell how much memory a model takes to run or to tune, and what fits here, without loading or fetching it."""
     config = find_config(model)
@@ -170,6 +170,7 @@ def find_config(name: str) -> "Config":
         GmaskError: neither a folder of a model nor a name in the catalog.
     """
     from gmask.checkpoints.catalog import find_family
+    from gmask.checkpoints.hub import find_cached
     from gmask.estimation.weights import config_of_family, read_shape_config
     from gmask.loading import find_folder
 
@@ -179,7 +180,7 @@ def find_config(name: str) -> "Config":
         return config_of_family(family)
     if cached := find_cached(name):
         return read_shape_config(cached)
-    raise GmaskError(f"{name}: no such folder, and no published model of that name; gmask info --zoo lists them")
+    refuse_unknown(name)
 
 
 def list_choices(

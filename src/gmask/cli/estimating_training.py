@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from gmask.cli.arguments import read_pairs
 from gmask.cli.estimating import Choice
-from gmask.cli.filling import read_pairs
 from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ class Plan:
         from gmask.tasks.recipes.settings_tree import build
 
         values = read_pairs(pairs)
+        if "name" in values:
+            raise GmaskError("--method and --set name say the same: give --method alone")
         others = {name: values.pop(name) for name in OTHER_SETTINGS if name in values}
         for name in ("answer_length", "accumulation"):
             if not isinstance(others.get(name, 1), int):

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from gmask.cli.filling import read_pairs
-from gmask.cli.options import Adapter
+from gmask.cli.arguments import read_pairs
+from gmask.cli.options import Adapter, AsJson, output_option
 from gmask.errors import GmaskError
 
 
@@ -41,11 +41,9 @@ def evaluate(
     recipe: Annotated[str, typer.Option(help="The recipe that it was trained by.")] = "recipes/bundled.yaml",
     out: Annotated[
         str | None,
-        typer.Option(
-            "--output",
+        output_option(
+            "Folder for the figures, and the predictions of a task.",
             "--out",
-            "-o",
-            help="Folder for the figures, and the predictions of a task.",
             show_default="the model's; of a task, none",
         ),
     ] = None,
@@ -54,7 +52,7 @@ def evaluate(
         str | None, typer.Option(help="What it was trained on, in words, for the card.", show_default=False)
     ] = None,
     sentences: Annotated[int, typer.Option(help="Held-out sentences of each language.")] = 300,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the figures as JSON instead of tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure a model: on held-out text, or on a task.
 
@@ -62,7 +60,7 @@ def evaluate(
     beside always choosing the most frequent label.
     """
     if task is not None:
-        _evaluate_task(model, task, corpus, None if adapter is None else str(adapter), pairs or [], out, json_output)
+        _evaluate_task(model, task, corpus, None if adapter is None else str(adapter), pairs or [], out, as_json)
         return
     if adapter is not None or pairs:
         raise GmaskError("--adapter and --set are for a task: name one with --task, such as superglue/rte")
@@ -76,9 +74,9 @@ def evaluate(
         card=card,
         hardware=hardware,
         sentences=sentences,
-        tables=not json_output,
+        tables=not as_json,
     )
-    print(written.read_text(encoding="utf-8") if json_output else written)
+    print(written.read_text(encoding="utf-8") if as_json else written)
 
 
 def _evaluate_task(
@@ -88,7 +86,7 @@ def _evaluate_task(
     adapter: str | None,
     pairs: list[str],
     out: str | None,
-    json_output: bool,
+    as_json: bool,
 ) -> None:
     if data is None:
         raise GmaskError("--task needs the records to measure: name their file with --data")
@@ -97,10 +95,8 @@ def _evaluate_task(
     settings = read_pairs(pairs)
     with warnings.catch_warnings(record=True) as told:
         warnings.filterwarnings("always", message="of .* samples", category=UserWarning)
-        report = run_task(
-            model, task=task, data=data, adapter=adapter, out=out, settings=settings, tables=not json_output
-        )
+        report = run_task(model, task=task, data=data, adapter=adapter, out=out, settings=settings, tables=not as_json)
     for warning in told:
         print("gmask:", warning.message, file=sys.stderr)
-    if json_output:
+    if as_json:
         print(json.dumps(asdict(report), ensure_ascii=False))

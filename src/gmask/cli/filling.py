@@ -4,18 +4,16 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gmask.cli.options import Adapter, Json, Model, Pairs, Quantize, SkipBadLines, Source
-from gmask.errors import GmaskError
+from gmask.cli.arguments import merge_pairs, print_report, read_candidates, read_files, read_texts
+from gmask.cli.options import Adapter, AsJson, Dtype, Model, Output, Pairs, Quantize, SkipBadLines, Source
+from gmask.generation.settings import Settings
 
 if TYPE_CHECKING:
     from gmask.generation.infill import Infiller
-    from gmask.generation.lines import FileReport
-    from gmask.generation.settings import Settings
-
 
 Texts = Annotated[
     list[str] | None,
@@ -26,110 +24,56 @@ Texts = Annotated[
         show_default=False,
     ),
 ]
-Alternatives = Annotated[int, typer.Option("-n", "--n", help="Alternatives of a text, best first.")]
+Alternatives = Annotated[
+    int | None,
+    typer.Option("-n", "--n", help="Alternatives of a text, best first.", show_default=str(Settings().n)),
+]
 Choices = Annotated[
     list[str] | None,
     typer.Option(help="Candidates of a blank, as 'sunny|rainy'; once for each blank.", show_default=False),
 ]
-MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
-Target = Annotated[Path | None, typer.Option("--output", help="Where the filled texts of --input go, as .jsonl.")]
+MaxTokens = Annotated[
+    int | None, typer.Option(help="Longest answer, in tokens.", show_default=str(Settings().max_tokens))
+]
 
 
 def infill(
     texts: Texts = None,
     model: Model = "bundled",
-    n: Alternatives = 1,
+    n: Alternatives = None,
     choices: Choices = None,
-    max_tokens: MaxTokens = 64,
+    max_tokens: MaxTokens = None,
     source: Source = None,
-    target: Target = None,
+    target: Output = None,
     skip_bad_lines: SkipBadLines = False,
-    as_json: Json = False,
+    as_json: AsJson = False,
     adapter: Adapter = None,
+    dtype: Dtype = None,
     quantize: Quantize = None,
     pairs: Pairs = None,
 ) -> None:
     """Fill the blanks of texts, from left to right, each answer with the earlier ones in sight."""
     from gmask.generation.settings import make_settings
 
-    settings = make_settings({"n": n, "max_tokens": max_tokens, **read_pairs(pairs or [])})
+    settings = make_settings(merge_pairs(pairs, n=n, max_tokens=max_tokens))
     candidates = [read_candidates(choice) for choice in choices or []] or None
     if files := read_files(texts, source, target):
-        _fill_file(_load(model, adapter, quantize, settings), *files, candidates, skip_bad_lines)
+        _fill_file(_load(model, adapter, dtype, quantize, settings), *files, candidates, skip_bad_lines)
     elif texts or not sys.stdin.isatty():
         texts = read_texts(texts)
-        _fill_texts(_load(model, adapter, quantize, settings), texts, candidates, as_json=as_json)
+        _fill_texts(_load(model, adapter, dtype, quantize, settings), texts, candidates, as_json=as_json)
     else:
         from gmask.cli.interactive import converse
 
-        converse(_load(model, adapter, quantize, settings), candidates, as_json=as_json)
+        converse(_load(model, adapter, dtype, quantize, settings), candidates, as_json=as_json)
 
 
-def read_files(texts: Sequence[str] | None, source: Path | None, target: Path | None) -> tuple[Path, Path] | None:
-    """The files of ``--input`` and ``--output``, or None if there are none.
-
-    Raises:
-        GmaskError: one without the other, or beside texts.
-    """
-    if source is None and target is None:
-        return None
-    if source is None or target is None:
-        raise GmaskError("--input and --output go together: name the file of texts and the file of results")
-    if texts:
-        raise GmaskError("give texts or --input, not both")
-    return source, target
-
-
-def read_texts(texts: list[str] | None) -> list[str]:
-    """The texts of the command line, else the lines of standard input.
-
-    Raises:
-        GmaskError: there are none.
-    """
-    if texts:
-        return texts
-    if sys.stdin.isatty():
-        raise GmaskError("there is no text: give one, or --input")
-    lines = [line for line in sys.stdin.read().splitlines() if line.strip()]
-    if not lines:
-        raise GmaskError("standard input is empty: give a text")
-    return lines
-
-
-def read_pairs(pairs: Sequence[str]) -> dict[str, Any]:
-    """The values of ``--set key=value``, as YAML reads them.
-
-    Raises:
-        GmaskError: no ``=``, or no YAML.
-    """
-    import yaml
-
-    values = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise GmaskError(f"--set {pair}: write it as key=value, such as temperature=0.8")
-        try:
-            values[key.strip()] = value if key.strip() == "stop" else yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise GmaskError(f"--set {pair}: the value cannot be read") from error
-    return values
-
-
-def read_candidates(choice: str, *, option: str = "--choices") -> list[str]:
-    """The candidates of ``--choices 'a|b'``."""
-    candidates = choice.split("|")
-    if not all(candidates):
-        raise GmaskError(f"{option} {choice!r}: a candidate is empty; write them as 'sunny|rainy'")
-    return candidates
-
-
-def _load(model: str, adapter: Path | None, quantize: str | None, settings: "Settings") -> "Infiller":
+def _load(model: str, adapter: Path | None, dtype: str | None, quantize: str | None, settings: Settings) -> "Infiller":
     from gmask.generation.infill import Infiller
     from gmask.loading import load
     from gmask.models.glm import GLMForConditionalGeneration
 
-    loaded = load(model, quantize=quantize, adapter=adapter, model_class=GLMForConditionalGeneration)
+    loaded = load(model, dtype=dtype, quantize=quantize, adapter=adapter, model_class=GLMForConditionalGeneration)
     return Infiller(*loaded, settings)
 
 
@@ -166,10 +110,3 @@ def _fill_file(
         progress=sys.stderr.isatty(),
     )
     print_report(report, target, deed="filled")
-
-
-def print_report(report: "FileReport", target: Path, *, deed: str) -> None:
-    """Tells on standard error what became of a file."""
-    resumed = f", {report.resumed} of them by an earlier run" if report.resumed else ""
-    skipped = f'; {report.skipped} could not be {deed}, see their "error"' if report.skipped else ""
-    print(f"{target}: {report.lines} lines{resumed}{skipped}", file=sys.stderr)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gmask.cli.options import BUNDLED
+from gmask.cli.arguments import refuse_unknown
+from gmask.cli.options import BUNDLED, AsJson
 from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def info(
         ),
     ] = None,
     zoo: Annotated[bool, typer.Option("--zoo", help="List the published models instead.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the size, shape, special ids, memory and licence of a model, without loading or fetching its weights."""
     from gmask.checkpoints.catalog import FAMILIES
@@ -47,6 +48,7 @@ def describe(name: str) -> dict[str, Any]:
         GmaskError: neither a folder of a model nor a name in the catalog.
     """
     from gmask.checkpoints.catalog import find_family
+    from gmask.checkpoints.hub import find_cached
     from gmask.cli.zoo import describe_family
 
     if name in BUNDLED or Path(name).expanduser().exists():
@@ -57,19 +59,7 @@ def describe(name: str) -> dict[str, Any]:
         return describe_family(family) | ({"folder": str(cached)} if cached else {})
     if cached is not None:
         return describe_folder(str(cached))
-    raise GmaskError(f"{name}: no such folder, and no published model of that name; gmask info --zoo lists them")
-
-
-def find_cached(repository: str) -> Path | None:
-    """The folder that a model of the hub was fetched to; None if it was not."""
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    from gmask.checkpoints.hub import looks_like_hub_name
-
-    if not looks_like_hub_name(repository):
-        return None
-    config = try_to_load_from_cache(repository, "config.json", cache_dir=constants.HF_HUB_CACHE)
-    return Path(config).parent if isinstance(config, str) else None
+    refuse_unknown(name)
 
 
 def describe_folder(name: str) -> dict[str, Any]:
@@ -102,11 +92,11 @@ def describe_folder(name: str) -> dict[str, Any]:
 def _describe_config(folder: Path) -> dict[str, Any]:
     import torch
 
-    from gmask.checkpoints.architectures import architecture_of
+    from gmask.checkpoints.architectures import class_of
     from gmask.loading import read_config
 
     config = read_config(folder)
-    model_class = architecture_of(config).find_class((config.architectures or [None])[0])
+    model_class = class_of(config)
     with torch.device("meta"):
         count = model_class(config).num_parameters()
     shape = {

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from gmask.cli.options import AsJson, WrittenDtype, output_option
+
 
 def merge(
     source: Annotated[
@@ -14,15 +16,10 @@ def merge(
     adapter: Annotated[
         Path, typer.Option(help="Folder of LoRA, DoRA, AdaLoRA or IA3, of gmask or PEFT.", show_default=False)
     ],
-    target: Annotated[Path, typer.Option("--output", help="A new folder.", show_default=False)],
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="float32|bfloat16|float16", help="What the weights become.", show_default="as they are stored"
-        ),
-    ] = None,
+    target: Annotated[Path, output_option("A new folder.")],
+    dtype: WrittenDtype = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is at the target.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fold an adapter into the weights of its model, and write that as a model of its own."""
     from gmask.checkpoints.memory import format_bytes

@@ -1,12 +1,23 @@
 """Which options do several verbs have in common?"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 BUNDLED = ("bundled", "bundled-chat")
 """The models that come with gmask; their names without the import of what loads them."""
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""The addresses that no other machine reaches."""
+
+DTYPE_NAMES = "float32|bfloat16|float16"
+
+
+def output_option(help: str, *aliases: str, show_default: bool | str = False) -> Any:
+    """The option for where results are written: under one name in all verbs, with a help that says what they are."""
+    return typer.Option("--output", *aliases, "-o", help=help, show_default=show_default)
+
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Folder or name of a model, or bundled, or bundled-chat.")]
 Quantize = Annotated[
@@ -24,14 +35,21 @@ Adapter = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(
-        metavar="float32|bfloat16|float16",
+        metavar=DTYPE_NAMES,
         help="Precision of the weights, or of what is not quantized.",
         show_default="on a CPU float32, or bfloat16 beyond 3 billion parameters; else as stored",
     ),
 ]
+WrittenDtype = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar=DTYPE_NAMES, help="What the weights become.", show_default="as they are stored"),
+]
 Source = Annotated[Path | None, typer.Option("--input", help='File of texts: .jsonl with a "text", or one a line.')]
 SkipBadLines = Annotated[bool, typer.Option("--skip-bad-lines", help="Go on after a line that cannot be used.")]
-Json = Annotated[bool, typer.Option("--json", help="Print a JSON object for each text.")]
+Output = Annotated[Path | None, output_option("Where the results of --input go, as .jsonl.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON; of texts, an object for each.")]
+Host = Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")]
+Port = Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)]
 Pairs = Annotated[
     list[str] | None,
     typer.Option(

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gmask.cli.options import AsJson
+
 if TYPE_CHECKING:
     from gmask.quantization.quantizer import QuantizationConfig
 
@@ -30,7 +32,7 @@ def quantize(
         typer.Option(help="Text (.txt, .jsonl, .jsonl.zst) to round by: slower, more accurate.", show_default=False),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is at TARGET.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a model with int8 or int4 weights, which loads and runs as any other."""
     from gmask.checkpoints import quantized_folder

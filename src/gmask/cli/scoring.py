@@ -8,8 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gmask.cli.filling import print_report, read_candidates, read_files, read_texts
-from gmask.cli.options import Adapter, Json, Model, Quantize, SkipBadLines, Source
+from gmask.cli.arguments import print_report, read_candidates, read_files, read_texts
+from gmask.cli.options import (
+    Adapter,
+    AsJson,
+    Dtype,
+    Model,
+    Output,
+    Quantize,
+    SkipBadLines,
+    Source,
+    output_option,
+)
 from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
@@ -40,10 +50,7 @@ Normalization = Annotated[
     ),
 ]
 BatchSize = Annotated[int, typer.Option(help="Texts that are read together.")]
-ScoredFile = Annotated[Path | None, typer.Option("--output", help="Where the scores of --input go, as .jsonl.")]
-EmbeddedFile = Annotated[
-    Path | None, typer.Option("--output", help="Where the vectors of --input go: .npy (float32) or .jsonl.")
-]
+EmbeddedFile = Annotated[Path | None, output_option("Where the vectors of --input go: .npy (float32) or .jsonl.")]
 Pooling = Annotated[
     str,
     typer.Option(metavar="mean|first|last|mask", help="Of all tokens; of the first, the last, or the first blank."),
@@ -59,11 +66,12 @@ def score(
     answers: Answers = None,
     normalization: Normalization = "sum",
     source: Source = None,
-    target: ScoredFile = None,
+    target: Output = None,
     batch_size: BatchSize = 16,
     skip_bad_lines: SkipBadLines = False,
-    as_json: Json = False,
+    as_json: AsJson = False,
     adapter: Adapter = None,
+    dtype: Dtype = None,
     quantize: Quantize = None,
 ) -> None:
     """Score given answers to the blank of a text by their exact log-probabilities, best first.
@@ -73,13 +81,13 @@ def score(
     """
     candidates = None if answers is None else read_candidates(answers, option="--answers")
     if files := read_files(texts, source, target):
-        scorer = _load_scorer(model, adapter, quantize, normalization, batch_size)
+        scorer = _load_scorer(model, adapter, dtype, quantize, normalization, batch_size)
         _score_file(scorer, *files, candidates, skip_bad_lines)
         return
     if candidates is None:
         raise GmaskError("there are no answers: give them as --answers 'sunny|rainy'")
     texts = read_texts(texts)
-    scorer = _load_scorer(model, adapter, quantize, normalization, batch_size)
+    scorer = _load_scorer(model, adapter, dtype, quantize, normalization, batch_size)
     for scoring in scorer.score([scorer.read(text, candidates) for text in texts]):
         if as_json:
             print(json.dumps(scoring.to_dict(), ensure_ascii=False))
@@ -98,6 +106,7 @@ def embed(
     target: EmbeddedFile = None,
     skip_bad_lines: SkipBadLines = False,
     adapter: Adapter = None,
+    dtype: Dtype = None,
     quantize: Quantize = None,
 ) -> None:
     """Turn texts into vectors: a model's hidden states, pooled. Prints a JSON object for each text.
@@ -112,7 +121,7 @@ def embed(
     settings: dict[str, Any] = {"pooling": pooling, "layer": layer, "normalize": normalize, "truncate": truncate}
     files = read_files(texts, source, target)
     texts = [] if files else read_texts(texts)
-    loaded = load(model, quantize=quantize, adapter=adapter, model_class=GLMForConditionalGeneration)
+    loaded = load(model, dtype=dtype, quantize=quantize, adapter=adapter, model_class=GLMForConditionalGeneration)
     embedder = Embedder(*loaded, **settings)
     if files:
         from gmask.generation.files import embed_file
@@ -126,7 +135,7 @@ def embed(
 
 
 def _load_scorer(
-    model: str, adapter: Path | None, quantize: str | None, normalization: str, batch_size: int
+    model: str, adapter: Path | None, dtype: str | None, quantize: str | None, normalization: str, batch_size: int
 ) -> "Scorer":
     from typing import cast
 
@@ -134,8 +143,8 @@ def _load_scorer(
     from gmask.loading import load
     from gmask.models.glm import GLMForConditionalGeneration
 
-    network, tokenizer = load(model, quantize=quantize, adapter=adapter, model_class=GLMForConditionalGeneration)
-    return scoring.Scorer(network, tokenizer, cast(scoring.Normalization, normalization), batch_size)
+    loaded = load(model, dtype=dtype, quantize=quantize, adapter=adapter, model_class=GLMForConditionalGeneration)
+    return scoring.Scorer(*loaded, cast(scoring.Normalization, normalization), batch_size)
 
 
 def _score_file(

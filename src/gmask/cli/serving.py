@@ -2,26 +2,22 @@
 
 import sys
 from dataclasses import fields
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from gmask.cli.filling import read_pairs
-from gmask.cli.options import BUNDLED, Dtype, Quantize
-from gmask.errors import GmaskError
+from gmask.cli.arguments import read_pairs
+from gmask.cli.options import BUNDLED, LOOPBACK, Dtype, Host, Port, Quantize
+from gmask.errors import GmaskError, nearest
+from gmask.serving.settings import ServerSettings, called, environment_keys
 
-if TYPE_CHECKING:
-    from gmask.serving.settings import ServerSettings
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 FILLS, TALKS = BUNDLED
+SETTINGS = [field.name for field in fields(ServerSettings) if field.name not in ("api_keys", "log_prompts")]
+"""What ``--set`` takes; the other two have an option each."""
 
 Served = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or name of a model, or bundled, or bundled-chat.")]
-Host = Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for every one of this machine.")]
-Port = Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)]
 KeyFile = Annotated[
     Path | None,
     typer.Option(
@@ -46,8 +42,7 @@ Limits = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="max_rows, max_queue, max_tokens, max_samples, max_body_bytes, request_seconds, drain_seconds, model_name "
-        "or allowed_hosts, such as max_rows=16; once for each.",
+        help=f"{', '.join(SETTINGS[:-1])} or {SETTINGS[-1]}, such as max_rows=16; once for each.",
         show_default=False,
     ),
 ]
@@ -110,8 +105,6 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
     Raises:
         GmaskError: a file without any.
     """
-    from gmask.serving.settings import environment_keys
-
     keys = list(environment_keys())
     if path is not None:
         found = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
@@ -144,7 +137,7 @@ def read_adapters(values: list[str]) -> tuple[Path | None, dict[str, Path]]:
 
 def read_settings(
     model: str, host: str, keys: tuple[str, ...], log_prompts: bool, values: dict[str, Any]
-) -> "ServerSettings":
+) -> ServerSettings:
     """The limits of a server. One that only this machine reaches answers to its own names alone.
 
     A page of another site could otherwise give itself this machine's address, and ask in the name of who reads it.
@@ -152,13 +145,10 @@ def read_settings(
     Raises:
         GmaskError: an unknown setting (the nearest one is named), or a value that does not fit.
     """
-    from gmask.serving.settings import ServerSettings, called
-
-    known = [field.name for field in fields(ServerSettings) if field.name not in ("api_keys", "log_prompts")]
     for name in values:
-        if name not in known:
-            nearest = get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise GmaskError(f"there is no setting {name!r}; the nearest is {nearest!r}, all are {', '.join(known)}")
+        if name not in SETTINGS:
+            near = nearest(name, SETTINGS)
+            raise GmaskError(f"there is no setting {name!r}; the nearest is {near!r}, all are {', '.join(SETTINGS)}")
     hosts = values.pop("allowed_hosts", None)
     names = tuple(str(hosts).split(",")) if hosts else (*LOOPBACK[:2], "[::1]") if host in LOOPBACK else ("*",)
     values.setdefault("model_name", called(model))

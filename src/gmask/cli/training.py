@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gmask.cli.options import AsJson, output_option
 from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def finetune(
         ),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint of the run, if it has one.")] = True,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the results as a JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Tune a model to a task: LoRA, P-tuning or all weights. A run that was stopped goes on with the same command."""
     import json
@@ -46,7 +47,7 @@ def finetune(
     from gmask.training.finetune import read_results, run
 
     folder = run(recipe, overrides or [], resume=resume)
-    print(json.dumps({"folder": str(folder), **read_results(folder)}) if json_output else folder)
+    print(json.dumps({"folder": str(folder), **read_results(folder)}) if as_json else folder)
 
 
 def train_tokenizer(
@@ -54,9 +55,7 @@ def train_tokenizer(
         list[str],
         typer.Argument(metavar="FILE", help="Texts (.txt, .jsonl, .jsonl.zst; globs), or one recipe (.yaml)."),
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "--out", "-o", help="Folder for the tokenizer.", show_default=False)
-    ],
+    output: Annotated[Path, output_option("Folder for the tokenizer.", "--out")],
     vocab_size: Annotated[int | None, typer.Option(help="Tokens.", show_default="the recipe's, or 12288")] = None,
     sample_bytes: Annotated[int, typer.Option(help="Bytes of text to learn from.")] = 45_000_000,
     seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,

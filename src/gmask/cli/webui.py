@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from gmask.cli.options import BUNDLED, Adapter, Dtype, Quantize
+from gmask.cli.arguments import base_of
+from gmask.cli.options import BUNDLED, LOOPBACK, Adapter, Dtype, Host, Port, Quantize
 from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
     import gradio as gr
-
-LOCAL = ("127.0.0.1", "localhost", "::1")
 
 Model = Annotated[
     str | None,
@@ -23,8 +22,6 @@ Model = Annotated[
         show_default="bundled to fill blanks and bundled-chat to talk",
     ),
 ]
-Port = Annotated[int, typer.Option(help="Of the page.", min=1, max=65535)]
-Host = Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")]
 Share = Annotated[bool, typer.Option("--share", help="Make a public link, through a server of Gradio's.")]
 Language = Annotated[
     Literal["en", "zh", "auto"], typer.Option(help="Of the labels; auto is the browser's.", show_choices=True)
@@ -48,7 +45,7 @@ def webui(
         raise GmaskError(f"{error.name} is not installed; the page needs pip install 'gmask[webui]'") from error
     from gmask.loading import load
 
-    names = (model,) if model else BUNDLED[:1] if adapter else BUNDLED
+    names = (model,) if model else (base_of(adapter, BUNDLED[0]),) if adapter else BUNDLED
     with contextlib.ExitStack() as stack:
         backends = []
         for name in names:
@@ -73,7 +70,7 @@ def serve_page(page: "gr.Blocks", host: str, port: int, *, share: bool) -> None:
     except OSError as error:
         raise GmaskError(f"port {port} of {host} cannot be used: it is taken, or is not this machine's") from error
     print(f"The page is at {public or address} (Ctrl-C ends it)", flush=True)
-    if share or host not in LOCAL:
+    if share or host not in LOOPBACK:
         print("note: the page asks for no password; whoever reaches this address can use the model", file=sys.stderr)
     with contextlib.suppress(KeyboardInterrupt):
         threading.Event().wait()

@@ -15,7 +15,7 @@ import torch
 
 from gmask.checkpoints.configs import Config
 from gmask.models.glm import GLMConfig
-from gmask.tasks.recipes.methods import LOW_RANK, MethodSettings
+from gmask.tasks.recipes.methods import MethodSettings
 
 FLOAT = 4  # bytes of what trains, of attention weights and of log-probabilities
 
@@ -45,19 +45,6 @@ class Step:
     @property
     def trains_embeddings(self) -> bool:
         return self.method.name == "full"
-
-    @property
-    def adapted(self) -> tuple[str, ...]:
-        """The linear layers of a block that PEFT wraps."""
-        if self.method.name == "ia3":
-            return ("query_key_value", "dense_4h_to_h")
-        return self.method.layers if self.method.name in LOW_RANK else ()
-
-    @property
-    def rank(self) -> int:
-        """Of the matrices that are added; adalora starts with half as many ranks again."""
-        rank = self.method.rank
-        return rank + (rank + 1) // 2 if self.method.name == "adalora" else rank
 
     @property
     def prefix_length(self) -> int:
@@ -122,13 +109,13 @@ class Tape:
         columns = self.columns(layer)
         size = x.itemsize if is_quantized else read.itemsize
         out = State(x.numbers // columns * outputs, size, x.has_grad or trains)
-        if layer in self.step.adapted and self.step.method.name == "ia3":
+        if layer in self.step.method.adapted_layers and self.step.method.name == "ia3":
             return self._scale(layer, x, out)
         if trains:
             self.keep(read)
         if x.has_grad and not is_quantized:
             self._keep_weight(columns * outputs, self.step.itemsize)
-        if layer in self.step.adapted:
+        if layer in self.step.method.adapted_layers:
             self._add_low_rank(x, out, columns, outputs)
         return out
 
@@ -161,9 +148,9 @@ class Tape:
             if x.has_grad:
                 self.keep(State(x.numbers, 1 if step.is_fused else FLOAT))
             wide = State(x.numbers, FLOAT, x.has_grad)
-        narrow = State(x.numbers // columns * step.rank, 2 if step.autocast else FLOAT)
+        narrow = State(x.numbers // columns * step.method.first_rank, 2 if step.autocast else FLOAT)
         self.keep(self.as_read(wide), narrow)
-        self._keep_weight(step.rank * (outputs + columns * x.has_grad), FLOAT)
+        self._keep_weight(step.method.first_rank * (outputs + columns * x.has_grad), FLOAT)
         if step.method.name == "dora":  # its magnitudes multiply the product without its bias, and the change
             self.keep(State(out.numbers, max(out.itemsize, step.itemsize)), State(out.numbers, narrow.itemsize))
         out.has_grad = True

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from gmask.checkpoints.configs import Config
 from gmask.errors import GmaskError
-from gmask.estimation.weights import read_shape_config, shape_model, weight_bytes
+from gmask.estimation.weights import read_shape_config, shape_at, weight_bytes
 from gmask.models.cache import capacity_for
 from gmask.models.chatglm import ChatGLMConfig
 from gmask.models.glm import GLMConfig
@@ -89,7 +89,7 @@ def estimate_inference(
     """
     config = read_shape_config(model) if isinstance(model, Path) else model
     _check_lengths(config, context_length, batch_size)
-    shaped = shape_model(config, dtype=dtype, form=form)
+    shaped = shape_at(config, dtype=dtype, form=form)
     return MemoryEstimate(
         weights=weight_bytes(shaped),
         cache=cache_bytes(config, dtype=dtype, context_length=context_length, batch_size=batch_size),

@@ -21,13 +21,13 @@ from gmask.checkpoints.configs import Config
 from gmask.errors import GmaskError
 from gmask.estimation.activations import FLOAT, Step, block_bytes, end_bytes, state_between
 from gmask.estimation.inference import DeviceKind
-from gmask.estimation.weights import read_shape_config, shape_model, weight_bytes
+from gmask.estimation.weights import read_shape_config, shape_at, weight_bytes
 from gmask.models.glm import GLMConfig
 from gmask.models.glm.prompt_vectors import PromptEncoder
 from gmask.models.prefix import PrefixEncoder
 from gmask.quantization.linear import QuantizedLayer
 from gmask.quantization.quantizer import QuantizationConfig
-from gmask.tasks.recipes.methods import LINEARS, LOW_RANK, MethodSettings
+from gmask.tasks.recipes.methods import LINEARS, LOW_RANK, MethodSettings, check_model
 
 RUNTIME_BYTES: dict[DeviceKind, int] = {"cpu": 530_000_000, "mps": 530_000_000, "cuda": 500_000_000}
 """What a process takes beside the model: Python and the libraries that training imports, with the buffers of their
@@ -101,8 +101,8 @@ def estimate_training(
     if optimizer not in OPTIMIZER_BYTES:
         raise GmaskError(f"optimizer {optimizer!r} is not one of {', '.join(OPTIMIZER_BYTES)}")
     trains_weights = not method.makes_adapter
-    shaped = shape_model(config, dtype=torch.float32 if trains_weights else dtype, form=form)
-    _check_method(shaped, method)
+    shaped = shape_at(config, dtype=torch.float32 if trains_weights else dtype, form=form)
+    check_model(method, is_quantized=bool(_quantized_layers(shaped)), is_glm=isinstance(config, GLMConfig))
     step = Step(
         config=shaped.config,
         method=method,
@@ -144,17 +144,6 @@ def _check_numbers(config: Config, batch_size: int, length: int, answer_length: 
         raise GmaskError(f"rows of {length} tokens: the model has {config.max_position_embeddings} positions")
 
 
-def _check_method(model: PreTrainedModel, method: MethodSettings) -> None:
-    """Refuses what `gmask finetune` refuses."""
-    is_quantized = bool(_quantized_layers(model))
-    if method.name == "qlora" and not is_quantized:
-        raise GmaskError("qlora is lora beside integers: quantize to int8 or int4, or choose lora")
-    if is_quantized and method.name in ("full", "frozen-embeddings", "dora"):
-        raise GmaskError(f"{method.name} needs the float weights: leave quantization out, or choose qlora")
-    if method.name == "p-tuning" and not isinstance(model.config, GLMConfig):
-        raise GmaskError("p-tuning trains vectors in the texts of a GLM; for a ChatGLM choose p-tuning-v2")
-
-
 def _quantized_layers(model: PreTrainedModel) -> frozenset[str]:
     names = (name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, QuantizedLayer))
     return frozenset(names)
@@ -168,14 +157,14 @@ def _own_numbers(model: PreTrainedModel, method: MethodSettings) -> int:
 def _added_numbers(model: PreTrainedModel, step: Step) -> int:
     """What a method adds to a model; all of it trains."""
     method, config = step.method, copy.copy(step.config)
-    layers = {layer: _shape_of(config, layer) for layer in step.adapted}
+    layers = {layer: _shape_of(config, layer) for layer in method.adapted_layers}
     count = config.num_hidden_layers
     if method.name == "ia3":
         (query_key_value, perceptron) = layers["query_key_value"], layers["dense_4h_to_h"]
         return count * (query_key_value[1] + perceptron[0])
     if method.name in LOW_RANK:
-        more = {"dora": sum(outputs for _, outputs in layers.values()), "adalora": len(layers) * step.rank}
-        matrices = sum(step.rank * (columns + outputs) for columns, outputs in layers.values())
+        more = {"dora": sum(outputs for _, outputs in layers.values()), "adalora": len(layers) * method.first_rank}
+        matrices = sum(method.first_rank * (columns + outputs) for columns, outputs in layers.values())
         return count * (matrices + more.get(method.name, 0))
     with torch.device("meta"):
         if method.name == "p-tuning-v2":

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gmask.checkpoints.architectures import architecture_of
+from gmask.checkpoints.architectures import class_of
 from gmask.checkpoints.catalog import Family
 from gmask.checkpoints.configs import Config, lacks_config, read_config
 from gmask.errors import GmaskError
@@ -40,7 +40,7 @@ def config_of_family(family: Family) -> Config:
     )
 
 
-def shape_model(config: Config, *, dtype: torch.dtype, form: QuantizationConfig | None = None) -> PreTrainedModel:
+def shape_at(config: Config, *, dtype: torch.dtype, form: QuantizationConfig | None = None) -> PreTrainedModel:
     """The model of a config on the meta device: shapes and dtypes without numbers.
 
     Args:
@@ -53,7 +53,7 @@ def shape_model(config: Config, *, dtype: torch.dtype, form: QuantizationConfig 
     stored = form_of(config)
     if form is not None and stored is not None and form.to_dict() != stored.to_dict():
         raise GmaskError(f"the weights are {stored} already, and cannot become {form}: name the unquantized model")
-    model_class = architecture_of(config).find_class((config.architectures or [None])[0])
+    model_class = class_of(config)
     with torch.device("meta"):
         model: PreTrainedModel = model_class(config).to(dtype)
         model.tie_weights()

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from gmask.evaluation.heldout import Blank, Language, cut_sentences
+from gmask.evaluation.heldout import HeldOutBlank, Language, cut_sentences
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -187,13 +187,13 @@ def train_ngrams(texts: Sequence[str], language: Language) -> NgramModel:
     return NgramModel(symbols, np.concatenate([[BORDER], *encoded]), ids_of, hidable)
 
 
-def fill_with_unigrams(model: NgramModel, blanks: Sequence[Blank], language: Language) -> list[str]:
+def fill_with_unigrams(model: NgramModel, blanks: Sequence[HeldOutBlank], language: Language) -> list[str]:
     """The most frequent run of each blank's true length."""
     runs = {length: model.most_frequent(length) for length in {blank.n_units for blank in blanks}}
     return [language.gap.join(runs[blank.n_units]) for blank in blanks]
 
 
-def fill_with_trigrams(model: NgramModel, blanks: Sequence[Blank], language: Language) -> list[str]:
+def fill_with_trigrams(model: NgramModel, blanks: Sequence[HeldOutBlank], language: Language) -> list[str]:
     """The answers of `NgramModel.fill` for each blank's true length."""
     find = language.symbol.findall
     return [language.gap.join(model.fill(find(b.left), find(b.right), b.n_units)) for b in blanks]

@@ -59,7 +59,7 @@ LANGUAGES = (ENGLISH, CHINESE)
 
 
 @dataclass(frozen=True, slots=True)
-class Blank:
+class HeldOutBlank:
     """A sentence with one hidden span."""
 
     source: str
@@ -117,12 +117,14 @@ def _shuffle_sentences(documents: Sequence[str], language: Language, rng: np.ran
     return [rng.permutation(sentences).tolist() for sentences in usable if sentences]
 
 
-def hide_span(sentence: str, language: Language, size: SpanSize, *, source: str, rng: np.random.Generator) -> Blank:
+def hide_span(
+    sentence: str, language: Language, size: SpanSize, *, source: str, rng: np.random.Generator
+) -> HeldOutBlank:
     """Hide neighbouring units, with nothing but the language's gap between them; every place is equally likely."""
     length = int(rng.integers(size.shortest, size.longest + 1))
     places = _span_places(sentence, language, length)
     start, end = places[int(rng.integers(len(places)))]
-    return Blank(source, sentence[:start], sentence[start:end], sentence[end:], length)
+    return HeldOutBlank(source, sentence[:start], sentence[start:end], sentence[end:], length)
 
 
 def _is_usable(sentence: str, language: Language) -> bool:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from gmask.evaluation.baselines import NgramModel, fill_with_trigrams, fill_with_unigrams, train_ngrams
-from gmask.evaluation.heldout import LANGUAGES, Blank, Language, choose_sentences, hide_span
+from gmask.evaluation.heldout import LANGUAGES, HeldOutBlank, Language, choose_sentences, hide_span
 from gmask.evaluation.losses import HeldOutTokens, Loss, encode_texts, measure_losses
 from gmask.evaluation.scores import Estimate, estimate_mean, exact_match, overlap_f1
 from gmask.generation.infill import infill
@@ -179,7 +179,7 @@ def _compare(
     return LanguageReport(len(chosen), len(ngrams.ids), len(ngrams.symbols), comparisons, shown)
 
 
-def draw_candidates(blanks: Sequence[Blank], *, rng: np.random.Generator) -> list[list[str]]:
+def draw_candidates(blanks: Sequence[HeldOutBlank], *, rng: np.random.Generator) -> list[list[str]]:
     """For each blank its own answer and, of those hidden in the other sentences, `CANDIDATES - 1` different ones
     with as many words or characters (fewer where there are not as many). The own answer stands first."""
     candidates = []
@@ -191,7 +191,7 @@ def draw_candidates(blanks: Sequence[Blank], *, rng: np.random.Generator) -> lis
 
 
 def score_answers(
-    blanks: Sequence[Blank], answers: Sequence[str], chosen: npt.NDArray[np.bool_], language: Language
+    blanks: Sequence[HeldOutBlank], answers: Sequence[str], chosen: npt.NDArray[np.bool_], language: Language
 ) -> npt.NDArray[np.float64]:
     """[3, S]: exact match, F1 and choice of each blank."""
     units = language.unit.findall
@@ -209,7 +209,7 @@ def _summarise(table: Mapping[str, npt.NDArray[np.float64]], n_blanks: int, *, r
 
 
 def fill_greedily(
-    model: GLMForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, blanks: Sequence[Blank]
+    model: GLMForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, blanks: Sequence[HeldOutBlank]
 ) -> list[str]:
     """The most probable token each time, until the model ends the answer; cut answers count as empty."""
     filled = infill(model, tokenizer, [blank.text for blank in blanks], max_tokens=MAX_ANSWER_TOKENS)
@@ -219,7 +219,7 @@ def fill_greedily(
 def fill_to_length(
     model: GLMForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
-    blanks: Sequence[Blank],
+    blanks: Sequence[HeldOutBlank],
     language: Language,
 ) -> list[str]:
     """The best of `ALTERNATIVES` answers that has the hidden text's number of words or characters, else the best."""
@@ -236,7 +236,7 @@ def fill_to_length(
 def _choose_with_model(
     model: GLMForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
-    blanks: Sequence[Blank],
+    blanks: Sequence[HeldOutBlank],
     candidates: Sequence[Sequence[str]],
 ) -> npt.NDArray[np.bool_]:
     """[S]: is the hidden text the most probable of the candidates?"""
@@ -249,13 +249,13 @@ def _choose_with_model(
 
 
 def _choose(
-    blanks: Sequence[Blank], candidates: Sequence[Sequence[str]], score: Callable[[Blank, str], float]
+    blanks: Sequence[HeldOutBlank], candidates: Sequence[Sequence[str]], score: Callable[[HeldOutBlank, str], float]
 ) -> npt.NDArray[np.bool_]:
     """[S]: is the hidden text, which stands first, scored above all other candidates? A tie is lost."""
     scores = [[score(blank, text) for text in texts] for blank, texts in zip(blanks, candidates, strict=True)]
     return np.array([own > max(others, default=-np.inf) for own, *others in scores])
 
 
-def _trigram_score(ngrams: NgramModel, blank: Blank, answer: str, language: Language) -> float:
+def _trigram_score(ngrams: NgramModel, blank: HeldOutBlank, answer: str, language: Language) -> float:
     find = language.symbol.findall
     return ngrams.score(find(blank.left), find(answer), find(blank.right))

@@ -1,4 +1,4 @@
-"""How well does a model do a task? `run_task` reads records, predicts, and measures beside the majority baseline."""
+"""How well does a model do a task? `run_task` is `gmask evaluate --task`; `gmask.evaluation.verb` has the other one."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from tqdm import tqdm
 
 from gmask.errors import GmaskError
 from gmask.generation.predictions import predict
-from gmask.generation.reading import Truncation
 from gmask.generation.settings import make_settings
 from gmask.loading import find_folder, load
 from gmask.tasks.metrics import check_metrics, evaluate, is_answered, predict_majority
 from gmask.tasks.recipes.tuning import TuningRecipe, find_tuning_recipe
 from gmask.tasks.records import read_records
 from gmask.tasks.result_files import write_json, write_predictions
-from gmask.tasks.samples import Sample, TaskKind
+from gmask.tasks.samples import Sample, TaskKind, Truncation
 from gmask.tasks.tables import Rows
 from gmask.tasks.task import Task, load_task
 
@@ -92,7 +91,7 @@ def run_task(
     plan, samples = _read_samples(task, data, limit)
     is_measured = _has_answers(plan, samples)
     recipe = find_tuning_recipe(Path(adapter).expanduser() if adapter else find_folder(model))
-    decoding = make_settings({**(recipe.decoding if recipe else {}), **(settings or {})})
+    decoding = make_settings({**(recipe.written if recipe else {}), **(settings or {})})
     limits = _choose_limits(recipe, max_source, truncation)
     network, tokenizer = load(model, adapter=adapter, device=device)
     with tqdm(total=len(samples), unit="sample", disable=not console.is_terminal, leave=False) as bar:
@@ -156,7 +155,7 @@ def _choose_limits(recipe: TuningRecipe | None, max_source: int | None, truncati
     tuned = recipe.data if recipe else None
     return Limits(
         max_source=max_source or (tuned.max_source if tuned else None),
-        truncation=truncation or ("right" if tuned and tuned.truncation == "right" else "left"),
+        truncation=truncation or (tuned.truncation if tuned else "left"),
     )
 
 

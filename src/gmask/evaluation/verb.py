@@ -1,4 +1,4 @@
-"""How is a model evaluated from the command line? `run` reads the files, measures, and writes what it found."""
+"""How is a model judged by its held-out texts? `run` is `gmask evaluate` without `--task`, and writes what it found."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Tokens out: filling the blanks of a text."""
+"""Tokens out: blanks filled, answers scored, replies of a chat, vectors of texts; for one text or for many at once."""

@@ -109,6 +109,7 @@ class AdapterSet:
     def _read_layers(self, adapter: Adapter, own_name: str) -> None:
         peft = require_peft()
         adapter.check_base(self.model.config, Path(self.model.name_or_path))
+        adapter.check_weights(self.model)
         tensors = {name.removeprefix(WRAPPER): tensor for name, tensor in adapter.read().items()}
         try:
             config = peft.PeftConfig.from_peft_type(**{**adapter.values, "inference_mode": True})

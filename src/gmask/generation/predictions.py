@@ -16,12 +16,12 @@ from gmask.errors import GmaskError
 from gmask.generation.answers import cut_at_stop, token_texts
 from gmask.generation.decoding import Answer, check_numbers, stack_contexts
 from gmask.generation.likelihood import score_answers, score_shared
-from gmask.generation.reading import CHOICES, ReadSample, SampleReader, Truncation, locate
+from gmask.generation.reading import ReadSample, SampleReader, locate
 from gmask.generation.score import Normalization
 from gmask.generation.search import find_answers, make_rules, make_seeds
 from gmask.generation.settings import Settings
 from gmask.models.glm import GLMConfig, GLMForSequenceClassification
-from gmask.tasks.samples import Prediction, Sample, TaskKind
+from gmask.tasks.samples import CHOICES, LABELLED, Prediction, Sample, TaskKind, Truncation
 
 GREEDY = Settings()
 
@@ -85,7 +85,7 @@ def predict(
 def _room(model: PreTrainedModel, kind: TaskKind, settings: Settings) -> int:
     """Tokens that a context may have. The answers to a GLM's blanks have positions of their own."""
     positions: int = model.config.max_position_embeddings
-    if kind in (*CHOICES, "classification") or (isinstance(model.config, GLMConfig) and kind != "chat"):
+    if kind in LABELLED or (isinstance(model.config, GLMConfig) and kind != "chat"):
         return positions
     if settings.max_tokens >= positions - 1:
         raise GmaskError(f"max_tokens {settings.max_tokens} leaves no room for a prompt in {positions} positions")
@@ -124,7 +124,7 @@ class Predictor:
                 if not sample.answers:
                     raise locate(GmaskError("the sample has no candidates to choose from"), sample)
         seeds = make_seeds(self.settings, len(samples))
-        writes = kind not in (*CHOICES, "classification")
+        writes = kind not in LABELLED
         size = max(1, self.batch_size // max(self.settings.beams, self.settings.n)) if writes else self.batch_size
         order = sorted(range(len(questions)), key=lambda index: len(questions[index].context.ids))
         found: dict[int, Prediction] = {}

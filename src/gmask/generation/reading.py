@@ -7,7 +7,7 @@ ChatGLM reads a prompt and answers behind it.
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -15,13 +15,7 @@ from gmask.errors import GmaskError
 from gmask.generation.context import BLANKS, BlankedText, Context, TextReader, encode_plain
 from gmask.generation.conversation import fit_prompt, format_of
 from gmask.models.chatglm import ChatGLMConfig
-from gmask.tasks.samples import Sample, TaskKind
-
-Truncation = Literal["left", "right"]
-"""Where a text that is too long loses tokens: before its first blank and then at its end, or at its end alone."""
-
-CHOICES: tuple[TaskKind, ...] = ("cloze", "multiple-choice")
-"""The kinds whose answers are candidates."""
+from gmask.tasks.samples import CHOICES, Sample, TaskKind, Truncation
 
 LAST_BLANK = re.compile(rf"(\\*)({'|'.join(map(re.escape, BLANKS))})")
 

@@ -1,11 +1,10 @@
 """How many answers, how long, and how freely chosen?"""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
-from gmask.errors import GmaskError
+from gmask.errors import GmaskError, nearest
 
 
 class SettingsKeywords(TypedDict, total=False):
@@ -91,8 +90,8 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
     known = [field.name for field in fields(Settings)]
     for name in values:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise GmaskError(f"there is no setting {name!r}; the nearest is {nearest!r}, all are {', '.join(known)}")
+            near = nearest(name, known)
+            raise GmaskError(f"there is no setting {name!r}; the nearest is {near!r}, all are {', '.join(known)}")
     stop = values.get("stop", ())
     return Settings(**{**values, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
 

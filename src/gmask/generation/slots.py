@@ -121,11 +121,6 @@ class SlotCache(Cache):
         """The fed tokens are part of their rows."""
         self.lengths = [length + 1 for length in self.lengths]
 
-    @property
-    def nbytes(self) -> int:
-        """Of the preallocated room."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)
-
 
 def real_columns(mask: Tensor | None, row: int, *, width: int) -> Tensor:
     """Which of the ``width`` cached positions are a row's own: those of a prefix, and its tokens where ``mask`` is."""

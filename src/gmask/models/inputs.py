@@ -72,6 +72,7 @@ def _drop_idle(mask: Tensor) -> Tensor | None:
 
 
 def continues(cache: Cache | None) -> bool:
+    """Whether tokens have been read before those of this pass."""
     return cache is not None and bool(cache.get_seq_length() > 0)
 
 

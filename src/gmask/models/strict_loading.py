@@ -38,8 +38,8 @@ class StrictLoadingMixin:
 
         A head for a task (not the one that predicts tokens) may be absent as a whole: it is then new, and transformers
         warns as usual. A model without a head leaves those of a checkpoint aside. Without a ``dtype`` the weights are
-        float32, as with the published code and as `gmask.load` has them on a CPU; ``dtype="auto"`` takes the stored
-        one.
+        float32, as with the published code, whatever their number (`gmask.load` takes bfloat16 on a CPU for more than
+        3 billion); ``dtype="auto"`` takes the stored one.
 
         Raises:
             GmaskError: missing, unexpected or ill-shaped weights, which are named; unreadable files.

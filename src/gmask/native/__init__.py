@@ -1,1 +1,1 @@
-"""The package's own C++: products with int8 and int4 weights, and attention of a single query, on the CPU."""
+"""The package's own C++ for the CPU: products with int8 and int4 weights, attention of one query, GELU, rotation."""

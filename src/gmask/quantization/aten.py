@@ -18,6 +18,7 @@ MAX_ROWS = {4: 56, 8: 14}  # of activations; above, dequantizing pays
 
 
 def is_usable(*, bits: int, outputs: int, columns: int, group_size: int | None) -> bool:
+    """Whether torch multiplies with a weight of this form and shape on this CPU."""
     if bits == 8:
         return group_size is None and columns % 32 == 0 and outputs % 16 == 0
     return columns % 32 == 0 and outputs % BLOCK_ROWS == 0 and _layout() is not None

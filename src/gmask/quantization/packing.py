@@ -53,19 +53,26 @@ def quantize(
     return integers.view(weight.shape), scale if group_size else scale.squeeze(-1)
 
 
+def check_form(bits: int, group_size: int | None) -> None:
+    """Raises `GmaskError` for a number of bits or a group size that no weight can have."""
+    if bits not in BITS:
+        raise GmaskError(f"weights can be kept in 4 or 8 bits, not in {bits}")
+    if group_size is not None and group_size not in GROUP_SIZES:
+        raise GmaskError(f"a group of {group_size} columns: choose 32, 64 or 128, or none for a scale a row")
+
+
 def check_format(columns: int, bits: int, group_size: int | None) -> int:
     """The columns that share a scale.
 
     Raises:
-        GmaskError: a format that is not supported.
+        GmaskError: a format that is not supported, or that does not fit so many columns.
     """
-    if bits not in BITS:
-        raise GmaskError(f"weights can be kept in 4 or 8 bits, not in {bits}")
+    check_form(bits, group_size)
     if bits == 4 and columns % 2:
         raise GmaskError(f"int4 weights need an even number of columns, not {columns}")
     if group_size is None:
         return columns
-    if group_size not in GROUP_SIZES or columns % group_size:
+    if columns % group_size:
         raise GmaskError(
             f"a group of {group_size} columns: choose 32, 64 or 128, and a divisor of the weight's {columns}"
         )

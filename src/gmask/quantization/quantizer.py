@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gmask.errors import GmaskError
 from gmask.quantization.linear import SCALE_DTYPE, QuantEmbedding, QuantizedLayer, QuantLinear
-from gmask.quantization.packing import BITS, GROUP_SIZES, check_format, pack, quantize
+from gmask.quantization.packing import check_form, check_format, pack, quantize
 
 METHOD = "gmask"  # what a config calls it
 
@@ -52,10 +52,7 @@ class QuantizationConfig(QuantizationConfigMixin):
     def __init__(
         self, bits: int = 4, group_size: int | None = None, embeddings: bool = False, **others: Any
     ) -> None:  # others: transformers gives quant_method back
-        if bits not in BITS:
-            raise GmaskError(f"weights can be kept in 4 or 8 bits, not in {bits}")
-        if group_size is not None and group_size not in GROUP_SIZES:
-            raise GmaskError(f"a group of {group_size} columns: choose 32, 64 or 128, or none for a scale a row")
+        check_form(bits, group_size)
         self.quant_method = METHOD
         self.bits, self.group_size, self.embeddings = bits, group_size, embeddings
 

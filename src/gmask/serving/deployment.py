@@ -11,7 +11,6 @@ import inspect
 import time
 from collections.abc import Mapping
 from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any
 
 import yaml
@@ -19,7 +18,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application, Deployment
 
-from gmask.errors import GmaskError, one_line
+from gmask.errors import GmaskError, nearest, one_line
 from gmask.generation.conversation import find_format
 from gmask.generation.engine import Engine, Request
 from gmask.generation.sampling import SamplingParameters
@@ -117,8 +116,7 @@ def build(arguments: Mapping[str, Any]) -> Application:
     known = LOADING | SETTINGS | OPTIONS
     for name in arguments:
         if name not in known:
-            near = get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise GmaskError(f"there is no argument {name!r}; the nearest is {near!r}")
+            raise GmaskError(f"there is no argument {name!r}; the nearest is {nearest(name, known)!r}")
     values = {name: _read(value) for name, value in arguments.items()}
     settings = {name: values[name] for name in SETTINGS & values.keys()}
     ServerSettings(**settings)  # a mistake is told here, and not by a process far away

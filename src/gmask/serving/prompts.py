@@ -8,7 +8,7 @@ from gmask.errors import GmaskError
 from gmask.generation import constraints
 from gmask.generation.chat import read_rounds
 from gmask.generation.constraints import Constraint
-from gmask.generation.context import Context
+from gmask.generation.context import Context, encode_plain
 from gmask.generation.conversation import Prompt, Rounds, fit_prompt
 from gmask.generation.sampling import SamplingParameters
 from gmask.generation.streaming import settle_blank
@@ -133,19 +133,11 @@ def _recent(rounds: Rounds, backend: Backend, room: int) -> Rounds:
     """The latest rounds that could have room, each counted once: fitting them reads a long history many times."""
     for kept in range(len(rounds)):
         texts = rounds[len(rounds) - 1 - kept]
-        tokens = sum(len(encode(text, backend)) for text in texts)
+        tokens = sum(len(encode_plain(backend.tokenizer, text)) for text in texts)
         room -= max(1, tokens - 4)  # pieces may join with what stands beside them
         if room < 0:
             return rounds[len(rounds) - kept :]
     return rounds
-
-
-def encode(text: str, backend: Backend) -> list[int]:
-    """The ids of a text in which special tokens are text like any other."""
-    ids: list[int] = backend.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)[
-        "input_ids"
-    ]
-    return ids
 
 
 def read_prompts(request: CompletionRequest, backend: Backend) -> list[Question]:
@@ -163,7 +155,7 @@ def read_prompts(request: CompletionRequest, backend: Backend) -> list[Question]
 
 
 def _read_text(text: str, suffix: str | None, backend: Backend) -> Question:
-    ids = tuple(encode(text, backend))
+    ids = tuple(encode_plain(backend.tokenizer, text))
     if not backend.fills_blanks:
         if suffix is not None:
             backend.require_blanks("suffix")

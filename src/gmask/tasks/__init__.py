@@ -1,1 +1,1 @@
-"""What training and evaluation share: the recipe, the texts that it names, and the ids that its objective needs."""
+"""What training and evaluation share: tasks, their samples and metrics, recipes, and the texts that these name."""

@@ -5,14 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, get_args
 
-from gmask.errors import GmaskError
+from gmask.errors import GmaskError, nearest
 from gmask.tasks.reading_metrics import score_reading
-from gmask.tasks.samples import Prediction, Sample, TaskKind
-from gmask.tasks.templates import nearest
+from gmask.tasks.samples import LABELLED, Prediction, Sample, TaskKind
 from gmask.tasks.text_metrics import Language, Pair, find_language, score_bleu, score_corpus_bleu, score_rouge
 
-CHOOSING: tuple[TaskKind, ...] = ("cloze", "multiple-choice", "classification")
-"""The kinds of task whose predictions have a label; those of the others have texts."""
+NOTHING_CHOSEN = "a text was written and nothing chosen: take exact-match, rouge-l or bleu-4"
+NOTHING_WRITTEN = "a class was chosen and no text: take accuracy, f1 or macro-f1"
+"""What is told of a metric that does not fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,14 @@ def check_metric(name: str) -> None:
         raise GmaskError(f"there is no metric {name!r}; the nearest is {near!r}, all are {', '.join(METRICS)}")
 
 
+def check_kind(name: str, kind: TaskKind) -> None:
+    """Raises `GmaskError` for a metric that no answer of this kind of task can be measured by."""
+    if name in CHOICE_METRICS and kind not in LABELLED:
+        raise GmaskError(f"{name} does not fit the kind {kind}: {NOTHING_CHOSEN}")
+    if name not in CHOICE_METRICS and kind == "classification":
+        raise GmaskError(f"{name} does not fit the kind {kind}: {NOTHING_WRITTEN}")
+
+
 def predict_majority(known: Sequence[Sample], samples: Sequence[Sample]) -> list[Prediction] | None:
     """The baseline that always chooses the label which is most frequent in `known`, the lowest of several.
 
@@ -94,7 +102,7 @@ def predict_majority(known: Sequence[Sample], samples: Sequence[Sample]) -> list
 def is_answered(sample: Sample, kind: TaskKind) -> bool:
     """Whether anything is known that a prediction can be compared with."""
     is_known = bool(sample.references) or sample.label is not None
-    return is_known or (kind not in CHOOSING and bool(sample.answers))
+    return is_known or (kind not in LABELLED and bool(sample.answers))
 
 
 def check_metrics(task_metrics: Sequence[str], sample: Sample, kind: TaskKind) -> None:
@@ -103,7 +111,7 @@ def check_metrics(task_metrics: Sequence[str], sample: Sample, kind: TaskKind) -
     Raises:
         GmaskError: as `evaluate`.
     """
-    right = Prediction(label=sample.label or 0) if kind in CHOOSING else Prediction(texts=sample.answers)
+    right = Prediction(label=sample.label or 0) if kind in LABELLED else Prediction(texts=sample.answers)
     evaluate(task_metrics, [right], [sample])
 
 
@@ -117,7 +125,7 @@ def read_pairs(prediction: Prediction, sample: Sample) -> list[Pair]:
     right: list[tuple[str, ...]] = [(answer,) for answer in sample.answers]
     if prediction.label is not None:
         if not sample.answers:
-            raise GmaskError(f"{_place(sample)}a class was chosen and no text: take accuracy, f1 or macro-f1")
+            raise GmaskError(f"{_place(sample)}{NOTHING_WRITTEN}")
         texts = (sample.answers[prediction.label],)
         right = [] if sample.label is None else [(sample.answers[sample.label],)]
     if sample.references:
@@ -209,7 +217,7 @@ def _score_texts(names: Sequence[str], pairs: Sequence[Pair], language: Language
 
 def _read_choice(prediction: Prediction, sample: Sample) -> Choice:
     if prediction.label is None:
-        raise GmaskError(f"{_place(sample)}a text was written and nothing chosen: take exact-match, rouge-l or bleu-4")
+        raise GmaskError(f"{_place(sample)}{NOTHING_CHOSEN}")
     if sample.label is None:
         raise GmaskError(f"{_place(sample)}the label is not known, so nothing can be measured")
     return Choice(prediction.label, sample.label, sample.group)

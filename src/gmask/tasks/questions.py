@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from gmask.tasks.task import Task
 
 Values = Mapping[str, Any]
+
+WHOLE_FLOAT = re.compile(r"(?<=\d)\.0+$")
+"""What a whole number ends with that became a float, as in a table with empty cells."""
 
 UNKNOWN_LABELS = ("", "-1")
 """What stands in the place of the label in published test files."""
@@ -43,6 +48,8 @@ def _choose(task: Task, values: Values, require_answers: bool) -> list[Sample]:
     else:
         answers = tuple(parse_template(choice).fill(values) for choice in task.choices.values())
         names = tuple(task.choices)
+    if (twice := find_repeated(answers)) is not None:
+        raise GmaskError(f"two candidates are the same text, {twice!r}, and the model could not choose one of them")
     label = _read_label(task, values, names, answers, require_answers)
     references = _read_references(task, values)
     return [Sample(text=text, answers=answers, label=label, group=_read_group(task, values), references=references)]
@@ -115,19 +122,23 @@ def _read_label(
     assert task.label is not None, "read_task checks it"
     if not require_answers and task.label not in values:
         return None
-    value = read_value(values, task.label)
-    if isinstance(value, float) and value.is_integer():  # of a table with empty cells
-        value = int(value)
-    label = as_text(value, task.label)
-    for known in (names, texts):
-        if label in known:
-            return known.index(label)
-    if not require_answers and label in UNKNOWN_LABELS:
+    label = as_text(read_value(values, task.label), task.label).strip()
+    whole = WHOLE_FLOAT.sub("", label)
+    for spelling in (label, whole):
+        for known in (names, [text.strip() for text in texts]):
+            if spelling in known:
+                return known.index(spelling)
+    if not require_answers and whole in UNKNOWN_LABELS:
         return None
     if not label:
         raise GmaskError(f"column {task.label!r} is empty")
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     raise GmaskError(f"the label {label!r} is none of the choices: {shown}")
+
+
+def find_repeated(texts: Sequence[str]) -> str | None:
+    """The first text that comes more than once."""
+    return next((text for text, count in Counter(texts).items() if count > 1), None)
 
 
 def _read_group(task: Task, values: Values) -> str | None:

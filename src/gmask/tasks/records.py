@@ -143,6 +143,7 @@ def _read_table(path: Path) -> Iterator[tuple[int, dict[str, str] | GmaskError]]
             else:
                 rows = csv.reader(file, strict=True)
             header = next(rows, [])
+            _check_delimiter(path, header)
             if len(set(header)) != len(header):
                 raise GmaskError(f"{path}, line 1: two columns have the same name ({', '.join(header)})")
             line = rows.line_num + 1
@@ -159,6 +160,17 @@ def _read_table(path: Path) -> Iterator[tuple[int, dict[str, str] | GmaskError]]
         raise GmaskError(f"{path}: not UTF-8 text; save the table as UTF-8") from error
     except csv.Error as error:
         raise GmaskError(f"{path}, line {rows.line_num}: not a table ({error})") from error
+
+
+def _check_delimiter(path: Path, header: list[str]) -> None:
+    """Raises `GmaskError` for a single column whose name holds what other tables are separated by."""
+    marks = ";|," if path.suffix == ".tsv" else ";|\t"
+    mark = next((mark for mark in marks if len(header) == 1 and mark in header[0]), None)
+    if mark is not None:
+        raise GmaskError(
+            f"{path}, line 1: the table seems to be separated by {mark!r}: separate its columns by commas, or by tabs "
+            "in a .tsv file"
+        )
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

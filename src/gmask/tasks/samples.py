@@ -6,6 +6,15 @@ from typing import Literal
 
 TaskKind = Literal["cloze", "multiple-choice", "classification", "seq2seq", "infill", "language-model", "chat"]
 
+CHOICES: tuple[TaskKind, ...] = ("cloze", "multiple-choice")
+"""The kinds whose answers are candidates."""
+
+LABELLED: tuple[TaskKind, ...] = (*CHOICES, "classification")
+"""The kinds whose predictions have a label; those of the others have texts."""
+
+Truncation = Literal["left", "right"]
+"""Where a text that is too long loses tokens: before its first blank and then at its end, or at its end alone."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:

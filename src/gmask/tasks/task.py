@@ -6,14 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-from gmask.errors import GmaskError
-from gmask.tasks.metrics import check_metric
+from gmask.errors import GmaskError, nearest
+from gmask.tasks.metrics import check_kind, check_metric
 from gmask.tasks.official import READERS, flatten
-from gmask.tasks.questions import make_samples
+from gmask.tasks.questions import find_repeated, make_samples
 from gmask.tasks.recipes.settings_tree import build, check_choice, field_names, load_tree
 from gmask.tasks.records import Record
 from gmask.tasks.samples import Sample, TaskKind
-from gmask.tasks.templates import nearest, parse_template
+from gmask.tasks.templates import parse_template
 from gmask.tasks.text_metrics import Language
 
 HERE = Path(__file__).parent
@@ -108,6 +108,8 @@ def read_task(tree: Mapping[str, Any]) -> Task:
     values = _expand(tree, ())
     where = f"task {values.setdefault('name', 'custom')}"
     metrics = values.get("metrics") or ()
+    if not isinstance(metrics, str | list | tuple):
+        raise GmaskError(f"{where}: metrics is {metrics!r}: expected a list of names")
     values["metrics"] = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     values["choices"] = _read_choices(values.get("choices") or {}, where)
     values.setdefault("best", values["metrics"][0] if values["metrics"] else "loss")
@@ -167,7 +169,12 @@ def _read_choices(choices: Any, where: str) -> dict[str, str]:
         if not isinstance(text, str) or not text:
             hint = "; YAML reads Yes and No as truth values, so put them in quotes" if isinstance(text, bool) else ""
             raise GmaskError(f"{where}: the choice {label} is {text!r}, not a text{hint}")
-    return {str(label).lower() if isinstance(label, bool) else str(label): text for label, text in choices.items()}
+    if (twice := find_repeated(list(choices.values()))) is not None:
+        raise GmaskError(f"{where}: two choices have the same answer, {twice!r}")
+    labels = [str(label).lower() if isinstance(label, bool) else str(label).strip() for label in choices]
+    if (twice := find_repeated(labels)) is not None:
+        raise GmaskError(f"{where}: two choices have the same label, {twice!r}")
+    return dict(zip(labels, choices.values(), strict=True))
 
 
 def _check_fields(task: Task) -> None:
@@ -194,3 +201,5 @@ def _check_fields(task: Task) -> None:
         raise GmaskError(f"the kind {task.kind} has no blank, and the template has {blanks}{hint}")
     if blanks > 1 and task.kind != "infill":
         raise GmaskError(f"the kind {task.kind} is about one blank, and the template has {blanks}")
+    for metric in task.metrics:
+        check_kind(metric, task.kind)

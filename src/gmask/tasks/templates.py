@@ -1,15 +1,14 @@
 """Which text does a template make of a record?"""
 
-import difflib
 import re
 import string
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from gmask.errors import GmaskError
+from gmask.errors import GmaskError, nearest
 
 BLANK = re.compile(r"(\\*)(\[[sg]?MASK\])")
 """A blank and the backslashes before it; an odd number of them makes it plain text, as `gmask.infill` reads it."""
@@ -115,11 +114,6 @@ def split_marks(text: str) -> tuple[str, tuple[str, ...]]:
     """A text with marked answers, as in ``It is [MASK=sunny] today.``, as a text with blanks, and the answers."""
     answers = tuple(re.sub(r"\\(.)", r"\1", match.group(2)) for match in MARKED_BLANK.finditer(text))
     return MARKED_BLANK.sub(r"[\1]", text), answers
-
-
-def nearest(word: object, known: Iterable[str]) -> str:
-    """The one of several known words that a mistyped word most resembles."""
-    return difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.0)[0]
 
 
 def read_value(values: Mapping[str, Any], column: str) -> Any:

@@ -105,7 +105,7 @@ def _segmenter() -> Any:
 
 
 def load_library(module: str) -> Any:
-    """Imports a library of the extra ``eval``. What some warn of while they are imported is not for the user."""
+    """Imports a library of the extra ``metrics``. What some warn of while they are imported is not for the user."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

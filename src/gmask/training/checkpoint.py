@@ -28,8 +28,12 @@ class TrainingState:
     progress: dict[str, Any]  # what the caller saved with it
 
 
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Has ``fill`` write a draft beside ``folder`` and puts it in its place; a full disk leaves the old one."""
+def write_folder(folder: Path, fill: Callable[[Path], None], *, kept: str = "the last complete checkpoint") -> None:
+    """Has ``fill`` write a draft beside ``folder`` and puts it in its place; a full disk leaves the old one.
+
+    Raises:
+        GmaskError: it cannot be written, with what is ``kept``.
+    """
     draft = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +48,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise GmaskError(f"{folder}: cannot be written ({reason}); the last complete checkpoint is kept") from error
+        raise GmaskError(f"{folder}: cannot be written ({reason}); {kept} is kept") from error
     finally:
         if draft is not None:
             shutil.rmtree(draft, ignore_errors=True)

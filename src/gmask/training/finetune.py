@@ -5,7 +5,6 @@
 
 import dataclasses
 import json
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from gmask.generation.settings import make_settings
 from gmask.tasks.metrics import evaluate as measure_predictions
 from gmask.tasks.metrics import is_answered, predict_majority
 from gmask.tasks.recipes.methods import USUAL_RATES, hint_learning_rate
+from gmask.tasks.recipes.settings_tree import to_yaml
 from gmask.tasks.recipes.tuning import TuningRecipe, differing_keys, load_tuning_recipe
 from gmask.tasks.result_files import write_json, write_predictions
 from gmask.tasks.samples import Prediction, Sample
@@ -27,7 +27,8 @@ from gmask.training.checkpoint import write_folder
 from gmask.training.report import read_records
 from gmask.training.tuning.arguments import forward_dtype, training_arguments
 from gmask.training.tuning.batch_order import BatchOrder, steps_of
-from gmask.training.tuning.data import Splits, read_splits
+from gmask.training.tuning.cross_validation import fold_rows, summarize_folds
+from gmask.training.tuning.data import Splits, hash_file, read_splits
 from gmask.training.tuning.forgetting import (
     Forgetting,
     GeneralMeasure,
@@ -46,6 +47,7 @@ from gmask.training.tuning.trainer import Schedule, TuningTrainer, last_checkpoi
 from gmask.training.tuning.validation import Measurer
 
 RECIPE_FILE = "recipe.yaml"
+TASK_FILE = "task.yaml"
 FILES_FILE = "data.json"
 RESULTS_FILE = "results.json"
 BEFORE_FILE = "general-before.json"
@@ -79,28 +81,16 @@ def _run_folds(recipe: TuningRecipe, *, resume: bool) -> Path:
     """One run for each fold, and the mean and deviation of their metrics."""
     out = Path(recipe.run.out)
     assert recipe.data.folds is not None
-    found = []
+    runs = []
     for fold in range(1, recipe.data.folds + 1):
-        Finetuning(recipe.of_fold(fold), resume=resume).train()
-        found.append(json.loads((out / f"fold-{fold}" / RESULTS_FILE).read_text("utf-8")))
-    summary = {
-        "folds": len(found),
-        "metrics": summarize([results["metrics"]["validation"] for results in found]),
-        "majority": summarize([results["majority"].get("validation", {}) for results in found]),
-    }
-    write_json(out / RESULTS_FILE, {**found[0], **summary, "runs": [results["metrics"] for results in found]})
+        one = Finetuning(recipe.of_fold(fold), resume=resume)
+        one.train()
+        runs.append(json.loads((one.out / RESULTS_FILE).read_text("utf-8")))
+    summary = summarize_folds(runs)
+    if one.is_main:
+        write_json(out / RESULTS_FILE, summary)
+    one.console.print(fold_rows(summary).to_rich(f"{one.task.name}, {recipe.method.name}, {len(runs)} folds"))
     return out
-
-
-def summarize(metrics: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean and sample deviation of each metric over several runs."""
-    return {
-        name: {
-            "mean": statistics.mean(one[name] for one in metrics),
-            "deviation": statistics.stdev(one[name] for one in metrics) if len(metrics) > 1 else 0.0,
-        }
-        for name in metrics[0]
-    }
 
 
 @dataclasses.dataclass
@@ -126,7 +116,7 @@ class Finetuning:
             torch.set_num_threads(recipe.run.threads)
         self.task: Task = read_task({"use": recipe.task} if isinstance(recipe.task, str) else recipe.task)
         self._check_prompts()
-        self.settings = make_settings(recipe.decoding)
+        self.settings = make_settings(recipe.written)
         self.splits: Splits = read_splits(self.task, recipe.data, seed=recipe.run.seed)
         self._check_folder(resume=resume)
         self.args = training_arguments(self.recipe)
@@ -159,7 +149,8 @@ class Finetuning:
 
     def _check_prompts(self) -> None:
         """Raises `GmaskError` for a template with trained vectors where there are none: it would be read as text."""
-        if PROMPT in self.task.template and self.recipe.method.name != "p-tuning" and not self.recipe.model.adapter:
+        marked = PROMPT in f"{self.task.template}{self.task.plain_template or ''}"
+        if marked and self.recipe.method.name != "p-tuning":
             raise GmaskError(
                 f"the template of {self.task.name} has {PROMPT}, a vector that p-tuning trains: set method.name to "
                 f"p-tuning, not {self.recipe.method.name}, or take it out"
@@ -167,13 +158,15 @@ class Finetuning:
 
     def _check_folder(self, *, resume: bool) -> None:
         """Raises `GmaskError` if the folder holds a run that this one does not go on with."""
-        if last_checkpoint(self.out) is None:
+        if last_checkpoint(self.out) is None and not (self.out / RESULTS_FILE).is_file():
             return
         if not resume:
             raise GmaskError(f"{self.out} holds a run already: resume it, or choose another run.out")
         keys = differing_keys(load_tuning_recipe(self.out / RECIPE_FILE), self.recipe)
         old_files = json.loads((self.out / FILES_FILE).read_text("utf-8"))
         keys += [f"the content of {name}" for name, sha in self._hashes().items() if old_files.get(name) != sha]
+        if not keys and (self.out / TASK_FILE).read_text("utf-8") != to_yaml(self.task):
+            keys = [f"the content of task {self.task.name}"]
         if keys:
             raise GmaskError(
                 f"{self.out} holds a run of another recipe: {', '.join(keys)} {'differ' if keys[1:] else 'differs'}; "
@@ -181,7 +174,10 @@ class Finetuning:
             )
 
     def _hashes(self) -> dict[str, str]:
-        return {f"{file.split} file {file.name}": file.sha256 for file in self.splits.files}
+        hashes = {f"{file.split} file {file.name}": file.sha256 for file in self.splits.files}
+        if texts := self.recipe.forgetting.texts:
+            hashes["forgetting.texts"] = hash_file(Path(self.recipe.data.place(texts)))
+        return hashes
 
     def _make_trainer(self) -> TuningTrainer:
         """The trainer, with all that it needs; shows what the run is about to do."""
@@ -239,7 +235,13 @@ class Finetuning:
         rate = recipe.optimization.learning_rate
         assert rate is not None
         memory = describe_memory(
-            recipe, self.model, length=max(encoded.lengths), device=self.args.device, dtype=self.measurer.dtype
+            recipe,
+            self.model,
+            length=max(encoded.lengths),
+            labelled=max(encoded.labelled),
+            processes=self.args.world_size,
+            device=self.args.device,
+            dtype=self.measurer.dtype,
         )
         self.start = Start(
             recipe=recipe,
@@ -259,6 +261,7 @@ class Finetuning:
     def _write_start(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / RECIPE_FILE).write_text(self.recipe.to_yaml(), "utf-8")
+        (self.out / TASK_FILE).write_text(to_yaml(self.task), "utf-8")
         write_json(self.out / FILES_FILE, self._hashes())
         with (self.out / START_FILE).open("w", encoding="utf-8") as file:
             self.start.show(Console(file=file, width=120), self.tokenizer)
@@ -293,6 +296,8 @@ class Finetuning:
         for split, samples in (("validation", self.splits.validation), ("test", self.splits.test)):
             if samples:
                 measured.metrics[split], measured.predictions = self._measure_split(samples)
+                for cut in self.measurer.cuts:
+                    self.console.print(f"{split}: {cut}", highlight=False, soft_wrap=True)
                 measured.majority[split] = self._measure_majority(samples)
                 measured.samples = samples
         forgetting = None if before is None else self._compare(before)
@@ -325,7 +330,7 @@ class Finetuning:
             (self.out / "forgetting.md").write_text(forgetting.to_markdown(), "utf-8")
         draw_tuning_curves(results.records, self.out / "curves.png")
         (self.out / "README.md").write_text(render_tuning_card(results), "utf-8")
-        write_folder(self.export, self._fill_export)
+        write_folder(self.export, self._fill_export, kept="the run, to be resumed,")
         write_json(self.out / RESULTS_FILE, results.to_dict())
         if measured.metrics:
             self.console.print(metric_rows(results).to_rich(f"{self.task.name}, {self.recipe.method.name}"))
@@ -335,6 +340,7 @@ class Finetuning:
         save_tuned_model(self.model, self.tokenizer, self.recipe, folder, dtype=dtype)
         for name in ("README.md", "curves.png", "metrics.jsonl"):
             (folder / name).write_bytes((self.out / name).read_bytes())
+        (folder / TASK_FILE).write_text(to_yaml(self.task), "utf-8")
         (folder / RECIPE_FILE).write_text(self.recipe.without_places().to_yaml(), "utf-8")
 
     def _measure_split(self, samples: Sequence[Sample]) -> tuple[dict[str, float], list[Prediction]]:

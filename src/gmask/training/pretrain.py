@@ -271,7 +271,7 @@ class Pretraining:
             for path in folder.iterdir():
                 path.chmod(0o644)  # safetensors' own would keep other users out
 
-        write_folder(self.out / "model", fill)
+        write_folder(self.out / "model", fill, kept="the run, to be resumed,")
         return self.out / "model"
 
 

@@ -1,4 +1,4 @@
-"""ChatGLM-6B, read top to bottom: configuration, positions, prefix, inputs, modeling."""
+"""ChatGLM-6B, read top to bottom: configuration, positions, activation, inputs, modeling."""
 
 from gmask.models.chatglm.configuration import ChatGLMConfig as ChatGLMConfig
 from gmask.models.chatglm.modeling import ChatGLMForConditionalGeneration as ChatGLMForConditionalGeneration

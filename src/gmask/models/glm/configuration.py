@@ -6,6 +6,9 @@ from typing import Any, ClassVar, Literal
 
 from transformers import PreTrainedConfig
 
+Network = Literal["lstm", "mlp", "none"]
+"""What trained vectors of P-tuning may come out of."""
+
 
 class GLMConfig(PreTrainedConfig):
     """Configuration of a GLM.
@@ -59,7 +62,7 @@ class GLMConfig(PreTrainedConfig):
     pre_seq_len: int | None = None
     prefix_projection: bool = False
     prompt_tokens: int = 0
-    prompt_encoder: Literal["lstm", "mlp", "none"] = "none"
+    prompt_encoder: Network = "none"
     use_cache: bool = True
     tie_word_embeddings: bool = True
     pad_token_id: int | None = None

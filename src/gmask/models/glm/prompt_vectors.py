@@ -5,15 +5,11 @@ are never written. Shape letters: B rows, T positions, H hidden size, P vectors.
 Source: Liu et al., "GPT Understands, Too", 2021; THUDM/GLM model/prompt.py, class ``PromptSpell``.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gmask.models.glm.configuration import GLMConfig
-
-Network = Literal["lstm", "mlp", "none"]
+from gmask.models.glm.configuration import GLMConfig, Network
 
 
 class PromptEncoder(nn.Module):

@@ -193,6 +193,11 @@ def _is_ids(value: Any) -> bool:
 
 
 def check_file(path: str | None, tokenizer: Any, key: str, settings: Mapping[str, Any]) -> str:
+    """The path of a vocabulary file that must be there: ``key`` of the tokenizer's ``vocab_files_names``.
+
+    Raises:
+        GmaskError: it is not.
+    """
     if path is None or not os.path.isfile(path):
         place = path or os.path.join(str(settings.get("name_or_path") or "."), tokenizer.vocab_files_names[key])
         raise GmaskError(f"{place}: missing; {type(tokenizer).__name__} needs it, so download or copy it there")

@@ -42,7 +42,7 @@ RATES: dict[Method, tuple[float, float]] = {
     "qlora": (1e-4, 2e-3),
     "ia3": (1e-3, 3e-2),
     "p-tuning-v2": (3e-3, 3e-2),
-    "p-tuning": (1e-4, 1e-2),
+    "p-tuning": (5e-4, 1e-2),
 }
 """Learning rates that the methods are usually given, lowest and highest."""
 
@@ -83,12 +83,20 @@ class MethodSettings:
                 raise GmaskError(f"method.{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise GmaskError(f"method.dropout must be from 0 to below 1, not {self.dropout}")
-        if self.alpha is not None and self.alpha <= 0:
-            raise GmaskError(f"method.alpha must be above 0, not {self.alpha}")
-        if not isinstance(self.targets, str):  # YAML has lists
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise GmaskError(f"method.alpha must be above 0 and finite, not {self.alpha}")
+        self._read_targets()
+
+    def _read_targets(self) -> None:
+        """Checks ``targets``, and makes a tuple of the list that YAML has."""
+        if not isinstance(self.targets, str | list | tuple) or not self.targets:
+            raise GmaskError(
+                f"method.targets is {self.targets!r}: expected {_join((*LINEARS, 'all-linear'))}, or a list"
+            )
+        for name in (self.targets,) if isinstance(self.targets, str) else self.targets:
+            _check_word(name, (*LINEARS, "all-linear"), "targets")
+        if not isinstance(self.targets, str):
             object.__setattr__(self, "targets", tuple(self.targets))
-        for layer in self.layers:
-            _check_word(layer, (*LINEARS, "all-linear"), "targets")
 
     @property
     def scale(self) -> float:
@@ -97,15 +105,44 @@ class MethodSettings:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The linear layers that ``targets`` names."""
-        if isinstance(self.targets, str):
-            return LINEARS if self.targets == "all-linear" else (self.targets,)
-        return self.targets
+        """The linear layers that ``targets`` names, each once."""
+        names = (self.targets,) if isinstance(self.targets, str) else self.targets
+        return LINEARS if "all-linear" in names else tuple(dict.fromkeys(names))
+
+    @property
+    def adapted_layers(self) -> tuple[str, ...]:
+        """The linear layers of a block that something is put around."""
+        if self.name == "ia3":
+            return ("query_key_value", "dense_4h_to_h")
+        return self.layers if self.name in LOW_RANK else ()
+
+    @property
+    def first_rank(self) -> int:
+        """The rank of a change when training begins; adalora drops ranks, and starts with half as many again."""
+        return self.rank + (self.rank + 1) // 2 if self.name == "adalora" else self.rank
 
     @property
     def makes_adapter(self) -> bool:
         """Whether the trained numbers are kept beside the model, in a folder of their own."""
         return self.name not in ("full", "frozen-embeddings")
+
+
+def check_model(method: MethodSettings, *, is_quantized: bool, is_glm: bool) -> None:
+    """Raises `GmaskError` for a method that cannot train such a model."""
+    if method.name == "qlora" and not is_quantized:
+        raise GmaskError(
+            "qlora is lora beside integers: set model.quantize (or --quantize) to int8 or int4, or choose lora"
+        )
+    if is_quantized and method.name == "dora":
+        raise GmaskError(
+            "dora needs the norms of the float weights: leave model.quantize (or --quantize) out, or choose qlora"
+        )
+    if is_quantized and not method.makes_adapter:
+        raise GmaskError(
+            "integers cannot be trained: leave model.quantize (or --quantize) out, or choose qlora or p-tuning-v2"
+        )
+    if method.name == "p-tuning" and not is_glm:
+        raise GmaskError("p-tuning trains vectors in the texts of a GLM; for a ChatGLM choose p-tuning-v2")
 
 
 def hint_learning_rate(method: Method, rate: float) -> str | None:

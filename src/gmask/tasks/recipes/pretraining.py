@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gmask.errors import GmaskError
+from gmask.errors import GmaskError, one_line
 from gmask.infilling.objectives import Mixture
 from gmask.models.glm.configuration import GLMConfig
 from gmask.tasks.corpus import Source
@@ -13,6 +13,10 @@ from gmask.tasks.recipes.settings_tree import (
     build,
     check_choice,
     check_keys,
+    check_mapping,
+    check_numbers,
+    check_run,
+    convert,
     field_names,
     load_tree,
     plain_values,
@@ -125,25 +129,58 @@ def read_recipe(tree: Mapping[str, Any]) -> Recipe:
     """Checks a recipe's tree of plain values and gives it types."""
     sections = dict(tree)
     check_keys(sections, field_names(Recipe), "the recipe")
-    data = dict(sections.get("data") or {})
-    data["sources"] = tuple(build(Source, entry, "data.sources") for entry in data.get("sources") or ())
-    optimization = dict(sections.get("optimization") or {})
-    if "betas" in optimization:
-        optimization["betas"] = tuple(optimization["betas"])
-    model, objective = dict(sections.get("model") or {}), dict(sections.get("objective") or {})
-    check_keys(model, field_names(GLMConfig), "model")
-    mixture = [name for name in field_names(Mixture) if name not in ("special", "sentence_ends")]
-    check_keys(objective, mixture, "objective")
+    objective = sections.get("objective") or {}
+    check_mapping(objective, "objective")
+    check_keys(
+        objective, [name for name in field_names(Mixture) if name not in ("special", "sentence_ends")], "objective"
+    )
     recipe = Recipe(
         run=build(RunSettings, sections.get("run") or {}, "run"),
-        data=build(DataSettings, data, "data"),
-        optimization=build(OptimizationSettings, optimization, "optimization"),
+        data=build(DataSettings, _read_data(sections.get("data") or {}), "data"),
+        optimization=build(OptimizationSettings, sections.get("optimization") or {}, "optimization"),
         tokenizer=build(TokenizerSettings, sections.get("tokenizer") or {}, "tokenizer"),
-        model=model,
-        objective=objective,
+        model=convert(GLMConfig, sections.get("model") or {}, "model"),
+        objective=convert(Mixture, objective, "objective"),
     )
-    if not recipe.data.sources:
-        raise GmaskError("data.sources is empty: name at least one source with its training texts")
-    check_choice(recipe.optimization.dtype, ("float32", "bfloat16"), "optimization.dtype")
-    check_choice(recipe.optimization.initialization, ("normal", "neighbours"), "optimization.initialization")
-    return recipe
+    check_run(vars(recipe.run))
+    check_numbers(vars(recipe.run), "run", positive=("validate_every", "validation_rows", "save_every", "keep_last"))
+    check_numbers(vars(recipe.data), "data", positive=("row_length", "max_piece"))
+    check_numbers(vars(recipe.tokenizer), "tokenizer", positive=("vocab_size", "sample_bytes"))
+    _check_model(recipe.model)
+    return dataclasses.replace(recipe, optimization=_check_optimization(recipe.optimization))
+
+
+def _read_data(data: Any) -> dict[str, Any]:
+    check_mapping(data, "data")
+    if not isinstance(sources := data.get("sources"), list) or not sources:
+        raise GmaskError("data.sources is empty or no list: name at least one source with its training texts")
+    return {**data, "sources": tuple(build(Source, entry, "data.sources") for entry in sources)}
+
+
+def _check_model(model: dict[str, Any]) -> None:
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    check_numbers(model, "model", positive=sizes)
+    for name in ("embedding_dropout", "attention_dropout", "hidden_dropout"):
+        if not 0 <= model.get(name, 0) < 1:
+            raise GmaskError(f"model.{name} is {model[name]}: it must be from 0 to below 1")
+    try:
+        GLMConfig(**model)
+    except ValueError as error:
+        raise GmaskError(f"model: {one_line(error)}") from error
+
+
+def _check_optimization(optimization: OptimizationSettings) -> OptimizationSettings:
+    """The settings with ``betas`` as numbers, which YAML has as a list."""
+    positive = ("steps", "rows_per_step", "rows_per_pass", "learning_rate", "clip_norm")
+    not_negative = ("final_learning_rate", "warmup_steps", "weight_decay")
+    check_numbers(vars(optimization), "optimization", positive=positive, not_negative=not_negative)
+    check_choice(optimization.dtype, ("float32", "bfloat16"), "optimization.dtype")
+    check_choice(optimization.initialization, ("normal", "neighbours"), "optimization.initialization")
+    betas = optimization.betas
+    try:
+        first, second = map(float, betas)
+    except (TypeError, ValueError) as error:
+        raise GmaskError(f"optimization.betas is {betas!r}: expected two numbers") from error
+    if not (0 <= first < 1 and 0 <= second < 1):
+        raise GmaskError(f"optimization.betas is {betas!r}: both must be from 0 to below 1")
+    return dataclasses.replace(optimization, betas=(first, second))

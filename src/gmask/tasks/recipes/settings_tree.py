@@ -1,17 +1,20 @@
 """How does a recipe in YAML become typed settings, and a mistake in it one line that names the nearest key?"""
 
 import dataclasses
-import difflib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from gmask.errors import GmaskError
+from gmask.errors import GmaskError, nearest
 
 T = TypeVar("T")
+
+MAX_SEED = 2**32 - 1
+"""NumPy's global generator, which a Trainer seeds, takes no higher one."""
 
 
 def load_tree(path: Path | str, overrides: Sequence[str], sections: Sequence[str]) -> dict[str, Any]:
@@ -37,32 +40,58 @@ def load_tree(path: Path | str, overrides: Sequence[str], sections: Sequence[str
 
 def build(kind: type[T], values: Any, where: str) -> T:
     """An instance of a settings class, its values checked against the annotated types."""
-    if not isinstance(values, Mapping):
-        raise GmaskError(f"{where}: expected key: value pairs, not {values!r}")
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    check_keys(values, list(fields), where)
+    converted = convert(kind, values, where)
     needed = [
-        name
-        for name, field in fields.items()
+        field.name
+        for field in dataclasses.fields(kind)  # type: ignore[arg-type]
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing := [name for name in needed if name not in values]:
         raise GmaskError(f"{where}: {', '.join(missing)} is missing")
-    return kind(**{name: _convert(value, fields[name].type, f"{where}.{name}") for name, value in values.items()})
+    return kind(**converted)
+
+
+def convert(kind: Any, values: Any, where: str) -> dict[str, Any]:
+    """Keywords of a settings class, checked against its annotated types."""
+    check_mapping(values, where)
+    types = {field.name: field.type for field in dataclasses.fields(kind)}
+    check_keys(values, list(types), where)
+    return {name: _convert(value, types[name], f"{where}.{name}") for name, value in values.items()}
+
+
+def check_mapping(values: Any, where: str) -> None:
+    if not isinstance(values, Mapping):
+        raise GmaskError(f"{where}: expected key: value pairs, not {values!r}")
 
 
 def check_keys(values: Mapping[str, Any], known: Sequence[str], where: str) -> None:
     """Raises `GmaskError` for a key that is not known, naming the nearest."""
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-            raise GmaskError(f"{where} has no key {key!r}; the nearest is {near[0]!r}")
+            raise GmaskError(f"{where} has no key {key!r}; the nearest is {nearest(key, known)!r}")
 
 
 def check_choice(value: str | None, choices: Sequence[str], where: str) -> None:
     """Raises `GmaskError` for a word that is none of the choices."""
     if value not in choices:
         raise GmaskError(f"{where} is {value}: choose {', '.join(choices[:-1])} or {choices[-1]}")
+
+
+def check_numbers(
+    values: Mapping[str, Any], where: str, *, positive: Sequence[str] = (), not_negative: Sequence[str] = ()
+) -> None:
+    """Raises `GmaskError` for a number that is too low; one that is absent or None is not looked at."""
+    for name in (*positive, *not_negative):
+        value = values.get(name)
+        if value is not None and (value < 0 or (value == 0 and name in positive)):
+            raise GmaskError(f"{where}.{name} is {value}: it must be {'above 0' if name in positive else 'at least 0'}")
+
+
+def check_run(run: Mapping[str, Any]) -> None:
+    """What every recipe's section ``run`` is held to."""
+    check_numbers(run, "run", positive=("threads", "log_every"))
+    if not 0 <= run["seed"] <= MAX_SEED:
+        raise GmaskError(f"run.seed is {run['seed']}: it must be from 0 to {MAX_SEED}")
 
 
 def field_names(kind: Any) -> list[str]:
@@ -96,21 +125,47 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _convert(value: Any, kind: Any, where: str) -> Any:
-    """Numbers as YAML spells them (``1e-3`` is a string to it) into what the field wants."""
-    wanted = str(kind.__name__ if isinstance(kind, type) else kind)
+    """The value as its field wants it; fields of other types than those of `CONVERTERS` are checked elsewhere."""
+    annotation = str(kind.__name__ if isinstance(kind, type) else kind)
+    wanted = annotation.removesuffix(" | None")
+    if wanted not in CONVERTERS or (value is None and wanted != annotation):
+        return value
     try:
-        if wanted.startswith("float") and not isinstance(value, bool):
-            return None if value is None else float(value)
-        if wanted.startswith("int"):
-            if value is None and "None" in wanted:
-                return None
-            if isinstance(value, bool) or int(value) != float(value):
-                raise ValueError
-            return int(value)
-        if wanted == "bool" and not isinstance(value, bool):
-            raise ValueError
-        if wanted in ("str", "str | None") and not isinstance(value, str) and (value is not None or wanted == "str"):
-            raise ValueError
-    except (TypeError, ValueError) as error:
-        raise GmaskError(f"{where} is {value!r}: expected {wanted.replace(' | None', '')}") from error
+        return CONVERTERS[wanted](value)
+    except (TypeError, ValueError, OverflowError) as error:
+        words = "a finite number" if wanted == "float" else wanted
+        raise GmaskError(f"{where} is {value!r}: expected {words}") from error
+
+
+def _read_float(value: Any) -> float:
+    """YAML has strings for numbers such as ``1e-3``."""
+    if isinstance(value, bool) or not math.isfinite(number := float(value)):
+        raise ValueError
+    return number
+
+
+def _read_int(value: Any) -> int:
+    if isinstance(value, bool) or int(value) != float(value):
+        raise ValueError
+    return int(value)
+
+
+def _read_bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError
     return value
+
+
+def _read_str(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError
+    return value
+
+
+CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
+    "float": _read_float,
+    "int": _read_int,
+    "bool": _read_bool,
+    "str": _read_str,
+}
+"""By the annotation of a field."""

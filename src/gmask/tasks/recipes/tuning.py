@@ -3,19 +3,25 @@
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from gmask.errors import GmaskError
+from gmask.loading import DTYPES
+from gmask.quantization.quantizer import NAMES as INTEGERS
 from gmask.tasks.recipes.methods import MethodSettings
 from gmask.tasks.recipes.settings_tree import (
     build,
     check_choice,
     check_keys,
+    check_mapping,
+    check_numbers,
+    check_run,
     field_names,
     load_tree,
     plain_values,
     to_yaml,
 )
+from gmask.tasks.samples import Truncation
 
 SCHEDULES = ("linear", "cosine", "constant")
 FREE_KEYS = (
@@ -60,7 +66,7 @@ class TuningDataSettings:
     validation_limit: int | None = None  # samples that are predicted while the run goes on
     max_source: int = 384  # tokens of a question
     max_target: int = 128  # tokens of an answer
-    truncation: str = "left"  # where a question that is too long loses tokens: before its blank, or at its end
+    truncation: Truncation = "left"  # where a question that is too long loses tokens: before its blank, or at its end
     skip_bad_lines: bool = False  # leave out, and count, what cannot be used; by default it is an error
     packing: int | None = None  # tokens of a row that several samples share; by default each has its own
     folds: int | None = None  # k-fold cross-validation on `train`
@@ -116,6 +122,11 @@ class TuningRecipe:
     decoding: dict[str, Any]
     forgetting: ForgettingSettings
 
+    @property
+    def written(self) -> dict[str, Any]:
+        """How texts are written: ``decoding``, and as long as those that are learnt."""
+        return {"max_tokens": self.data.max_target, **self.decoding}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, which `read_tuning_recipe` turns into the same recipe."""
         return plain_values(self)
@@ -166,28 +177,22 @@ def read_tuning_recipe(tree: Mapping[str, Any]) -> TuningRecipe:
     if not isinstance(task := sections.get("task"), str | dict):
         raise GmaskError("task is missing: name one, such as chat/alpaca, or write it into the recipe")
     optimization = sections.get("optimization") or {}
-    _check_mapping(decoding := sections.get("decoding") or {}, "decoding")
-    method = dict(sections["method"]) if isinstance(sections.get("method"), Mapping) else sections.get("method") or {}
-    if isinstance(method, dict) and isinstance(method.get("targets"), list):
-        method["targets"] = tuple(method["targets"])
+    check_mapping(decoding := sections.get("decoding") or {}, "decoding")
     recipe = TuningRecipe(
         run=build(TuningRunSettings, sections.get("run") or {}, "run"),
         model=build(ModelSettings, sections.get("model") or {}, "model"),
         task=task,
         data=build(TuningDataSettings, sections.get("data") or {}, "data"),
-        method=build(MethodSettings, method, "method"),
+        method=build(MethodSettings, sections.get("method") or {}, "method"),
         optimization=build(TuningOptimizationSettings, optimization, "optimization"),
         decoding=dict(decoding),
         forgetting=build(ForgettingSettings, sections.get("forgetting") or {}, "forgetting"),
     )
-    _check_mapping(recipe.optimization.trainer, "optimization.trainer")
-    if recipe.model.adapter is not None and not recipe.method.makes_adapter:
-        raise GmaskError(
-            f"model.adapter is to be trained on, and method {recipe.method.name} makes none: merge it first"
-        )
-    check_choice(recipe.model.initialization, ("pretrained", "random"), "model.initialization")
+    check_run(vars(recipe.run))
+    _check_model(recipe)
     _check_data(recipe.data)
     _check_optimization(recipe)
+    check_numbers(vars(recipe.forgetting), "forgetting", not_negative=("answers",))
     return recipe
 
 
@@ -206,9 +211,17 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", value
 
 
-def _check_mapping(values: Any, where: str) -> None:
-    if not isinstance(values, Mapping):
-        raise GmaskError(f"{where}: expected key: value pairs, not {values!r}")
+def _check_model(recipe: TuningRecipe) -> None:
+    model = recipe.model
+    if model.adapter is not None and not recipe.method.makes_adapter:
+        raise GmaskError(
+            f"model.adapter is to be trained on, and method {recipe.method.name} makes none: merge it first"
+        )
+    check_choice(model.initialization, ("pretrained", "random"), "model.initialization")
+    if model.dtype is not None:
+        check_choice(model.dtype, ("auto", *DTYPES), "model.dtype")
+    if model.quantize is not None:
+        check_choice(model.quantize, tuple(INTEGERS), "model.quantize")
 
 
 def _check_data(data: TuningDataSettings) -> None:
@@ -223,28 +236,24 @@ def _check_data(data: TuningDataSettings) -> None:
             raise GmaskError("data.folds validates on parts of data.train: leave data.validation out")
         if data.folds < 2 or not 1 <= (data.fold or 1) <= data.folds:
             raise GmaskError(f"data.folds is {data.folds} and data.fold {data.fold}: at least 2 folds, counted from 1")
-    check_choice(data.truncation, ("left", "right"), "data.truncation")
-    for name in ("limit", "validation_limit", "max_source", "max_target", "packing"):
-        _check_positive(getattr(data, name), f"data.{name}")
+    check_choice(data.truncation, get_args(Truncation), "data.truncation")
+    sizes = ("limit", "validation_limit", "max_source", "max_target", "packing")
+    check_numbers(vars(data), "data", positive=sizes)
 
 
 def _check_optimization(recipe: TuningRecipe) -> None:
     optimization = recipe.optimization
     if (optimization.epochs is None) == (optimization.steps is None):
         raise GmaskError("optimization: give one of epochs and steps")
-    for name in (
+    positive = (
         "epochs", "steps", "batch_size", "accumulation", "learning_rate", "evaluate_every", "save_every", "keep_last",
         "early_stop",
-    ):  # fmt: skip
-        _check_positive(getattr(optimization, name), f"optimization.{name}")
+    )  # fmt: skip
+    not_negative = ("warmup", "weight_decay", "clip_norm")  # a clip_norm of 0 clips nothing
+    check_numbers(vars(optimization), "optimization", positive=positive, not_negative=not_negative)
+    check_mapping(optimization.trainer, "optimization.trainer")
     check_choice(optimization.schedule, SCHEDULES, "optimization.schedule")
     if optimization.dtype is not None:
         check_choice(optimization.dtype, ("float32", "bfloat16"), "optimization.dtype")
     if optimization.early_stop is not None and recipe.data.validation is None and recipe.data.folds is None:
         raise GmaskError("optimization.early_stop needs data.validation (a file, or a share of data.train)")
-    _check_positive(recipe.run.log_every, "run.log_every")
-
-
-def _check_positive(value: float | None, where: str) -> None:
-    if value is not None and value <= 0:
-        raise GmaskError(f"{where} is {value}: it must be above 0")

@@ -31,14 +31,24 @@ OWN = {
 }  # fmt: skip
 """Arguments that a recipe has keys of its own for."""
 
+HEEDED = {
+    "optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_kwargs",
+    "deepspeed", "fsdp", "fsdp_config", "accelerator_config", "parallelism_config", "ddp_backend", "ddp_bucket_cap_mb",
+    "ddp_broadcast_buffers", "ddp_find_unused_parameters", "ddp_timeout", "dataloader_pin_memory", "tf32",
+    "torch_compile", "torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps", "log_level",
+}  # fmt: skip
+"""Arguments that mean something to a run; what the Trainer would log, evaluate, load or save is done otherwise."""
+
 
 def check_trainer_keys(values: dict[str, Any]) -> None:
-    """Raises `GmaskError` for a key that the Trainer does not know, or that stands elsewhere in a recipe."""
+    """Raises `GmaskError` for a key that the Trainer does not know, that has another place in a recipe, or none."""
     known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
     check_keys(values, known, "optimization.trainer")
     for key in values:
         if key in OWN:
             raise GmaskError(f"optimization.trainer.{key}: set {OWN[key]} instead")
+        if key not in HEEDED:
+            raise GmaskError(f"optimization.trainer.{key} has no effect on a run: leave it out")
 
 
 def training_arguments(recipe: TuningRecipe) -> TrainingArguments:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from gmask.errors import GmaskError
-from gmask.generation.reading import CHOICES
 from gmask.infilling.collator import collate
-from gmask.tasks.samples import TaskKind
+from gmask.tasks.samples import CHOICES, TaskKind
 from gmask.training.tuning.examples import Example
 
 Row = tuple[Example, ...]

@@ -92,18 +92,16 @@ def _read(
     task: Task, data: TuningDataSettings, pattern: str, split: str, bad: list[GmaskError]
 ) -> tuple[list[Sample], list[DataFile]]:
     place = data.place(pattern)
-    samples = task.samples(
-        read_records(place, limit=data.limit),
-        require_answers=split != "test",
-        on_bad=bad.append if data.skip_bad_lines else None,
-    )
+    on_bad = bad.append if data.skip_bad_lines else None
+    records = read_records(place, limit=data.limit, on_bad=on_bad)
+    samples = task.samples(records, require_answers=split != "test", on_bad=on_bad)
     counts = Counter(sample.path for sample in samples)
     files = [path for path in find_files(place) if path.suffix != ".target"]
-    found = [DataFile(split, path.name, counts[path], _hash(path)) for path in files]
+    found = [DataFile(split, path.name, counts[path], hash_file(path)) for path in files]
     return samples, found
 
 
-def _hash(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """SHA-256 of a file; of a .source file and its .target together."""
     digest = hashlib.sha256()
     target = path.with_suffix(".target")

@@ -11,10 +11,10 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
 from gmask.generation.context import Context
-from gmask.generation.reading import CHOICES, ReadSample, SampleReader, Truncation, locate
+from gmask.generation.reading import ReadSample, SampleReader, locate
 from gmask.infilling.blanks import NOT_SCORED, InfillingExample, IntArray
 from gmask.models.glm import GLMConfig
-from gmask.tasks.samples import Sample, TaskKind
+from gmask.tasks.samples import CHOICES, Sample, TaskKind, Truncation
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gmask.errors import GmaskError
-from gmask.generation.reading import CHOICES
 from gmask.infilling.blanks import NOT_SCORED
 from gmask.models.glm import GLMConfig
-from gmask.tasks.samples import TaskKind
+from gmask.tasks.samples import CHOICES, TaskKind
 
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], tuple[Tensor, int]]
 

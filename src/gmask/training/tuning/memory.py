@@ -12,15 +12,26 @@ from gmask.tasks.recipes.tuning import TuningRecipe
 
 
 def describe_memory(
-    recipe: TuningRecipe, model: PreTrainedModel, *, length: int, device: torch.device, dtype: torch.dtype
+    recipe: TuningRecipe,
+    model: PreTrainedModel,
+    *,
+    length: int,
+    labelled: int,
+    processes: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> str | None:
     """The estimated peak of a run against what is there, in a line; None for an optimizer whose state is not known.
 
     Args:
         length: of the longest row, in tokens.
+        labelled: the most tokens of a row that something is to be learnt from.
+        processes: that share the weights, where the recipe has them shared.
         dtype: what the forward pass computes in.
     """
     optimization = recipe.optimization
+    rows = -(-length // model.config.max_position_embeddings)  # as which a packed row that is longer counts
+    shares = optimization.trainer.get("fsdp") or optimization.trainer.get("deepspeed")
     optimizer = str(optimization.trainer.get("optim", "adamw"))
     if optimizer not in OPTIMIZER_BYTES:
         return None
@@ -34,9 +45,10 @@ def describe_memory(
         dtype=floats[0] if floats else torch.float32,
         autocast=dtype == torch.bfloat16,
         form=read_form(recipe.model.quantize, None),
-        batch_size=optimization.batch_size,
-        length=min(length, model.config.max_position_embeddings),
-        answer_length=recipe.data.max_target,
+        batch_size=optimization.batch_size * rows,
+        length=-(-length // rows),
+        answer_length=max(1, -(-labelled // rows)),
+        shards=processes if shares else 1,
         optimizer=optimizer,
         gradient_checkpointing=optimization.gradient_checkpointing,
         accumulation=optimization.accumulation,

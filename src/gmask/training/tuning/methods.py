@@ -21,7 +21,7 @@ from gmask.models.glm import GLMConfig
 from gmask.models.glm.prompt_vectors import attach_prompts
 from gmask.models.prefix import attach_prefix
 from gmask.quantization.linear import QuantizedLayer
-from gmask.tasks.recipes.methods import MethodSettings
+from gmask.tasks.recipes.methods import MethodSettings, check_model
 from gmask.tasks.tables import Rows
 
 if TYPE_CHECKING:
@@ -92,18 +92,18 @@ def apply_method(model: PreTrainedModel, settings: MethodSettings, *, steps: int
     Raises:
         GmaskError: a method that this model cannot be trained by.
     """
+    is_quantized = any(isinstance(module, QuantizedLayer) for module in model.modules())
+    check_model(settings, is_quantized=is_quantized, is_glm=isinstance(model.config, GLMConfig))
     if settings.name in ("full", "frozen-embeddings"):
         _train_weights(model, with_embeddings=settings.name == "full")
     elif settings.name == "p-tuning-v2":
         model.requires_grad_(False)
         attach_prefix(model, settings.prefix_length, projection=settings.projection).requires_grad_(True)
     elif settings.name == "p-tuning":
-        if not isinstance(model.config, GLMConfig):
-            raise GmaskError("p-tuning trains vectors in the texts of a GLM; for a ChatGLM choose p-tuning-v2")
         model.requires_grad_(False)
         attach_prompts(model, settings.prompt_tokens, settings.prompt_encoder).requires_grad_(True)
     else:
-        inject(model, make_peft_config(model, settings, steps=steps))
+        inject(model, make_peft_config(settings, steps=steps))
     for parameter in head_parameters(model).values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
@@ -139,33 +139,25 @@ def count_trainable(model: nn.Module) -> TrainableTable:
     return TrainableTable(tuple(TrainableRow(module, *row) for module, row in sums.items()))
 
 
-def make_peft_config(model: PreTrainedModel, settings: MethodSettings, *, steps: int | None = None) -> "PeftConfig":
+def make_peft_config(settings: MethodSettings, *, steps: int | None = None) -> "PeftConfig":
     """What PEFT calls a method of low rank, or ia3.
 
     Raises:
-        GmaskError: the model is quantized, and the method needs its weights; qlora without a quantized model; adalora
-            without a number of steps that leaves time to drop ranks.
+        GmaskError: adalora without a number of steps that leaves time to drop ranks.
     """
     peft = require_peft()
-    is_quantized = any(isinstance(module, QuantizedLayer) for module in model.modules())
-    if settings.name == "qlora" and not is_quantized:
-        raise GmaskError(
-            "qlora is lora beside int8 or int4 weights: set model.quantize to int8 or int4, or choose lora"
-        )
-    if settings.name == "dora" and is_quantized:
-        raise GmaskError("dora needs the norms of the float weights: leave model.quantize out, or choose qlora")
     config: PeftConfig
+    targets = [PLACES[layer] for layer in settings.adapted_layers]
     if settings.name == "ia3":
-        targets = [PLACES["query_key_value"], PLACES["dense_4h_to_h"]]
         config = peft.IA3Config(target_modules=targets, feedforward_modules=[PLACES["dense_4h_to_h"]])
         return config
     common: dict[str, Any] = {
-        "target_modules": [PLACES[layer] for layer in settings.layers],
+        "target_modules": targets,
         "lora_alpha": settings.scale,
         "lora_dropout": settings.dropout,
     }
     if settings.name == "adalora":
-        ranks = {"target_r": settings.rank, "init_r": settings.rank + (settings.rank + 1) // 2}  # on average, at first
+        ranks = {"target_r": settings.rank, "init_r": settings.first_rank}  # the first is the mean of those that stay
         config = peft.AdaLoraConfig(**common, **ranks, **_plan_steps(steps))
     else:
         config = peft.LoraConfig(**common, r=settings.rank, use_dora=settings.name == "dora")
@@ -237,8 +229,6 @@ class RankSchedule:
 
 
 def _train_weights(model: PreTrainedModel, *, with_embeddings: bool) -> None:
-    if any(isinstance(module, QuantizedLayer) for module in model.modules()):
-        raise GmaskError("integers cannot be trained: leave model.quantize out, or choose qlora or p-tuning-v2")
     model.float()  # the embeddings too, though they may not train: the head shares them
     model.requires_grad_(True)
     model.get_input_embeddings().requires_grad_(with_embeddings)

@@ -10,6 +10,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gmask.checkpoints.adapter_files import PREFIX_TUNING, PROMPTS, read_adapter
 from gmask.checkpoints.adapters import save_adapter
 from gmask.checkpoints.architectures import architecture_of
 from gmask.checkpoints.model_folder import write_tokenizer
@@ -17,9 +18,20 @@ from gmask.errors import GmaskError
 from gmask.loading import find_folder, load, load_tokenizer, read_config, read_dtype
 from gmask.models.glm import GLMForConditionalGeneration, GLMForSequenceClassification
 from gmask.native.primitive_cache import bound_primitive_cache
+from gmask.tasks.recipes.methods import Method, MethodSettings
 from gmask.tasks.recipes.tuning import TuningRecipe
 from gmask.tasks.task import Task
 from gmask.training.tuning.methods import TrainableTable, apply_method, resume_adapter
+
+METHODS_OF: dict[str, tuple[Method, ...]] = {
+    "LORA": ("lora", "dora", "qlora"), "ADALORA": ("adalora",), "IA3": ("ia3",), PREFIX_TUNING: ("p-tuning-v2",),
+    PROMPTS: ("p-tuning",),
+}  # fmt: skip
+"""The methods that train an adapter, by its kind."""
+
+SIZES = {"LORA": ("r", "rank"), PREFIX_TUNING: ("num_virtual_tokens", "prefix_length"),
+         PROMPTS: ("num_virtual_tokens", "prompt_tokens")}  # fmt: skip
+"""What an adapter's folder calls its size, and what a recipe calls it."""
 
 
 def load_tuned_model(
@@ -50,6 +62,7 @@ def choose_trainable(model: PreTrainedModel, recipe: TuningRecipe, *, steps: int
     """
     torch.manual_seed(recipe.run.seed)  # of what the method adds
     if recipe.model.adapter is not None:
+        _check_adapter(Path(recipe.model.adapter).expanduser(), recipe.method)
         table = resume_adapter(model, recipe.model.adapter)
     else:
         table = apply_method(model, recipe.method, steps=steps)
@@ -59,6 +72,20 @@ def choose_trainable(model: PreTrainedModel, recipe: TuningRecipe, *, steps: int
     if recipe.optimization.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})  # inputs need no gradients
     return table
+
+
+def _check_adapter(folder: Path, method: MethodSettings) -> None:
+    """Raises `GmaskError` if what a folder holds is of another method, or of another size, than the recipe says."""
+    adapter = read_adapter(folder)
+    methods = METHODS_OF[adapter.kind]
+    if method.name not in methods:
+        raise GmaskError(
+            f"{folder}: was trained by {' or '.join(methods)}, and method.name is {method.name}: set it to that"
+        )
+    name, key = SIZES.get(adapter.kind, ("", ""))
+    stored, wanted = adapter.values.get(name), getattr(method, key, None)
+    if stored != wanted and name in adapter.values:
+        raise GmaskError(f"{folder}: its {key} is {stored}, and method.{key} is {wanted}: set it to {stored}")
 
 
 def as_classifier(model: PreTrainedModel, classes: int) -> GLMForSequenceClassification:

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from gmask.errors import GmaskError
 from gmask.infilling.blanks import NOT_SCORED
 from gmask.tasks.recipes.tuning import TuningDataSettings
-from gmask.tasks.samples import Sample, TaskKind
+from gmask.tasks.samples import LABELLED, Sample, TaskKind
 from gmask.training.tuning.batches import Batch, Row, find_collator, pack
 from gmask.training.tuning.examples import Example, SampleEncoder
 from gmask.training.tuning.losses import find_loss
@@ -28,6 +28,11 @@ class Encoded:
     def lengths(self) -> list[int]:
         """In tokens."""
         return [sum(example.length for example in examples_of(item)) for item in self.items]
+
+    @property
+    def labelled(self) -> list[int]:
+        """Tokens of each item that something is learnt from."""
+        return [sum(int((part.labels != NOT_SCORED).sum()) for part in examples_of(item)) for item in self.items]
 
     def describe(self, number: int) -> str:
         """Where an item was read."""
@@ -51,7 +56,7 @@ class Objective:
             kind,
             max_source=data.max_source,
             max_target=data.max_target,
-            truncation="left" if data.truncation == "left" else "right",
+            truncation=data.truncation,
         )
         self.collate = find_collator(kind, pad_id=self.encoder.reader.special.pad)
         self.loss = find_loss(kind)
@@ -65,7 +70,7 @@ class Objective:
         pairs = [(example, sample) for sample in samples for example in self.encoder.encode_all([sample])]
         if self.packing is None:
             return Encoded([example for example, _ in pairs], [[sample] for _, sample in pairs])
-        if self.kind in ("cloze", "multiple-choice", "classification"):
+        if self.kind in LABELLED:
             raise GmaskError(f"data.packing is for tasks that write, and a {self.kind} chooses: leave it out")
         origins = {id(example): sample for example, sample in pairs}
         rows = pack([example for example, _ in pairs], row_length=self.packing)

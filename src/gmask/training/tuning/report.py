@@ -48,6 +48,7 @@ class TuningResults:
             "stopped_early": self.stopped_early,
             "train_loss": last["loss"],
             "supervised_tokens": last["all_supervised_tokens"],
+            "truncated": dict(self.truncated),
             "seconds": last["seconds"],
             "peak_memory_bytes": self.peak_memory_bytes,
             "metrics": {split: dict(found) for split, found in self.metrics.items()},

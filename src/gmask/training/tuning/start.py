@@ -65,7 +65,8 @@ class Start:
     def _counts(self) -> Iterator[str]:
         if self.truncated.sources or self.truncated.targets or self.truncated.rounds:
             yield (
-                f"cut: {self.truncated}; raise data.max_source ({self.recipe.data.max_source}) or data.max_target "
+                f"cut: {self.truncated}; questions lose tokens on the {self.recipe.data.truncation} (data.truncation); "
+                f"raise data.max_source ({self.recipe.data.max_source}) or data.max_target "
                 f"({self.recipe.data.max_target}) to keep them whole"
             )
         if self.dropped:

@@ -185,7 +185,8 @@ class TuningTrainer(Trainer):
         torch.save([{"samples": numbers, **batch} for numbers, batch in self._seen], path)
         raise GmaskError(
             f"step {step}: the loss is {float(self._loss)} and the gradient's norm {norm}; its samples "
-            f"({self._name_samples()}) are kept in {path}; lower optimization.learning_rate and resume"
+            f"({self._name_samples()}) are kept in {path}; start again in another run.out, with a lower "
+            "optimization.learning_rate"
         )
 
     def _name_samples(self) -> str:
@@ -297,7 +298,10 @@ class TuningTrainer(Trainer):
         with ExitStack() as stack:
             self._bar = stack.enter_context(bar)
             self._log = stack.enter_context(MetricsLog(self.out, after_step=step)) if is_main else None
-            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            try:
+                self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            except ImportError as error:  # of what an optimizer of optimization.trainer needs
+                raise GmaskError(f"optimization.trainer: {one_line(error)}") from error
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Writes ``checkpoint-STEP``: what trains, optimizer, schedule, random state; the last ones are kept."""

@@ -42,6 +42,7 @@ class Measurer:
         """
         self.model, self.tokenizer, self.task, self.data = model, tokenizer, task, data
         self.settings, self.batch_size, self.args, self.dtype = settings, batch_size, args, dtype
+        self.cuts: list[str] = []  # what was told of the samples that were predicted last
 
     def measure(self, samples: Sequence[Sample]) -> tuple[dict[str, float], list[Prediction]]:
         """The loss and the metrics of the task, and the predictions that they are of."""
@@ -53,8 +54,8 @@ class Measurer:
 
     def predict(self, kind: TaskKind, samples: Sequence[Sample]) -> list[Prediction]:
         """A prediction for each sample, in their order."""
-        with self._computing(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # how many texts are cut was told at the start
+        with self._computing(), warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", UserWarning)
             found = predict(
                 self.model,
                 self.tokenizer,
@@ -63,8 +64,9 @@ class Measurer:
                 settings=self.settings,
                 batch_size=self.batch_size,
                 max_source=self.data.max_source,
-                truncation="left" if self.data.truncation == "left" else "right",
+                truncation=self.data.truncation,
             )
+        self.cuts = [str(warning.message) for warning in told if warning.category is UserWarning]
         return self._collect(found)
 
     @torch.no_grad()
