@@ -91,7 +91,7 @@ def test_the_chat_model_is_whole_and_documented() -> None:
     for heading in ("## Intended use", "## Quality", "## Training data", "## Attribution", "## Limits", "## Reproduce"):
         assert heading in card
     results = json.loads((folder / "results.json").read_text("utf-8"))
-    assert f"{results['metrics']['validation']['loss']:.3f} nats per token" in card
+    assert f"| {results['metrics']['validation']['loss']:.3f} |" in card
     quality = json.loads((folder / "quality.json").read_text("utf-8"))
     assert all(f"{found['exact']:.1f}" in card for found in quality["bundled-chat"].values())
 
