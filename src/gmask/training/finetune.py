@@ -222,7 +222,7 @@ class Finetuning:
             validate=(lambda: self.measurer.measure(validation)[0]) if validation else None,
             schedule=Schedule(
                 log_every=recipe.run.log_every,
-                save_every=optimization.save_every,
+                save_every=optimization.save_every or max(1, min(100, steps // 10)),
                 keep_last=optimization.keep_last,
                 evaluate_every=optimization.evaluate_every or max(1, steps // 10),
                 early_stop=optimization.early_stop,

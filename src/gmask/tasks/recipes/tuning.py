@@ -94,7 +94,7 @@ class TuningOptimizationSettings:
     gradient_checkpointing: bool = False
     length_grouped: bool = False  # samples of like length in a step
     evaluate_every: int | None = None  # steps; by default a tenth of the run
-    save_every: int = 100
+    save_every: int | None = None  # steps; by default a tenth of the run, and 100 at the most
     keep_last: int = 2  # checkpoints
     early_stop: int | None = None  # evaluations in a row without a new best
     trainer: dict[str, Any] = dataclasses.field(default_factory=dict)  # keywords of transformers.TrainingArguments
