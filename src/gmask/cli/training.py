@@ -43,11 +43,13 @@ def finetune(
 ) -> None:
     """Tune a model to a task: LoRA, P-tuning or all weights. A run that was stopped goes on with the same command."""
     import json
+    import os
 
     from gmask.training.finetune import read_results, run
 
     folder = run(recipe, overrides or [], resume=resume)
-    print(json.dumps({"folder": str(folder), **read_results(folder)}) if as_json else folder)
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
+        print(json.dumps({"folder": str(folder), **read_results(folder)}) if as_json else folder)
 
 
 def train_tokenizer(
