@@ -40,7 +40,7 @@ gmask.Chat(model, tokenizer).ask("What is 7 + 5?").text
 
 Trying out chat, streaming, serving and tuning without a download, in tests and in lessons. It exchanges greetings,
 does sums of the kind that it was taught ({sums:.0f} % of the held-out ones are right), and knows what a translation, a
-saying, a poem or a story looks like; whether that is right is another matter, which the table tells.
+saying or a poem looks like; whether that is right is another matter, which the table tells. Stories are beyond it.
 
 ## Quality
 

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -165,8 +166,6 @@ class Finetuning:
         keys = differing_keys(load_tuning_recipe(self.out / RECIPE_FILE), self.recipe)
         old_files = json.loads((self.out / FILES_FILE).read_text("utf-8"))
         keys += [f"the content of {name}" for name, sha in self._hashes().items() if old_files.get(name) != sha]
-        if not keys and (self.out / TASK_FILE).read_text("utf-8") != to_yaml(self.task):
-            keys = [f"the content of task {self.task.name}"]
         if keys:
             raise GmaskError(
                 f"{self.out} holds a run of another recipe: {', '.join(keys)} {'differ' if keys[1:] else 'differs'}; "
@@ -175,6 +174,8 @@ class Finetuning:
 
     def _hashes(self) -> dict[str, str]:
         hashes = {f"{file.split} file {file.name}": file.sha256 for file in self.splits.files}
+        if isinstance(self.recipe.task, str):  # a name or a file, which the recipe holds no more of
+            hashes[f"task {self.task.name}"] = hashlib.sha256(to_yaml(self.task).encode()).hexdigest()
         if texts := self.recipe.forgetting.texts:
             hashes["forgetting.texts"] = hash_file(Path(self.recipe.data.place(texts)))
         return hashes
