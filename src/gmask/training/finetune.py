@@ -164,7 +164,8 @@ class Finetuning:
         if not resume:
             raise GmaskError(f"{self.out} holds a run already: resume it, or choose another run.out")
         keys = differing_keys(load_tuning_recipe(self.out / RECIPE_FILE), self.recipe)
-        old_files = json.loads((self.out / FILES_FILE).read_text("utf-8"))
+        noted = self.out / FILES_FILE
+        old_files = json.loads(noted.read_text("utf-8")) if noted.is_file() else {}
         keys += [f"the content of {name}" for name, sha in self._hashes().items() if old_files.get(name) != sha]
         if keys:
             raise GmaskError(
