@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 from gmask.cli import app
 from gmask.errors import GmaskError
 from gmask.evaluation import run
-from gmask.evaluation.heldout import ENGLISH, HeldOutBlank
 from gmask.evaluation.infilling import fill_greedily, fill_to_length, sample_training_texts
 from gmask.evaluation.losses import HeldOutTokens, encode_texts, measure_losses
 from gmask.evaluation.model_card import Card, render_card
@@ -24,6 +23,7 @@ from gmask.evaluation.report import describe_leads
 from gmask.loading import load
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from gmask.tasks.corpus import Source
+from gmask.tasks.heldout import ENGLISH, HeldOutBlank
 from gmask.tasks.vocabulary import make_mixture
 from gmask.training.tokenizer import save_tokenizer, train_tokenizer
 

@@ -15,9 +15,9 @@ from gmask.evaluation.baselines import (
     fill_with_unigrams,
     train_ngrams,
 )
-from gmask.evaluation.heldout import CHINESE, ENGLISH, HeldOutBlank, choose_sentences, cut_sentences, hide_span
 from gmask.evaluation.infilling import draw_candidates
 from gmask.evaluation.scores import Estimate, estimate_mean, exact_match, overlap_f1
+from gmask.tasks.heldout import CHINESE, ENGLISH, HeldOutBlank, choose_sentences, cut_sentences, hide_span
 
 TEXT = "a b c. a b d. a b c."
 

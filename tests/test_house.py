@@ -13,8 +13,6 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "gmask"
 READMES = ["README.md", "README.zh.md"]
 FOLDERS = ["src", "tests", "benchmarks", "docs", "docker", "recipes", ".ci", ".github"]  # beside the files of the root
-MAX_FILE_LINES = 400
-MAX_BODY_LINES = 50  # of a function, below its signature and docstring
 
 
 def project_files(*suffixes: str) -> Iterator[Path]:
@@ -65,23 +63,6 @@ def commands(readme: str) -> list[str]:
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-
-
-def test_no_file_is_longer_than_400_lines() -> None:
-    lengths = {str(path.relative_to(ROOT)): len(path.read_text("utf-8").splitlines()) for path in project_files(".py")}
-    assert {name: n for name, n in lengths.items() if n > MAX_FILE_LINES} == {}
-
-
-def test_no_function_is_longer_than_50_lines() -> None:
-    long = {}
-    for path in python_modules():
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                body = node.body[1:] if ast.get_docstring(node) else node.body
-                lines = node.end_lineno - body[0].lineno + 1 if body else 0
-                if lines > MAX_BODY_LINES:
-                    long[f"{path.relative_to(PACKAGE)}:{node.name}"] = lines
-    assert long == {}
 
 
 def test_every_module_says_what_it_is_for() -> None:

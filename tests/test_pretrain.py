@@ -4,6 +4,8 @@ import errno
 import itertools
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 
 from gmask.errors import GmaskError
 from gmask.models.glm import GLMForConditionalGeneration
-from gmask.tasks.recipes.pretraining import OptimizationSettings, load_recipe
+from gmask.tasks.recipes.pretraining import load_recipe
 from gmask.training import checkpoint, pretrain
 from gmask.training.report import read_records
 
@@ -206,9 +208,12 @@ def test_another_model_shape_cannot_resume(recipe_path: Path) -> None:
         pretrain.run(str(recipe_path), resume=False)
 
 
-def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
-    settings = OptimizationSettings(steps=110, learning_rate=1.0, final_learning_rate=0.1, warmup_steps=10)
-    rates = [pretrain.learning_rate(step, settings) for step in range(110)]
+RATES = ["optimization.steps=110", "optimization.learning_rate=1.0", "optimization.final_learning_rate=0.1"]
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine(recipe_path: Path) -> None:
+    recipe = load_recipe(recipe_path, [*RATES, "optimization.warmup_steps=10"])
+    rates = [pretrain.learning_rate(step, recipe) for step in range(110)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == 1.0
     assert rates[60] == pytest.approx(0.55)
@@ -218,9 +223,129 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
 
 def test_norms_and_biases_do_not_decay(recipe_path: Path) -> None:
     training = pretrain.Pretraining(load_recipe(recipe_path))
-    decaying, free = training.optimizer.param_groups
+    decaying, free = training.optimizers[0].param_groups
     assert decaying["weight_decay"] > 0
     assert free["weight_decay"] == 0
     names = {id(parameter): name for name, parameter in training.model.named_parameters()}
     assert all("layernorm" in names[id(p)] or names[id(p)].endswith("bias") for p in free["params"])
     assert len(decaying["params"]) + len(free["params"]) == len(names)
+
+
+CONSTANT = ["optimization.schedule=constant", "optimization.final_learning_rate=0"]
+NEW_KEYS = [
+    *CONSTANT,
+    "optimization.optimizer=muon",
+    "optimization.ema=0.9",
+    "optimization.decay_embeddings=false",
+    "objective.whole_words=true",
+    "decay.share=0.25",
+    "decay.row_length=96",
+    "decay.objective={token_ratio: 0.3}",
+]
+
+
+def test_a_constant_rate_falls_in_a_line_at_the_end(recipe_path: Path) -> None:
+    overrides = [*RATES, *CONSTANT, "optimization.warmup_steps=10", "decay.share=0.2"]
+    recipe = load_recipe(recipe_path, overrides)
+    assert recipe.decay_start == 88
+    rates = [pretrain.learning_rate(step, recipe) for step in range(110)]
+    assert rates[10:89] == [1.0] * 79
+    assert rates[99] == pytest.approx(0.5)
+    assert rates[109] == pytest.approx(1 / 22)
+
+
+def test_muon_takes_the_matrices_of_the_layers_and_embeddings_need_not_decay(recipe_path: Path) -> None:
+    training = pretrain.Pretraining(load_recipe(recipe_path, NEW_KEYS))
+    adamw, muon = training.optimizers
+    names = {id(parameter): name for name, parameter in training.model.named_parameters()}
+    with_muon = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    assert with_muon == {n for n in names.values() if ".layers." in n and n.endswith("weight") and "norm" not in n}
+    by_decay = {group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in adamw.param_groups}
+    assert set(by_decay) == {0.0}
+    assert any("word_embeddings" in name for name in by_decay[0.0])
+    assert with_muon.isdisjoint(by_decay[0.0])
+    assert len(with_muon) + len(by_decay[0.0]) == len(names)
+
+
+@pytest.mark.parametrize("stop", [6, 14], ids=["before the decay", "in the decay"])
+def test_a_run_with_muon_average_and_decay_resumes_bit_for_bit(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    whole = pretrain.run(str(recipe_path), [*NEW_KEYS, f"run.out={tmp_path / 'whole'}"])
+    step = pretrain.Pretraining._step
+
+    def stop_there(self: pretrain.Pretraining) -> dict[str, Any]:
+        if self.progress.step == stop:
+            raise KeyboardInterrupt
+        return step(self)
+
+    overrides = [*NEW_KEYS, "run.save_every=2", f"run.out={tmp_path / 'stopped'}"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pretrain.Pretraining, "_step", stop_there)
+        pretrain.run(str(recipe_path), overrides)
+    stopped = pretrain.run(str(recipe_path), overrides)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    before, after = (load_file(folder / "model.safetensors") for folder in (whole, stopped))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_average_of_the_weights_is_exported(recipe_path: Path) -> None:
+    training = pretrain.Pretraining(load_recipe(recipe_path, ["optimization.ema=0.5", "optimization.steps=2"]))
+    average: dict[str, torch.Tensor] = {}
+    for _ in range(2):
+        training._step()
+        for name, parameter in training.model.named_parameters():
+            value = parameter.detach().clone()
+            average[name] = torch.lerp(average[name], value, 0.5) if name in average else value
+    exported = dict(training.final_model.named_parameters())
+    for name, expected in average.items():
+        torch.testing.assert_close(exported[name], expected)
+
+
+def test_a_run_is_made_longer_from_the_start_of_its_decay(recipe_path: Path, tmp_path: Path) -> None:
+    settings = [*CONSTANT, "decay.share=0.25", "run.keep_last=1"]
+    pretrain.run(str(recipe_path), settings)
+    kept = [folder.name for folder in checkpoint.list_checkpoints(tmp_path / "out")]
+    assert kept == ["checkpoint-00000012", "checkpoint-00000016"]
+    longer = [*settings, "optimization.steps=24"]
+    with pytest.raises(GmaskError, match="delete the checkpoints after that step"):
+        pretrain.run(str(recipe_path), longer)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-00000016")
+    pretrain.run(str(recipe_path), longer)
+    pretrain.run(str(recipe_path), [*longer, f"run.out={tmp_path / 'at once'}"])
+    assert losses(tmp_path / "out")[12:] == losses(tmp_path / "at once")[12:]
+
+
+def test_a_run_that_is_past_the_start_of_its_decay_says_so(recipe_path: Path, tmp_path: Path) -> None:
+    pretrain.run(str(recipe_path), [*CONSTANT, "decay.share=0"])
+    with pytest.raises(GmaskError, match=r"past step 12, .* raise optimization.steps"):
+        pretrain.run(str(recipe_path), [*CONSTANT, "decay.share=0.25"])
+
+
+def test_another_optimizer_cannot_resume(recipe_path: Path) -> None:
+    pretrain.run(str(recipe_path), ["optimization.steps=4"])
+    with pytest.raises(GmaskError, match=r"had another optimization.optimizer"):
+        pretrain.run(str(recipe_path), ["optimization.optimizer=muon"])
+
+
+def test_a_run_on_another_cpu_goes_on_and_says_so(
+    recipe_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain.run(str(recipe_path), ["optimization.steps=4"])
+    assert "bit for bit" not in capsys.readouterr().err
+    monkeypatch.setattr(pretrain, "cpu_instructions", lambda: "another")
+    pretrain.run(str(recipe_path), ["optimization.steps=8"])
+    assert re.search(r"float32 on another: the run goes on, but not bit for bit", capsys.readouterr().err)
+
+
+def test_blanks_in_held_out_sentences_are_measured_by_language_and_kind(
+    recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sentences = "data.sources=[{name: toy, train: train.jsonl, validation: train.jsonl, kind: modern}]"
+    pretrain.run(str(recipe_path), ["run.validation_sentences=6", sentences])
+    found = [record["blanks"] for record in read_records(tmp_path / "out" / "metrics.jsonl") if "blanks" in record]
+    assert len(found) == 2
+    assert set(found[0]) == {"English", "English, modern", "Chinese", "Chinese, modern"}
+    assert found[0]["English"] == found[0]["English, modern"]
+    assert all(0 <= group["top1"] <= 1 and group["nats"] > 0 and group["blanks"] > 0 for group in found[1].values())
+    assert "step 16: first token of one-unit blanks: English" in capsys.readouterr().err

@@ -58,7 +58,7 @@ def test_a_recipe_that_travels_names_no_place(recipe_path: Path) -> None:
         ("rnu.out=x", "nearest is 'run'"),
         ("run.seed=soon", "run.seed is 'soon': expected int"),
         ("run.seed=1.5", "expected int"),
-        ("optimization.dtype=float16", "choose float32 or bfloat16"),
+        ("optimization.dtype=float16", "choose auto, float32 or bfloat16"),
         ("data.sources=[]", "data.sources is empty"),
         ("data.sources=3", "data.sources is empty or no list"),
         ("data.sources=[{name: a, train: a.txt, weight: .nan}]", "data.sources.weight is nan"),

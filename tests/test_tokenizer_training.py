@@ -1,6 +1,7 @@
 """Does a tokenizer of ours keep every text whole, and does it have the special tokens of a GLM?"""
 
 import json
+import re
 import unicodedata
 from pathlib import Path
 
@@ -161,3 +162,10 @@ def test_a_source_has_a_weight_or_epochs_but_not_both() -> None:
         Source("a", "a.txt", weight=1, epochs=1)
     with pytest.raises(GmaskError, match="above 0"):
         Source("a", "a.txt", weight=0)
+
+
+def test_no_token_has_more_han_characters_than_asked_for() -> None:
+    tokenizer = train_tokenizer(TEXTS * 3, vocab_size=480, alphabet_size=60, max_han_chars=1)
+    assert all(len(re.findall(r"[\u4e00-\u9fff]", token)) <= 1 for token in tokenizer.get_vocab())
+    whole, part = (tokenizer.encode(text, add_special_tokens=False).tokens for text in ("今天天气很好", "今天天"))
+    assert whole[: len(part)] == part

@@ -77,7 +77,7 @@ def test_a_recipe_that_travels_names_no_place(recipe_path: Path, tmp_path: Path)
         ("optimization.steps=10", "give one of epochs and steps"),
         ("optimization.batch_size=0", "must be above 0"),
         ("optimization.schedule=cosin", "choose linear, cosine or constant"),
-        ("optimization.dtype=float16", "choose float32 or bfloat16"),
+        ("optimization.dtype=float16", "choose auto, float32 or bfloat16"),
         ("optimization.trainer=3", "expected key: value pairs"),
         ("decoding=[1]", "expected key: value pairs"),
         ("data.validation=1.5", "between 0 and 1"),

@@ -19,6 +19,7 @@ from gmask.checkpoints.reading import Checkpoint, open_checkpoint
 from gmask.checkpoints.tensor_files import SCALES
 from gmask.checkpoints.weight_maps import bare_name
 from gmask.errors import GmaskError
+from gmask.hardware import bfloat16_slowdown, has_bfloat16
 from gmask.models.chatglm import ChatGLMConfig
 from gmask.native.primitive_cache import bound_primitive_cache
 from gmask.quantization.quantizer import QuantizationConfig, finish, form_of, lay_out, quantize_weight, settle
@@ -209,7 +210,12 @@ def check_memory(checkpoint: Checkpoint, plan: Mapping[str, Tensor], device: tor
     advice = []
     halved = sum(tensor.numel() * min(tensor.itemsize, 2) for tensor in plan.values())
     if halved < needed:
-        advice.append(f"dtype='bfloat16' needs {format_bytes(halved + extra)}")
+        slower = ""
+        if device.type == "cpu" and not has_bfloat16(device):
+            slower = (
+                f", but this CPU has no instructions for it (a product takes {bfloat16_slowdown():.1f} times as long)"
+            )
+        advice.append(f"dtype='bfloat16' needs {format_bytes(halved + extra)}{slower}")
     if not any(tensor.dtype == torch.int8 for tensor in plan.values()):
         advice.append("quantize='int4' needs less")
     check_room(checkpoint.folder, needed + extra, device, advice="; ".join(advice))

@@ -10,6 +10,7 @@ from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
     from gmask.tasks.corpus import Source
+    from gmask.tasks.recipes.pretraining import TokenizerSettings
 
 
 def pretrain(
@@ -68,10 +69,12 @@ def train_tokenizer(
     """Learn a bilingual BPE tokenizer with GLM's special tokens from texts, or from the texts of a recipe."""
     from gmask.training.tokenizer import train_from_sources
 
-    sources, recipe_size = read_text_sources(files)
+    sources, settings = read_text_sources(files)
     tokenizer = train_from_sources(
         sources,
-        vocab_size=vocab_size or recipe_size or 12288,
+        vocab_size=vocab_size or settings.vocab_size,
+        alphabet_size=settings.alphabet_size,
+        max_han_chars=settings.max_han_chars,
         out=output,
         sample_bytes=sample_bytes,
         seed=seed,
@@ -80,19 +83,19 @@ def train_tokenizer(
     print(f"{output}: {tokenizer.get_vocab_size()} tokens")
 
 
-def read_text_sources(files: list[str]) -> tuple[list["Source"], int | None]:
-    """The texts to learn from, and the size of the vocabulary if a recipe says it.
+def read_text_sources(files: list[str]) -> tuple[list["Source"], "TokenizerSettings"]:
+    """The texts to learn from, and the settings of the tokenizer: a recipe's, or the defaults.
 
     Raises:
         GmaskError: a recipe among other files.
     """
     from gmask.tasks.corpus import Source
-    from gmask.tasks.recipes.pretraining import load_recipe
+    from gmask.tasks.recipes.pretraining import TokenizerSettings, load_recipe
 
     recipes = [name for name in files if name.endswith((".yaml", ".yml"))]
     if not recipes:
-        return [Source(name=name, train=name) for name in files], None
+        return [Source(name=name, train=name) for name in files], TokenizerSettings()
     if len(files) > 1:
         raise GmaskError(f"give text files or one recipe, not {recipes[0]} and others")
     recipe = load_recipe(recipes[0])
-    return recipe.data.placed_sources, recipe.tokenizer.vocab_size
+    return recipe.data.placed_sources, recipe.tokenizer

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from gmask.evaluation.heldout import HeldOutBlank, Language, cut_sentences
+from gmask.tasks.heldout import HeldOutBlank, Language, cut_sentences
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]

@@ -10,13 +10,13 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from gmask.evaluation.baselines import NgramModel, fill_with_trigrams, fill_with_unigrams, train_ngrams
-from gmask.evaluation.heldout import LANGUAGES, HeldOutBlank, Language, choose_sentences, hide_span
 from gmask.evaluation.losses import HeldOutTokens, Loss, encode_texts, measure_losses
 from gmask.evaluation.scores import Estimate, estimate_mean, exact_match, overlap_f1
 from gmask.generation.infill import infill
 from gmask.infilling.objectives import Mixture
 from gmask.models.glm import GLMForConditionalGeneration
 from gmask.tasks.corpus import Source, find_files, read_texts
+from gmask.tasks.heldout import LANGUAGES, HeldOutBlank, Language, choose_sentences, hide_span
 
 ALTERNATIVES = 8  # among which the model that is told the length finds an answer that has it
 MAX_ANSWER_TOKENS = 24  # no hidden span has as many; an answer cut there is wrong

@@ -28,6 +28,7 @@ from gmask.infilling.spans import (
     find_documents,
     find_sentences,
     place_in_documents,
+    widen_to_words,
 )
 
 Objective = Literal["token", "sentence", "document"]
@@ -42,11 +43,13 @@ def token_infilling(
     ratio: float = 0.15,
     mean_span_length: float = 3.0,
     single_span: bool = False,
+    word_edges: BoolArray | None = None,
     shuffle: bool = True,
 ) -> InfillingExample | None:
     """Hide Poisson-long spans until they hold `ratio` of the text, or one such span (`single_span`).
 
     `tokens` [L] is a row: `[CLS] text <eos>`, several such documents, or a piece cut off anywhere.
+    With `word_edges` [2, V] (see `spans.mark_word_edges`) the spans are widened to whole words.
     None where nothing can be hidden: the text is too short, or its spans do not fit (dropped as published).
     """
     row = np.asarray(tokens, np.int64)
@@ -57,6 +60,8 @@ def token_infilling(
     spans = place_in_documents(lengths, find_documents(row, special=special), ratio=ratio, rng=rng)
     if spans is None:
         return None
+    if word_edges is not None:
+        spans = widen_to_words(spans, row, word_edges)
     order = rng.permutation(len(spans)) if shuffle else None
     return blank_out(row, spans, mask=special.mask, special=special, objective="token", order=order)
 
@@ -122,12 +127,14 @@ class Mixture:
 
     special: BlankTokens
     sentence_ends: BoolArray  # [V]
+    word_edges: BoolArray | None = None  # [2, V], for `whole_words`
     token: float = 0.5
     sentence: float = 0.3
     document: float = 0.2
     token_ratio: float = 0.15
     sentence_ratio: float = 0.15
     mean_span_length: float = 3.0
+    whole_words: bool = False  # spans of the token objective are widened to whole words; not published
     min_ratio: float = 0.25  # of a text that the document objective hides
     suffix_prob: float = 0.5  # published as gpt_infill_prob
     single_span_prob: float = 0.0  # of an example, before the objectives' shares apply
@@ -145,6 +152,8 @@ class Mixture:
                 raise GmaskError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
         if self.mean_span_length <= 0:
             raise GmaskError(f"mean_span_length must be positive, not {self.mean_span_length}")
+        if self.whole_words and self.word_edges is None:
+            raise GmaskError("whole_words needs word_edges, a table of the vocabulary")
         if self.special.dblock is None and (self.block_mask_prob or self.context_mask_ratio):
             raise GmaskError("block_mask_prob and context_mask_ratio need a vocabulary with [dBLOCK]")
 
@@ -191,6 +200,7 @@ class Mixture:
             ratio=self.token_ratio,
             mean_span_length=self.mean_span_length,
             single_span=single_span,
+            word_edges=self.word_edges if self.whole_words else None,
             shuffle=self.shuffle,
         )
         if example is None or special.dblock is None:

@@ -5,6 +5,8 @@ A span is a row `(start, end)` of an int64 array, end exclusive.
 """
 
 import math
+import re
+import unicodedata
 from collections.abc import Sequence
 from functools import cache
 
@@ -111,6 +113,39 @@ def mark_sentence_ends(pieces: Sequence[str]) -> BoolArray:
     Pass the decoded text of every id, with "" for the special tokens.
     """
     return np.fromiter((not set(piece).isdisjoint(SENTENCE_MARKS) for piece in pieces), np.bool_, len(pieces))
+
+
+def mark_word_edges(pieces: Sequence[str]) -> BoolArray:
+    """[2, V]: can the text of each vocabulary entry go on with a word (row 0), and can a word go on behind it (row 1)?
+
+    Words are runs of letters other than Han, with an ending such as 's; the bytes of one character stay together too.
+    Pass the text of every id as its token spells it, with "" for the special tokens.
+    """
+    edges = np.zeros((2, len(pieces)), np.bool_)
+    for index, piece in enumerate(pieces):
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+            value = int(byte[1], 16)
+            edges[:, index] = 0x80 <= value < 0xC0, value >= 0x80
+        elif piece:
+            edges[:, index] = bool(re.match(r"['’]?[^\W\d_]", piece)), piece[-1].isalpha()
+            han = [unicodedata.name(char, "").startswith("CJK ") for char in (piece[0], piece[-1])]
+            edges[:, index] &= ~np.array(han)
+    return edges
+
+
+def widen_to_words(spans: IntArray, tokens: IntArray, word_edges: BoolArray) -> IntArray:
+    """[M, 2]: the spans [N, 2] of a row [L], each widened to whole words; M < N where one swallows its neighbour.
+
+    `word_edges` is a table [2, V] (see `mark_word_edges`).
+    """
+    inside = np.zeros(len(tokens) + 1, np.bool_)  # a position that goes on with the word before it
+    inside[1:-1] = word_edges[0, tokens[1:]] & word_edges[1, tokens[:-1]]
+    edges = np.flatnonzero(~inside)
+    widened = np.empty_like(spans)
+    widened[:, 0] = edges[edges.searchsorted(spans[:, 0], side="right") - 1]
+    widened[:, 1] = edges[edges.searchsorted(spans[:, 1])]
+    widened[1:, 0] = np.maximum(widened[1:, 0], widened[:-1, 1])
+    return widened[widened[:, 0] < widened[:, 1]]
 
 
 def find_sentences(tokens: IntArray, *, sentence_ends: BoolArray, special: BlankTokens) -> IntArray:

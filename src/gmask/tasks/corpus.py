@@ -38,6 +38,7 @@ class Source:
     weight: share of the training tokens, relative to the other sources' weights.
     epochs: instead of a weight, the number of passes relative to the other such sources
         (weight = epochs x tokens of the source). Neither given: epochs = 1.
+    kind: of text, such as "literature": what is measured on held-out sentences is told for each kind.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Source:
     validation: str | None = None
     weight: float | None = None
     epochs: float | None = None
+    kind: str | None = None
 
     def __post_init__(self) -> None:
         if self.weight is not None and self.epochs is not None:

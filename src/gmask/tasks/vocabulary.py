@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
 from gmask.infilling.blanks import BlankTokens
 from gmask.infilling.objectives import Mixture
-from gmask.infilling.spans import BoolArray, mark_sentence_ends
+from gmask.infilling.spans import BoolArray, mark_sentence_ends, mark_word_edges
 from gmask.models.glm.prompts import find_token_id
 
 SPELLINGS = {
@@ -41,14 +40,18 @@ def find_blank_tokens(tokenizer: Tokenizer | PreTrainedTokenizerBase) -> BlankTo
 
 def find_sentence_ends(tokenizer: Tokenizer) -> BoolArray:
     """A table [V] of the ids that end a sentence."""
-    pieces = [tokenizer.id_to_token(token_id) or "" for token_id in range(tokenizer.get_vocab_size())]
-    special = [token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special]
-    ends = mark_sentence_ends(pieces)
-    ends[np.array(special, dtype=np.int64)] = False
-    return ends
+    return mark_sentence_ends(_spell(tokenizer))
+
+
+def _spell(tokenizer: Tokenizer) -> list[str]:
+    """The spelling of every id; "" for the special tokens."""
+    special = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    ids = range(tokenizer.get_vocab_size())
+    return ["" if token_id in special else tokenizer.id_to_token(token_id) or "" for token_id in ids]
 
 
 def make_mixture(tokenizer: Tokenizer, objective: Mapping[str, Any]) -> Mixture:
     """The objective of a recipe, for this tokenizer."""
     special, ends = find_blank_tokens(tokenizer), find_sentence_ends(tokenizer)
-    return Mixture(special=special, sentence_ends=ends, **objective)
+    words = mark_word_edges(_spell(tokenizer)) if objective.get("whole_words") else None
+    return Mixture(special=special, sentence_ends=ends, word_edges=words, **objective)

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from gmask.errors import GmaskError
 from gmask.models.glm import GLMForConditionalGeneration
 
 PREFIX = "checkpoint-"
+ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
+MUON_STATE = ("momentum_buffer",)
 
 
 @dataclass(frozen=True)
@@ -58,25 +61,29 @@ def save_checkpoint(
     out: Path,
     step: int,
     model: GLMForConditionalGeneration,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     progress: dict[str, Any],
     *,
+    average: AveragedModel | None = None,
     keep_last: int,
+    keep: int | None = None,
 ) -> None:
-    """Writes ``out/checkpoint-STEP`` and removes all but the last ``keep_last``.
+    """Writes ``out/checkpoint-STEP`` and removes all but the last ``keep_last`` and that of the step ``keep``.
 
-    The folder loads like any model folder; beside the float32 weights it holds the optimizer's moments and the random
-    state (training.safetensors) and ``progress`` (training.json).
+    The folder loads like any model folder; beside the float32 weights it holds the optimizers' moments, the moving
+    average of the weights and the random state (training.safetensors) and ``progress`` (training.json).
     """
 
     def fill(folder: Path) -> None:
         model.save_pretrained(folder)
-        save_file(_optimizer_tensors(model, optimizer) | _random_state(), folder / "training.safetensors")
+        tensors = _optimizer_tensors(model, optimizers) | _average_tensors(average) | _random_state()
+        save_file(tensors, folder / "training.safetensors")
         (folder / "training.json").write_text(json.dumps({"step": step, "progress": progress}), encoding="utf-8")
 
     write_folder(out / f"{PREFIX}{step:08d}", fill)
     for old in list_checkpoints(out)[:-keep_last]:
-        shutil.rmtree(old, ignore_errors=True)
+        if keep is None or old.name != f"{PREFIX}{keep:08d}":
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def list_checkpoints(out: Path) -> list[Path]:
@@ -85,12 +92,15 @@ def list_checkpoints(out: Path) -> list[Path]:
 
 
 def load_checkpoint(
-    folder: Path, model: GLMForConditionalGeneration, optimizer: torch.optim.Optimizer
+    folder: Path,
+    model: GLMForConditionalGeneration,
+    optimizers: Sequence[torch.optim.Optimizer],
+    average: AveragedModel | None = None,
 ) -> TrainingState:
-    """Loads weights, moments and random state in place.
+    """Loads weights, moments, moving average and random state in place.
 
     Raises:
-        GmaskError: a damaged file, or a model of another shape.
+        GmaskError: a damaged file, or a model or an optimizer of another kind.
     """
     try:
         weights = load_file(folder / "model.safetensors")
@@ -108,23 +118,65 @@ def load_checkpoint(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-            optimizer.state[parameter] = {
-                "step": tensors[f"step.{name}"],
-                "exp_avg": tensors[f"exp_avg.{name}"].to(parameter.device),
-                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device),
-            }
+    _restore_optimizers(folder, model, optimizers, tensors)
+    if average is not None:
+        _restore_average(average, tensors)
     torch.set_rng_state(tensors["random.cpu"])
     if torch.cuda.is_available() and "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"])
     return TrainingState(step=state["step"], progress=state["progress"])
 
 
-def _optimizer_tensors(model: GLMForConditionalGeneration, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(
+    model: GLMForConditionalGeneration, optimizers: Sequence[torch.optim.Optimizer]
+) -> dict[str, Tensor]:
+    """What the optimizers remember of each parameter, as ``exp_avg.NAME`` and so on."""
     return {
-        f"{key}.{name}": optimizer.state[parameter][key].contiguous()
+        f"{key}.{name}": value.contiguous()
+        for optimizer in optimizers
         for name, parameter in model.named_parameters()
-        for key in ("step", "exp_avg", "exp_avg_sq")
+        if parameter in optimizer.state
+        for key, value in optimizer.state[parameter].items()
     }
+
+
+def _restore_optimizers(
+    folder: Path,
+    model: GLMForConditionalGeneration,
+    optimizers: Sequence[torch.optim.Optimizer],
+    tensors: dict[str, Tensor],
+) -> None:
+    for optimizer in optimizers:
+        keys = MUON_STATE if isinstance(optimizer, torch.optim.Muon) else ADAMW_STATE
+        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for name, parameter in model.named_parameters():
+            if id(parameter) not in own:
+                continue
+            if lacking := [key for key in keys if f"{key}.{name}" not in tensors]:
+                raise GmaskError(
+                    f"{folder}: has no {lacking[0]} of {name}, so its run had another optimization.optimizer; "
+                    "set it as it was, or choose another run.out"
+                )
+            optimizer.state[parameter] = {
+                key: tensors[f"{key}.{name}"].to("cpu" if key == "step" else parameter.device) for key in keys
+            }
+
+
+def _average_tensors(average: AveragedModel | None) -> dict[str, Tensor]:
+    if average is None:
+        return {}
+    weights = {f"average.{name}": parameter.detach() for name, parameter in average.module.named_parameters()}
+    return weights | {"average_count": average.get_buffer("n_averaged")}
+
+
+def _restore_average(average: AveragedModel, tensors: dict[str, Tensor]) -> None:
+    """A run that had no average so far begins it with its weights."""
+    if "average_count" not in tensors:
+        return
+    with torch.no_grad():
+        for name, parameter in average.module.named_parameters():
+            parameter.copy_(tensors[f"average.{name}"])
+        average.get_buffer("n_averaged").copy_(tensors["average_count"])
 
 
 def _random_state() -> dict[str, Tensor]:

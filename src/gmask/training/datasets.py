@@ -166,7 +166,11 @@ class RowStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken. Raises `GmaskError` if the sources or settings are others."""
-        for name in ("seed", "row_length", "max_piece"):
+        for name in (
+            "seed",
+            "row_length",
+            "max_piece",
+        ):  # of the rows so far; they may change afterwards
             if state[name] != getattr(self, name):
                 raise GmaskError(f"cannot resume: {name} was {state[name]} and is now {getattr(self, name)}")
         before = {name: saved["tokens"] for name, saved in state["sources"].items()}

@@ -16,6 +16,7 @@ from rich.console import Console
 from gmask.errors import GmaskError
 from gmask.generation.context import PROMPT
 from gmask.generation.settings import make_settings
+from gmask.hardware import describe_training_dtype
 from gmask.tasks.metrics import evaluate as measure_predictions
 from gmask.tasks.metrics import is_answered, predict_majority
 from gmask.tasks.recipes.methods import USUAL_RATES, hint_learning_rate
@@ -26,7 +27,7 @@ from gmask.tasks.samples import Prediction, Sample
 from gmask.tasks.task import Task, read_task
 from gmask.training.checkpoint import write_folder
 from gmask.training.report import read_records
-from gmask.training.tuning.arguments import forward_dtype, training_arguments
+from gmask.training.tuning.arguments import forward_dtype, named_dtype, training_arguments
 from gmask.training.tuning.batch_order import BatchOrder, steps_of
 from gmask.training.tuning.cross_validation import fold_rows, summarize_folds
 from gmask.training.tuning.data import Splits, hash_file, read_splits
@@ -138,6 +139,10 @@ class Finetuning:
         if self.is_finished:
             self.console.print(f"{self.out} holds this run, finished", highlight=False)
             return self.export
+        device = self.args.device
+        self.console.print(
+            describe_training_dtype(named_dtype(self.recipe, device.type), device), highlight=False, markup=False
+        )
         self.model, self.tokenizer = load_tuned_model(self.recipe, self.task, self.args.device)
         trainer = self._make_trainer()
         if self.is_main:

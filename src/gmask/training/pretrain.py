@@ -4,20 +4,24 @@
 gradients of a step's passes; the loss is the mean over all labelled tokens of the step, whatever pass they fall into.
 """
 
+import dataclasses
 import math
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from gmask.errors import GmaskError
+from gmask.hardware import cpu_instructions, describe_training_dtype, training_dtype
 from gmask.infilling.blanks import InfillingExample
 from gmask.infilling.collator import collate
 from gmask.infilling.objectives import OBJECTIVES, Objective
@@ -26,6 +30,7 @@ from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from gmask.native.primitive_cache import bound_primitive_cache
 from gmask.tasks.recipes.pretraining import OptimizationSettings, Recipe, load_recipe
 from gmask.tasks.vocabulary import make_mixture
+from gmask.training.blank_validation import BlankValidation, choose_blanks, measure_blanks
 from gmask.training.cache import TokenSource, open_sources
 from gmask.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, write_folder
 from gmask.training.datasets import RowStream, validation_rows
@@ -53,6 +58,8 @@ class Progress:
     tokens: int = 0  # real ones, seen by the model
     labelled: int = 0
     seconds: float = 0.0
+    decay_start: int | None = None  # the step at which the learning rate begins to fall, once it has begun
+    arithmetic: str = ""  # the type of a pass and the instructions of the machine: with others a run is not bit-exact
 
 
 @dataclass
@@ -68,6 +75,7 @@ class Pretraining:
             torch.set_num_threads(settings.threads)
         self.out = Path(settings.out)
         self.device = torch.device(settings.device or best_device())
+        self.dtype = training_dtype(self.recipe.optimization.dtype, self.device)
         bound_primitive_cache()
         torch.manual_seed(settings.seed)
         data = self.recipe.data
@@ -79,6 +87,8 @@ class Pretraining:
             train_from_sources(
                 sources,
                 vocab_size=self.recipe.tokenizer.vocab_size,
+                alphabet_size=self.recipe.tokenizer.alphabet_size,
+                max_han_chars=self.recipe.tokenizer.max_han_chars,
                 sample_bytes=self.recipe.tokenizer.sample_bytes,
                 seed=settings.seed,
                 skip_bad_lines=data.skip_bad_lines,
@@ -86,6 +96,7 @@ class Pretraining:
             )
         tokenizer = Tokenizer.from_file(str(self.tokenizer_folder / "tokenizer.json"))
         self.mixture = make_mixture(tokenizer, self.recipe.objective)
+        self.decay_mixture = make_mixture(tokenizer, self.recipe.objective | self.recipe.decay.objective)
         self.special = self.mixture.special
         self.model = GLMForConditionalGeneration(self._model_config(tokenizer))
         if self.recipe.optimization.initialization == "neighbours":
@@ -105,7 +116,20 @@ class Pretraining:
             seed=settings.seed,
             max_piece=self.max_piece,
         )
-        self.optimizer = make_optimizer(self.model, self.recipe.optimization)
+        self.optimizers = make_optimizers(self.model, self.recipe.optimization)
+        self.average: AveragedModel | None = None
+        if self.recipe.optimization.ema is not None:
+            update = get_ema_multi_avg_fn(self.recipe.optimization.ema)  # type: ignore[no-untyped-call]
+            self.average = AveragedModel(self.model, multi_avg_fn=update)
+        self.blanks: BlankValidation | None = None
+        if settings.validation_sentences:
+            self.blanks = choose_blanks(
+                sources,
+                tokenizer,
+                self.special,
+                sentences=settings.validation_sentences,
+                longest=self.model.config.max_position_embeddings,
+            )
 
     def _model_config(self, tokenizer: Tokenizer) -> GLMConfig:
         rows = -(-tokenizer.get_vocab_size() // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
@@ -129,6 +153,7 @@ class Pretraining:
         checkpoints = list_checkpoints(self.out)
         if checkpoints and not resume:
             raise GmaskError(f"{self.out} holds a run already: resume it, or choose another run.out")
+        tqdm.write(describe_training_dtype(self.recipe.optimization.dtype, self.device), file=sys.stderr)
         if checkpoints:
             self._restore(checkpoints[-1])
         self.out.mkdir(parents=True, exist_ok=True)
@@ -145,6 +170,9 @@ class Pretraining:
                 last = step == steps
                 if step % settings.validate_every == 0 or last:
                     record["validation"] = self.validate()
+                    if self.blanks is not None:
+                        record["blanks"] = self.validate_blanks(self.blanks)
+                        tqdm.write(f"step {step}: {describe_blanks(record['blanks'])}", file=sys.stderr)
                 if step % settings.log_every == 0 or last or "validation" in record:
                     log.add(record)
                 if step % settings.save_every == 0 or last:
@@ -158,11 +186,13 @@ class Pretraining:
         """One optimizer step; returns its record for the log."""
         started = time.monotonic()
         optimization = self.recipe.optimization
+        if self.progress.step == self.recipe.decay_start:
+            self._begin_decay()
         rows = [self.stream.next_row() for _ in range(optimization.rows_per_step)]
         batches = list(self._batches(rows))
         labelled = sum(int((batch["labels"] != -100).sum()) for batch in batches)
-        rate = learning_rate(self.progress.step, optimization)
-        for group in self.optimizer.param_groups:
+        rate = learning_rate(self.progress.step, self.recipe)
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = rate
         losses = []
         for batch in batches:
@@ -173,12 +203,21 @@ class Pretraining:
         mean, norm_value = float(torch.stack(losses).sum()), float(norm)
         if not (math.isfinite(mean) and math.isfinite(norm_value)):
             self._refuse(batches, mean, norm_value)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         tokens = sum(int((batch["sequence_ids"] >= 0).sum()) for batch in batches)
         seconds = time.monotonic() - started
         now = self.progress
-        self.progress = Progress(now.step + 1, now.tokens + tokens, now.labelled + labelled, now.seconds + seconds)
+        self.progress = dataclasses.replace(
+            now,
+            step=now.step + 1,
+            tokens=now.tokens + tokens,
+            labelled=now.labelled + labelled,
+            seconds=now.seconds + seconds,
+        )
         return {
             "step": self.progress.step,
             "loss": mean,
@@ -190,21 +229,35 @@ class Pretraining:
             "seconds": self.progress.seconds,
         }
 
-    def _batches(self, rows: Sequence[list[InfillingExample]]) -> Iterator[dict[str, Tensor]]:
-        per_pass = self.recipe.optimization.rows_per_pass
+    def _begin_decay(self) -> None:
+        """From here on the learning rate falls, and the rows are those of the recipe's section ``decay``."""
+        self.progress = dataclasses.replace(self.progress, decay_start=self.progress.step)
+        self.stream.mixture = self.decay_mixture
+        self.stream.row_length = self.recipe.decay.row_length or self.recipe.data.row_length
+        longest = self.recipe.data.max_piece or self.stream.row_length
+        self.stream.max_piece = min(longest, self.model.config.max_position_embeddings)
+
+    def _batches(
+        self, rows: Sequence[list[InfillingExample]], row_length: int | None = None
+    ) -> Iterator[dict[str, Tensor]]:
+        """Batches of the size of one pass; longer rows than those of ``data.row_length`` come fewer at a time."""
+        row_length = row_length or self.stream.row_length
+        per_pass = max(1, self.recipe.optimization.rows_per_pass * self.recipe.data.row_length // row_length)
         for start in range(0, len(rows), per_pass):
             yield collate(
                 rows[start : start + per_pass],
-                row_length=self.recipe.data.row_length,
+                row_length=row_length,
                 pad_id=self.special.pad,
             )
 
-    def _losses(self, batch: dict[str, Tensor]) -> Tensor:
+    def _losses(self, batch: dict[str, Tensor], model: GLMForConditionalGeneration | None = None) -> Tensor:
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        half = self.recipe.optimization.dtype == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            losses: Tensor = self.model.token_losses(**batch)
+        with self._autocast():
+            losses: Tensor = (model or self.model).token_losses(**batch)
         return losses
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def _refuse(self, batches: Sequence[dict[str, Tensor]], loss: float, norm: float) -> None:
         step = self.progress.step + 1
@@ -219,7 +272,7 @@ class Pretraining:
     @torch.no_grad()
     def validate(self) -> dict[str, dict[str, float]]:
         """Mean loss in nats of every source and objective, on rows that never change."""
-        self.model.eval()
+        self.final_model.eval()
         losses: dict[str, dict[str, float]] = {}
         for source in self.validation_sources:
             losses[source.name] = {
@@ -227,8 +280,24 @@ class Pretraining:
                 for objective in OBJECTIVES
                 if getattr(self.mixture, objective) > 0
             }
-        self.model.train()
+        self.final_model.train()
         return losses
+
+    @torch.no_grad()
+    def validate_blanks(self, blanks: BlankValidation) -> dict[str, dict[str, float]]:
+        """How often, and how surely, the first token of a hidden word or character is found; by language and kind."""
+        self.final_model.eval()
+        with self._autocast():
+            found = measure_blanks(self.final_model, blanks, pad_id=self.special.pad)
+        self.final_model.train()
+        return found
+
+    @property
+    def final_model(self) -> GLMForConditionalGeneration:
+        """What is validated and exported: the moving average of the weights where there is one, else the weights."""
+        if self.average is None:
+            return self.model
+        return cast("GLMForConditionalGeneration", self.average.module)
 
     def _validation_loss(self, source: TokenSource, objective: Objective) -> float:
         rows = validation_rows(
@@ -239,30 +308,59 @@ class Pretraining:
             max_rows=self.recipe.run.validation_rows,
             max_piece=self.max_piece,
         )
-        losses = torch.cat([self._losses(batch) for batch in self._batches(rows)])
+        batches = self._batches(rows, self.recipe.data.row_length)
+        losses = torch.cat([self._losses(batch, self.final_model) for batch in batches])
         return float(losses.mean())
 
     def _save(self) -> None:
+        self.progress = dataclasses.replace(self.progress, arithmetic=self._arithmetic())
         progress = {**vars(self.progress), "stream": self.stream.state_dict()}
         save_checkpoint(
             self.out,
             self.progress.step,
             self.model,
-            self.optimizer,
+            self.optimizers,
             progress,
+            average=self.average,
             keep_last=self.recipe.run.keep_last,
+            keep=self.recipe.decay_start,  # from there the run can be made longer
         )
 
     def _restore(self, checkpoint: Path) -> None:
-        state = load_checkpoint(checkpoint, self.model, self.optimizer)
-        self.stream.load_state_dict(state.progress.pop("stream"))
-        self.progress = Progress(**state.progress)
+        state = load_checkpoint(checkpoint, self.model, self.optimizers, self.average)
+        stream = state.progress.pop("stream")
+        progress = Progress(**state.progress)
+        if progress.decay_start is not None:
+            if progress.decay_start != self.recipe.decay_start:
+                raise GmaskError(
+                    f"{checkpoint}: its learning rate has fallen since step {progress.decay_start}, and by this recipe "
+                    f"it falls from step {self.recipe.decay_start}; to make the run longer or shorter, delete the "
+                    "checkpoints after that step and resume, or set optimization.steps as it was"
+                )
+            self._begin_decay()
+        elif progress.step > self.recipe.decay_start:
+            raise GmaskError(
+                f"{checkpoint}: is past step {self.recipe.decay_start}, where the learning rate is to begin to fall; "
+                "raise optimization.steps"
+            )
+        self.stream.load_state_dict(stream)
+        self.progress = progress
+        if progress.arithmetic and progress.arithmetic != self._arithmetic():
+            tqdm.write(
+                f"warning: {checkpoint} was made with {progress.arithmetic}, and this is {self._arithmetic()}: the run "
+                "goes on, but not bit for bit as it would have there",
+                file=sys.stderr,
+            )
+
+    def _arithmetic(self) -> str:
+        where = cpu_instructions() if self.device.type == "cpu" else self.device.type
+        return f"{str(self.dtype).removeprefix('torch.')} on {where}"
 
     def export(self) -> Path:
         """Writes ``out/model``: bfloat16 weights, configuration, tokenizer and the curves."""
 
         def fill(folder: Path) -> None:
-            self.model.to(torch.bfloat16).save_pretrained(folder)
+            self.final_model.to(torch.bfloat16).save_pretrained(folder)
             for name in ("tokenizer.json", "tokenizer_config.json"):
                 (folder / name).write_bytes((self.tokenizer_folder / name).read_bytes())
             for name in ("curves.png", "metrics.jsonl"):
@@ -275,23 +373,55 @@ class Pretraining:
         return self.out / "model"
 
 
-def make_optimizer(model: torch.nn.Module, settings: OptimizationSettings) -> torch.optim.Optimizer:
-    """AdamW; norms and biases do not decay."""
+def make_optimizers(model: GLMForConditionalGeneration, settings: OptimizationSettings) -> list[torch.optim.Optimizer]:
+    """AdamW, or Muon for the matrices of the layers and AdamW for the rest. Norms and biases do not decay.
+
+    Muon's steps are scaled to the size of AdamW's, so that one learning rate and one decay serve both.
+    Source: Liu et al. 2025, "Muon is Scalable for LLM Training".
+    """
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     parameters = list(model.parameters())
+    matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in tables]
+    embeddings = [p for p in parameters if id(p) in tables]
+    others = [p for p in parameters if p.ndim < 2]
+    with_muon = settings.optimizer == "muon"
+    decaying = ([] if with_muon else matrices) + (embeddings if settings.decay_embeddings else [])
+    free = others + ([] if settings.decay_embeddings else embeddings)
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": group, "weight_decay": decay}
+        for group, decay in ((decaying, settings.weight_decay), (free, 0.0))
+        if group
     ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
+    ]
+    if with_muon:
+        rate, decay = settings.learning_rate, settings.weight_decay
+        optimizers.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
-def learning_rate(step: int, settings: OptimizationSettings) -> float:
-    """Linear warm-up, then a cosine from the peak to the final rate; ``step`` counts from 0."""
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Linear warm-up; then a cosine from the peak to the final rate, or the peak until the decay and a line from there.
+
+    ``step`` counts from 0.
+    """
+    settings = recipe.optimization
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        falling = max(0, step - recipe.decay_start) / max(1, settings.steps - recipe.decay_start)
+        return settings.learning_rate + (settings.final_learning_rate - settings.learning_rate) * falling
     done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
     fall = settings.learning_rate - settings.final_learning_rate
     return settings.final_learning_rate + fall * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def describe_blanks(found: Mapping[str, Mapping[str, float]]) -> str:
+    """One line: for each language, the share of first tokens that are right and their loss."""
+    languages = {group: values for group, values in found.items() if "," not in group}
+    parts = [f"{name} {values['top1']:.1%}, {values['nats']:.2f} nats" for name, values in languages.items()]
+    return f"first token of one-unit blanks: {'; '.join(parts)}"
 
 
 def _progress_bar(done: int, steps: int) -> Any:

@@ -41,11 +41,14 @@ class MetricsLog:
         if self.board is None:
             return
         for name, value in record.items():
-            if name not in ("step", "validation"):
+            if name not in ("step", "validation", "blanks"):
                 self.board.add_scalar(f"training/{name}", value, record["step"])
         for source, losses in record.get("validation", {}).items():
             for objective, loss in losses.items():
                 self.board.add_scalar(f"validation_{objective}/{source}", loss, record["step"])
+        for group, values in record.get("blanks", {}).items():
+            for name in ("top1", "nats"):
+                self.board.add_scalar(f"blanks_{name}/{group}", values[name], record["step"])
 
     def draw_curves(self) -> Path:
         """Draws curves.png from the whole log."""

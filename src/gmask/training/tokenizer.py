@@ -67,17 +67,24 @@ WORD_PATTERN = "|".join(
 )
 MAX_WORD_CHARS = 16
 MAX_HAN_CHARS = 4
-"""Longest tokens. Without the second, whole Chinese sayings and book titles would become single tokens."""
+"""Longest tokens. Without the second, whole Chinese sayings and book titles would become single tokens; with 1 the text
+around a hidden character is cut as it would be without the blank (docs: explanation/small-models)."""
 
 
 def train_tokenizer(
-    texts: Iterable[str], *, vocab_size: int, alphabet_size: int | None = None, progress: bool = False
+    texts: Iterable[str],
+    *,
+    vocab_size: int,
+    alphabet_size: int | None = None,
+    max_han_chars: int = MAX_HAN_CHARS,
+    progress: bool = False,
 ) -> Tokenizer:
     """Learn a byte-fallback BPE: decode(encode(x)) == x for every NFC text x without special tokens.
 
     The vocabulary is the special tokens, the 256 byte tokens, an alphabet and merges. The alphabet is ASCII
     and the `alphabet_size` most frequent other characters (by default at most 5/16 of the vocabulary); a
-    character outside it costs its UTF-8 length in tokens. The same texts give the same tokenizer.
+    character outside it costs its UTF-8 length in tokens. No token has more than `max_han_chars` Han characters. The
+    same texts give the same tokenizer.
 
     Raises `GmaskError` when `vocab_size` has no room for merges or the texts do not fill it.
     """
@@ -86,9 +93,10 @@ def train_tokenizer(
     room = vocab_size - len(SPECIAL_TOKENS) - len(BYTE_TOKENS) - len(alphabet)
     if room <= 0:
         raise GmaskError(f"a vocabulary of {vocab_size} has no room beside {len(alphabet)} characters")
+    spare = 9 / 8 if max_han_chars > 1 else 3  # most merges of Chinese text are of two characters
     tokenizer = _new_tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(
-        vocab_size=len(alphabet) + room + room // 8,  # more than needed: long Han tokens are dropped below
+        vocab_size=len(alphabet) + int(spare * room),  # more than needed: long Han tokens are dropped below
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
         max_token_length=MAX_WORD_CHARS,
@@ -97,7 +105,7 @@ def train_tokenizer(
     # A rare character becomes a line end: left in, the trainer would drop it and join its neighbours.
     table = dict.fromkeys(map(ord, rest), "\n")
     tokenizer.train_from_iterator((text.translate(table) for text in texts), trainer, length=len(texts))
-    merges = _choose_merges(json.loads(tokenizer.to_str())["model"]["merges"], room)
+    merges = _choose_merges(json.loads(tokenizer.to_str())["model"]["merges"], room, max_han_chars)
     tokens = dict.fromkeys((*alphabet, *(left + right for left, right in merges)))
     if len(tokens) < len(alphabet) + room:
         found = vocab_size - room + len(tokens) - len(alphabet)
@@ -110,6 +118,8 @@ def train_from_sources(
     *,
     vocab_size: int,
     out: Path | str,
+    alphabet_size: int | None = None,
+    max_han_chars: int = MAX_HAN_CHARS,
     sample_bytes: int = 45_000_000,
     seed: int = 0,
     max_length: int | None = None,
@@ -118,13 +128,16 @@ def train_from_sources(
 ) -> Tokenizer:
     """Learn a tokenizer from a sample of the sources' training texts and save it in the folder `out`.
 
+    alphabet_size, max_han_chars: as in `train_tokenizer`.
     sample_bytes: UTF-8 bytes to learn from, shared out by the sources' weights (bytes rather than characters,
         because a token holds about 4 bytes in English and in Chinese alike). A source smaller than its share
         is used whole and the others make up for it.
     skip_bad_lines: leave out lines that cannot be read, and log how many; else the first raises `GmaskError`.
     """
     texts = _sample_sources(sources, sample_bytes, seed=seed, skip_bad_lines=skip_bad_lines, progress=progress)
-    tokenizer = train_tokenizer(texts, vocab_size=vocab_size, progress=progress)
+    tokenizer = train_tokenizer(
+        texts, vocab_size=vocab_size, alphabet_size=alphabet_size, max_han_chars=max_han_chars, progress=progress
+    )
     save_tokenizer(tokenizer, out, max_length=max_length)
     return tokenizer
 
@@ -174,7 +187,7 @@ def _choose_alphabet(texts: Iterable[str], limit: int) -> tuple[list[str], list[
     return sorted(always | set(ranked[:limit])), ranked[limit:]
 
 
-def _choose_merges(merges: Sequence[Sequence[str]], room: int) -> list[tuple[str, str]]:
+def _choose_merges(merges: Sequence[Sequence[str]], room: int, max_han_chars: int) -> list[tuple[str, str]]:
     """The first merges that make `room` tokens, leaving out Han tokens that are too long.
 
     What is built from a token left out is longer still, so the chosen merges stand on their own.
@@ -183,7 +196,7 @@ def _choose_merges(merges: Sequence[Sequence[str]], room: int) -> list[tuple[str
     made: set[str] = set()
     for left, right in merges:
         token = left + right
-        if len(token) > MAX_HAN_CHARS and _is_han(token[-1]):
+        if len(token) > max_han_chars and _is_han(token[-1]):
             continue
         if token not in made and len(made) == room:
             break

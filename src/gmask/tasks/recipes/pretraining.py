@@ -30,6 +30,8 @@ class TokenizerSettings:
 
     path: str | None = None
     vocab_size: int = 12288
+    alphabet_size: int | None = None  # characters beside ASCII that are tokens; by default 5/16 of the vocabulary
+    max_han_chars: int = 4  # of one token; 1 cuts the text around a blank as it would be cut without the blank
     sample_bytes: int = 45_000_000  # UTF-8 bytes of training text that it is learnt from
 
 
@@ -59,7 +61,7 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizationSettings:
-    """AdamW with linear warm-up and cosine decay."""
+    """The optimizer, and how the learning rate rises and falls."""
 
     steps: int
     rows_per_step: int = 16
@@ -67,12 +69,25 @@ class OptimizationSettings:
     learning_rate: float = 1e-3  # at its peak
     final_learning_rate: float = 1e-4
     warmup_steps: int = 100
+    schedule: str = "cosine"  # down to the final rate; or "constant" until the section `decay` begins
+    optimizer: str = "adamw"  # or "muon" for the layers' matrices, with adamw for the rest
     weight_decay: float = 0.1  # of matrices only
+    decay_embeddings: bool = True  # weight decay of the embedding tables too, as published
+    ema: float | None = None  # decay of a moving average of the weights, such as 0.999: it is validated and exported
     betas: tuple[float, float] = (0.9, 0.98)
     clip_norm: float = 1.0
-    dtype: str = "bfloat16"  # of the forward pass; weights and optimizer state are float32
+    dtype: str = "auto"  # of a pass: bfloat16 where the device has instructions for it; weights are float32
     gradient_checkpointing: bool = False
     initialization: str = "normal"  # or "neighbours": small models, short runs (gmask.training.initialization)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecaySettings:
+    """The last part of a run with a constant learning rate, in which the rate falls in a line to the final one."""
+
+    share: float = 0.2  # of the steps
+    row_length: int | None = None  # tokens; as before the decay if not given
+    objective: dict[str, Any] = dataclasses.field(default_factory=dict)  # what changes in it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +101,7 @@ class RunSettings:
     log_every: int = 10  # steps
     validate_every: int = 500
     validation_rows: int = 2  # of each source and objective
+    validation_sentences: int = 0  # of each language, in which one word or character is hidden
     save_every: int = 100
     keep_last: int = 2  # checkpoints
 
@@ -100,6 +116,13 @@ class Recipe:
     tokenizer: TokenizerSettings
     model: dict[str, Any]
     objective: dict[str, Any]
+    decay: DecaySettings = DecaySettings()
+
+    @property
+    def decay_start(self) -> int:
+        """The step at which the learning rate begins to fall; with a cosine the end of the run."""
+        steps = self.optimization.steps
+        return steps - round(self.decay.share * steps) if self.optimization.schedule == "constant" else steps
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, which `read_recipe` turns into the same recipe."""
@@ -129,25 +152,40 @@ def read_recipe(tree: Mapping[str, Any]) -> Recipe:
     """Checks a recipe's tree of plain values and gives it types."""
     sections = dict(tree)
     check_keys(sections, field_names(Recipe), "the recipe")
-    objective = sections.get("objective") or {}
-    check_mapping(objective, "objective")
-    check_keys(
-        objective, [name for name in field_names(Mixture) if name not in ("special", "sentence_ends")], "objective"
-    )
+    decay = build(DecaySettings, sections.get("decay") or {}, "decay")
     recipe = Recipe(
         run=build(RunSettings, sections.get("run") or {}, "run"),
         data=build(DataSettings, _read_data(sections.get("data") or {}), "data"),
         optimization=build(OptimizationSettings, sections.get("optimization") or {}, "optimization"),
         tokenizer=build(TokenizerSettings, sections.get("tokenizer") or {}, "tokenizer"),
         model=convert(GLMConfig, sections.get("model") or {}, "model"),
-        objective=convert(Mixture, objective, "objective"),
+        objective=_read_objective(sections.get("objective") or {}, "objective"),
+        decay=dataclasses.replace(decay, objective=_read_objective(decay.objective, "decay.objective")),
     )
     check_run(vars(recipe.run))
     check_numbers(vars(recipe.run), "run", positive=("validate_every", "validation_rows", "save_every", "keep_last"))
     check_numbers(vars(recipe.data), "data", positive=("row_length", "max_piece"))
-    check_numbers(vars(recipe.tokenizer), "tokenizer", positive=("vocab_size", "sample_bytes"))
+    check_numbers(vars(recipe.run), "run", not_negative=("validation_sentences",))
+    sizes = ("vocab_size", "alphabet_size", "max_han_chars", "sample_bytes")
+    check_numbers(vars(recipe.tokenizer), "tokenizer", positive=sizes)
+    _check_decay(recipe)
     _check_model(recipe.model)
     return dataclasses.replace(recipe, optimization=_check_optimization(recipe.optimization))
+
+
+def _read_objective(objective: Any, where: str) -> dict[str, Any]:
+    check_mapping(objective, where)
+    made_from_tokenizer = ("special", "sentence_ends", "word_edges")
+    check_keys(objective, [name for name in field_names(Mixture) if name not in made_from_tokenizer], where)
+    return convert(Mixture, objective, where)
+
+
+def _check_decay(recipe: Recipe) -> None:
+    check_numbers(vars(recipe.decay), "decay", positive=("row_length",))
+    if not 0 <= recipe.decay.share <= 1:
+        raise GmaskError(f"decay.share is {recipe.decay.share}: it must be from 0 to 1")
+    if recipe.optimization.schedule != "constant" and recipe.decay != DecaySettings():
+        raise GmaskError("decay: has no effect on a cosine; set optimization.schedule to constant, or leave it out")
 
 
 def _read_data(data: Any) -> dict[str, Any]:
@@ -174,7 +212,11 @@ def _check_optimization(optimization: OptimizationSettings) -> OptimizationSetti
     positive = ("steps", "rows_per_step", "rows_per_pass", "learning_rate", "clip_norm")
     not_negative = ("final_learning_rate", "warmup_steps", "weight_decay")
     check_numbers(vars(optimization), "optimization", positive=positive, not_negative=not_negative)
-    check_choice(optimization.dtype, ("float32", "bfloat16"), "optimization.dtype")
+    check_choice(optimization.dtype, ("auto", "float32", "bfloat16"), "optimization.dtype")
+    check_choice(optimization.schedule, ("cosine", "constant"), "optimization.schedule")
+    check_choice(optimization.optimizer, ("adamw", "muon"), "optimization.optimizer")
+    if optimization.ema is not None and not 0 < optimization.ema < 1:
+        raise GmaskError(f"optimization.ema is {optimization.ema}: it must lie between 0 and 1")
     check_choice(optimization.initialization, ("normal", "neighbours"), "optimization.initialization")
     betas = optimization.betas
     try:

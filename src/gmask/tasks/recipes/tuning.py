@@ -90,7 +90,7 @@ class TuningOptimizationSettings:
     warmup: float = 0.0  # steps, or below 1 a share of them
     weight_decay: float = 0.0
     clip_norm: float = 1.0
-    dtype: str | None = None  # of the forward pass; by default bfloat16 on a GPU and float32 elsewhere
+    dtype: str | None = None  # of a pass; "auto": bfloat16 if the device has it; by default so on a GPU, else float32
     gradient_checkpointing: bool = False
     length_grouped: bool = False  # samples of like length in a step
     evaluate_every: int | None = None  # steps; by default a tenth of the run
@@ -254,6 +254,6 @@ def _check_optimization(recipe: TuningRecipe) -> None:
     check_mapping(optimization.trainer, "optimization.trainer")
     check_choice(optimization.schedule, SCHEDULES, "optimization.schedule")
     if optimization.dtype is not None:
-        check_choice(optimization.dtype, ("float32", "bfloat16"), "optimization.dtype")
+        check_choice(optimization.dtype, ("auto", "float32", "bfloat16"), "optimization.dtype")
     if optimization.early_stop is not None and recipe.data.validation is None and recipe.data.folds is None:
         raise GmaskError("optimization.early_stop needs data.validation (a file, or a share of data.train)")

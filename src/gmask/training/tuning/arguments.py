@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from gmask.errors import GmaskError
+from gmask.hardware import training_dtype
 from gmask.loading import best_device
 from gmask.tasks.recipes.settings_tree import check_keys
 from gmask.tasks.recipes.tuning import TuningRecipe
@@ -107,5 +108,9 @@ def find_device(name: str | None) -> str:
 
 def forward_dtype(recipe: TuningRecipe, device: str) -> torch.dtype:
     """What the forward pass computes in; the weights that train are float32 whatever it is."""
-    name = recipe.optimization.dtype or ("bfloat16" if device == "cuda" else "float32")
-    return torch.bfloat16 if name == "bfloat16" else torch.float32
+    return training_dtype(named_dtype(recipe, device), torch.device(device))
+
+
+def named_dtype(recipe: TuningRecipe, device: str) -> str:
+    """The recipe's word for the type of a pass, or the default of the device."""
+    return recipe.optimization.dtype or ("bfloat16" if device == "cuda" else "float32")
