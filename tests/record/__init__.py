@@ -1,0 +1,1 @@
+"""What gmask does today, recorded through its public names, so that a change of its inside can be held against it."""
