@@ -1,5 +1,6 @@
 """Which tiny models and token ids do several test files share?"""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,11 @@ from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 settings.register_profile("gmask", deadline=None)  # no test asserts a time: the machine may be busy
 settings.load_profile("gmask")
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and on a busy machine threads wait for each other
+
+if folder := os.environ.get("GMASK_RECORD_ERRORS"):
+    from record import errors
+
+    errors.start(folder)
 
 PAD, MASK, SMASK, GMASK, SOP, EOP = 0, 5, 6, 7, 8, 9
 SPECIAL = dict(
