@@ -16,11 +16,10 @@ from typing import Any
 import torch
 
 import gmask
-from gmask.generation.predictions import predict
+from gmask.generation.predict import predict
 from gmask.generation.settings import make_settings
 from gmask.tasks.metrics import evaluate
-from gmask.tasks.records import read_records
-from gmask.tasks.samples import Prediction, Sample
+from gmask.tasks.records import Prediction, Sample, read_records
 from gmask.tasks.task import load_task
 
 METRICS = ("rouge-l", "bleu-4")

@@ -31,12 +31,12 @@ from typing import Any
 import torch
 import yaml
 
-from gmask.evaluation.tasks import run_task
-from gmask.tasks.result_files import write_json
-from gmask.tasks.tables import Rows
+from gmask.evaluation.harness import run_task
+from gmask.files import write_json
+from gmask.tasks.metrics import Rows
 from gmask.tasks.task import load_task
 from gmask.training.finetune import read_results, run
-from gmask.training.report import read_records
+from gmask.training.run_folder import read_records
 from machine import describe_machine
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "cloze-study.yaml"

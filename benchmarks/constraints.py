@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import gmask
 from gmask.generation.constraints import Constraint, choices, json_schema, regex
-from gmask.models.glm.tokenization import GLMTokenizer
+from gmask.tokenizers.glm import GLMTokenizer
 from machine import describe_machine
 
 CHATGLM_PIECES, CHATGLM_ROWS = 130344, 130528

@@ -41,8 +41,8 @@ def resident_bytes(name: str) -> int:
 
 def config_of(shape: str | dict[str, Any]) -> Any:
     """Of a published model by its name, or of the values of a config."""
-    from gmask.checkpoints.catalog import find_family
-    from gmask.estimation.weights import config_of_family
+    from gmask.checkpoints.zoo import find_family
+    from gmask.estimation.inference import config_of_family
     from gmask.models.chatglm import ChatGLMConfig
     from gmask.models.glm import GLMConfig
 
@@ -68,7 +68,7 @@ def make_model(config: Any, form: dict[str, Any]) -> Any:
     """A model whose memory is written to, tensor by tensor."""
     import torch
 
-    from gmask.estimation.weights import shape_at
+    from gmask.estimation.inference import shape_at
     from gmask.quantization.quantizer import finish
 
     quantized = read_quantization(form)
@@ -88,8 +88,8 @@ def run_model(model: Any, context_length: int) -> None:
     """Reads a prompt and answers, as `gmask infill` and `gmask chat` do."""
     import torch
 
-    from gmask.generation.context import Context
-    from gmask.generation.decoding import Memory
+    from gmask.generation.decode import Memory
+    from gmask.generation.text import Context
     from gmask.infilling.blanks import BlankTokens
 
     special = BlankTokens(mask=5, smask=6, gmask=7, sop=8, eop=9, pad=0, cls=1, eos=2)

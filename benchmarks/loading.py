@@ -3,7 +3,7 @@
     python benchmarks/loading.py [--like GLM-2B] [--form bin] [--threads 2] [--rounds 3] [--folder DIR] [--json]
 
 A checkpoint of that shape, in float16, is made in every form (one at a time, in a temporary folder that is deleted) and
-loaded onto the CPU by fresh processes: by `gmask.loading.load_model`, and plainly. The plain way is given its model for
+loaded onto the CPU by fresh processes: by `load_model` of gmask, and plainly. The plain way is given its model for
 nothing: made without initialization, in the target dtype, before the clock starts. The files are read once before, so
 they come from the file cache. Memory is anonymous memory (RssAnon: what mapped files take can be given up at any time),
 sampled every 2 ms, less that after the imports; of several rounds the times are medians, the peaks the largest. Aims:
@@ -65,7 +65,7 @@ def measure(work: Callable[[], Any]) -> dict[str, float]:
 
 
 def measure_gmask(folder: Path, like: str, dtype: str) -> dict[str, float]:
-    from gmask.loading import load_model
+    from gmask.checkpoints.load import load_model
 
     return measure(lambda: load_model(folder, dtype=dtype, device="cpu", like=like))
 
@@ -74,7 +74,7 @@ def measure_plain(folder: Path, like: str, dtype: str) -> dict[str, float]:
     import torch
     from safetensors.torch import load_file
 
-    from gmask.loading import read_config
+    from gmask.checkpoints.config import read_config
     from gmask.models.glm import GLMModel
 
     (path,) = (path for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin", ".pt"))
@@ -98,8 +98,8 @@ def make_folder(folder: Path, form: str, like: str) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from gmask.checkpoints.catalog import find_family
-    from gmask.checkpoints.weight_maps import divide
+    from gmask.checkpoints.weights import divide
+    from gmask.checkpoints.zoo import find_family
     from gmask.models.glm import GLMConfig, GLMModel
 
     family = find_family(like)

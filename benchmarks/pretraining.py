@@ -30,10 +30,9 @@ from gmask.infilling.blanks import BlankTokens
 from gmask.infilling.collator import collate
 from gmask.infilling.objectives import Mixture
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
-from gmask.tasks.recipes.pretraining import OptimizationSettings
-from gmask.training.cache import TokenSource
-from gmask.training.datasets import RowStream
-from gmask.training.pretrain import make_optimizer
+from gmask.recipes.pretraining import OptimizationSettings
+from gmask.training.corpus_rows import RowStream, TokenSource
+from gmask.training.pretrain import make_optimizers
 from machine import describe_machine
 from measuring import compare, make_gpt2, spread, take_turns
 
@@ -78,7 +77,7 @@ class Trainer:
         self.stream = made_rows(shape)
         self.rng = np.random.default_rng(0)
         self.optimization = OptimizationSettings(steps=1)
-        self.optimizer = make_optimizer(self.model, self.optimization)
+        (self.optimizer,) = make_optimizers(self.model, self.optimization)
 
     def step_glm(self) -> int:
         shape = self.shape

@@ -29,7 +29,7 @@ import tiktoken
 from transformers import ClvpTokenizer
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
-from gmask.checkpoints.tokenizer_files import read_tokenizer
+from gmask.tokenizers.folder import read_tokenizer
 from machine import describe_machine
 from tokenizer import read_groups
 

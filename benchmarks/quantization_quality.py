@@ -19,13 +19,11 @@ from typing import Any
 import torch
 
 import gmask
-from gmask.evaluation.losses import encode_texts, measure_losses
-from gmask.quantization.calibration import calibrate_model
-from gmask.quantization.calibration_texts import cut_texts
+from gmask.evaluation.infilling import encode_texts, measure_losses
+from gmask.quantization.calibration import calibrate_model, cut_texts
 from gmask.quantization.quantizer import quantize_model
-from gmask.tasks.corpus import Source, find_files, read_texts
-from gmask.tasks.recipes.pretraining import load_recipe
-from gmask.tasks.vocabulary import make_mixture
+from gmask.recipes.pretraining import load_recipe, make_mixture
+from gmask.tasks.records import Source, find_files, read_texts
 from machine import describe_machine
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "bundled.yaml"

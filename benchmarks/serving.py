@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 import gmask
-from gmask.generation.context import Context
-from gmask.generation.decoding import Memory, Rules, decode
+from gmask.generation.answers import Rules
+from gmask.generation.decode import Memory, Sampling, decode
 from gmask.generation.engine import Engine, Request
 from gmask.generation.sampling import SamplingParameters
-from gmask.generation.search import Sampling
 from gmask.generation.settings import make_settings
+from gmask.generation.text import Context
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from machine import describe_machine
 

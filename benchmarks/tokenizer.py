@@ -24,7 +24,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # read when tokenizers is first 
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from gmask.tasks.corpus import find_files, read_texts
+from gmask.tasks.records import find_files, read_texts
 
 ROUNDS = 5
 

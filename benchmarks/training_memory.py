@@ -2,7 +2,7 @@
 
     python benchmarks/training_memory.py [--shape 335M] [--method lora ...] [--size 1x128 ...] [--as-it-comes]
 
-A model of that shape is made in a process of its own, made ready by `gmask.training.tuning.methods`, and makes
+A model of that shape is made in a process of its own, made ready by `gmask.training.methods`, and makes
 two steps with the loss of `gmask finetune`, AdamW and, for bfloat16, accelerate's autocast. Measured is the largest
 resident memory of the process (VmHWM), against the estimated peak; and without what the process held before the model
 was made, against the peak without the libraries. Both ought to be within 15 % of each other. What is freed goes back at
@@ -70,11 +70,11 @@ def train(config: Any, case: dict[str, Any], *, batch_size: int, length: int) ->
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    from gmask.estimation.weights import shape_at
+    from gmask.estimation.inference import shape_at
     from gmask.quantization.quantizer import finish
-    from gmask.tasks.recipes.methods import MethodSettings
-    from gmask.training.tuning.losses import token_loss
-    from gmask.training.tuning.methods import apply_method
+    from gmask.recipes.tuning import MethodSettings
+    from gmask.training.losses import token_loss
+    from gmask.training.methods import apply_method
 
     form = read_quantization(case)
     model = shape_at(config, dtype=getattr(torch, case.get("dtype", "float32")), form=form)
@@ -139,7 +139,7 @@ def estimate(case: dict[str, Any]) -> Any:
     import torch
 
     from gmask.estimation.training import estimate_training
-    from gmask.tasks.recipes.methods import MethodSettings
+    from gmask.recipes.tuning import MethodSettings
 
     method, length = case["method"], case["length"]
     return estimate_training(

@@ -121,7 +121,7 @@ def tune(recipe_path: str, overrides: list[str]) -> None:
     from transformers import TrainerCallback, trainer
 
     from gmask.tasks.metrics import evaluate
-    from gmask.tasks.samples import Prediction, Sample
+    from gmask.tasks.records import Prediction, Sample
     from gmask.training import finetune
 
     for text in ("一", "one"):  # loads the libraries and dictionaries of the metrics
@@ -150,14 +150,14 @@ def measure_untuned(recipe_path: str, overrides: list[str]) -> None:
     """Loss, metrics and predictions of the model as it is."""
     import torch
 
+    from gmask.checkpoints.load import load
     from gmask.generation.settings import make_settings
-    from gmask.loading import load
-    from gmask.tasks.recipes.tuning import load_tuning_recipe
-    from gmask.tasks.result_files import write_predictions
+    from gmask.recipes.tuning import load_tuning_recipe
+    from gmask.tasks.records import write_predictions
     from gmask.tasks.task import read_task
-    from gmask.training.tuning.arguments import training_arguments
-    from gmask.training.tuning.data import read_splits
-    from gmask.training.tuning.validation import Measurer
+    from gmask.training.examples import read_splits
+    from gmask.training.loop import training_arguments
+    from gmask.training.measure import Measurer
 
     recipe = load_tuning_recipe(recipe_path, overrides)
     assert isinstance(recipe.task, dict)

@@ -128,7 +128,8 @@ def tune_glm(setting: Setting, folder: Path) -> None:
 
 def write_glm(shape: Shape, folder: Path) -> None:
     """A GLM with random weights, and the bundled tokenizer."""
-    from gmask.loading import find_folder, load_tokenizer, read_config
+    from gmask.checkpoints.config import read_config
+    from gmask.checkpoints.load import find_folder, load_tokenizer
     from gmask.models.glm import GLMForConditionalGeneration
 
     config = read_config(find_folder("bundled"))

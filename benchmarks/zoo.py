@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 import gmask
-from gmask.checkpoints.catalog import FAMILIES, Family, find_family
-from gmask.loading import load_model, load_tokenizer
+from gmask.checkpoints.load import load_model, load_tokenizer
+from gmask.checkpoints.zoo import FAMILIES, Family, find_family
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from loading import measure as measure_memory
 from machine import describe_machine

@@ -1,5 +1,6 @@
-"""How do the generated pages come about? From the verbs themselves and from the model card, when the site is built."""
+"""The generated pages: the verbs, the modules' docstrings and the model cards, when the site is built."""
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,9 @@ from gmask.cli import app
 VERBS = "<!-- verbs -->"
 CARD = "<!-- card -->"
 CHAT_CARD = "<!-- chat card -->"
-PRETRAINED = Path(__file__).parents[1] / "src" / "gmask" / "pretrained"
+MODULES = "<!-- modules -->"
+PACKAGE = Path(__file__).parents[1] / "src" / "gmask"
+PRETRAINED = PACKAGE / "pretrained"
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -24,9 +27,11 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """A hook that mkdocs calls for every page: a marker becomes one section a verb, or the model card."""
+    """A hook that mkdocs calls for every page: a marker becomes one section a verb, a list of modules, or a card."""
     if VERBS in markdown:
         return markdown.replace(VERBS, "\n".join(describe_verbs()))
+    if MODULES in markdown:
+        return markdown.replace(MODULES, "\n".join(describe_modules()))
     if CHAT_CARD in markdown:
         return markdown.replace(CHAT_CARD, read_card(PRETRAINED / "chat").replace("curves.png", "chat-curves.png"))
     return markdown.replace(CARD, read_card(PRETRAINED)) if CARD in markdown else markdown
@@ -36,6 +41,15 @@ def read_card(folder: Path) -> str:
     """A bundled model's card without its front matter and title."""
     text = (folder / "README.md").read_text(encoding="utf-8")
     return re.sub(r"\A---\n.*?\n---\n|^# .*\n", "", text, flags=re.S | re.M)
+
+
+def describe_modules() -> Iterator[str]:
+    """One table a folder: each module and the first sentence of its docstring."""
+    for folder in [PACKAGE, *sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))]:
+        yield f"\n## {folder.relative_to(PACKAGE.parent).as_posix()}/\n\n| module | what it holds |\n|---|---|"
+        for path in sorted(folder.glob("*.py")):
+            said = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n\n")[0]
+            yield f"| `{path.name}` | {escape_cell(said)} |"
 
 
 def describe_verbs() -> Iterator[str]:

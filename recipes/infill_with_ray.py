@@ -20,13 +20,12 @@ from typing import Any
 
 import ray
 
-from gmask.cli.arguments import read_pairs
+from gmask.checkpoints.load import load
+from gmask.cli.options import read_pairs
 from gmask.errors import GmaskError
-from gmask.generation.files import fill_file
+from gmask.generation.files import fill_file, keep_whole_lines
 from gmask.generation.infill import Infiller
-from gmask.generation.lines import keep_whole_lines
 from gmask.generation.settings import make_settings
-from gmask.loading import load
 
 Part = dict[str, Any]
 

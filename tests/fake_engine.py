@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from gmask.generation.adapters import AdapterSet
-from gmask.generation.decoding import Answer
-from gmask.generation.engine import Counts
-from gmask.generation.requests import End, Progress, QueueFull, Request, Tell, Ticket
+from gmask.generation.answers import Answer
+from gmask.generation.engine import Counts, End, Progress, QueueFull, Request, Tell, Ticket
 
 
 class FakeEngine:

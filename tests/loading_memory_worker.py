@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from gmask.checkpoints import model_weights
-from gmask.checkpoints.weight_maps import divide
-from gmask.loading import load_model
+from gmask.checkpoints import load as checkpoint_load
+from gmask.checkpoints.load import load_model
+from gmask.checkpoints.weights import divide
 from gmask.models.glm import GLMConfig, GLMModel
 
 IDS = dict(pad_token_id=0, eos_token_id=1, mask_token_id=5, smask_token_id=6, gmask_token_id=7, sop_token_id=8,
@@ -53,14 +53,14 @@ def write(folder: Path, form: str, dtype: str) -> None:
 
 def main(parent: Path) -> None:
     grown: list[int] = []
-    stream = model_weights.stream_weights
+    stream = checkpoint_load.stream_weights
 
     def measured(*args: Any, **settings: Any) -> Iterator[tuple[str, torch.Tensor]]:
         for item in stream(*args, **settings):
             yield item
             grown.append(anonymous_bytes())  # the tensor has its place in the model, and what was read is still held
 
-    model_weights.stream_weights = measured  # type: ignore[assignment]
+    checkpoint_load.stream_weights = measured  # type: ignore[assignment]
     peaks = {}
     for form in ("safetensors", "bin", "megatron"):
         for stored, wanted, quantize in CONVERSIONS:

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 import gmask
-from gmask.generation.context import TextReader
-from gmask.generation.engine import Engine
-from gmask.generation.requests import Progress, Request, Ticket
+from gmask.generation.engine import Engine, Progress, Request, Ticket
 from gmask.generation.sampling import SamplingParameters
+from gmask.generation.text import TextReader
 
 
 class SlowEngine:

@@ -16,7 +16,8 @@ from transformers.distributed import DistributedConfig
 
 from gmask.errors import GmaskError
 from gmask.models.chatglm import ChatGLMForConditionalGeneration
-from gmask.models.glm import GLMForConditionalGeneration, GLMForSequenceClassification
+from gmask.models.glm import GLMForConditionalGeneration
+from gmask.models.glm_heads import GLMForSequenceClassification
 from gmask.quantization.quantizer import QuantizationConfig
 
 CACHES: dict[str, dict[str, Any]] = {

@@ -17,16 +17,17 @@ from typer.testing import CliRunner
 import gmask
 from conftest import PAD
 from gmask.checkpoints.adapters import load_adapter, save_adapter
-from gmask.checkpoints.model_weights import fill_model
+from gmask.checkpoints.config import read_config
+from gmask.checkpoints.load import fill_model
 from gmask.cli import app
-from gmask.cli.arguments import base_of
+from gmask.cli.options import base_of
 from gmask.errors import GmaskError
 from gmask.generation.score import Scorer
-from gmask.loading import read_config
-from gmask.models.glm import GLMForConditionalGeneration, GLMForSequenceClassification
+from gmask.models.glm import GLMForConditionalGeneration
+from gmask.models.glm_heads import GLMForSequenceClassification
 from gmask.quantization.quantizer import QuantizationConfig
-from gmask.tasks.recipes.methods import MethodSettings
-from gmask.training.tuning.methods import apply_method, resume_adapter
+from gmask.recipes.tuning import MethodSettings
+from gmask.training.methods import apply_method, resume_adapter
 from tiny_folder import make_folder
 from tuning import BUILDERS, METHODS, RATES, STEPS, batch_of, build_glm_of, logits_of, train, tune
 

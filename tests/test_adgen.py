@@ -10,14 +10,13 @@ import pytest
 import torch
 
 import gmask
-from gmask.generation.predictions import predict
+from gmask.generation.predict import predict
 from gmask.generation.settings import make_settings
+from gmask.recipes.tuning import load_tuning_recipe
 from gmask.tasks.metrics import evaluate
-from gmask.tasks.recipes.tuning import load_tuning_recipe
 from gmask.tasks.records import read_records
 from gmask.tasks.task import load_task
-from gmask.training import finetune
-from gmask.training.tuning import trainer
+from gmask.training import finetune, loop
 from test_chatglm_chat import VOCABULARY, needs_vocabulary
 from tuning_data import read_log, read_losses, write_lines
 
@@ -121,14 +120,14 @@ def test_bleu_and_rouge_are_those_of_what_was_written(folder: Path, adapter: Pat
 
 
 def test_a_stopped_run_resumes_exactly(folder: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = trainer.TuningTrainer._record
+    honest = loop.TuningTrainer._record
 
-    def stop(self: trainer.TuningTrainer, *args: Any) -> dict[str, Any]:
+    def stop(self: loop.TuningTrainer, *args: Any) -> dict[str, Any]:
         if self.state.global_step == STOP:
             raise KeyboardInterrupt
         return honest(self, *args)
 
-    monkeypatch.setattr(trainer.TuningTrainer, "_record", stop)
+    monkeypatch.setattr(loop.TuningTrainer, "_record", stop)
     with pytest.raises(KeyboardInterrupt):
         tune(folder, folder / "stopped")
     monkeypatch.undo()

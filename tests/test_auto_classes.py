@@ -99,7 +99,7 @@ def test_the_tokenizer_of_a_published_folder_is_ours_and_never_its_own_code(
         shutil.copyfile(SHARED / "hf-glm-tiny" / "model" / name, published / name)
     assert "auto_map" in json.loads((published / "tokenizer_config.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(published, **trust)
-    assert type(tokenizer).__module__ == "gmask.models.glm.tokenization"
+    assert type(tokenizer).__module__ == "gmask.tokenizers.glm"
     assert tokenizer.eop_token_id == IDS["eop_token_id"]
     assert not (published / "mark").exists()
 
@@ -166,7 +166,7 @@ def test_published_weights_give_the_same_logits_through_the_auto_classes_and_gma
     for name in ("cog-pretrain.model", "tokenizer_config.json"):
         if SHARED.is_dir():
             shutil.copyfile(SHARED / "hf-glm-tiny" / "model" / name, published / name)
-    from gmask.loading import load_model
+    from gmask.checkpoints.load import load_model
 
     ids = torch.tensor([[472, 20, 473, 30, 476, 40]])
     theirs = AutoModelForSeq2SeqLM.from_pretrained(published)
@@ -275,7 +275,7 @@ def test_gmask_may_be_imported_after_transformers() -> None:
 
 def test_the_classes_are_known_as_soon_as_ours_are_imported() -> None:
     done = run_python(
-        "from gmask.models.glm.modeling import GLMModel\n"
+        "from gmask.models.glm import GLMModel\n"
         "from transformers import AutoModelForSeq2SeqLM\n"
         "import transformers, gmask\n"
         "config = gmask.GLMConfig(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1)\n"

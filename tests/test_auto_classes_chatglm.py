@@ -13,8 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 import gmask
 from gmask import registration
 from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
-from gmask.models.chatglm.tokenization import ChatGLMTokenizer
-from gmask.models.chatglm.tokenization_v0 import ChatGLMTokenizerV0
+from gmask.tokenizers.chatglm import ChatGLMTokenizer, ChatGLMTokenizerV0
 
 GOLDEN = Path(__file__).parent / "golden" / "chatglm-tiny"
 SHARED = Path(__file__).parents[2] / "shared" / "golden"

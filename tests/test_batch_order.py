@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gmask.errors import GmaskError
-from gmask.training.tuning.batch_order import BatchOrder, steps_of
+from gmask.training.loop import BatchOrder, steps_of
 
 
 @settings(deadline=None)  # the first example loads modules

@@ -6,9 +6,9 @@ import torch
 from tokenizers import Tokenizer
 
 import gmask
-from gmask.loading import BUNDLED
+from gmask.checkpoints.load import BUNDLED
+from gmask.recipes.pretraining import find_blank_tokens
 from gmask.tasks.heldout import HeldOutBlank
-from gmask.tasks.vocabulary import find_blank_tokens
 from gmask.training.blank_validation import BlankValidation, encode_blank, measure_blanks
 
 BLANKS = [

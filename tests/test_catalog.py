@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gmask.checkpoints.catalog import FAMILIES, Family, family_of_shape, find_family
+from gmask.checkpoints.zoo import FAMILIES, Family, family_of_shape, find_family
 from gmask.cli import main
-from gmask.cli.zoo import COLUMNS, print_zoo, table_row
+from gmask.cli.models import COLUMNS, print_zoo, table_row
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
@@ -137,7 +137,7 @@ def test_a_shape_finds_its_row_unless_rows_of_that_shape_differ(monkeypatch: pyt
     assert family_of_shape(**large) is named("GLM-Large")
     assert family_of_shape(**{**large, "positions": 513}) is None
     twin = {field: getattr(named("GLM-Large"), field) for field in Family.__slots__} | {"heads": 8}
-    monkeypatch.setattr("gmask.checkpoints.catalog.FAMILIES", (*FAMILIES, Family(**twin)))
+    monkeypatch.setattr("gmask.checkpoints.zoo.FAMILIES", (*FAMILIES, Family(**twin)))
     assert family_of_shape(**large) is None
 
 

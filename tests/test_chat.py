@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import gmask
-from gmask.cli.chatting import answer
+from gmask.cli.writing import answer_message
 from gmask.generation.chat import Chat, Reply, read_rounds, reply_all
-from gmask.generation.conversation import ChatGLMFormat, fit_prompt
-from gmask.models.chatglm.tokenization import ChatGLMTokenizer
+from gmask.generation.text import ChatGLMFormat, fit_prompt
+from gmask.tokenizers.chatglm import ChatGLMTokenizer
 from test_chatglm_chat import VOCABULARY, needs_vocabulary
 from test_chatglm_parity import TINY, load_chatglm, read_case
 
@@ -230,19 +230,19 @@ def test_messages_that_do_not_take_turns_are_refused() -> None:
 
 def test_commands_steer_the_conversation(chat: Chat, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "talk.json"
-    assert answer(chat, "你好") and answer(chat, "再见")
-    assert answer(chat, f"/save {path}")
+    assert answer_message(chat, "你好") and answer_message(chat, "再见")
+    assert answer_message(chat, f"/save {path}")
     messages = chat.messages
     assert json.loads(path.read_text("utf-8"))["messages"] == messages
-    assert answer(chat, "/undo") and chat.messages == messages[:2]
-    assert answer(chat, "clear") and chat.messages == []
-    assert answer(chat, f"/load {path}") and chat.messages == messages
-    assert not answer(chat, "stop") and not answer(chat, "/stop")
-    assert answer(chat, "/help")
+    assert answer_message(chat, "/undo") and chat.messages == messages[:2]
+    assert answer_message(chat, "clear") and chat.messages == []
+    assert answer_message(chat, f"/load {path}") and chat.messages == messages
+    assert not answer_message(chat, "stop") and not answer_message(chat, "/stop")
+    assert answer_message(chat, "/help")
     assert "/undo" in capsys.readouterr().out
     for wrong in ("/nothing", "/save", f"/load {tmp_path / 'absent.json'}"):
         with pytest.raises((gmask.GmaskError, OSError)):
-            answer(chat, wrong)
+            answer_message(chat, wrong)
     path.write_text("[]")
     with pytest.raises(gmask.GmaskError, match="not a saved conversation"):
         chat.load(path)

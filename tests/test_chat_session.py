@@ -11,7 +11,7 @@ import prompt_toolkit
 import pytest
 
 from chat_session import SETTINGS, TYPED, shown
-from gmask import loading
+from gmask.checkpoints import load
 from gmask.cli import main
 
 
@@ -40,7 +40,7 @@ def test_the_session_on_the_page_is_what_the_program_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(prompt_toolkit, "PromptSession", TypedLines)
-    monkeypatch.setattr(loading, "best_device", lambda: "cpu")
+    monkeypatch.setattr(load, "best_device", lambda: "cpu")
     monkeypatch.setattr(sys, "argv", ["gmask", "chat", *SETTINGS])
     monkeypatch.setattr(sys, "stdin", Keyboard())
     monkeypatch.setattr(sys, "stderr", sys.stdout)

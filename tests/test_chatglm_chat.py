@@ -12,8 +12,8 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 import gmask
 from gmask.models.chatglm import ChatGLMForConditionalGeneration
-from gmask.models.chatglm.prompts import build_prompt, clean_reply
-from gmask.models.chatglm.tokenization import ChatGLMTokenizer
+from gmask.models.chatglm_chat import build_prompt, clean_reply
+from gmask.tokenizers.chatglm import ChatGLMTokenizer
 from test_chatglm_parity import TINY, load_chatglm, read_case
 
 VOCABULARY = Path(__file__).parents[2] / "shared" / "golden" / TINY / "model" / "ice_text.model"

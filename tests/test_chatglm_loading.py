@@ -12,8 +12,7 @@ from torch import Tensor
 import gmask
 from fake_hub import FakeHub
 from gmask.models.chatglm import ChatGLMForConditionalGeneration
-from gmask.models.chatglm.tokenization import ChatGLMTokenizer
-from gmask.models.chatglm.tokenization_v0 import ChatGLMTokenizerV0
+from gmask.tokenizers.chatglm import ChatGLMTokenizer, ChatGLMTokenizerV0
 from test_chatglm_parity import CLOSE, DEEP, PREFIXES, TINY, read_case
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -16,9 +16,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
-from gmask.models.chatglm.inputs import read_chat_layout
-from gmask.models.chatglm.positions import inverse_frequencies, rotary_tables
+from gmask.models.chatglm import (
+    ChatGLMConfig,
+    ChatGLMForConditionalGeneration,
+    inverse_frequencies,
+    read_chat_layout,
+    rotary_tables,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY, DEEP, VERSION_0 = "chatglm-tiny", "chatglm-tiny-l28", "chatglm-tiny-v0"

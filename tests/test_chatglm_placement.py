@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import gmask
-from gmask.loading import load_model_on_gpus
-from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
-from gmask.models.chatglm.placement import ENDS, spread_layers
+from gmask.checkpoints.load import load_model_on_gpus
+from gmask.models.chatglm import ENDS, ChatGLMConfig, ChatGLMForConditionalGeneration, spread_layers
 
 GOLDEN = Path(__file__).parent / "golden"
 FOLDER = GOLDEN / "chatglm-tiny" / "model"

@@ -19,10 +19,9 @@ from sentencepiece import SentencePieceTrainer
 from transformers import AutoModel, AutoTokenizer
 
 import gmask
-from gmask.checkpoints import memory
+from gmask import hardware
 from gmask.cli import main
-from gmask.models.chatglm.tokenization import VOCABULARY_FILE
-from gmask.models.chatglm.tokenization_v0 import ChatGLMTokenizerV0
+from gmask.tokenizers.chatglm import VOCABULARY_FILE, ChatGLMTokenizerV0
 from test_chatglm_chat import VOCABULARY, needs_vocabulary
 from test_chatglm_loading import (
     FIRST_VOCABULARY,
@@ -284,7 +283,7 @@ def test_too_little_memory_is_told_with_the_numbers_and_what_needs_less(
     way: str, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     folder = publish(tmp_path / "chatglm-6b")
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 600_000)
+    monkeypatch.setattr(hardware, "free_bytes", lambda device: 600_000)
     message = r"needs 1\.0 MB of memory on cpu, 0\.6 MB are free; dtype='bfloat16' needs 0\.5 MB"
     assert re.search(message, refuse(way, folder, monkeypatch, capsys))
 

@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 
-from gmask.models.chatglm import ChatGLMConfig
-from gmask.models.chatglm.positions import inverse_frequencies, rotary_tables
+from gmask.models.chatglm import ChatGLMConfig, inverse_frequencies, rotary_tables
 from test_chatglm_parity import TINY, load_chatglm, read_case
 
 TRAINED = 2048

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from gmask.models.chatglm.prompts import build_prompt, clean_reply
+from gmask.models.chatglm_chat import build_prompt, clean_reply
 from gmask.quantization.linear import QuantLinear
 
 TESTS = Path(__file__).parent / "golden"

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gmask
-from gmask.models.chatglm.tokenization import ChatGLMTokenizer, restore_white_space, spell_white_space
-from gmask.models.chatglm.tokenization_v0 import ChatGLMTokenizerV0
+from gmask.tokenizers.chatglm import ChatGLMTokenizer, ChatGLMTokenizerV0, restore_white_space, spell_white_space
 
 SHARED = Path(__file__).parents[2] / "shared" / "golden"
 VOCABULARY = SHARED / "chatglm-tiny" / "model" / "ice_text.model"

@@ -15,9 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gmask import GmaskError
-from gmask.checkpoints.reading import Checkpoint, is_megatron, open_checkpoint, weight_files
-from gmask.checkpoints.weight_maps import divide
+from gmask.checkpoints.weights import Checkpoint, divide, is_megatron, open_checkpoint, weight_files
+from gmask.errors import GmaskError
 
 GOLDEN = Path(__file__).parent / "golden" / "thudm-glm-tiny"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 7432\n"

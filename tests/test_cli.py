@@ -17,8 +17,8 @@ import pytest
 import typer
 
 import gmask
-from gmask.cli import app, find_extra, interactive, main
-from gmask.cli.rendering import highlight
+from gmask.cli import app, find_extra, main, writing
+from gmask.cli.options import highlight
 from terminal import Terminal, heed_ctrl_c
 from tiny_folder import make_folder
 
@@ -358,7 +358,7 @@ def test_a_conversation_goes_on_after_mistakes_and_ends_with_ctrl_d(
     monkeypatch.setattr(prompt_toolkit, "PromptSession", Session)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     pair = gmask.load(folder, device="cpu")
-    interactive.converse(Infiller(*pair, Settings(max_tokens=4)), None, as_json=False)
+    writing.fill_interactively(Infiller(*pair, Settings(max_tokens=4)), None, as_json=False)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == gmask.infill(*pair, TEXT, max_tokens=4).text
     assert "no blank" in lines[2]
@@ -392,7 +392,7 @@ def test_ctrl_c_stops_a_real_run_without_a_traceback(folder: Path, tmp_path: Pat
 
 
 def test_the_command_knows_the_bundled_models_without_loading_any() -> None:
+    from gmask.checkpoints.load import BUNDLED_MODELS
     from gmask.cli.options import BUNDLED
-    from gmask.loading import BUNDLED_MODELS
 
     assert tuple(BUNDLED_MODELS) == BUNDLED

@@ -17,10 +17,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import gmask
 from gmask.generation.constraints import Constraint, choices, json_schema, regex
-from gmask.generation.token_bytes import read_spelling
-from gmask.models.chatglm.tokenization import ChatGLMTokenizer
-from gmask.models.chatglm.tokenization_v0 import ChatGLMTokenizerV0
-from gmask.models.glm.tokenization import (
+from gmask.tokenizers.bytes import read_spelling
+from gmask.tokenizers.chatglm import ChatGLMTokenizer, ChatGLMTokenizerV0
+from gmask.tokenizers.glm import (
     GLMBertTokenizer,
     GLMChineseTokenizer,
     GLMGPT2Tokenizer,

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmask.checkpoints.tokenizer_files import CLASSES, read_tokenizer
 from gmask.errors import GmaskError
 from gmask.generation.answers import token_texts
-from gmask.generation.context import TextReader
-from gmask.tasks.vocabulary import find_blank_tokens
+from gmask.generation.text import TextReader
+from gmask.recipes.pretraining import find_blank_tokens
+from gmask.tokenizers.folder import CLASSES, read_tokenizer
 from published_vocabularies import SHARED, copy_vocabulary, needs_vocabularies
 
 pytestmark = needs_vocabularies

@@ -14,13 +14,15 @@ from typer.testing import CliRunner
 
 import gmask
 from conversions import GOLDEN, RANKS, assert_same, tensors_of, write_checkpoint
-from gmask.checkpoints import catalog, model_folder
-from gmask.checkpoints.configs import read_config
+from gmask.checkpoints import folder as model_folder
+from gmask.checkpoints import zoo
+from gmask.checkpoints.config import read_config
 from gmask.checkpoints.convert import ConversionReport, convert
-from gmask.checkpoints.reading import open_checkpoint
-from gmask.checkpoints.tokenizer_files import read_tokenizer
-from gmask.cli import conversion
-from gmask.models.glm import GLMConfig, GLMForConditionalGeneration, GLMForSequenceClassification
+from gmask.checkpoints.weights import open_checkpoint
+from gmask.cli import models
+from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
+from gmask.models.glm_heads import GLMForSequenceClassification
+from gmask.tokenizers.folder import read_tokenizer
 from published_vocabularies import SHARED, needs_vocabularies
 from tiny_folder import SPECIAL, make_folder
 
@@ -225,11 +227,11 @@ def test_the_activation_of_the_training_code_is_stated_and_another_one_told(
 def chinese_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """A published model of the tests' shape, of the kind of GLM-10B-Chinese: id 7 was 9 in training."""
     row = replace(
-        catalog.find_family("GLM-10B-Chinese"),
+        zoo.find_family("GLM-10B-Chinese"),
         name="Tiny-Chinese", hub_names=(), layers=2, hidden_size=32, heads=4, positions=96, vocab_size=448,
         special_ids=SPECIAL, copied_rows={SPECIAL["gmask_token_id"]: SPECIAL["eop_token_id"]},
     )  # fmt: skip
-    monkeypatch.setattr(catalog, "FAMILIES", (*catalog.FAMILIES, row))
+    monkeypatch.setattr(zoo, "FAMILIES", (*zoo.FAMILIES, row))
 
 
 @pytest.mark.parametrize("to", ["gmask", "huggingface"])
@@ -300,7 +302,7 @@ def test_a_published_vocabulary_goes_along_as_it_was_in_training(to: str, tmp_pa
 
 def test_the_verb_prints_what_was_done_or_json(folder: Path, tmp_path: Path) -> None:
     app = typer.Typer()
-    app.command()(conversion.convert)
+    app.command()(models.convert)
     done = CliRunner().invoke(app, [str(folder), str(tmp_path / "a"), "--to", "megatron", "--parts", "2"])
     lines = dict(line.split(None, 1) for line in done.stdout.splitlines() if not line.startswith("note"))
     assert lines["read"] == f"{folder} (safetensors)"

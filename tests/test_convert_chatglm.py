@@ -11,12 +11,11 @@ from transformers import AutoModel, AutoTokenizer
 
 import gmask
 from conversions import assert_same, tensors_of
-from gmask.checkpoints import model_folder
-from gmask.checkpoints.configs import read_config
+from gmask.checkpoints import folder as model_folder
+from gmask.checkpoints.config import read_config
 from gmask.checkpoints.convert import ConversionReport, convert
-from gmask.models.chatglm.tokenization import ChatGLMTokenizer
-from gmask.models.chatglm.tokenization_v0 import ChatGLMTokenizerV0
 from gmask.quantization.quantizer import form_of
+from gmask.tokenizers.chatglm import ChatGLMTokenizer, ChatGLMTokenizerV0
 from test_chatglm_loading import SHARED, change_config, load, make_first_folder, publish
 from test_chatglm_parity import TINY
 from tiny_folder import make_folder

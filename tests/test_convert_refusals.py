@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from conversions import GOLDEN, RANKS, assert_same, tensors_of, write_checkpoint
-from gmask import GmaskError
-from gmask.checkpoints import writing
-from gmask.checkpoints.configs import read_config
+from gmask.checkpoints import tensor_files
+from gmask.checkpoints.config import read_config
 from gmask.checkpoints.convert import convert
-from gmask.checkpoints.placing import OWN_FILES
-from gmask.checkpoints.writing import SafetensorsWriter
+from gmask.checkpoints.folder import OWN_FILES
+from gmask.checkpoints.tensor_files import SafetensorsWriter
+from gmask.errors import GmaskError
 from gmask.models.glm import GLMForConditionalGeneration
 from tiny_folder import make_folder
 
@@ -89,10 +89,10 @@ def fault(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         if request.param == "while writing":
             monkeypatch.setattr(SafetensorsWriter, "_finish", fail)
         elif request.param == "while reading back":
-            monkeypatch.setattr("gmask.checkpoints.model_folder.read_tokenizer", fail)
+            monkeypatch.setattr("gmask.checkpoints.folder.read_tokenizer", fail)
         elif request.param == "wrong bits":
-            real = writing.as_bytes
-            monkeypatch.setattr(writing, "as_bytes", lambda tensor: real(-tensor))
+            real = tensor_files.as_bytes
+            monkeypatch.setattr(tensor_files, "as_bytes", lambda tensor: real(-tensor))
         else:
             real_rename = Path.rename
             monkeypatch.setattr(

@@ -16,9 +16,8 @@ from gmask.errors import GmaskError
 from gmask.infilling.blanks import BlankTokens, InfillingExample
 from gmask.infilling.collator import collate
 from gmask.infilling.objectives import OBJECTIVES, Mixture
-from gmask.tasks.corpus import TXT_DOCUMENT_CHARS, Source, find_files, read_documents
-from gmask.training.cache import TokenSource, build_cache, fingerprint, open_sources
-from gmask.training.datasets import RowStream, validation_rows
+from gmask.tasks.records import TXT_DOCUMENT_CHARS, Source, find_files, read_documents
+from gmask.training.corpus_rows import RowStream, TokenSource, build_cache, fingerprint, open_sources, validation_rows
 from gmask.training.tokenizer import train_tokenizer
 
 SPECIAL = BlankTokens(mask=5, smask=6, gmask=7, sop=8, eop=9, pad=0, cls=2, eos=1, dblock=10)

@@ -298,7 +298,7 @@ def test_what_is_too_much_is_refused_with_a_time_to_come_back(cluster: Cluster, 
 
 
 def test_a_mistaken_argument_is_told_with_the_nearest_name() -> None:
-    from gmask.serving.deployment import build
+    from gmask.serving.ray import build
 
     with pytest.raises(gmask.GmaskError, match="no argument 'num_replica'; the nearest is 'num_replicas'"):
         build({"num_replica": "2"})
@@ -316,7 +316,7 @@ def test_an_engine_is_healthy_while_it_writes_and_no_longer(
     build_glm: Callable[..., gmask.GLMForConditionalGeneration], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gmask.generation.engine import Engine
-    from gmask.serving import deployment
+    from gmask.serving import ray as deployment
 
     _, tokenizer = gmask.load("bundled", device="cpu")
     model = build_glm(vocab_size=len(tokenizer))

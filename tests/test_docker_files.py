@@ -14,8 +14,8 @@ import yaml
 
 pytest.importorskip("fastapi")
 
+from gmask.checkpoints.load import load
 from gmask.cli import serving
-from gmask.loading import load
 from gmask.serving.settings import ServerSettings
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +62,7 @@ def pod() -> dict[str, Any]:
 
 
 def paths_of_the_app(build_glm: Any) -> set[str]:
-    from gmask.serving.server import create_app
+    from gmask.serving.app import create_app
 
     _, tokenizer = load("bundled", device="cpu")
     app = create_app(build_glm(vocab_size=len(tokenizer)), tokenizer)

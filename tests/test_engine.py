@@ -15,10 +15,9 @@ from torch import Tensor
 import gmask
 from gmask.errors import GmaskError
 from gmask.generation.constraints import TokenMask
-from gmask.generation.context import Context, TextReader
-from gmask.generation.engine import Engine
-from gmask.generation.requests import Progress, QueueFull, Request
+from gmask.generation.engine import Engine, Progress, QueueFull, Request
 from gmask.generation.sampling import SamplingParameters
+from gmask.generation.text import Context, TextReader
 from slow_engine import SlowEngine, assert_as_alone, assert_idle, wait_until
 from tiny_folder import make_folder
 

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 import gmask
-from gmask.generation.context import Context, TextReader
-from gmask.generation.engine import Engine
-from gmask.generation.requests import EngineClosed, Progress, Request
+from gmask.generation.engine import Engine, EngineClosed, Progress, Request
 from gmask.generation.sampling import SamplingParameters
+from gmask.generation.text import Context, TextReader
 from slow_engine import SlowEngine, assert_as_alone, assert_idle, wait_until
 from tiny_folder import make_folder
 

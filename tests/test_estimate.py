@@ -13,13 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from gmask.checkpoints.catalog import FAMILIES, Family, find_family
-from gmask.checkpoints.memory import format_bytes
+from gmask.checkpoints.zoo import FAMILIES, Family, find_family
 from gmask.cli import app
-from gmask.cli.estimating import Choice, advise
+from gmask.cli.estimate import Choice, advise_inference
 from gmask.errors import GmaskError
-from gmask.estimation.inference import RUNTIME_BYTES, MemoryEstimate, estimate_inference
-from gmask.estimation.weights import config_of_family, shape_at, weight_bytes
+from gmask.estimation.inference import (
+    RUNTIME_BYTES,
+    MemoryEstimate,
+    config_of_family,
+    estimate_inference,
+    shape_at,
+    weight_bytes,
+)
+from gmask.hardware import format_bytes
 from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from gmask.quantization.quantizer import QuantizationConfig, read_form
@@ -166,7 +172,7 @@ def test_the_most_exact_form_that_fits_is_advised() -> None:
     peaks = {choice: MemoryEstimate(10**9 * size, 0, 0, 0) for choice, size in zip(choices, (8, 4, 2), strict=True)}
 
     def advice(free: int) -> str:
-        return advise(peaks, free, device="cpu", length=512)
+        return advise_inference(peaks, free, device="cpu", length=512)
 
     assert "all of this fits" in advice(8 * 10**9) and "--dtype float32 is" in advice(8 * 10**9)
     assert advice(8 * 10**9 - 1).endswith("Choose --dtype bfloat16.")

@@ -13,14 +13,13 @@ from typer.testing import CliRunner
 
 from gmask.cli import app
 from gmask.errors import GmaskError
-from gmask.estimation.activations import Step, block_bytes, end_bytes, state_between
-from gmask.estimation.training import TrainingEstimate, estimate_training
+from gmask.estimation.training import Step, TrainingEstimate, block_bytes, end_bytes, estimate_training, state_between
 from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from gmask.quantization.quantizer import QuantizationConfig
-from gmask.tasks.recipes.methods import LINEARS, MethodSettings
-from gmask.training.tuning.losses import token_loss
-from gmask.training.tuning.methods import apply_method
+from gmask.recipes.tuning import LINEARS, MethodSettings
+from gmask.training.losses import token_loss
+from gmask.training.methods import apply_method
 
 SIZE, VOCABULARY, ROWS, TOKENS = 64, 96, 2, 32
 SHAPE: dict[str, Any] = dict(vocab_size=VOCABULARY, hidden_size=SIZE, num_hidden_layers=2, num_attention_heads=4)

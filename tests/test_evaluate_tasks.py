@@ -11,8 +11,8 @@ import pytest
 
 from gmask.cli import main
 from gmask.errors import GmaskError
-from gmask.evaluation import tasks
-from gmask.evaluation.tasks import run_task
+from gmask.evaluation import harness
+from gmask.evaluation.harness import run_task
 
 REVIEWS = [
     {"text": "I liked it very much.", "label": "good"},
@@ -94,7 +94,7 @@ def test_what_cannot_be_measured_is_told_before_the_model_is_loaded(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = []
-    monkeypatch.setattr(tasks, "load", lambda *arguments, **keywords: loaded.append(arguments))
+    monkeypatch.setattr(harness, "load", lambda *arguments, **keywords: loaded.append(arguments))
     data = write("dev.jsonl", REVIEWS)
     with pytest.raises(GmaskError, match="a text was written and nothing chosen"):
         run_task(task=write("mood.yaml", SEQ2SEQ.replace("exact-match", "accuracy")), data=data)

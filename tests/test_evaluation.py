@@ -13,18 +13,24 @@ import zstandard
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
+from gmask.checkpoints.load import load
 from gmask.cli import app
 from gmask.errors import GmaskError
-from gmask.evaluation import run
-from gmask.evaluation.infilling import fill_greedily, fill_to_length, sample_training_texts
-from gmask.evaluation.losses import HeldOutTokens, encode_texts, measure_losses
+from gmask.evaluation.infilling import (
+    HeldOutTokens,
+    encode_texts,
+    fill_greedily,
+    fill_to_length,
+    measure_losses,
+    run,
+    sample_training_texts,
+)
 from gmask.evaluation.model_card import Card, render_card
 from gmask.evaluation.report import describe_leads
-from gmask.loading import load
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
-from gmask.tasks.corpus import Source
+from gmask.recipes.pretraining import make_mixture
 from gmask.tasks.heldout import ENGLISH, HeldOutBlank
-from gmask.tasks.vocabulary import make_mixture
+from gmask.tasks.records import Source
 from gmask.training.tokenizer import save_tokenizer, train_tokenizer
 
 ENGLISH_TEXTS = [

@@ -7,16 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmask.evaluation.baselines import (
+from gmask.evaluation.counting import (
     BORDER,
     DISCOUNT,
+    Estimate,
     NgramModel,
+    estimate_mean,
+    exact_match,
     fill_with_trigrams,
     fill_with_unigrams,
+    overlap_f1,
     train_ngrams,
 )
 from gmask.evaluation.infilling import draw_candidates
-from gmask.evaluation.scores import Estimate, estimate_mean, exact_match, overlap_f1
 from gmask.tasks.heldout import CHINESE, ENGLISH, HeldOutBlank, choose_sentences, cut_sentences, hide_span
 
 TEXT = "a b c. a b d. a b c."

@@ -11,13 +11,12 @@ from hypothesis import strategies as st
 
 import gmask
 from gmask.generation.chat import Chatter
-from gmask.generation.context import TextReader
+from gmask.generation.text import TextReader
 from gmask.infilling.blanks import NOT_SCORED
-from gmask.models.chatglm.positions import derive_chat_layout
+from gmask.models.chatglm import derive_chat_layout
 from gmask.models.layout import derive_layout
-from gmask.tasks.samples import Sample, TaskKind
-from gmask.training.tuning.batches import pack
-from gmask.training.tuning.examples import Example, SampleEncoder
+from gmask.tasks.records import Sample, TaskKind
+from gmask.training.examples import Example, SampleEncoder, pack
 from tuning_models import Pair, make_chatglm, make_glm
 
 GOLDEN = Path(__file__).parent / "golden"

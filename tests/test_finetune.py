@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 
 import gmask
 from gmask.errors import GmaskError
-from gmask.evaluation.tasks import run_task
-from gmask.models.glm import GLMForSequenceClassification
+from gmask.evaluation.harness import run_task
+from gmask.models.glm_heads import GLMForSequenceClassification
 from gmask.tasks.task import load_task
-from gmask.training import finetune
-from gmask.training.tuning import objective, trainer, validation
+from gmask.training import finetune, loop
+from gmask.training import losses as training_losses
+from gmask.training import measure as training_measure
 from tuning_data import CHAT, CLOZE_TASK, SENTIMENT, read_log, read_losses, write_recipe
 
 TASKS: dict[str, tuple[Any, list[dict[str, Any]]]] = {
@@ -196,12 +197,12 @@ def test_the_best_weights_are_kept_and_worse_ones_end_the_run(tmp_path: Path, mo
     told = iter([40.0, 60.0, 50.0, 60.0, 55.0, 99.0])
     seen: list[dict[str, torch.Tensor]] = []
 
-    def measure(self: validation.Measurer, samples: Any) -> Any:
+    def measure(self: training_measure.Measurer, samples: Any) -> Any:
         weights = {name: tensor.detach().clone() for name, tensor in self.model.named_parameters()}
         seen.append(weights)
         return {"loss": 1.0, "accuracy": next(told)}, []
 
-    monkeypatch.setattr(validation.Measurer, "measure", measure)
+    monkeypatch.setattr(training_measure.Measurer, "measure", measure)
     folder = finetune.run(
         write_recipe(tmp_path, optimization={"steps": 40, "evaluate_every": 2, "early_stop": 2, "learning_rate": 1e-4})
     )
@@ -241,7 +242,7 @@ def test_a_random_model_of_the_same_shape_can_be_compared(tmp_path: Path) -> Non
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, calls = objective.find_loss, []
+    honest, calls = training_losses.find_loss, []
 
     def poisoned(kind: Any) -> Any:
         loss = honest(kind)
@@ -253,14 +254,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
 
         return found
 
-    monkeypatch.setattr(objective, "find_loss", poisoned)
+    monkeypatch.setattr(training_losses, "find_loss", poisoned)
     with pytest.raises(
         GmaskError, match=r"step 3: the loss is nan .*train\.jsonl:\d.* are kept in .*bad-batch-00000003"
     ):
         finetune.run(write_recipe(tmp_path))
     (batch,) = torch.load(tmp_path / "out" / "bad-batch-00000003.pt")
     assert len(batch["samples"]) == len(batch["input_ids"]) == 4
-    assert [folder.name for folder in trainer.list_checkpoints(tmp_path / "out")] == ["checkpoint-00000002"]
+    assert [folder.name for folder in loop.list_checkpoints(tmp_path / "out")] == ["checkpoint-00000002"]
 
 
 @pytest.mark.parametrize(
@@ -278,7 +279,7 @@ def test_an_adapter_of_another_method_is_not_trained_on(tmp_path: Path, settings
 
 
 def test_a_batch_without_a_supervised_token_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = objective.find_collator
+    honest = training_losses.find_collator
 
     def masking(kind: Any, *, pad_id: int) -> Any:
         def collate(items: Any) -> Any:
@@ -288,7 +289,7 @@ def test_a_batch_without_a_supervised_token_is_refused(tmp_path: Path, monkeypat
 
         return collate
 
-    monkeypatch.setattr(objective, "find_collator", masking)
+    monkeypatch.setattr(training_losses, "find_collator", masking)
     task, records = TASKS["seq2seq"]
     with pytest.raises(GmaskError, match=r"step 1: no token of its samples is supervised.*train\.jsonl:\d"):
         finetune.run(write_recipe(tmp_path, task=task, records=records))

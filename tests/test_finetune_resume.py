@@ -14,8 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from gmask.errors import GmaskError
-from gmask.training import finetune
-from gmask.training.tuning import trainer
+from gmask.training import finetune, loop
 from tuning_data import CHAT, CLOZE_TASK, SENTIMENT, read_log, read_losses, write_lines, write_recipe
 
 DROPOUT = {"name": "lora", "rank": 4, "dropout": 0.3}  # draws random numbers at every step
@@ -57,14 +56,14 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
 def test_any_method_resumes_bit_for_bit(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_recipe(tmp_path, method={"name": method}, optimization={"steps": 10, "save_every": 4, "batch_size": 2})
     finetune.run(path, [f"run.out={tmp_path / 'whole'}"])
-    honest = trainer.TuningTrainer._record
+    honest = loop.TuningTrainer._record
 
-    def stop_at_six(self: trainer.TuningTrainer, *args: float | None) -> dict[str, float]:
+    def stop_at_six(self: loop.TuningTrainer, *args: float | None) -> dict[str, float]:
         if self.state.global_step == 6:
             raise KeyboardInterrupt
         return honest(self, *args)
 
-    monkeypatch.setattr(trainer.TuningTrainer, "_record", stop_at_six)
+    monkeypatch.setattr(loop.TuningTrainer, "_record", stop_at_six)
     with pytest.raises(KeyboardInterrupt):
         finetune.run(path, [f"run.out={tmp_path / 'stopped'}"])
     monkeypatch.undo()
@@ -98,7 +97,7 @@ def test_a_task_that_was_changed_is_not_resumed_nor_a_finished_run_taken_for_ano
     task.write_text(yaml.safe_dump(CLOZE_TASK, sort_keys=False), "utf-8")
     path = write_recipe(tmp_path, task=str(task))
     finetune.run(path)
-    for checkpoint in trainer.list_checkpoints(tmp_path / "out"):  # to save room
+    for checkpoint in loop.list_checkpoints(tmp_path / "out"):  # to save room
         shutil.rmtree(checkpoint)
     with pytest.raises(GmaskError, match=r"another recipe: run\.seed differs"):
         finetune.run(path, ["run.seed=3"])
@@ -123,10 +122,10 @@ def test_a_checkpoint_that_was_cut_short_is_not_taken_for_one(tmp_path: Path, mo
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trainer, "save_file", full)
+    monkeypatch.setattr(loop, "save_file", full)
     with pytest.raises(GmaskError, match=r"cannot be written .*No space left on device"):
         finetune.run(path)
-    assert trainer.list_checkpoints(tmp_path / "out") == []
+    assert loop.list_checkpoints(tmp_path / "out") == []
     monkeypatch.undo()
     finetune.run(path)
     assert [one[0] for one in read_losses(tmp_path / "out")] == [1, 2, 3, 4]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gmask.infilling.blanks import NOT_SCORED
 from gmask.models.glm import GLMForConditionalGeneration
-from gmask.training.tuning.losses import token_loss
+from gmask.training.losses import token_loss
 
 TESTS = Path(__file__).parent
 SOP = 8

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from conftest import GMASK, MASK, ORDINARY, PAD, SHAPE, SOP, SPECIAL
-from gmask.models.glm import (
-    GLMConfig,
+from gmask.models.glm import GLMConfig
+from gmask.models.glm_heads import (
     GLMForMultipleChoice,
     GLMForMultiTokenCloze,
     GLMForSequenceClassification,

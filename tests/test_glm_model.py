@@ -374,5 +374,5 @@ def test_a_context_without_padding_is_read_without_a_mask(
         model(torch.cat((context, torch.tensor([[SOP]])), dim=1))
         model(context, torch.tensor([[0, 1, 1, 1]]))
         assert [mask is None for mask in masks] == [True, True, False, False]
-        monkeypatch.setattr("gmask.models.inputs._drop_idle", lambda mask: mask)
+        monkeypatch.setattr("gmask.models.layout._drop_idle", lambda mask: mask)
         assert torch.equal(model(context).logits, bare)

@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gmask.models.glm import (
-    GLMConfig,
-    GLMForConditionalGeneration,
+from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
+from gmask.models.glm_heads import (
     GLMForMultipleChoice,
     GLMForMultiTokenCloze,
     GLMForSequenceClassification,

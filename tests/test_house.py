@@ -1,4 +1,4 @@
-"""Does the house keep its rules: short files, a true README, light imports?"""
+"""Does the house keep its rules: no import circles, one home a name, a true README, light imports?"""
 
 import ast
 import re
@@ -13,6 +13,18 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "gmask"
 READMES = ["README.md", "README.zh.md"]
 FOLDERS = ["src", "tests", "benchmarks", "docs", "docker", "recipes", ".ci", ".github"]  # beside the files of the root
+DEFINED_TWICE = {  # to be emptied
+    "Adapter", "BATCH", "BLOCK_COLUMNS", "BLOCK_ROWS", "BUNDLED", "CHATGLM", "CLASSES", "COMMANDS", "Choice",
+    "Choices", "DTYPES", "GLM", "HAN", "IntArray", "Item", "Job", "LANGUAGES", "LARGE", "LINEARS", "Language",
+    "Limits", "Loss", "MAX_ROWS", "Message", "Model", "Normalization", "Objective", "PREFIX", "Piece", "Plan",
+    "Pooling", "Progress", "Question", "READERS", "ROLES", "ROW_CHUNK", "RUNTIME_BYTES", "Rounds", "Row",
+    "SETTINGS", "SPELLINGS", "SampleReader", "Source", "UNREADABLE", "Values", "WEIGHTS", "attend", "build", "chat",
+    "check_model", "check_numbers", "choose_sentences", "convert", "decode", "dequantize", "describe", "embed",
+    "evaluate", "find_answers", "fingerprint", "gelu", "highlight", "infill", "list_checkpoints", "matmul", "merge",
+    "pack", "pack_blocks", "quantize", "read_choices", "read_history", "read_lines", "read_messages", "read_pairs",
+    "read_records", "read_rows", "read_texts", "rotate", "router", "run", "score", "score_answers",
+    "train_tokenizer", "write_json",
+}  # fmt: skip
 
 
 def project_files(*suffixes: str) -> Iterator[Path]:
@@ -46,13 +58,9 @@ def tree_of(readme: str) -> set[str]:
 
 
 def tree_on_disk() -> set[str]:
-    """The modules and folders of the package, two levels deep; `__init__.py` counts at the top only."""
-    paths: set[str] = set()
-    for path in [*PACKAGE.glob("*"), *PACKAGE.glob("*/*")]:
-        is_module = path.suffix == ".py" and (path.name != "__init__.py" or path.parent == PACKAGE)
-        if is_module or (path.is_dir() and path.name != "__pycache__" and any(path.iterdir())):
-            paths.add(path.relative_to(PACKAGE).as_posix())
-    return paths
+    """The modules and folders at the top of the package. Below, a README lists the files to begin with."""
+    paths = {path.name for path in PACKAGE.glob("*.py")}
+    return paths | {path.name for path in PACKAGE.glob("*/") if path.name != "__pycache__" and any(path.iterdir())}
 
 
 def commands(readme: str) -> list[str]:
@@ -63,6 +71,59 @@ def commands(readme: str) -> list[str]:
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def top_level_names(tree: ast.Module) -> set[str]:
+    """The public names that a module defines; loggers are every module's own."""
+    names: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {leaf.id for target in targets for leaf in ast.walk(target) if isinstance(leaf, ast.Name)}
+    return {name for name in names if not name.startswith("_")} - {"log", "logger"}
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Which modules of the package each of them imports, at its top or in a function; not for type checking."""
+    trees = {module_name(path): ast.parse(path.read_text("utf-8")) for path in python_modules()}
+
+    def imported(node: ast.AST) -> Iterator[str]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+                continue
+            if isinstance(child, ast.Import):
+                yield from (alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                for alias in child.names:
+                    name = f"{child.module}.{alias.name}"
+                    yield name if name in trees else str(child.module)
+            yield from imported(child)
+
+    return {name: (set(imported(tree)) & trees.keys()) - {name} for name, tree in trees.items()}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    left = import_graph()
+    while free := {name for name, imports in left.items() if not imports & left.keys()}:
+        left = {name: imports for name, imports in left.items() if name not in free}
+    while unused := left.keys() - set().union(*left.values()):  # those above a circle are no part of it
+        left = {name: imports for name, imports in left.items() if name not in unused}
+    assert left == {}
+
+
+def test_each_public_name_is_defined_once() -> None:
+    homes: dict[str, list[str]] = {}
+    for path in python_modules():
+        for name in sorted(top_level_names(ast.parse(path.read_text("utf-8")))):
+            homes.setdefault(name, []).append(module_name(path))
+    assert {name for name, modules in homes.items() if len(modules) > 1} == DEFINED_TWICE
 
 
 def test_every_module_says_what_it_is_for() -> None:
@@ -139,7 +200,7 @@ def test_the_worked_example_of_the_documentation_is_what_the_code_computes() -> 
 def test_the_recipes_shown_and_shipped_are_valid() -> None:
     import yaml
 
-    from gmask.tasks.recipes.pretraining import load_recipe, read_recipe
+    from gmask.recipes.pretraining import load_recipe, read_recipe
 
     (shown,) = fenced_blocks("docs/how-to/pretrain.md", "yaml")
     assert read_recipe(yaml.safe_load(shown)).run.out == "runs/mine"

@@ -8,8 +8,8 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import gmask
-from gmask.generation import choices as choices_module
-from gmask.generation.search import draw_tokens
+from gmask.generation import score as choices_module
+from gmask.generation.sampling import draw_tokens
 from gmask.generation.settings import Settings, SettingsKeywords
 from tiny_folder import make_folder
 

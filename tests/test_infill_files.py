@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 import gmask
-from gmask.generation.files import fill_file
+from gmask.generation.files import FileReport, fill_file
 from gmask.generation.infill import Infiller
-from gmask.generation.lines import FileReport
 from gmask.generation.settings import Settings
 from tiny_folder import make_folder
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 import gmask
-from gmask.checkpoints.tokenizer_files import read_tokenizer
-from gmask.generation.context import Context, TextReader
-from gmask.generation.decoding import Answer, Hypothesis, Rules, decode
+from gmask.checkpoints.load import load_model
+from gmask.generation.answers import Answer, Hypothesis, Rules
+from gmask.generation.decode import BeamSearch, Sampling, decode
 from gmask.generation.infill import Infiller
-from gmask.generation.search import BeamSearch, Sampling
 from gmask.generation.settings import Settings
+from gmask.generation.text import Context, TextReader
 from gmask.infilling.blanks import BlankTokens
-from gmask.loading import load_model
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
+from gmask.tokenizers.folder import read_tokenizer
 from published_vocabularies import SHARED, needs_vocabularies
 
 GOLDEN = Path(__file__).parent / "golden" / "thudm-glm-tiny"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
-from gmask.training.initialization import (
+from gmask.training.pretrain import (
     ANSWER_OFFSETS,
     CONTEXT_OFFSETS,
     find_frequencies,

@@ -15,15 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gmask
-from gmask.checkpoints import memory
-from gmask.checkpoints.reading import Checkpoint
-from gmask.loading import load_model, load_tokenizer, read_config
-from gmask.models.glm import (
-    GLMConfig,
-    GLMForConditionalGeneration,
-    GLMForMultipleChoice,
-    GLMForSequenceClassification,
-)
+from gmask import hardware
+from gmask.checkpoints.config import read_config
+from gmask.checkpoints.load import load_model, load_tokenizer
+from gmask.checkpoints.weights import Checkpoint
+from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
+from gmask.models.glm_heads import GLMForMultipleChoice, GLMForSequenceClassification
 from tiny_folder import SPECIAL, make_folder
 
 GOLDEN = Path(__file__).parent / "golden" / "hf-glm-tiny" / "model"
@@ -277,12 +274,12 @@ def test_too_little_memory_is_said_with_the_numbers_before_anything_is_read(
     def refuse(*args: Any, **settings: Any) -> None:
         raise AssertionError("read before the check")
 
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * size)
+    monkeypatch.setattr(hardware, "free_bytes", lambda device: 2 * size)
     assert gmask.load(folder, device="cpu", dtype="float16")[0].dtype == torch.float16
     monkeypatch.setattr(Checkpoint, "read", refuse)
     numbers = f"needs {4 * size / 1e6:.1f} MB of memory on cpu, {2 * size / 1e6:.1f} MB are free"
     assert f"{numbers}; dtype='bfloat16' needs {2 * size / 1e6:.1f} MB" in load_error(folder)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * size - 1)
+    monkeypatch.setattr(hardware, "free_bytes", lambda device: 2 * size - 1)
     with pytest.raises(gmask.GmaskError, match=r"are free; quantize='int4' needs less$"):
         gmask.load(folder, device="cpu", dtype="bfloat16")
     with pytest.raises(gmask.GmaskError, match=r"are free; dtype='bfloat16' needs [0-9.]+ MB$"):
@@ -290,15 +287,15 @@ def test_too_little_memory_is_said_with_the_numbers_before_anything_is_read(
 
 
 def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(hardware, "CONTROL_GROUP", tmp_path)
     cpu = torch.device("cpu")
-    unlimited = memory.free_bytes(cpu)
+    unlimited = hardware.free_bytes(cpu)
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("4000\n")
     (tmp_path / "memory.stat").write_text("anon 900\ninactive_file 2000\nactive_file 100\n")
-    assert memory.free_bytes(cpu) == 3100 < unlimited
+    assert hardware.free_bytes(cpu) == 3100 < unlimited
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.free_bytes(cpu) > 3100
+    assert hardware.free_bytes(cpu) > 3100
 
 
 @pytest.mark.slow

@@ -8,11 +8,14 @@ import pytest
 import torch
 
 import gmask
-from gmask.checkpoints import catalog, megatron_config
-from gmask.checkpoints.quantized_folder import quantize_folder
-from gmask.checkpoints.reading import open_checkpoint
-from gmask.loading import load_model, load_tokenizer, read_config
-from gmask.models.glm import GLMForConditionalGeneration, GLMForSequenceClassification
+from gmask.checkpoints import config as checkpoint_config
+from gmask.checkpoints import zoo
+from gmask.checkpoints.config import read_config
+from gmask.checkpoints.load import load_model, load_tokenizer
+from gmask.checkpoints.rewrite import quantize_folder
+from gmask.checkpoints.weights import open_checkpoint
+from gmask.models.glm import GLMForConditionalGeneration
+from gmask.models.glm_heads import GLMForSequenceClassification
 from gmask.quantization.quantizer import QuantizationConfig
 
 THUDM = Path(__file__).parent / "golden" / "thudm-glm-tiny"
@@ -20,9 +23,9 @@ SHARED = Path(__file__).parents[2] / "shared" / "golden"
 
 
 @pytest.fixture
-def tiny_family(monkeypatch: pytest.MonkeyPatch) -> catalog.Family:
+def tiny_family(monkeypatch: pytest.MonkeyPatch) -> zoo.Family:
     """A catalog with one row, which has the shape of the THUDM golden."""
-    large = catalog.find_family("GLM-Large-Chinese")
+    large = zoo.find_family("GLM-Large-Chinese")
     assert large is not None
     special_ids = dict(
         pad_token_id=470, eos_token_id=470, mask_token_id=473, sop_token_id=476, eop_token_id=477, smask_token_id=478,
@@ -40,7 +43,7 @@ def tiny_family(monkeypatch: pytest.MonkeyPatch) -> catalog.Family:
         special_ids=special_ids,
         copied_rows={479: 477},
     )
-    for module in (catalog, megatron_config):
+    for module in (zoo, checkpoint_config):
         monkeypatch.setattr(module, "FAMILIES", (row,))
     return row
 
@@ -48,7 +51,7 @@ def tiny_family(monkeypatch: pytest.MonkeyPatch) -> catalog.Family:
 @pytest.mark.parametrize("name", ["ckpt", "ckpt_MP2", "ckpt_ds"])
 @pytest.mark.parametrize("like", [None, "glm-tiny"])
 def test_a_checkpoint_of_the_training_code_loads_with_a_config_from_its_shapes(
-    name: str, like: str | None, tiny_family: catalog.Family
+    name: str, like: str | None, tiny_family: zoo.Family
 ) -> None:
     model = load_model(THUDM / name, device="cpu", like=like)
     config = model.config
@@ -69,7 +72,7 @@ def test_a_checkpoint_of_the_training_code_loads_with_a_config_from_its_shapes(
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the tiny vocabulary is not here")
 @pytest.mark.parametrize("name", ["ckpt", "ckpt_MP2"])
 def test_it_is_quantized_with_the_rows_of_its_special_tokens(
-    name: str, tiny_family: catalog.Family, tmp_path: Path
+    name: str, tiny_family: zoo.Family, tmp_path: Path
 ) -> None:
     form, tokenizer = QuantizationConfig(8, embeddings=True), load_tokenizer(SHARED / "hf-glm-tiny" / "model")
     quantize_folder(THUDM / name, tmp_path / "small", tokenizer, form)
@@ -85,7 +88,7 @@ def test_it_is_quantized_with_the_rows_of_its_special_tokens(
 
 
 def test_only_a_token_that_the_training_code_did_not_tell_apart_gets_a_copied_row(
-    tiny_family: catalog.Family, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tiny_family: zoo.Family, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     stored = open_checkpoint(THUDM / "ckpt").read("word_embeddings.weight")
     shutil.copytree(THUDM / "ckpt", tmp_path / "ckpt")
@@ -94,7 +97,7 @@ def test_only_a_token_that_the_training_code_did_not_tell_apart_gets_a_copied_ro
     own = load_model(tmp_path / "ckpt", device="cpu").glm.word_embeddings.weight
     assert torch.equal(own, stored)
     same_id = dataclasses.replace(tiny_family, special_ids={**tiny_family.special_ids, "gmask_token_id": 477})
-    monkeypatch.setattr(catalog, "FAMILIES", (same_id,))
+    monkeypatch.setattr(zoo, "FAMILIES", (same_id,))
     assert torch.equal(load_model(THUDM / "ckpt", device="cpu").glm.word_embeddings.weight, stored)
 
 
@@ -110,7 +113,7 @@ def test_a_shape_that_no_row_has_asks_for_like() -> None:
         load_model(THUDM / "ckpt", like="GLM-10B")
 
 
-def test_a_checkpoint_of_the_training_code_asks_for_its_vocabulary(tiny_family: catalog.Family) -> None:
+def test_a_checkpoint_of_the_training_code_asks_for_its_vocabulary(tiny_family: zoo.Family) -> None:
     with pytest.raises(gmask.GmaskError, match=r"give tokenizer=FOLDER .*one that holds cog-pretrain\.model"):
         gmask.load(THUDM / "ckpt", device="cpu")
     with pytest.raises(gmask.GmaskError, match="no such folder"):
@@ -118,14 +121,14 @@ def test_a_checkpoint_of_the_training_code_asks_for_its_vocabulary(tiny_family: 
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the vocabularies are not here")
-def test_a_checkpoint_of_the_training_code_loads_with_a_vocabulary_from_elsewhere(tiny_family: catalog.Family) -> None:
+def test_a_checkpoint_of_the_training_code_loads_with_a_vocabulary_from_elsewhere(tiny_family: zoo.Family) -> None:
     model, tokenizer = gmask.load(THUDM / "ckpt_MP2", device="cpu", tokenizer=SHARED / "hf-glm-tiny" / "model")
     assert tokenizer.sop_token_id == model.config.sop_token_id == 476
     model.generation_config.max_new_tokens = 2
     assert model.generate(torch.tensor([[472, 9, 473, 470, 476]])).shape[1] <= 7
 
 
-def test_a_classifier_of_the_training_code_becomes_one(tiny_family: catalog.Family, tmp_path: Path) -> None:
+def test_a_classifier_of_the_training_code_becomes_one(tiny_family: zoo.Family, tmp_path: Path) -> None:
     shutil.copytree(THUDM / "ckpt", tmp_path / "ckpt")
     path = tmp_path / "ckpt" / "1234" / "mp_rank_00_model_states.pt"
     content = torch.load(path, weights_only=True)

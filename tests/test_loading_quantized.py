@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import gmask
-from gmask.checkpoints import model_weights
-from gmask.checkpoints.quantized_folder import quantize_folder
-from gmask.loading import load_model, load_tokenizer
+from gmask.checkpoints import load as checkpoint_load
+from gmask.checkpoints.load import load_model, load_tokenizer
+from gmask.checkpoints.rewrite import quantize_folder
 from gmask.models.chatglm import ChatGLMForConditionalGeneration
-from gmask.models.glm import GLMForConditionalGeneration, GLMForMultipleChoice
+from gmask.models.glm import GLMForConditionalGeneration
+from gmask.models.glm_heads import GLMForMultipleChoice
 from gmask.quantization import quantizer
 from gmask.quantization.quantizer import QuantizationConfig, quantized_layers
 
@@ -177,9 +178,9 @@ def test_on_a_cpu_a_large_model_is_in_bfloat16(
 ) -> None:
     unquantized = load(CHATGLM if name.startswith(CHATGLM) else GLM)
     numbers = sum(parameter.numel() for parameter in unquantized.parameters())
-    monkeypatch.setattr(model_weights, "LARGE", numbers)
+    monkeypatch.setattr(checkpoint_load, "LARGE", numbers)
     assert load(name, **settings).dtype == torch.float32
-    monkeypatch.setattr(model_weights, "LARGE", numbers - 1)
+    monkeypatch.setattr(checkpoint_load, "LARGE", numbers - 1)
     large = load(name, **settings)
     assert large.dtype == torch.bfloat16
     assert load(name, **settings, dtype="float32").dtype == torch.float32

@@ -6,14 +6,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
 import gmask
-from gmask.generation.likelihood import AnswerRow, AnswerScorer
-from gmask.generation.reading import SampleReader
+from gmask.generation.predict import SampleReader
+from gmask.generation.score import AnswerRow, AnswerScorer
 from gmask.infilling.blanks import NOT_SCORED
-from gmask.models.glm import GLMForSequenceClassification
-from gmask.tasks.samples import Sample, TaskKind
-from gmask.training.tuning.batches import find_collator, pack
-from gmask.training.tuning.examples import SampleEncoder
-from gmask.training.tuning.losses import choice_logprobs, choice_loss, class_loss, find_loss, token_loss
+from gmask.models.glm_heads import GLMForSequenceClassification
+from gmask.tasks.records import Sample, TaskKind
+from gmask.training.examples import SampleEncoder, find_collator, pack
+from gmask.training.losses import choice_logprobs, choice_loss, class_loss, find_loss, token_loss
 from tiny_folder import make_folder
 from tuning_models import Pair, make_chatglm, make_glm, weights_kept
 

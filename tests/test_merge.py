@@ -9,12 +9,12 @@ from typer.testing import CliRunner
 
 import gmask
 from gmask.checkpoints.adapters import load_adapter, merge_adapter, save_adapter
-from gmask.checkpoints.merging import merge_folder
+from gmask.checkpoints.load import load_tokenizer
+from gmask.checkpoints.rewrite import merge_folder
 from gmask.cli import app
 from gmask.errors import GmaskError
-from gmask.loading import load_tokenizer
-from gmask.tasks.recipes.methods import MethodSettings
-from gmask.training.tuning.methods import apply_method
+from gmask.recipes.tuning import MethodSettings
+from gmask.training.methods import apply_method
 from tiny_folder import make_folder
 from tuning import BUILDERS, METHODS, build_glm_of, logits_of, tune
 

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 import gmask
 from gmask.errors import GmaskError
-from gmask.generation.context import TextReader
 from gmask.generation.score import Scorer
-from gmask.models.glm import GLMForSequenceClassification
+from gmask.generation.text import TextReader
+from gmask.models.glm_heads import GLMForSequenceClassification
 from gmask.quantization.linear import QuantizedLayer, QuantLinear
-from gmask.tasks.recipes.methods import OWNERS, RATES, USUAL_RATES, MethodSettings, hint_learning_rate
-from gmask.training.tuning.methods import RankSchedule, apply_method, count_trainable
+from gmask.recipes.tuning import OWNERS, RATES, USUAL_RATES, MethodSettings, hint_learning_rate
+from gmask.training.methods import RankSchedule, apply_method, count_trainable
 from tuning import BUILDERS, METHODS, STEPS, batch_of, build_chatglm, build_glm_of, train, tune
 
 PROMPTED = MethodSettings(name="p-tuning", prompt_tokens=2)

@@ -13,11 +13,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gmask.errors import GmaskError
-from gmask.tasks.metrics import METRICS, check_metrics, evaluate, is_answered, predict_majority, read_pairs
-from gmask.tasks.reading_metrics import cut_chinese, normalize_english, score_reading
-from gmask.tasks.result_files import write_json, write_predictions
-from gmask.tasks.samples import Prediction, Sample
-from gmask.tasks.text_metrics import Pair, cut_words, find_language, score_bleu
+from gmask.files import write_json
+from gmask.tasks.metrics import (
+    METRICS,
+    Pair,
+    check_metrics,
+    cut_chinese,
+    cut_words,
+    evaluate,
+    find_language,
+    is_answered,
+    normalize_english,
+    predict_majority,
+    read_pairs,
+    score_bleu,
+    score_reading,
+)
+from gmask.tasks.records import Prediction, Sample, write_predictions
 
 LABELS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30)
 TEXTS = st.text(alphabet="abc ,.the中国北京，。", max_size=12)
@@ -229,7 +241,7 @@ def test_the_right_text_is_never_beaten(texts: list[str]) -> None:
 
 def test_jieba_is_silent_and_leaves_no_file(tmp_path: Path) -> None:
     pytest.importorskip("jieba", reason="the extra eval is not installed")
-    code = "from gmask.tasks.text_metrics import cut_words; print(*cut_words('我爱北京天安门'))"
+    code = "from gmask.tasks.metrics import cut_words; print(*cut_words('我爱北京天安门'))"
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         capture_output=True,

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gmask.models.chatglm.positions import rotary_tables
-from gmask.native import elementwise
-from gmask.native.shared_library import instruction_sets
+from gmask.models.chatglm import rotary_tables
+from gmask.native import ops
+from gmask.native.ops import instruction_sets
 
 ISAS = instruction_sets()
 
@@ -18,13 +18,13 @@ def test_gelu_is_off_by_its_rounding_alone(isa: str) -> None:
     x = every[every.isfinite()]
     wide = x.double()
     exact = wide * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (wide + 0.044715 * wide**3))
-    found = elementwise.gelu(x, isa=isa).double()
+    found = ops.gelu(x, isa=isa).double()
     assert ((found - exact).abs() <= 2.0**-8 * exact.abs() + 1e-30).all()
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_gelu_of_what_is_not_finite(isa: str) -> None:
-    found = elementwise.gelu(torch.tensor([float("nan"), float("inf")]).bfloat16(), isa=isa)
+    found = ops.gelu(torch.tensor([float("nan"), float("inf")]).bfloat16(), isa=isa)
     assert found[0].isnan() and found[1] == float("inf")
 
 
@@ -46,7 +46,7 @@ def test_rotating_turns_pairs(
     cosines, sines = rotary_tables(places, torch.rand(channels // 2, generator=generator), dtype=torch.float32)
     fused = torch.randn(batch, length, 5, 6 * channels, generator=generator).to(dtype)
     states = fused.transpose(1, 2)[..., 2 * channels : 4 * channels]
-    found = elementwise.rotate(states, cosines, sines, isa=isa)
+    found = ops.rotate(states, cosines, sines, isa=isa)
     pairs = states.double().unflatten(-1, (2, 2, channels // 2))
     turned = torch.view_as_complex(pairs.transpose(-1, -2).contiguous()) * torch.complex(
         cosines[..., : channels // 2].double(), sines[..., : channels // 2].double()
@@ -59,12 +59,12 @@ def test_rotating_turns_pairs(
 
 def test_what_they_do_not_take() -> None:
     x = torch.randn(4, 8).bfloat16()
-    assert elementwise.can_gelu(x) == bool(ISAS)
-    assert not elementwise.can_gelu(x.float())
-    assert not elementwise.can_gelu(x[:, ::2])
-    assert not elementwise.can_gelu(x.clone().requires_grad_())
+    assert ops.can_gelu(x) == bool(ISAS)
+    assert not ops.can_gelu(x.float())
+    assert not ops.can_gelu(x[:, ::2])
+    assert not ops.can_gelu(x.clone().requires_grad_())
     tables = torch.ones(1, 1, 4, 2, 4)
-    assert elementwise.can_rotate(x, tables) == bool(ISAS)
-    assert not elementwise.can_rotate(x.half(), tables)
-    assert not elementwise.can_rotate(x, tables.bfloat16())
-    assert not elementwise.can_rotate(x.clone().requires_grad_(), tables)
+    assert ops.can_rotate(x, tables) == bool(ISAS)
+    assert not ops.can_rotate(x.half(), tables)
+    assert not ops.can_rotate(x, tables.bfloat16())
+    assert not ops.can_rotate(x.clone().requires_grad_(), tables)

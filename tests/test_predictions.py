@@ -9,13 +9,12 @@ from hypothesis import strategies as st
 
 import gmask
 from gmask.generation.chat import reply_all
-from gmask.generation.predictions import predict
+from gmask.generation.predict import predict
 from gmask.generation.settings import Settings
-from gmask.models.glm import GLMForSequenceClassification
-from gmask.tasks.samples import Prediction, Sample, TaskKind
-from gmask.training.tuning.batches import find_collator
-from gmask.training.tuning.examples import SampleEncoder
-from gmask.training.tuning.losses import find_loss
+from gmask.models.glm_heads import GLMForSequenceClassification
+from gmask.tasks.records import Prediction, Sample, TaskKind
+from gmask.training.examples import SampleEncoder, find_collator
+from gmask.training.losses import find_loss
 from tiny_folder import make_folder
 from tuning_models import Pair, make_chatglm, make_glm, weights_kept
 

@@ -13,12 +13,11 @@ import gmask
 from conftest import MASK, PAD, SOP
 from gmask.checkpoints.adapters import save_adapter
 from gmask.errors import GmaskError
-from gmask.generation.context import TextReader
-from gmask.generation.engine import Engine
-from gmask.generation.requests import Request
+from gmask.generation.engine import Engine, Request
 from gmask.generation.sampling import SamplingParameters
+from gmask.generation.text import TextReader
+from gmask.models.base import attach_prefix
 from gmask.models.glm import GLMForConditionalGeneration
-from gmask.models.prefix import attach_prefix
 from tiny_folder import make_folder
 from tuning import IDS, LABELS, build_glm_of
 

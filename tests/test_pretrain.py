@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 
 from gmask.errors import GmaskError
 from gmask.models.glm import GLMForConditionalGeneration
-from gmask.tasks.recipes.pretraining import load_recipe
-from gmask.training import checkpoint, pretrain
-from gmask.training.report import read_records
+from gmask.recipes.pretraining import load_recipe
+from gmask.training import pretrain, run_folder
+from gmask.training.run_folder import read_records
 
 SENTENCES = [
     "The small brown dog ran over the green hill.",
@@ -77,7 +77,7 @@ def test_a_run_ends_with_a_model_folder_and_a_log(recipe_path: Path, tmp_path: P
     validated = [record for record in read_records(tmp_path / "out" / "metrics.jsonl") if "validation" in record]
     assert [record["step"] for record in validated] == [8, 16]
     assert set(validated[0]["validation"]["toy"]) == {"token", "sentence", "document"}
-    assert [folder.name for folder in checkpoint.list_checkpoints(tmp_path / "out")] == [
+    assert [folder.name for folder in run_folder.list_checkpoints(tmp_path / "out")] == [
         "checkpoint-00000012",
         "checkpoint-00000016",
     ]
@@ -169,23 +169,23 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch_named(
         pretrain.run(str(recipe_path))
     batch = load_file(tmp_path / "out" / "bad-batch-00000006.safetensors")
     assert batch["input_ids"].shape == (4, 64)
-    assert [folder.name for folder in checkpoint.list_checkpoints(tmp_path / "out")] == ["checkpoint-00000004"]
+    assert [folder.name for folder in run_folder.list_checkpoints(tmp_path / "out")] == ["checkpoint-00000004"]
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(
     recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = checkpoint.save_file
+    honest = run_folder.save_file
 
     def full_at_eight(tensors: dict[str, torch.Tensor], path: Path) -> None:
         if "00000008" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
         honest(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", full_at_eight)
+    monkeypatch.setattr(run_folder, "save_file", full_at_eight)
     with pytest.raises(GmaskError, match="No space left on device"):
         pretrain.run(str(recipe_path))
-    assert [folder.name for folder in checkpoint.list_checkpoints(tmp_path / "out")] == ["checkpoint-00000004"]
+    assert [folder.name for folder in run_folder.list_checkpoints(tmp_path / "out")] == ["checkpoint-00000004"]
     assert not list((tmp_path / "out").glob(".checkpoint*"))
     monkeypatch.undo()
     pretrain.run(str(recipe_path))
@@ -305,7 +305,7 @@ def test_the_average_of_the_weights_is_exported(recipe_path: Path) -> None:
 def test_a_run_is_made_longer_from_the_start_of_its_decay(recipe_path: Path, tmp_path: Path) -> None:
     settings = [*CONSTANT, "decay.share=0.25", "run.keep_last=1"]
     pretrain.run(str(recipe_path), settings)
-    kept = [folder.name for folder in checkpoint.list_checkpoints(tmp_path / "out")]
+    kept = [folder.name for folder in run_folder.list_checkpoints(tmp_path / "out")]
     assert kept == ["checkpoint-00000012", "checkpoint-00000016"]
     longer = [*settings, "optimization.steps=24"]
     with pytest.raises(GmaskError, match="delete the checkpoints after that step"):

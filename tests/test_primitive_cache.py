@@ -5,13 +5,13 @@ import os
 import pytest
 
 import gmask
-from gmask.native.primitive_cache import CAPACITY, VARIABLE
+from gmask.hardware import PRIMITIVE_CACHE, PRIMITIVE_CACHE_SHAPES
 
 
-@pytest.mark.parametrize(("stated", "found"), [(None, str(CAPACITY)), ("7", "7")])
+@pytest.mark.parametrize(("stated", "found"), [(None, str(PRIMITIVE_CACHE_SHAPES)), ("7", "7")])
 def test_loading_a_model_bounds_the_cache(monkeypatch: pytest.MonkeyPatch, stated: str | None, found: str) -> None:
-    monkeypatch.setenv(VARIABLE, "") if stated is None else monkeypatch.setenv(VARIABLE, stated)
+    monkeypatch.setenv(PRIMITIVE_CACHE, "") if stated is None else monkeypatch.setenv(PRIMITIVE_CACHE, stated)
     if stated is None:
-        monkeypatch.delenv(VARIABLE)
+        monkeypatch.delenv(PRIMITIVE_CACHE)
     gmask.load("bundled")
-    assert os.environ[VARIABLE] == found
+    assert os.environ[PRIMITIVE_CACHE] == found

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gmask.errors import GmaskError
-from gmask.native import shared_library
-from gmask.quantization import aten, kernels, packing
+from gmask.native import ops
+from gmask.quantization import aten, formats, kernels
 
 PATHS = kernels.available_paths()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -35,7 +35,7 @@ def make_weight(
     shape = (rows,) if group_size is None else (rows, columns // group_size)
     scale = torch.rand(shape, generator=generator).mul(0.01).add(0.001).to(dtype)
     scale[0] = 0
-    return packing.pack(integers, bits), scale
+    return formats.pack(integers, bits), scale
 
 
 def error_bound(x: Tensor, weight: Tensor, exact: Tensor, bias: Tensor, path: str, *, group: int | None) -> Tensor:
@@ -90,7 +90,7 @@ def test_a_path_equals_the_reference(
     generator = torch.Generator().manual_seed(seed)
     x = (torch.randn(rows, columns, generator=generator) * 4.0 ** torch.randn(columns, generator=generator)).to(dtype)
     bias = torch.randn(outputs, generator=generator).to(dtype)
-    dense = packing.dequantize(packing.unpack(weight, bits), scale, torch.float64)
+    dense = formats.dequantize(formats.unpack(weight, bits), scale, torch.float64)
     exact = x.double() @ dense.T + bias.double()
     y = kernels.matmul(x, packed, bias)
     assert y.dtype == dtype and y.shape == (rows, outputs)
@@ -105,13 +105,13 @@ def test_a_path_equals_the_reference(
 def test_outliers_cost_less_than_the_rounding_of_the_weight(path: str, bits: int) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(256, 1024, generator=generator)
-    integers, scale = packing.quantize(weight, bits)
+    integers, scale = formats.quantize(weight, bits)
     x = torch.randn(8, 1024, generator=generator)
     x[:, ::128] *= 1000
     x = x.bfloat16()
-    quantized = x.double() @ packing.dequantize(integers, scale, torch.float64).T
+    quantized = x.double() @ formats.dequantize(integers, scale, torch.float64).T
     weight_error = (quantized - x.double() @ weight.double().T).norm()
-    y = kernels.matmul(x, kernels.prepare(packing.pack(integers, bits), scale, bits=bits, path=path))
+    y = kernels.matmul(x, kernels.prepare(formats.pack(integers, bits), scale, bits=bits, path=path))
     assert (y.double() - quantized).norm() < weight_error
 
 
@@ -183,7 +183,7 @@ def test_activations_of_any_shape_and_layout_are_taken(path: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_gradients_are_those_of_the_dequantized_weight(path: str) -> None:
     weight, scale = make_weight(600, 64, 4)
-    dense = packing.dequantize(packing.unpack_int4(weight), scale)
+    dense = formats.dequantize(formats.unpack_int4(weight), scale)
     packed = kernels.prepare(weight, scale, bits=4, path=path)
     generator = torch.Generator().manual_seed(1)
     x, bias = torch.randn(2, 3, 64, generator=generator), torch.randn(600, generator=generator)
@@ -207,7 +207,7 @@ def test_a_path_can_be_forced_and_an_unknown_one_is_refused(monkeypatch: pytest.
 
 
 def test_without_the_cpp_kernel_torch_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(shared_library, "instruction_sets", lambda: ())
+    monkeypatch.setattr(ops, "instruction_sets", lambda: ())
     weight, scale = make_weight(64, 64, 4)
     expected = "aten" if aten.is_usable(bits=4, outputs=64, columns=64, group_size=None) else "torch"
     assert kernels.prepare(weight, scale, bits=4).path == expected
@@ -220,8 +220,8 @@ def test_a_missing_or_foreign_library_is_no_error(monkeypatch: pytest.MonkeyPatc
     foreign = tmp_path / "_native.so"
     foreign.write_bytes(b"not a library")
     for path in (foreign, tmp_path / "absent.so"):
-        monkeypatch.setattr(shared_library, "LIBRARY", path)
-        assert shared_library.open_library.__wrapped__() is None
+        monkeypatch.setattr(ops, "LIBRARY", path)
+        assert ops.open_library.__wrapped__() is None
 
 
 def test_shapes_that_do_not_belong_together_are_refused() -> None:

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gmask.errors import GmaskError
-from gmask.native import matmul as native
-from gmask.native.shared_library import instruction_sets
-from gmask.quantization import packing
+from gmask.native import ops as native
+from gmask.native.ops import instruction_sets
+from gmask.quantization import formats
 
 GOLDEN = Path(__file__).parent / "golden"
 PUBLISHED = {"chatglm-tiny-int8": 8, "chatglm-tiny-int4": 4, "chatglm-tiny-int4-qe": 4}
@@ -54,10 +54,10 @@ def test_quantizing_the_dense_checkpoint_gives_the_published_integers_and_scales
     assert len(names) >= 16
     for key in names:
         source = "transformer.word_embeddings" if key == "lm_head" else key  # one quantization for both
-        integers, scale = packing.quantize(dense[f"{source}.weight"], bits)
-        assert torch.equal(packing.pack(integers, bits), published[f"{key}.weight"]), key
+        integers, scale = formats.quantize(dense[f"{source}.weight"], bits)
+        assert torch.equal(formats.pack(integers, bits), published[f"{key}.weight"]), key
         assert torch.equal(scale, published[f"{key}.weight_scale"]), key
-        assert torch.equal(packing.unpack(published[f"{key}.weight"], bits), integers), key
+        assert torch.equal(formats.unpack(published[f"{key}.weight"], bits), integers), key
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -65,14 +65,14 @@ def test_the_published_checksums_and_dequantized_weights_are_met(name: str) -> N
     case, tensors = read_case(name)
     weights, bits = read_weights(name), PUBLISHED[name]
     for key, sums in case["checksums"].items():
-        assert int(packing.unpack(weights[f"{key}.weight"], bits).long().sum()) == sums["sum_int"]
+        assert int(formats.unpack(weights[f"{key}.weight"], bits).long().sum()) == sums["sum_int"]
         assert float(weights[f"{key}.weight_scale"].double().sum()) == pytest.approx(sums["sum_scale"], rel=1e-6)
     compared = 0
     for key, expected in tensors.items():
         kind, _, layer = key.partition(".")
         if kind in ("deq32", "deq16"):
-            integers = packing.unpack(weights[f"{layer}.weight"], bits)
-            got = packing.dequantize(integers, weights[f"{layer}.weight_scale"], expected.dtype)
+            integers = formats.unpack(weights[f"{layer}.weight"], bits)
+            got = formats.dequantize(integers, weights[f"{layer}.weight_scale"], expected.dtype)
             assert torch.equal(got, expected), key
             compared += 1
     assert compared >= 6
@@ -83,8 +83,8 @@ def test_a_float32_model_gets_float32_scales_as_the_published_cpu_code_gave_it(n
     _, tensors = read_case(name)
     key = "transformer.layers.0.attention.query_key_value.weight"
     weight = read_weights("chatglm-tiny")[key].float()
-    integers, scale = packing.quantize(weight, PUBLISHED[name], dtype=torch.float32)
-    assert torch.equal(packing.pack(integers, PUBLISHED[name]), tensors["cpu_fp32_quantize.weight"])
+    integers, scale = formats.quantize(weight, PUBLISHED[name], dtype=torch.float32)
+    assert torch.equal(formats.pack(integers, PUBLISHED[name]), tensors["cpu_fp32_quantize.weight"])
     assert torch.equal(scale, tensors["cpu_fp32_quantize.weight_scale"])
 
 
@@ -92,15 +92,15 @@ def test_a_float32_model_gets_float32_scales_as_the_published_cpu_code_gave_it(n
 def test_packing_in_rows_and_in_blocks_can_be_undone(rows: int, columns: int, bits: int, seed: int) -> None:
     columns = 2 * columns if bits == 4 else columns
     integers = random_integers(rows, columns, bits, seed)
-    packed = packing.pack(integers, bits)
+    packed = formats.pack(integers, bits)
     assert packed.shape == (rows, columns * bits // 8)
-    assert torch.equal(packing.unpack(packed, bits), integers)
-    blocks = packing.pack_blocks(packed, bits)
-    assert torch.equal(packing.unpack_blocks(blocks, bits, rows, columns), packed)
+    assert torch.equal(formats.unpack(packed, bits), integers)
+    blocks = formats.pack_blocks(packed, bits)
+    assert torch.equal(formats.unpack_blocks(blocks, bits, rows, columns), packed)
 
 
 def test_the_even_column_is_in_the_high_nibble() -> None:
-    assert packing.pack_int4(torch.tensor([[1, -2, -8, 7]], dtype=torch.int8)).tolist() == [[0x1E, 0x87 - 256]]
+    assert formats.pack_int4(torch.tensor([[1, -2, -8, 7]], dtype=torch.int8)).tolist() == [[0x1E, 0x87 - 256]]
 
 
 @given(st.integers(1, 9), st.integers(1, 3), st.sampled_from([4, 8]), st.sampled_from([None, 32, 64, 128]), seeds)
@@ -110,18 +110,18 @@ def test_a_dequantized_weight_is_within_half_a_step(
     columns = groups * (group_size or 32)
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     weight[0, :32] = 0
-    integers, scale = packing.quantize(weight, bits, group_size=group_size, dtype=torch.float32)
+    integers, scale = formats.quantize(weight, bits, group_size=group_size, dtype=torch.float32)
     assert scale.shape == ((rows,) if group_size is None else (rows, groups))
     steps = scale.view(rows, -1).repeat_interleave(columns // scale.view(rows, -1).shape[1], dim=1)
-    error = (packing.dequantize(integers, scale) - weight).abs()
+    error = (formats.dequantize(integers, scale) - weight).abs()
     assert (error <= steps * 0.5 * (1 + 1e-5)).all()
-    assert packing.dequantize(integers, scale)[0, :32].count_nonzero() == 0
+    assert formats.dequantize(integers, scale)[0, :32].count_nonzero() == 0
 
 
 def test_rows_of_zeros_and_scales_without_digits_stay_in_range() -> None:
     weight = torch.tensor([[0.0, 0.0], [6e-8, -6e-8], [65504.0, -65504.0], [3e-6, 1e-6]], dtype=torch.float16)
     for bits in (4, 8):
-        integers, scale = packing.quantize(weight, bits)
+        integers, scale = formats.quantize(weight, bits)
         assert scale.isfinite().all() and scale[0] == 0
         assert integers[0].tolist() == [0, 0]
         largest = 2 ** (bits - 1) - 1
@@ -144,7 +144,7 @@ def test_what_cannot_be_quantized_is_said_in_one_line(
     weight: Tensor, bits: int, group_size: int | None, message: str
 ) -> None:
     with pytest.raises(GmaskError, match=message) as told:
-        packing.quantize(weight, bits, group_size=group_size)
+        formats.quantize(weight, bits, group_size=group_size)
     assert "\n" not in str(told.value)
 
 
@@ -155,5 +155,5 @@ def test_the_kernels_blocks_are_packed_in_one_pass_as_in_many(bits: int, rows: i
     generator = torch.Generator().manual_seed(0)
     packed = torch.randint(-128, 128, (rows, columns * bits // 8), generator=generator).to(torch.int8)
     blocks = native.pack_blocks(packed, bits)
-    assert torch.equal(blocks, packing.pack_blocks(packed, bits))
-    assert torch.equal(packing.unpack_blocks(blocks, bits, rows, columns), packed)
+    assert torch.equal(blocks, formats.pack_blocks(packed, bits))
+    assert torch.equal(formats.unpack_blocks(blocks, bits, rows, columns), packed)

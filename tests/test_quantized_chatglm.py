@@ -19,16 +19,15 @@ from typer.testing import CliRunner
 
 import gmask
 from gmask.checkpoints.convert import convert
-from gmask.checkpoints.quantized_folder import quantize_folder
-from gmask.cli.quantizing import quantize as quantize_verb
+from gmask.checkpoints.load import load_model
+from gmask.checkpoints.rewrite import quantize_folder
+from gmask.cli.models import quantize as quantize_verb
 from gmask.errors import GmaskError
-from gmask.loading import load_model
 from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from gmask.models.glm import GLMForConditionalGeneration
-from gmask.quantization.calibration import calibrate_model
-from gmask.quantization.calibration_texts import cut_texts
+from gmask.quantization.calibration import calibrate_model, cut_texts
+from gmask.quantization.formats import dequantize, pack, quantize, unpack
 from gmask.quantization.linear import QuantEmbedding, QuantLinear
-from gmask.quantization.packing import dequantize, pack, quantize, unpack
 from gmask.quantization.quantizer import QuantizationConfig, quantized_layers
 
 GOLDEN = Path(__file__).parent / "golden"

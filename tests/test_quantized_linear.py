@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from gmask.errors import GmaskError
 from gmask.models.chatglm import ChatGLMConfig
 from gmask.quantization import kernels
-from gmask.quantization.calibration import calibrate_model, round_columns
-from gmask.quantization.calibration_texts import cut_texts
+from gmask.quantization.calibration import calibrate_model, cut_texts, round_columns
+from gmask.quantization.formats import dequantize, quantize
 from gmask.quantization.linear import QuantEmbedding, QuantLinear
-from gmask.quantization.packing import dequantize, quantize
 from gmask.quantization.quantizer import QuantizationConfig, quantize_model, quantized_layers
 
 FORMS = [(8, None), (8, 64), (4, None), (4, 32)]

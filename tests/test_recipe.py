@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from gmask.errors import GmaskError
-from gmask.tasks.recipes.pretraining import load_recipe
+from gmask.recipes.pretraining import load_recipe
 
 TREE = {
     "run": {"out": "out"},

@@ -10,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gmask
-from gmask.generation.context import Context
-from gmask.generation.likelihood import AnswerRow, AnswerScorer
-from gmask.generation.score import Scorer, Scoring, score
+from gmask.checkpoints.load import load_model
+from gmask.generation.score import AnswerRow, AnswerScorer, Scorer, Scoring, score
+from gmask.generation.text import Context
 from gmask.infilling.blanks import BlankTokens
-from gmask.loading import load_model
 from tiny_folder import CHINESE, ENGLISH, make_folder
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 import gmask
 from conftest import EOP, GMASK, MASK, ORDINARY, PAD, SOP
-from gmask.generation.context import Context
-from gmask.generation.decoding import Rules
-from gmask.generation.search import find_answers, find_repeats
+from gmask.generation.answers import Rules
+from gmask.generation.decode import find_answers, find_repeats
 from gmask.generation.settings import Settings
+from gmask.generation.text import Context
 from gmask.infilling.blanks import BlankTokens
 from gmask.models.glm import GLMForConditionalGeneration
 

@@ -14,17 +14,17 @@ from gmask.checkpoints.adapters import save_adapter
 from gmask.cli.serving import read_adapters
 from gmask.errors import GmaskError
 from gmask.generation.adapters import AdapterSet
-from gmask.generation.context import TextReader
-from gmask.generation.engine import Engine
-from gmask.generation.requests import Request
+from gmask.generation.engine import Engine, Request
 from gmask.generation.sampling import SamplingParameters
-from gmask.models.prefix import attach_prefix
-from gmask.serving.server import ServerSettings, create_app
+from gmask.generation.text import TextReader
+from gmask.models.base import attach_prefix
+from gmask.serving.app import create_app
+from gmask.serving.settings import ServerSettings
 from tiny_folder import make_folder
 
 peft = pytest.importorskip("peft", reason="LoRA needs gmask[train]")
 
-from gmask.checkpoints.peft_layers import inject  # noqa: E402
+from gmask.checkpoints.adapters import inject  # noqa: E402
 
 TEXTS = ["The [MASK] dog [MASK].", "[MASK]", "The old man took his dog and [gMASK]"]
 

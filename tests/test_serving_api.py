@@ -12,7 +12,8 @@ from starlette.testclient import TestClient
 
 import gmask
 from gmask.generation.chat import Chat
-from gmask.serving.server import ServerSettings, create_app
+from gmask.serving.app import create_app
+from gmask.serving.settings import ServerSettings
 from test_chatglm_chat import VOCABULARY, needs_vocabulary
 from test_chatglm_parity import load_chatglm
 from tiny_folder import make_folder
@@ -165,7 +166,7 @@ def test_a_long_echo_holds_the_logits_of_a_few_tokens(
 ) -> None:
     body = dict(prompt="The old man took his dog", echo=True, logprobs=2, max_tokens=0)
     expected = ask(client, "/v1/completions", **body)["choices"][0]["logprobs"]
-    monkeypatch.setattr("gmask.serving.left_to_right.CHUNK", 3)
+    monkeypatch.setattr("gmask.serving.openai.CHUNK", 3)
     held: list[int] = []
     hook = loaded[0].lm_head.register_forward_hook(lambda head, inputs, logits: held.append(logits.shape[:-1].numel()))
     found = ask(client, "/v1/completions", **body)["choices"][0]["logprobs"]
@@ -334,7 +335,7 @@ def test_what_cannot_be_done_is_said_in_openais_shape(client: TestClient, path: 
 
 @needs_vocabulary
 def test_chatglm_chats_and_has_no_blanks() -> None:
-    from gmask.models.chatglm.tokenization import ChatGLMTokenizer
+    from gmask.tokenizers.chatglm import ChatGLMTokenizer
 
     model, tokenizer = load_chatglm(), ChatGLMTokenizer(str(VOCABULARY))
     expected = Chat(model, tokenizer, max_tokens=6, temperature=0).ask("你好").text

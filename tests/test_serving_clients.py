@@ -27,8 +27,9 @@ import gmask
 from fake_engine import FakeEngine
 from gmask.checkpoints.adapters import save_adapter
 from gmask.generation.chat import Chat
-from gmask.models.prefix import attach_prefix
-from gmask.serving.server import ServerSettings, create_app, make_server
+from gmask.models.base import attach_prefix
+from gmask.serving.app import create_app, make_server
+from gmask.serving.settings import ServerSettings
 from tiny_folder import make_folder
 
 KEY = "the-key"

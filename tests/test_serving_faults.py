@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 import gmask
 from fake_engine import FakeEngine
 from gmask.generation.engine import Engine
-from gmask.serving.server import create_app
+from gmask.serving.app import create_app
 from slow_engine import wait_until
 from tiny_folder import make_folder
 

@@ -17,9 +17,9 @@ from starlette.testclient import TestClient
 import gmask
 from fake_engine import FakeEngine
 from gmask.errors import GmaskError
-from gmask.serving.limits import host_name, is_authorized
-from gmask.serving.logs import JsonFormatter
-from gmask.serving.server import ServerSettings, create_app
+from gmask.serving.app import create_app
+from gmask.serving.middleware import JsonFormatter, host_name, is_authorized
+from gmask.serving.settings import ServerSettings
 from tiny_folder import make_folder
 
 COMPLETION = {"prompt": "The dog", "max_tokens": 3}

@@ -5,8 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gmask.generation.slots import SlotCache, real_columns, total_places
-from gmask.models.cache import ROOM, GrowingCache
+from gmask.models.cache import ROOM, GrowingCache, SlotCache, real_columns, total_places
 
 LAYERS, HEADS, SIZE = 2, 3, 4
 

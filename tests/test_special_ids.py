@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from gmask import GmaskError
-from gmask.checkpoints.catalog import find_family
 from gmask.checkpoints.special_ids import SPELLINGS, special_ids
+from gmask.checkpoints.zoo import find_family
+from gmask.errors import GmaskError
 
 SHARED = Path(__file__).parents[2] / "shared" / "golden" / "tokenizers"
 VOCABULARIES = {"bert": "bert-large-uncased-vocab.txt", "gpt2": "gpt2-vocab.json", "roberta": "roberta-vocab.json"}

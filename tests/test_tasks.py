@@ -7,8 +7,7 @@ import pytest
 import yaml
 
 from gmask.errors import GmaskError
-from gmask.tasks.records import Record
-from gmask.tasks.samples import Sample
+from gmask.tasks.records import Record, Sample
 from gmask.tasks.task import Task, load_task, read_task, task_names
 
 DOCS = Path(__file__).parents[1] / "docs" / "how-to" / "tasks.md"

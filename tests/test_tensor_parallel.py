@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from conftest import EOP, GMASK, MASK, PAD, SHAPE, SOP, SPECIAL
 from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
-from gmask.models.glm import GLMConfig, GLMForConditionalGeneration, GLMForSequenceClassification
+from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
+from gmask.models.glm_heads import GLMForSequenceClassification
 from tensor_parallel_worker import CACHES, compute
 
 pytestmark = pytest.mark.slow

@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file
 
 from conversions import assert_same
-from gmask.checkpoints import writing
-from gmask.checkpoints.writing import PickledWriter, SafetensorsWriter, plan_shards
+from gmask.checkpoints import tensor_files
+from gmask.checkpoints.tensor_files import PickledWriter, SafetensorsWriter, plan_shards
 
 
 def test_tensors_written_in_any_order_are_read_by_torch_and_by_safetensors(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(writing, "LARGE", 100)  # entries of both kinds
+    monkeypatch.setattr(tensor_files, "LARGE", 100)  # entries of both kinds
     tensors = {
         "a": torch.randn(5, 7).half(),
         "b": torch.randn(3).bfloat16(),

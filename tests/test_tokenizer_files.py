@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from gmask.checkpoints.tokenizer_files import CLASSES, read_tokenizer
 from gmask.errors import GmaskError
+from gmask.tokenizers.folder import CLASSES, read_tokenizer
 from published_vocabularies import FILES, SHARED, copy_vocabulary, needs_vocabularies
 
 pytestmark = needs_vocabularies

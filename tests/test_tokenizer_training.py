@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from gmask.errors import GmaskError
-from gmask.tasks.corpus import Source
+from gmask.tasks.records import Source
 from gmask.training.tokenizer import (
     BYTE_TOKENS,
     SPECIAL_TOKENS,

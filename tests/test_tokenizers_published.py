@@ -19,11 +19,11 @@ from transformers import BatchEncoding
 from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES, AutoTokenizer
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
-from gmask.checkpoints.tokenizer_files import CLASS_NAMES, CLASSES, read_tokenizer
+from gmask.checkpoints.load import BUNDLED
 from gmask.errors import GmaskError
-from gmask.loading import BUNDLED
-from gmask.models.glm.prompts import GLMBatchEncoding
-from gmask.models.glm.special_tokens import TRAINING_TOKENS
+from gmask.tokenizers.folder import CLASS_NAMES, CLASSES, read_tokenizer
+from gmask.tokenizers.glm_published import GLMBatchEncoding
+from gmask.tokenizers.glm_special import TRAINING_TOKENS
 from published_vocabularies import FILES, SHARED, copy_vocabulary, needs_vocabularies
 
 pytestmark = needs_vocabularies

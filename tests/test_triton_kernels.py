@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from gmask.quantization import kernels, packing
+from gmask.quantization import formats, kernels
 from test_quantization_kernels import make_weight
 
 TESTS = Path(__file__).parent
@@ -55,7 +55,7 @@ def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, int 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gmask.quantization.triton_kernels import WARPS
+    from gmask.quantization.triton import WARPS
 
     known = [name for name in types if name not in kernel.do_not_specialize]
     aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in known}
@@ -67,7 +67,7 @@ def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, int 
 @pytest.mark.parametrize("capability", [75, 80, 90, 100])
 @pytest.mark.parametrize(("bits", "group_size", "rows"), [(4, None, 1), (4, 32, 8), (8, None, 2), (8, 128, 1)])
 def test_the_kernels_compile_for_a_gpu(capability: int, bits: int, group_size: int | None, rows: int) -> None:
-    from gmask.quantization import triton_kernels as ours
+    from gmask.quantization import triton as ours
 
     form = {"bits": bits, "group_size": group_size}
     pointers = {"x_ptr": "*fp16", "weight_ptr": "*i8", "scale_ptr": "*fp16", "bias_ptr": "*fp16", "y_ptr": "*fp16"}
@@ -83,8 +83,8 @@ def test_the_kernels_compile_for_a_gpu(capability: int, bits: int, group_size: i
 
 
 def test_where_triton_is_missing_one_warning_says_so_and_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("gmask.quantization.triton_kernels", raising=False)
-    monkeypatch.setitem(sys.modules, "gmask.quantization.triton_kernels", None)
+    monkeypatch.delattr("gmask.quantization.triton", raising=False)
+    monkeypatch.setitem(sys.modules, "gmask.quantization.triton", None)
     with pytest.warns(UserWarning, match="plain torch path: Triton fails"):
         assert kernels._triton_kernels.__wrapped__(CUDA) is None
     monkeypatch.setattr(kernels, "_triton_kernels", lambda device: None)
@@ -117,7 +117,7 @@ class TestOnAGpu:
         weight, scale = (tensor.to(CUDA) for tensor in make_weight(*shape, bits, group_size))
         packed = kernels.prepare(weight, scale, bits=bits, group_size=group_size)
         assert packed.path == "triton"
-        dense = packing.dequantize(packing.unpack(weight, bits), scale)
+        dense = formats.dequantize(formats.unpack(weight, bits), scale)
         bias = torch.randn(shape[0], device=CUDA, dtype=dtype)
         for rows in (1, 2, 3, 8, 16, 17, 300):
             x = torch.randn(rows, shape[1], device=CUDA, dtype=dtype)

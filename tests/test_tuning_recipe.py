@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from gmask.errors import GmaskError
-from gmask.tasks.recipes.tuning import differing_keys, load_tuning_recipe, read_tuning_recipe
+from gmask.recipes.tuning import differing_keys, load_tuning_recipe, read_tuning_recipe
 from gmask.tasks.task import load_task, read_task
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("finetune-*.yaml"))

@@ -20,13 +20,18 @@ from gmask.errors import GmaskError
 gr = pytest.importorskip("gradio", reason="the page needs gmask[webui]")
 
 from gmask.generation.answers import Blank, Choices, Combination, Infilling  # noqa: E402
-from gmask.serving import webui, webui_chat, webui_infill  # noqa: E402
-from gmask.serving.server import create_app  # noqa: E402
+from gmask.serving import webui  # noqa: E402
+from gmask.serving.app import create_app  # noqa: E402
 from gmask.serving.settings import ServerSettings  # noqa: E402
 from gmask.serving.webui import LOGIN, create_page, make_backend, mount_page  # noqa: E402
-from gmask.serving.webui_labels import LABELS, preferred_language  # noqa: E402
-from gmask.serving.webui_model import MAX_CHARACTERS, PageModel, told_errors  # noqa: E402
-from gmask.serving.webui_settings import read_seed  # noqa: E402
+from gmask.serving.webui_parts import (  # noqa: E402
+    LABELS,
+    MAX_CHARACTERS,
+    PageModel,
+    preferred_language,
+    read_seed,
+    told_errors,
+)
 
 TEXT = "The old man took his [MASK] and went down to the [MASK]."
 GREEDY = dict(temperature=0.0, top_p=1.0, seed="")
@@ -45,7 +50,7 @@ def model(loaded: Any) -> Iterator[PageModel]:
 
 
 def fill(model: PageModel, text: str = TEXT, choices: str = "", n: int = 1, max_tokens: int = 6, **values: Any):
-    return asyncio.run(webui_infill.fill_text(model, text, choices, n, max_tokens, **{**GREEDY, **values}))
+    return asyncio.run(webui.fill_text(model, text, choices, n, max_tokens, **{**GREEDY, **values}))
 
 
 def wait_until(condition: Callable[[], Any]) -> None:
@@ -83,18 +88,18 @@ def test_the_page_fills_as_the_library_does(model: PageModel, loaded: Any) -> No
 def test_choices_are_scored_whatever_the_temperature(model: PageModel, loaded: Any) -> None:
     chosen = fill(model, choices="hat | head \n\n door｜house|sea\n", n=2, temperature=1.5)
     assert chosen == gmask.infill(*loaded, TEXT, choices=[["hat", "head"], ["door", "house", "sea"]], n=2)
-    shares = webui_infill.choice_shares(chosen.choices)
+    shares = webui.choice_shares(chosen.choices)
     assert set(shares["candidate"]) == {"1: hat", "1: head", "2: door", "2: house", "2: sea"}
     assert shares.groupby("blank")["probability"].sum().tolist() == pytest.approx([1, 1])
     best = chosen.choices.combinations[0]
     with_hat = sum(found.probability for found in chosen.choices.combinations if found.texts[0] == "hat")
     assert dict(zip(shares["candidate"], shares["probability"], strict=True))["1: hat"] == pytest.approx(with_hat)
-    assert webui_infill.rows(chosen)[0] == [1, *best.texts, f"{best.logprob:.2f}", f"{best.probability:.1%}"]
+    assert webui.rows(chosen)[0] == [1, *best.texts, f"{best.logprob:.2f}", f"{best.probability:.1%}"]
 
 
 def test_one_blank_needs_no_number_on_its_bars() -> None:
     choices = Choices(True, (Combination(("b",), -1, 0.7), Combination(("a",), -2, 0.3)))
-    assert webui_infill.choice_shares(choices).to_dict("list") == {
+    assert webui.choice_shares(choices).to_dict("list") == {
         "candidate": ["b", "a"],
         "probability": [0.7, 0.3],
         "blank": ["1", "1"],
@@ -104,7 +109,7 @@ def test_one_blank_needs_no_number_on_its_bars() -> None:
 @given(st.lists(st.text(max_size=5), min_size=1, max_size=5))
 def test_highlighted_segments_join_to_the_text(answers: list[str]) -> None:
     filled = made_of(*answers)
-    segments = webui_infill.highlight(filled)
+    segments = webui.highlight(filled)
     assert "".join(text for text, _ in segments) == filled.text
     assert [text for text, number in segments if number] == answers
     assert [number for _, number in segments if number] == [str(i) for i in range(1, len(answers) + 1)]
@@ -115,23 +120,23 @@ def test_highlighted_segments_join_to_the_text(answers: list[str]) -> None:
     [(1.0, "100.0%"), (0.1234, "12.3%"), (0.0123, "1.2%"), (0.00422, "0.42%"), (2.2e-5, "0.0022%"), (1e-9, "<0.0001%")],
 )
 def test_small_probabilities_keep_two_digits(probability: float, shown: str) -> None:
-    assert webui_infill.percent(probability) == shown
+    assert webui.percent(probability) == shown
 
 
 def test_a_row_of_a_sorted_table_is_the_alternative_of_its_rank(model: PageModel) -> None:
     filled = fill(model, n=3)
     event = gr.SelectData(None, {"index": [0, 1], "value": "", "row_value": ["3", "a", "b"]})
-    assert webui_infill.pick_row(filled, event) == webui_infill.highlight(filled.alternatives[1])
+    assert webui.pick_row(filled, event) == webui.highlight(filled.alternatives[1])
 
 
 def test_what_was_cut_or_searched_is_told(model: PageModel) -> None:
     cut = fill(model, "It was [gMASK]", max_tokens=1)
-    assert "1 of the answers" in webui_infill.tell(cut, "en")
-    assert webui_infill.tell(cut, "zh") == LABELS["cut"][1].format(count=1)
+    assert "1 of the answers" in webui.describe_filled(cut, "en")
+    assert webui.describe_filled(cut, "zh") == LABELS["cut"][1].format(count=1)
     words = " | ".join(f"word{i}" for i in range(17))
     searched = fill(model, choices=f"{words}\n{words}")  # 289 combinations
-    assert webui_infill.tell(searched, "en") == LABELS["beams"][0]
-    assert webui_infill.tell(made_of("a"), "en") == ""
+    assert webui.describe_filled(searched, "en") == LABELS["beams"][0]
+    assert webui.describe_filled(made_of("a"), "en") == ""
 
 
 @pytest.mark.parametrize(
@@ -171,15 +176,15 @@ def test_only_a_shortage_of_memory_is_told_among_other_errors() -> None:
 
 @given(st.text(alphabet="<>&;!/?#ab \n\u2060", max_size=30))
 def test_a_guarded_text_has_no_markup_and_comes_back(text: str) -> None:
-    guarded = webui_chat.guard(text)
+    guarded = webui.guard(text)
     assert not re.search("[<&][a-zA-Z/!?#]", guarded)
-    assert webui_chat.guard(guarded) == guarded
-    assert webui_chat.unguard(guarded) == webui_chat.unguard(text)
+    assert webui.guard(guarded) == guarded
+    assert webui.unguard(guarded) == webui.unguard(text)
 
 
 def talk(model: PageModel, message: str, history: list[dict[str, Any]], *settings: Any) -> list[tuple[str, str]]:
     async def listen() -> list[tuple[str, str]]:
-        return [told async for told in webui_chat.reply_to(model, message, history, *settings, language="en")]
+        return [told async for told in webui.reply_to(model, message, history, *settings, language="en")]
 
     return asyncio.run(listen())
 
@@ -187,7 +192,7 @@ def talk(model: PageModel, message: str, history: list[dict[str, Any]], *setting
 def test_the_page_chats_as_the_library_does(model: PageModel, loaded: Any) -> None:
     chat = gmask.Chat(*loaded, max_tokens=8, temperature=0.9, top_p=0.8, seed=3)
     history = [
-        {"role": role, "content": [{"type": "text", "text": webui_chat.guard(text)}]}
+        {"role": role, "content": [{"type": "text", "text": webui.guard(text)}]}
         for role, text in [("user", "never answered"), ("user", "a < <b>"), ("assistant", "c & d")]
     ]
     chat.rounds = [("a < <b>", "c & d")]
@@ -202,7 +207,7 @@ def test_the_page_chats_as_the_library_does(model: PageModel, loaded: Any) -> No
 
 def test_a_reply_that_is_left_ends(model: PageModel) -> None:
     async def leave() -> None:
-        async with aclosing(webui_chat.reply_to(model, "hello", [], 400, 0.9, 0.8, "1", language="en")) as reply:
+        async with aclosing(webui.reply_to(model, "hello", [], 400, 0.9, 0.8, "1", language="en")) as reply:
             await anext(reply)
             assert not is_idle(model)
 
@@ -223,7 +228,7 @@ def test_a_fill_that_is_stopped_ends(model: PageModel, kind: dict[str, Any]) -> 
     async def stop() -> int:
         settings = {**dict(n=1, choices=""), **GREEDY, **kind}
         choices, n = settings.pop("choices"), settings.pop("n")
-        filling = asyncio.create_task(webui_infill.fill_text(model, TEXT, choices, n, 400, **settings))
+        filling = asyncio.create_task(webui.fill_text(model, TEXT, choices, n, 400, **settings))
         while not passes:
             await asyncio.sleep(0.005)
         filling.cancel()
@@ -242,7 +247,7 @@ def test_users_of_the_page_are_answered_together(model: PageModel) -> None:
     async def ask(seed: int) -> int:
         settings = (40, 0.9, 0.8, str(seed))
         busiest = 0
-        async for _ in webui_chat.reply_to(model, "hello", [], *settings, language="en"):
+        async for _ in webui.reply_to(model, "hello", [], *settings, language="en"):
             busiest = max(busiest, model.backend.engine.counts().running)
         return busiest
 

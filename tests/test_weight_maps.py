@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmask import GmaskError
-from gmask.checkpoints.weight_maps import Split, bare_name, divide, merge, same_bits, split_of
+from gmask.checkpoints.weights import Split, bare_name, divide, merge, same_bits, split_of
+from gmask.errors import GmaskError
 
 LAYER = "transformer.layers.1."
 KINDS = {

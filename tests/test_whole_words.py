@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from gmask.errors import GmaskError
 from gmask.infilling.objectives import Mixture
 from gmask.infilling.spans import mark_word_edges, widen_to_words
-from gmask.tasks.vocabulary import find_blank_tokens, make_mixture
+from gmask.recipes.pretraining import find_blank_tokens, make_mixture
 from gmask.training.tokenizer import train_tokenizer
 
 TEXTS = [

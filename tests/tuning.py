@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from conftest import EOP, GMASK, MASK, PAD, SHAPE, SOP, SPECIAL
 from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
-from gmask.tasks.recipes.methods import MethodSettings
-from gmask.training.tuning.methods import RankSchedule, apply_method
+from gmask.recipes.tuning import MethodSettings
+from gmask.training.methods import RankSchedule, apply_method
 
 IDS = torch.tensor([[20, 21, MASK, 22, SOP, 30, 31], [40, MASK, 23, SOP, 41, PAD, PAD]])
 LABELS = torch.tensor([[-100] * 4 + [30, 31, EOP], [-100] * 3 + [41, EOP, -100, -100]])

@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import gmask
-from gmask.models.chatglm.tokenization import ChatGLMTokenizer
+from gmask.tokenizers.chatglm import ChatGLMTokenizer
 from test_chatglm_chat import VOCABULARY
 from test_chatglm_parity import TINY, load_chatglm
 from tiny_folder import make_folder

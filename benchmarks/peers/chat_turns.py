@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import gmask
-from gmask.loading import load_tokenizer
+from gmask.checkpoints.load import load_tokenizer
 from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from gmask.quantization.quantizer import quantize_model
 from peers.serving import resident_bytes

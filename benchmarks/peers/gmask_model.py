@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmask.checkpoints.model_folder import SHARD_BYTES, write_config, write_json
-from gmask.checkpoints.writing import SafetensorsWriter, plan_shards
+from gmask.checkpoints.folder import SHARD_BYTES, write_config, write_json
+from gmask.checkpoints.load import load_model
+from gmask.checkpoints.tensor_files import SafetensorsWriter, plan_shards
+from gmask.generation.answers import Rules
 from gmask.generation.chat import DEFAULTS
-from gmask.generation.context import Context
-from gmask.generation.decoding import Rules, decode
-from gmask.generation.search import Sampling
+from gmask.generation.decode import Sampling, decode
 from gmask.generation.settings import make_settings
+from gmask.generation.text import Context
 from gmask.infilling.blanks import BlankTokens
-from gmask.loading import load_model
 from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from gmask.quantization.quantizer import QuantizationConfig, lay_out, quantized_layers
 from peers.serving import resident_bytes, serve

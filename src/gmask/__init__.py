@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from gmask.checkpoints.adapters import load_adapter as load_adapter
     from gmask.checkpoints.adapters import merge_adapter as merge_adapter
     from gmask.checkpoints.adapters import save_adapter as save_adapter
+    from gmask.checkpoints.load import load as load
+    from gmask.checkpoints.load import load_model_on_gpus as load_model_on_gpus
     from gmask.errors import GmaskError as GmaskError
     from gmask.generation.answers import Blank as Blank
     from gmask.generation.answers import Infilling as Infilling
@@ -19,23 +21,21 @@ if TYPE_CHECKING:
     from gmask.generation.chat import Reply as Reply
     from gmask.generation.chat import reply_all as reply_all
     from gmask.generation.embed import embed as embed
+    from gmask.generation.infill import Fragment as Fragment
     from gmask.generation.infill import infill as infill
+    from gmask.generation.infill import stream_infill as stream_infill
     from gmask.generation.score import ScoredAnswer as ScoredAnswer
     from gmask.generation.score import Scoring as Scoring
     from gmask.generation.score import score as score
-    from gmask.generation.streaming import Fragment as Fragment
-    from gmask.generation.streaming import stream_infill as stream_infill
-    from gmask.loading import load as load
-    from gmask.loading import load_model_on_gpus as load_model_on_gpus
     from gmask.models.chatglm import ChatGLMConfig as ChatGLMConfig
     from gmask.models.chatglm import ChatGLMForConditionalGeneration as ChatGLMForConditionalGeneration
     from gmask.models.glm import GLMConfig as GLMConfig
     from gmask.models.glm import GLMForConditionalGeneration as GLMForConditionalGeneration
-    from gmask.models.glm import GLMForMultipleChoice as GLMForMultipleChoice
-    from gmask.models.glm import GLMForMultiTokenCloze as GLMForMultiTokenCloze
-    from gmask.models.glm import GLMForSequenceClassification as GLMForSequenceClassification
-    from gmask.models.glm import GLMForSingleTokenCloze as GLMForSingleTokenCloze
     from gmask.models.glm import GLMModel as GLMModel
+    from gmask.models.glm_heads import GLMForMultipleChoice as GLMForMultipleChoice
+    from gmask.models.glm_heads import GLMForMultiTokenCloze as GLMForMultiTokenCloze
+    from gmask.models.glm_heads import GLMForSequenceClassification as GLMForSequenceClassification
+    from gmask.models.glm_heads import GLMForSingleTokenCloze as GLMForSingleTokenCloze
 
 __version__ = "0.1.0"
 
@@ -55,18 +55,18 @@ _HOMES = {
     "ScoredAnswer": "gmask.generation.score",
     "Scoring": "gmask.generation.score",
     "score": "gmask.generation.score",
-    "Fragment": "gmask.generation.streaming",
-    "stream_infill": "gmask.generation.streaming",
-    "load": "gmask.loading",
-    "load_model_on_gpus": "gmask.loading",
+    "Fragment": "gmask.generation.infill",
+    "stream_infill": "gmask.generation.infill",
+    "load": "gmask.checkpoints.load",
+    "load_model_on_gpus": "gmask.checkpoints.load",
     "ChatGLMConfig": "gmask.models.chatglm",
     "ChatGLMForConditionalGeneration": "gmask.models.chatglm",
     "GLMConfig": "gmask.models.glm",
     "GLMForConditionalGeneration": "gmask.models.glm",
-    "GLMForMultipleChoice": "gmask.models.glm",
-    "GLMForMultiTokenCloze": "gmask.models.glm",
-    "GLMForSequenceClassification": "gmask.models.glm",
-    "GLMForSingleTokenCloze": "gmask.models.glm",
+    "GLMForMultipleChoice": "gmask.models.glm_heads",
+    "GLMForMultiTokenCloze": "gmask.models.glm_heads",
+    "GLMForSequenceClassification": "gmask.models.glm_heads",
+    "GLMForSingleTokenCloze": "gmask.models.glm_heads",
     "GLMModel": "gmask.models.glm",
 }
 

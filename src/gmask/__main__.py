@@ -1,4 +1,4 @@
-"""How does `python -m gmask` (and so `torchrun -m gmask`) start?"""
+"""`python -m gmask`, and so `torchrun -m gmask`."""
 
 from gmask.cli import main
 

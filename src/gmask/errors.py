@@ -1,4 +1,4 @@
-"""What is raised for a mistake that the user can mend?"""
+"""What is raised for a mistake that the user can mend."""
 
 import difflib
 import re

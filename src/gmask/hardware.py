@@ -1,9 +1,42 @@
-"""What this machine can compute with: bfloat16 by instructions of its own, and how fast that is where it has none."""
+"""This machine: which device and dtype to use, how much memory is free, and whether something fits.
 
+oneDNN, which multiplies bfloat16 matrices, keeps what it prepared for each shape, 1024 of them: at the head of a small
+model 4 MB each. Texts of ever new lengths would fill gigabytes, and seldom be the same again.
+"""
+
+import os
 import platform
 import time
+from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import torch
+
+from gmask.errors import GmaskError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def best_device() -> str:
+    """The fastest device of this machine: CUDA, Apple's MPS, or the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def read_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype of a name; None for ``"auto"``.
+
+    Raises:
+        GmaskError: no such name.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype in (None, "auto"):
+        return None
+    if dtype not in DTYPES:
+        raise GmaskError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    return DTYPES[str(dtype)]
 
 
 def cpu_instructions() -> str:
@@ -66,3 +99,53 @@ def _has(capability: str, probe: str) -> bool:
     if capability in listed:
         return bool(listed[capability])
     return bool(getattr(torch.cpu, probe, lambda: False)())
+
+
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a device; of the CPU (and Apple's GPU, which shares it), what this process may still take."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    available = int(psutil.virtual_memory().available)
+    limit = _container_room(CONTROL_GROUP)
+    return available if limit is None else min(available, limit)
+
+
+def check_room(source: Path, needed: int, device: torch.device, *, advice: str = "") -> None:
+    """Raises `GmaskError`, with the numbers, if a device has less than ``needed`` bytes free.
+
+    source: what is to be loaded; advice: what needs less.
+    """
+    free = free_bytes(device)
+    if needed <= free:
+        return
+    numbers = f"needs {format_bytes(needed)} of memory on {device}, {format_bytes(free)} are free"
+    raise GmaskError(f"{source}: {numbers}{advice and '; '}{advice}")
+
+
+def format_bytes(count: int) -> str:
+    """In decimal units, such as ``7.2 GB``."""
+    return f"{count / 1e9:.1f} GB" if count >= 10**8 else f"{count / 1e6:.1f} MB"
+
+
+def _container_room(group: Path) -> int | None:
+    """Bytes to the limit of the container; None without one. What only caches files is given up when it is needed."""
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    if not limit.isdecimal():
+        return None
+    return max(0, int(limit) - int(used) + int(cached.get("inactive_file", 0)) + int(cached.get("active_file", 0)))
+
+
+PRIMITIVE_CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+PRIMITIVE_CACHE_SHAPES = 64  # shapes; a model's own, with one length of texts, are about a dozen
+
+
+def bound_primitive_cache() -> None:
+    """Bounds the cache of this process, unless the environment does. To be called before the first product."""
+    os.environ.setdefault(PRIMITIVE_CACHE, str(PRIMITIVE_CACHE_SHAPES))

@@ -1,4 +1,4 @@
-"""How do transformers' Auto classes learn of the GLM classes, without losing their own GLM-4?
+"""transformers' Auto classes learn of the GLM classes, without losing their own GLM-4.
 
 Nothing is imported for it: the modules that matter are watched, and what they need is done when they have been loaded.
 The published configs share their ``model_type``, ``glm``, with GLM-4, so a config class under that name sends each to
@@ -36,21 +36,27 @@ class Classes:
     def model_names(self) -> set[str]:
         return {name for _, name in self.models.values()}
 
+    @property
+    def modules(self) -> set[str]:
+        """Those that its models are in."""
+        return {module for module, _ in self.models.values()}
+
 
 GLM, CHATGLM = "gmask.models.glm", "gmask.models.chatglm"
+GLM_HEADS = "gmask.models.glm_heads"
 CLASSES = {
     GLM: Classes(
         config="GLMConfig",
         model_type="glm_blank",
         models={
-            "AutoModel": ("modeling", "GLMModel"),
-            "AutoModelForCausalLM": ("modeling", "GLMForConditionalGeneration"),
-            "AutoModelForSeq2SeqLM": ("modeling", "GLMForConditionalGeneration"),
-            "AutoModelForMultipleChoice": ("heads", "GLMForMultipleChoice"),
-            "AutoModelForSequenceClassification": ("heads", "GLMForSequenceClassification"),
+            "AutoModel": (GLM, "GLMModel"),
+            "AutoModelForCausalLM": (GLM, "GLMForConditionalGeneration"),
+            "AutoModelForSeq2SeqLM": (GLM, "GLMForConditionalGeneration"),
+            "AutoModelForMultipleChoice": (GLM_HEADS, "GLMForMultipleChoice"),
+            "AutoModelForSequenceClassification": (GLM_HEADS, "GLMForSequenceClassification"),
         },
         tokenizers=[
-            ("tokenization", name)
+            ("gmask.tokenizers.glm", name)
             for name in (
                 "GLMChineseTokenizer", "GLMGPT2Tokenizer", "GLMBertTokenizer", "GLMRobertaTokenizer", "GLMTokenizer",
             )
@@ -61,12 +67,12 @@ CLASSES = {
         model_type="chatglm",
         models=dict.fromkeys(
             ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"),
-            ("modeling", "ChatGLMForConditionalGeneration"),
+            (CHATGLM, "ChatGLMForConditionalGeneration"),
         ),
-        tokenizers=[("tokenization", "ChatGLMTokenizer"), ("tokenization_v0", "ChatGLMTokenizerV0")],
+        tokenizers=[("gmask.tokenizers.chatglm", name) for name in ("ChatGLMTokenizer", "ChatGLMTokenizerV0")],
     ),
 }  # fmt: skip
-"""By their package. `AutoModel` gives ChatGLM with its head, as published."""
+"""By the module of their config. `AutoModel` gives ChatGLM with its head, as published."""
 
 
 def register() -> None:
@@ -78,6 +84,9 @@ def register() -> None:
         return
     watched: dict[str, Callable[[], None]] = {CONFIGS: _register_configs}
     watched |= {home: functools.partial(_register_classes, home) for home in CLASSES}
+    for home, classes in CLASSES.items():
+        for module in sorted(classes.modules - {home}):
+            watched[module] = functools.partial(_register_models, home, module)
     sys.meta_path.insert(0, _AfterImport(watched))
     for name, act in watched.items():
         if name in sys.modules:
@@ -186,7 +195,7 @@ def _is_published_glm(values: Mapping[str, Any]) -> bool:
 
 
 def _register_classes(home: str) -> None:
-    """The classes of a package; the Auto classes have been loaded with it."""
+    """The classes of an architecture, whose config is here; the Auto classes have been loaded with it."""
     import transformers
     from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
 
@@ -194,13 +203,24 @@ def _register_classes(home: str) -> None:
     config_class.complete_published = _complete if home == GLM else _complete_chat
     _strict_loading().check_source = staticmethod(_check_source)
     transformers.AutoConfig.register(classes.model_type, config_class, exist_ok=True)
-    for auto_name, (module, name) in classes.models.items():
-        model_class = _find_class(home, module, name)
-        getattr(transformers, auto_name).register(config_class, model_class, exist_ok=True)
+    _register_models(home, home)
+    for module in sorted(classes.modules - {home}):
+        importlib.import_module(module)  # registers its own, unless it is what is being imported: then when it is done
+    for module, name in classes.tokenizers:
+        REGISTERED_TOKENIZER_CLASSES[name] = _find_class(module, name)
+
+
+def _register_models(home: str, module: str) -> None:
+    """The models of an architecture that are in one module, which has been loaded."""
+    import transformers
+
+    for auto_name, (place, name) in CLASSES[home].models.items():
+        if place != module:
+            continue
+        model_class = _find_class(module, name)
+        getattr(transformers, auto_name).register(_config_class(home), model_class, exist_ok=True)
         if not hasattr(transformers, name):  # where a config's `architectures` are looked up
             setattr(transformers, name, model_class)
-    for module, name in classes.tokenizers:
-        REGISTERED_TOKENIZER_CLASSES[name] = _find_class(home, module, name)
 
 
 def _unregister_classes(home: str) -> None:
@@ -212,14 +232,14 @@ def _unregister_classes(home: str) -> None:
     _strict_loading().check_source = None
     for auto_name, (module, name) in classes.models.items():
         getattr(transformers, auto_name)._model_mapping._extra_content.pop(config_class, None)
-        if vars(transformers).get(name) is _find_class(home, module, name):
+        if vars(transformers).get(name) is _find_class(module, name):
             delattr(transformers, name)
     for _, name in classes.tokenizers:
         REGISTERED_TOKENIZER_CLASSES.pop(name, None)
 
 
-def _find_class(home: str, module: str, name: str) -> Any:
-    return getattr(importlib.import_module(f"{home}.{module}"), name)
+def _find_class(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
 
 
 def _config_class(home: str) -> Any:
@@ -227,12 +247,12 @@ def _config_class(home: str) -> Any:
 
 
 def _strict_loading() -> Any:
-    return _find_class("gmask.models", "strict_loading", "StrictLoadingMixin")
+    return _find_class("gmask.models.base", "StrictLoadingMixin")
 
 
 def _check_source(model_class: Any, source: Any, **settings: Any) -> None:
     """Has a folder checked before `from_pretrained` reads it; settings are the keywords of that."""
-    from gmask.checkpoints.preflight import check_pretrained
+    from gmask.checkpoints.load import check_pretrained
 
     folder = None if source is None or settings.get("revision") else _folder_of(str(source))
     if folder is not None:
@@ -241,8 +261,8 @@ def _check_source(model_class: Any, source: Any, **settings: Any) -> None:
 
 def _complete_chat(values: Mapping[str, Any]) -> dict[str, Any]:
     """As `_complete` for the config of a ChatGLM."""
-    from gmask.checkpoints.architectures import CHATGLM as ARCHITECTURE
     from gmask.checkpoints.special_ids import special_ids
+    from gmask.checkpoints.zoo import CHATGLM as ARCHITECTURE
 
     own = {key: value for key, value in values.items() if key != "auto_map"}
     return {**own, **special_ids(None, own, ARCHITECTURE)}

@@ -1,35 +1,44 @@
-"""How does an adapter get into a model, into a folder, and into the weights for good?
+"""Adapters: put into a model, saved, merged for good; PEFT's folders and the published ones.
 
-What its folder holds is said in adapter_files.py, what PEFT's layers are in peft_layers.py.
+The folders have three forms: PEFT's, which `gmask` writes too (``adapter_config.json`` and
+``adapter_model.safetensors``); the published one of P-tuning v2 (a checkpoint with ``transformer.prefix_encoder.*``
+alone, by ``ptuning/trainer.py``); and trained vectors (P-tuning), whose ``adapter_config.json`` PEFT does not read.
+
+PEFT's layers (LoRA, DoRA, AdaLoRA, IA3) take the place of linear layers inside the model, so that its class stays what
+it is and every verb works on it; a wrapper of PEFT would hide the model. What they add is float32, whatever the
+precision of the model.
 """
 
+import copy
+import hashlib
+import json
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from gmask.checkpoints.adapter_files import (
-    ENCODERS,
-    LAYERS,
-    PREFIX_TUNING,
-    PROMPTS,
-    VECTORS,
-    WRAPPER,
-    Adapter,
-    describe_base,
-    read_adapter,
-    write_adapter,
-)
-from gmask.checkpoints.fit import PREFIX
-from gmask.checkpoints.peft_layers import fill_layers, fold_layers, has_layers, layer_tensors, layer_values
-from gmask.errors import GmaskError
-from gmask.models.glm import GLMConfig
-from gmask.models.glm.configuration import Network
-from gmask.models.glm.prompt_vectors import attach_prompts, has_prompts
-from gmask.models.prefix import attach_prefix
+from gmask.checkpoints.tensor_files import PickledFile, SafetensorsFile, TensorFile
+from gmask.checkpoints.weights import open_checkpoint
+from gmask.checkpoints.zoo import architecture_of
+from gmask.errors import GmaskError, one_line
+from gmask.files import read_object
+from gmask.models.base import attach_prefix
+from gmask.models.glm import GLMConfig, Network, attach_prompts, has_prompts
+from gmask.quantization.linear import QuantizedLayer
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+PREFIX = "transformer.prefix_encoder."
+"""What P-tuning adds to a ChatGLM; its published checkpoints hold nothing else."""
 
 LANGUAGE_MODELS = ("GLMForConditionalGeneration", "ChatGLMForConditionalGeneration")
 
@@ -55,6 +64,79 @@ def load_adapter(model: PreTrainedModel, folder: Path | str, *, trainable: bool 
     if trainable:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad or name in parts)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The folder of an adapter, read but for its tensors.
+
+    Attributes:
+        folder: where it lies.
+        kind: PEFT's ``peft_type``: one of `LAYERS`, or `PREFIX_TUNING`, which a published prefix is too; or `PROMPTS`.
+        values: of ``adapter_config.json``; of a published prefix, what the shapes tell.
+        shapes: of its tensors, by name.
+    """
+
+    folder: Path
+    kind: str
+    values: Mapping[str, Any]
+    shapes: Mapping[str, torch.Size]
+
+    @property
+    def notes(self) -> Mapping[str, Any]:
+        """What gmask notes of the base model; empty for folders that others wrote."""
+        notes = self.values.get("auto_mapping")
+        return notes if isinstance(notes, dict) else {}
+
+    @property
+    def model_class(self) -> str | None:
+        """The name of the class that it was trained for, if gmask wrote it."""
+        name = self.notes.get("base_model_class")
+        return name if isinstance(name, str) and "base_shape" in self.notes else None
+
+    @property
+    def is_published_prefix(self) -> bool:
+        return not (self.folder / CONFIG).is_file()
+
+    def whole_parts(self) -> dict[str, str]:
+        """Tensors that stand for those of the base model, such as the head of a classifier: their names in both."""
+        mark = f".{LAYERS[self.kind]}" if self.kind in LAYERS else ENCODERS[self.kind]
+        return {
+            name: name.removeprefix(WRAPPER).replace(".base_layer.", ".")
+            for name in self.shapes
+            if mark not in name and name != VECTORS
+        }
+
+    def read(self) -> dict[str, Tensor]:
+        """All tensors by name, on the CPU and in memory of their own."""
+        if self.is_published_prefix:
+            with open_checkpoint(self.folder) as checkpoint:
+                return {name: checkpoint.read(name).clone() for name in checkpoint}
+        file = open_weights(self.folder)
+        return {name: file.read(name).clone() for name in file.names()}
+
+    def check_base(self, config: PreTrainedConfig, base: Path) -> None:
+        """Raises `GmaskError` if it was trained for a model of another shape than that of the folder ``base``."""
+        wanted, found = self.notes.get("base_shape"), shape_of(config)
+        if isinstance(wanted, dict) and wanted != found:
+            key = next(key for key in {**wanted, **found} if wanted.get(key) != found.get(key))
+            name = self.values.get("base_model_name_or_path") or "another model"
+            raise GmaskError(
+                f"{self.folder}: was trained for {name}, whose {key} is {wanted.get(key)}; that of {base} is "
+                f"{found.get(key)}: name the model that it was trained for"
+            )
+        if self.is_published_prefix and config.model_type != "chatglm":
+            raise GmaskError(f"{self.folder}: a published P-tuning prefix belongs to a ChatGLM, and {base} is a GLM")
+
+    def check_weights(self, model: PreTrainedModel) -> None:
+        """Raises `GmaskError` if it was trained for other weights than those of a model of the same shape."""
+        wanted = self.notes.get("base_fingerprint")
+        if wanted is not None and wanted != fingerprint(model):
+            name = self.values.get("base_model_name_or_path") or "another model"
+            raise GmaskError(
+                f"{self.folder}: was trained for {name}, and {model.name_or_path or 'this model'} has other weights: "
+                "name the model that it was trained for"
+            )
 
 
 def attach(model: PreTrainedModel, adapter: Adapter, tensors: Mapping[str, Tensor], *, trainable: bool = False) -> None:
@@ -232,3 +314,252 @@ def _encoder_tensors(encoder: nn.Module, result: Tensor, mark: str) -> dict[str,
     own = dict(encoder.named_parameters())
     network = {f"{mark}{name}": parameter for name, parameter in own.items()} if len(own) > 1 else {}
     return {VECTORS: result, **network}
+
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+OLD_WEIGHTS = "adapter_model.bin"
+LAYERS = {"LORA": "lora_", "ADALORA": "lora_", "IA3": "ia3_"}
+"""What the tensors that PEFT's layers add begin with, by ``peft_type``; DoRA is a kind of LORA."""
+
+PREFIX_TUNING = "PREFIX_TUNING"
+PROMPTS = "GMASK_P_TUNING"
+"""What ``peft_type`` says of trained vectors in the text, which PEFT has no form for."""
+
+VECTORS = "prompt_embeddings"
+"""The trained vectors as such, or the prefix as a table ``[P, 2 L H]``: what PEFT calls the result of its encoders."""
+
+ENCODERS = {PREFIX_TUNING: "prefix_encoder.", PROMPTS: "prompt_encoder."}
+"""What the network begins with that they come out of, where there is one."""
+
+WRAPPER = "base_model.model."
+"""What PEFT puts before the names that a model gives its tensors."""
+
+SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """What tells the weights of a model from others of its shape: a digest of its last layer norm.
+
+    That is never quantized, and rounded to bfloat16 it is the same in every precision. Weights with LoRA folded in keep
+    it.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if ".final_layernorm." in name:
+            rounded = parameter.detach().to("cpu", torch.bfloat16)
+            digest.update(rounded.contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Opens the folder of an adapter.
+
+    Raises:
+        GmaskError: none there, or a damaged one.
+    """
+    if not folder.is_dir():
+        raise GmaskError(f"{folder}: no such folder; name that of an adapter")
+    if not (folder / CONFIG).is_file():
+        return _read_published_prefix(folder)
+    values = read_object(folder / CONFIG)
+    kind = values.get("peft_type")
+    if kind not in (*LAYERS, PREFIX_TUNING, PROMPTS):
+        said = f"peft_type {kind!r} is" if kind else "names no peft_type, so it is"
+        raise GmaskError(
+            f"{folder / CONFIG}: {said} none of {', '.join(LAYERS)} and {PREFIX_TUNING}, which gmask reads"
+        )
+    file = open_weights(folder)
+    return Adapter(folder, kind, values, {name: file.shape(name) for name in file.names()})
+
+
+def open_weights(folder: Path) -> TensorFile:
+    """The file of tensors beside an ``adapter_config.json``.
+
+    Raises:
+        GmaskError: missing or damaged.
+    """
+    if not (folder / WEIGHTS).is_file() and (folder / OLD_WEIGHTS).is_file():
+        return PickledFile(folder / OLD_WEIGHTS)
+    return SafetensorsFile(folder / WEIGHTS)
+
+
+def write_adapter(folder: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Writes an adapter into a folder; each of the two files is there as a whole, or as it was before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    partial = folder / f".{WEIGHTS}.partial"
+    partial.write_bytes(save(own, metadata={"format": "pt"}))
+    os.replace(partial, folder / WEIGHTS)
+    partial = folder / f".{CONFIG}.partial"
+    partial.write_text(json.dumps(values, ensure_ascii=False, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(partial, folder / CONFIG)
+
+
+def shape_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a base model's config says of its shape: an adapter fits no model where this differs."""
+    return {"model_type": config.model_type, **{name: getattr(config, name) for name in SHAPE}}
+
+
+def describe_base(model: PreTrainedModel) -> dict[str, Any]:
+    """What is noted of a base model, in a place of ``adapter_config.json`` where PEFT leaves room for it."""
+    config = model.config
+    return {
+        "base_model_class": type(model).__name__,
+        "parent_library": architecture_of(config).home,
+        "base_shape": shape_of(config),
+        "base_fingerprint": fingerprint(model),
+        "num_labels": config.num_labels,
+    }
+
+
+def _read_published_prefix(folder: Path) -> Adapter:
+    table = f"{PREFIX}embedding.weight"
+    with open_checkpoint(folder) as checkpoint:
+        others = [key for key in checkpoint if not key.startswith(PREFIX)]
+        if others or table not in checkpoint:
+            held = f"holds {others[0]}" if others else f"has no {table}"
+            raise GmaskError(f"{folder}: {held}, so it is not a P-tuning prefix, and no {CONFIG} makes it an adapter")
+        shapes = {key: checkpoint.shape(key) for key in checkpoint}
+    values = {"num_virtual_tokens": shapes[table][0], "prefix_projection": f"{PREFIX}trans.0.weight" in shapes}
+    return Adapter(folder, PREFIX_TUNING, values, shapes)
+
+
+NAME = "default"
+"""What PEFT calls an adapter that has no name."""
+
+
+def require_peft() -> ModuleType:
+    """The library.
+
+    Raises:
+        GmaskError: it is not installed.
+    """
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise GmaskError("LoRA and its like need peft, which is not installed: pip install 'gmask[train]'") from error
+    return peft
+
+
+def inject(model: PreTrainedModel, config: "PeftConfig") -> Any:
+    """Puts new layers into a model, in place, and freezes all but these; returns PEFT's tuner, which knows of them.
+
+    Raises:
+        GmaskError: the model has such layers already.
+        ValueError: no layer of the model is meant.
+    """
+    peft = require_peft()
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+
+    if has_layers(model):
+        raise GmaskError("the model has an adapter already: merge it, or load the model alone")
+    tuner = peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, adapter_name=NAME)
+    cast_adapter_dtype(model, NAME)
+    for name, parameter in model.named_parameters():
+        if ".ranknum." in name:  # adalora's count of ranks, which PEFT has train on a bfloat16 model
+            parameter.requires_grad_(False)
+    model._hf_peft_config_loaded = True  # as transformers' add_adapter has it, for what transformers does with models
+    model.train(model.training)
+    return tuner
+
+
+def has_layers(model: PreTrainedModel) -> bool:
+    """Whether layers of PEFT stand in the model; transformers' own `add_adapter` leaves the same mark."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def fill_layers(model: PreTrainedModel, adapter: Adapter, tensors: Mapping[str, Tensor], *, trainable: bool) -> None:
+    """Puts the layers of a folder into a model.
+
+    Args:
+        tensors: all of the folder, by their names there.
+
+    Raises:
+        GmaskError: no peft; a folder that does not belong to this model, or lacks a tensor.
+    """
+    peft = require_peft()
+    try:
+        config = peft.PeftConfig.from_peft_type(**adapter.values)
+        config.inference_mode, config.modules_to_save = not trainable, None  # these are whole parts: see Adapter
+        pattern = config.rank_pattern if adapter.kind == "ADALORA" else None
+        if pattern:
+            config.rank_pattern = None
+        tuner = inject(model, config)
+        if pattern:  # ranks of which some were dropped for good
+            tuner.resize_modules_by_rank_pattern(pattern, NAME)
+    except GmaskError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise GmaskError(f"{adapter.folder}: cannot be put into this model ({one_line(error)})") from error
+    parts = adapter.whole_parts()
+    own = {name.removeprefix(WRAPPER): tensor for name, tensor in tensors.items() if name not in parts}
+    _check_tensors(adapter, {name: tensor.shape for name, tensor in layer_tensors(model).items()}, own)
+    peft.set_peft_model_state_dict(model, own, adapter_name=NAME)
+
+
+def layer_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What the layers have added, by the names that PEFT gives these in files, less its `WRAPPER`."""
+    peft = require_peft()
+    own = {name: tensor for name, tensor in model.named_parameters() if ".base_layer." not in name}
+    config = model.peft_config[NAME]
+    pattern = getattr(config, "rank_pattern", None)
+    if config.peft_type == "ADALORA":  # PEFT would ask its wrapper to cut the ranks; those dropped are 0
+        config.rank_pattern = None
+    found: dict[str, Tensor] = peft.get_peft_model_state_dict(
+        model, state_dict=own, adapter_name=NAME, save_embedding_layers=False
+    )
+    if config.peft_type == "ADALORA":
+        config.rank_pattern = pattern
+    return found
+
+
+def layer_values(model: PreTrainedModel) -> dict[str, Any]:
+    """The values of ``adapter_config.json``."""
+    config = copy.copy(model.peft_config[NAME])
+    config.inference_mode = True
+    if config.peft_type == "ADALORA":
+        config.rank_pattern = None
+    values = config.to_dict()
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
+
+
+def fold_layers(model: PreTrainedModel) -> int:
+    """Folds the layers into the weights, in float32 and in place; returns how many there were.
+
+    Raises:
+        GmaskError: the weights are integers, or the numbers are not finite.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
+    for name, layer in layers:
+        base = layer.get_base_layer()
+        assert isinstance(base, nn.Linear)
+        if isinstance(base, QuantizedLayer):
+            raise GmaskError(
+                "nothing can be folded into int8 or int4 weights: merge into the unquantized model, then quantize that"
+            )
+        dtype = base.weight.dtype
+        base.to(torch.float32)
+        try:
+            layer.merge(safe_merge=True)
+        except ValueError as error:
+            raise GmaskError(f"{name}: the adapter holds values that are not finite") from error
+        model.set_submodule(name, base.to(dtype))
+    del model.peft_config
+    model._hf_peft_config_loaded = False
+    return len(layers)
+
+
+def _check_tensors(adapter: Adapter, wanted: Mapping[str, torch.Size], found: Mapping[str, Tensor]) -> None:
+    """Raises `GmaskError` for a tensor that lacks, that has no place, or has another shape."""
+    if missing := sorted(wanted.keys() - found.keys()):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise GmaskError(f"{adapter.folder}: lacks {missing[0]}{more}; it was trained for another model, or is damaged")
+    if unknown := sorted(found.keys() - wanted.keys()):
+        raise GmaskError(f"{adapter.folder}: this model has no place for {unknown[0]}: it was trained for another")
+    for name, tensor in found.items():
+        if tensor.shape != wanted[name]:
+            shapes = f"is {list(tensor.shape)}, but {list(wanted[name])} for this model"
+            raise GmaskError(f"{adapter.folder}: {name} {shapes}: it was trained for another")

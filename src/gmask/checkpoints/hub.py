@@ -1,4 +1,4 @@
-"""How does the name of a published model become a folder of this machine?
+"""The name of a published model becomes a folder of this machine.
 
 The downloading, its cache and its settings (``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_TOKEN``, ``HF_HOME``) are those
 of huggingface_hub.
@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gmask.checkpoints.catalog import find_family
+from gmask.checkpoints.zoo import find_family
 from gmask.errors import GmaskError, one_line
 
 DESCRIPTIONS = ("*.json", "*.model", "merges.txt", "vocab.txt")
@@ -115,8 +115,8 @@ def _list_files(repository: str, folder: Path) -> list[str]:
 
 def _refuse_other(folder: Path, repository: str) -> None:
     """Raises `GmaskError` if its config is not that of a GLM of the first generation: before gigabytes are fetched."""
-    from gmask.checkpoints.architectures import find_architecture  # needs torch, as the download does not
-    from gmask.checkpoints.json_files import read_object
+    from gmask.checkpoints.zoo import find_architecture  # needs torch, as the download does not
+    from gmask.files import read_object
 
     values = read_object(folder / "config.json", required=False)
     if values:

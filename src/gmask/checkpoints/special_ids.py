@@ -1,13 +1,12 @@
-"""Which ids do the special tokens of a folder have, where its config leaves them out?"""
+"""The ids of a folder's special tokens, where its config leaves them out."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gmask.checkpoints.architectures import CHATGLM, GLM, Architecture
-from gmask.checkpoints.catalog import FAMILIES, Family, family_of_shape, find_family
-from gmask.checkpoints.json_files import read_object
+from gmask.checkpoints.zoo import CHATGLM, FAMILIES, GLM, Architecture, Family, family_of_shape, find_family
 from gmask.errors import GmaskError
+from gmask.files import read_object
 
 SPELLINGS = {
     "pad_token_id": ("</s>", "<|endoftext|>", "[PAD]"),  # RoBERTa's vocabulary has the second, too, and never uses it

@@ -1,4 +1,4 @@
-"""What can be typed after ``gmask``?
+"""The command line: what can be typed after ``gmask``.
 
 One thin function a verb; each imports what it needs when it runs, so that ``gmask --help`` is quick.
 """
@@ -11,18 +11,11 @@ from typing import NoReturn
 
 import typer
 
-from gmask.cli.chatting import chat
-from gmask.cli.conversion import convert
-from gmask.cli.estimating import estimate
-from gmask.cli.evaluation import evaluate
-from gmask.cli.filling import infill
-from gmask.cli.inspection import info
-from gmask.cli.merging import merge
-from gmask.cli.quantizing import quantize
-from gmask.cli.scoring import embed, score
-from gmask.cli.serving import serve
-from gmask.cli.training import finetune, pretrain, train_tokenizer
-from gmask.cli.webui import webui
+from gmask.cli.estimate import estimate
+from gmask.cli.models import convert, info, merge, quantize
+from gmask.cli.serving import serve, webui
+from gmask.cli.training import evaluate, finetune, pretrain, train_tokenizer
+from gmask.cli.writing import chat, embed, infill, score
 from gmask.errors import GmaskError, is_shortage
 
 app = typer.Typer(

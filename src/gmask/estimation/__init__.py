@@ -1,1 +1,1 @@
-"""How much memory does a model take, before anything of it is loaded?"""
+"""Memory that a model takes, before anything of it is loaded."""

@@ -1,4 +1,4 @@
-"""How much memory do prompts and their answers take: the weights, keys and values, and what a forward computes with?
+"""Memory of prompts and their answers: the weights, keys and values, and what a forward computes with.
 
 The largest moment is the reading of a whole prompt, in the multilayer perceptron of a block; for quantized weights also
 the first product, which repacks them. What is counted there is what `gmask.models` and `gmask.quantization` hold at
@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from gmask.checkpoints.configs import Config
+from gmask.checkpoints.config import Config, lacks_config, read_config
+from gmask.checkpoints.zoo import Family, class_of
 from gmask.errors import GmaskError
-from gmask.estimation.weights import read_shape_config, shape_at, weight_bytes
 from gmask.models.cache import capacity_for
 from gmask.models.chatglm import ChatGLMConfig
 from gmask.models.glm import GLMConfig
 from gmask.quantization.kernels import ROW_CHUNK, available_paths
 from gmask.quantization.linear import QuantizedLayer
-from gmask.quantization.quantizer import QuantizationConfig
+from gmask.quantization.quantizer import QuantizationConfig, form_of, lay_out
 
 DeviceKind: TypeAlias = Literal["cpu", "cuda", "mps"]
-
 RUNTIME_BYTES: dict[DeviceKind, int] = {"cpu": 430_000_000, "mps": 430_000_000, "cuda": 500_000_000}
 """What a process takes beside the model: Python and the imported libraries with the buffers of their kernels, measured
 after `gmask.load` and a forward (torch 2.x, Linux, x86-64); of CUDA, its context on the GPU, which is assumed."""
@@ -174,3 +174,56 @@ def _choice_bytes(vocabulary: int, dtype: torch.dtype, batch_size: int) -> int:
 def _has_kernel(kind: DeviceKind) -> bool:
     """Whether the package's C++ kernel serves, for which weights are repacked."""
     return kind == "cpu" and available_paths()[0] not in ("aten", "torch")
+
+
+def read_shape_config(folder: Path) -> Config:
+    """The config of a folder; of a checkpoint of the training code, what its shapes tell.
+
+    Such a checkpoint does not tell the number of attention heads, on which no size depends.
+
+    Raises:
+        GmaskError: as of `gmask.checkpoints.config.read_config`.
+    """
+    return read_config(folder, heads=1 if lacks_config(folder) else None)
+
+
+def config_of_family(family: Family) -> Config:
+    """The config of a published model, by its row of the catalog."""
+    config_class: type[GLMConfig | ChatGLMConfig] = GLMConfig if family.architecture == "glm" else ChatGLMConfig
+    stored = {"quantization_bit": family.bits, "quantization_embeddings": family.quantized_embeddings}
+    return config_class(
+        vocab_size=family.vocab_size,
+        hidden_size=family.hidden_size,
+        num_hidden_layers=family.layers,
+        num_attention_heads=family.heads,
+        max_position_embeddings=family.positions,
+        **(stored if family.bits else {}),
+    )
+
+
+def shape_at(config: Config, *, dtype: torch.dtype, form: QuantizationConfig | None = None) -> PreTrainedModel:
+    """The model of a config on the meta device: shapes and dtypes without numbers.
+
+    Args:
+        dtype: of the weights that are not quantized, and of the activations.
+        form: of those that are; by default what the config says.
+
+    Raises:
+        GmaskError: a form that does not fit the model, or another one than its weights have already.
+    """
+    stored = form_of(config)
+    if form is not None and stored is not None and form.to_dict() != stored.to_dict():
+        raise GmaskError(f"the weights are {stored} already, and cannot become {form}: name the unquantized model")
+    model_class = class_of(config)
+    with torch.device("meta"):
+        model: PreTrainedModel = model_class(config).to(dtype)
+        model.tie_weights()
+        if chosen := form or stored:
+            lay_out(model, chosen)
+    return model
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers of a model or a part of it; a head tied to the embeddings counts once."""
+    tensors = [*model.parameters(), *model.buffers()]  # each shared one comes once
+    return sum(tensor.nbytes for tensor in tensors)

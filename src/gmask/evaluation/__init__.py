@@ -1,3 +1,1 @@
-"""How good is a model? Held-out loss and filled blanks, beside what counting words achieves."""
-
-from gmask.evaluation.verb import run as run
+"""How good a model is: at tasks with their own metrics, and at filling blanks of held-out texts."""

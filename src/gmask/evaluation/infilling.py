@@ -1,22 +1,162 @@
-"""How often does a model fill a blank as the author did, beside models that only count?"""
+"""`gmask evaluate` without a task: losses on held-out texts, and blanks filled beside models that only count."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import json
+import math
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+import yaml
+from rich.console import Console
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from gmask.evaluation.baselines import NgramModel, fill_with_trigrams, fill_with_unigrams, train_ngrams
-from gmask.evaluation.losses import HeldOutTokens, Loss, encode_texts, measure_losses
-from gmask.evaluation.scores import Estimate, estimate_mean, exact_match, overlap_f1
+from gmask.checkpoints.load import find_folder, load
+from gmask.errors import GmaskError
+from gmask.evaluation.counting import (
+    Estimate,
+    NgramModel,
+    estimate_mean,
+    exact_match,
+    fill_with_trigrams,
+    fill_with_unigrams,
+    overlap_f1,
+    train_ngrams,
+)
+from gmask.evaluation.model_card import Card, render_card
+from gmask.evaluation.report import print_evaluation
 from gmask.generation.infill import infill
-from gmask.infilling.objectives import Mixture
+from gmask.infilling.blanks import NOT_SCORED, BlankTokens, InfillingExample, IntArray
+from gmask.infilling.collator import collate
+from gmask.infilling.objectives import OBJECTIVES, Mixture, Objective
 from gmask.models.glm import GLMForConditionalGeneration
-from gmask.tasks.corpus import Source, find_files, read_texts
+from gmask.recipes.pretraining import Recipe, load_recipe, make_mixture
 from gmask.tasks.heldout import LANGUAGES, HeldOutBlank, Language, choose_sentences, hide_span
+from gmask.tasks.records import Source, find_files, read_texts
+
+
+def run(
+    model: str = "bundled",
+    *,
+    recipe: str,
+    data_root: str | None = None,
+    out: str | None = None,
+    card: str | None = None,
+    hardware: str | None = None,
+    sentences: int = 300,
+    loss_tokens: int = 8192,
+    seed: int = 0,
+    device: str | None = None,
+    tables: bool = True,
+) -> Path:
+    """Measure a model by the recipe that it was trained with and return the path of evaluation.json.
+
+    data_root: the corpus folder, if it is not the recipe's own.
+    out: the folder for evaluation.json, which holds every number; the model's own if not given.
+    card: write the bundled model's card to this path as well. Its numbers come from evaluation.json, the config, the
+        recipe and the model folder's metrics.jsonl; origins, licences and credits from RECIPE-sources.yaml beside the
+        recipe, a list of `{name, origin, licence, credit}`.
+    hardware: what the model was trained on, in words, for the card.
+    sentences, loss_tokens, seed: as in `evaluate_infilling`.
+    tables: print what was found.
+
+    Raises `GmaskError`: a file that is missing or cannot be read.
+    """
+    console = Console(stderr=not tables)
+    folder = find_folder(model)
+    plan = load_recipe(recipe, [] if data_root is None else [f"data.root={json.dumps(data_root)}"])
+    metrics = _read_metrics(folder / "metrics.jsonl")
+    if card and not metrics:
+        raise GmaskError(f"{folder}: no metrics.jsonl of its training there, which the model card needs")
+    origins = _read_origins(recipe) if card else {}
+    network, tokenizer = load(folder, dtype="float32", device=device, model_class=GLMForConditionalGeneration)
+    tokens_seen = metrics[-1]["tokens"] if metrics else None
+    settings = {"sentences": sentences, "loss_tokens": loss_tokens, "seed": seed}
+    with console.status("evaluating") as status:
+        evaluation = _measure(network, tokenizer, plan, settings, tokens_seen, status.update)
+    if tables:
+        print_evaluation(evaluation, console)
+    written = Path(out or folder) / "evaluation.json"
+    _write_text(written, json.dumps(evaluation, ensure_ascii=False, indent=1) + "\n")
+    if card:
+        facts = Card(
+            evaluation=evaluation,
+            metrics=metrics,
+            config=network.config.to_dict(),
+            recipe=plan.to_dict(),
+            recipe_path=recipe,
+            origins=origins,
+            hardware=hardware,
+        )
+        _write_text(Path(card), render_card(facts))
+    return written
+
+
+def _measure(
+    network: GLMForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Recipe,
+    settings: dict[str, int],
+    tokens_seen: int | None,
+    on_progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """What evaluation.json holds; arguments as of `evaluate_infilling`."""
+    report = evaluate_infilling(
+        network,
+        tokenizer,
+        plan.data.placed_sources,
+        make_mixture(tokenizer.backend_tokenizer, plan.objective),
+        tokens_seen=tokens_seen,
+        longest=plan.data.max_piece or plan.data.row_length,
+        on_progress=on_progress,
+        **settings,
+    )
+    return {
+        "settings": {**settings, "dtype": "float32"},
+        "versions": {name: version(name) for name in ("gmask", "torch", "transformers", "tokenizers")},
+        "parameters": network.num_parameters(),
+        "ngram_tokens": tokens_seen,
+        **asdict(report),
+    }
+
+
+def _read_origins(recipe: str) -> dict[str, Any]:
+    """Origin, licence and credit of each source, from the table beside the recipe."""
+    table = Path(recipe)
+    return {entry["name"]: entry for entry in _read_yaml(table.with_name(f"{table.stem}-sources.yaml"))}
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise GmaskError(f"{path}: cannot be read ({error.strerror})") from error
+    except yaml.YAMLError as error:
+        raise GmaskError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+
+
+def _write_text(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise GmaskError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
 
 ALTERNATIVES = 8  # among which the model that is told the length finds an answer that has it
 MAX_ANSWER_TOKENS = 24  # no hidden span has as many; an answer cut there is wrong
@@ -259,3 +399,112 @@ def _choose(
 def _trigram_score(ngrams: NgramModel, blank: HeldOutBlank, answer: str, language: Language) -> float:
     find = language.symbol.findall
     return ngrams.score(find(blank.left), find(answer), find(blank.right))
+
+
+BATCH = 8  # examples of one forward pass
+MARGIN = 4  # positions kept free: hiding moves places on by two at most
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Cross-entropy of the hidden tokens, end tokens included."""
+
+    nats_per_token: float
+    bits_per_character: float  # of the hidden text
+    tokens: int  # labelled
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutTokens:
+    """The documents of one source as ids [L] without `[CLS]` and end-of-text, and their characters."""
+
+    documents: Sequence[IntArray]
+    characters: int
+
+    @property
+    def characters_per_token(self) -> float:
+        return self.characters / sum(map(len, self.documents))
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> HeldOutTokens:
+    """Special tokens spelt out in a text are text here."""
+    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    encoder.encode_special_tokens = True
+    encodings = encoder.encode_batch_fast(list(texts), add_special_tokens=False)
+    documents = [np.array(encoding.ids, np.int64) for encoding in encodings]
+    return HeldOutTokens(documents, sum(map(len, texts)))
+
+
+@torch.no_grad()
+def measure_losses(
+    model: GLMForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    heldout: Mapping[str, HeldOutTokens],
+    mixture: Mixture,
+    *,
+    max_tokens: int,
+    seed: int,
+    longest: int | None = None,
+) -> dict[str, dict[str, Loss]]:
+    """The loss of every source and objective, on pieces and blanks that depend on nothing but `seed`.
+
+    longest: tokens of a piece; as many as the model has positions for, if not given.
+    max_tokens: of each source, from its first documents. Objectives without a share in the mixture are left out.
+    """
+    objectives = [objective for objective in OBJECTIVES if getattr(mixture, objective) > 0]
+    limit = min(longest or sys.maxsize, model.config.max_position_embeddings - MARGIN)
+    losses: dict[str, dict[str, Loss]] = {}
+    for name, tokens in heldout.items():
+        pieces = list(_cut_pieces(tokens.documents, mixture.special, longest=limit, max_tokens=max_tokens))
+        losses[name] = {}
+        for number, objective in enumerate(objectives):
+            rng = np.random.default_rng([seed, zlib.crc32(name.encode()), number])
+            loss = _measure_loss(model, tokenizer, pieces, mixture, objective, rng=rng)
+            if loss is not None:
+                losses[name][objective] = loss
+    return losses
+
+
+def _measure_loss(
+    model: GLMForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    pieces: Sequence[IntArray],
+    mixture: Mixture,
+    objective: Objective,
+    *,
+    rng: np.random.Generator,
+) -> Loss | None:
+    """None where nothing can be hidden in any piece."""
+    drawn = [mixture.sample(piece, rng, objective) for piece in pieces]
+    examples = sorted((example for example in drawn if example is not None), key=lambda e: len(e.input_ids))
+    if not examples:
+        return None
+    nats, tokens = 0.0, 0
+    for start in range(0, len(examples), BATCH):
+        batch = collate([[e] for e in examples[start : start + BATCH]], row_length=None, pad_id=mixture.special.pad)
+        scores = model.token_losses(**{key: tensor.to(model.device) for key, tensor in batch.items()})
+        nats += float(scores.double().sum())
+        tokens += len(scores)
+    characters = sum(_count_characters(example, tokenizer) for example in examples)
+    return Loss(nats / tokens, nats / math.log(2) / max(characters, 1), tokens)
+
+
+def _count_characters(example: InfillingExample, tokenizer: PreTrainedTokenizerBase) -> int:
+    hidden = example.labels[example.labels != NOT_SCORED]
+    return len(tokenizer.decode(hidden.tolist(), skip_special_tokens=True))
+
+
+def _cut_pieces(
+    documents: Sequence[IntArray], special: BlankTokens, *, longest: int, max_tokens: int
+) -> Iterator[IntArray]:
+    """`[CLS] document <eos>`, cut every `longest` tokens, until `max_tokens` are out."""
+    left = max_tokens
+    for document in documents:
+        whole = np.concatenate(([special.cls], document, [special.eos]))
+        for start in range(0, len(whole), longest):
+            if left <= 0:
+                return
+            piece = whole[start : start + min(longest, left)]
+            left -= len(piece)
+            if len(piece) > 2:  # the shortest text that every objective can hide something in
+                yield piece

@@ -1,4 +1,4 @@
-"""What does the bundled model's card say? Prose that holds for any numbers, and the numbers of one evaluation."""
+"""The bundled model's card: prose that holds for any numbers, and the numbers of one evaluation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from gmask.evaluation.report import Rows, describe_leads, example_rows, fill_rows, loss_rows
+from gmask.evaluation.report import describe_leads, example_rows, fill_rows, loss_rows
+from gmask.tasks.metrics import Rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""How are the numbers of an evaluation laid out in tables? For the terminal and, as markdown, for the model card."""
+"""The numbers of an evaluation in tables, for the terminal and, as markdown, for the model card."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from gmask.tasks.tables import Rows as Rows
+from gmask.tasks.metrics import Rows as Rows
 
 SYSTEMS = {
     "model": "this model",

@@ -1,4 +1,4 @@
-"""Which adapter does each row of a pass go through, where one model has several?
+"""Adapters by row: which one each row of a batch goes through, where one model has several.
 
 LoRA adds to the linear layers: PEFT's own are told a name for each row. A prefix (P-tuning v2) is keys and values with
 which those of a row begin. Both are put in place from outside of the forward pass, so that whatever runs the model need
@@ -17,12 +17,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gmask.checkpoints.adapter_files import PREFIX_TUNING, WRAPPER, Adapter, read_adapter
-from gmask.checkpoints.adapters import load_adapter
-from gmask.checkpoints.peft_layers import has_layers, require_peft
+from gmask.checkpoints.adapters import (
+    PREFIX_TUNING,
+    WRAPPER,
+    Adapter,
+    has_layers,
+    load_adapter,
+    read_adapter,
+    require_peft,
+)
 from gmask.errors import GmaskError, one_line
 from gmask.models.cache import GrowingCache
-from gmask.models.inputs import continues
+from gmask.models.layout import continues
 
 BASE = "__base__"
 """What PEFT calls the model without an adapter."""

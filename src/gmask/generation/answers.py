@@ -1,13 +1,91 @@
-"""What does a filled text hold, and how do its tokens become text?"""
+"""Answers: as token ids, as text, in a filled text, and while they are written."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from gmask.generation.context import BlankedText
-from gmask.generation.decoding import Answer, Finish
+from gmask.generation.text import BlankedText, Context
+
+Finish = Literal["end", "stop", "length"]
+"""Why an answer is complete: its end token, a stop text, or the limit on its tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The tokens of one blank. Log-probabilities are the model's, in nats, over the whole vocabulary."""
+
+    ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    end_logprob: float | None = None  # of the end token, if that ended it
+    finish: Finish | None = None  # None while it grows
+
+    @property
+    def logprob(self) -> float:
+        return sum(self.logprobs) + (self.end_logprob or 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """When an answer ends, and what it may not hold."""
+
+    end_ids: tuple[int, ...]
+    forbidden_ids: tuple[int, ...] = ()
+    max_tokens: int = 64
+    min_tokens: int = 1
+    no_repeat_ngram: int = 0  # no n tokens stand twice in an answer; 0 = they may
+    is_stopped: Callable[[tuple[int, ...]], bool] = field(default=lambda ids: False)
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """The answers of one text so far."""
+
+    text: int  # which of the batch's contexts
+    alternative: int  # which of the answers drawn for it
+    context: Context
+    done: tuple[Answer, ...] = ()
+    open: Answer = Answer()
+    logprob: float = 0.0
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.done) == len(self.context.places)
+
+    @property
+    def predicted(self) -> int:
+        """Tokens predicted so far, over all blanks, end tokens counted."""
+        ended = sum(len(answer.ids) + (answer.end_logprob is not None) for answer in self.done)
+        return ended + len(self.open.ids)
+
+    def score(self, length_penalty: float) -> float:
+        """The log-probability divided by the number of tokens predicted, raised to the penalty."""
+        score: float = self.logprob / max(1, self.predicted) ** length_penalty
+        return score
+
+    def advance(self, token: int, logprob: float, rules: Rules) -> "Hypothesis":
+        """The hypothesis with one more token, which may end the answer."""
+        total = self.logprob + logprob
+        if token in rules.end_ids:
+            ended = replace(self.open, end_logprob=logprob, finish="end")
+            return replace(self, done=(*self.done, ended), open=Answer(), logprob=total)
+        ids = (*self.open.ids, token)
+        grown = Answer(ids, (*self.open.logprobs, logprob))
+        if rules.is_stopped(ids):
+            grown = replace(grown, finish="stop")
+        elif len(ids) == rules.max_tokens:
+            grown = replace(grown, finish="length")
+        else:
+            return replace(self, open=grown, logprob=total)
+        return replace(self, done=(*self.done, grown), open=Answer(), logprob=total)
+
+    def next_input(self, sop: int) -> tuple[int, int, int]:
+        """The token to feed, its place in the context and its place in the answer."""
+        place = self.context.places[len(self.done)]
+        if not self.open.ids:
+            return sop, place, 1
+        return self.open.ids[-1], place, len(self.open.ids) + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,3 +244,46 @@ def assemble_infilling(
         tokens = tuple(map(Token, answer.ids, parts, answer.logprobs))
         blanks.append(Blank(text, answer.logprob, tokens, answer.end_logprob, answer.finish, *span))
     return Infilling(filled.text, tuple(blanks), sum(blank.logprob for blank in blanks))
+
+
+def settle_blank(blanked: BlankedText, blank: int) -> Callable[[str, bool], str]:
+    """What is certain of an answer in its text: spaces at its end may be its last, which the text may drop."""
+    return lambda text, is_whole: blanked.fit_answer(text if is_whole else text.rstrip(" "), blank)
+
+
+class AnswerStream:
+    """What can be told of one answer so far without having to be taken back."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, settle: Callable[[str, bool], str], *, stops: Sequence[str]
+    ) -> None:
+        """``settle`` gives what is certain of a text, and is told whether that is the whole answer."""
+        self.assembler = TextAssembler(tokenizer)
+        self.settle = settle
+        self.stops = stops
+        self.text = ""
+        self.told = ""
+
+    def take(self, answer: Answer) -> str:
+        """The text that has become certain now that the answer has grown, or ended."""
+        for token_id in answer.ids[len(self.assembler.ids) :]:
+            self.text += self.assembler.push(token_id)
+        if answer.finish:
+            self.text += self.assembler.finish()
+            text = cut_at_stop(self.text, self.stops) if answer.finish == "stop" else self.text
+        else:
+            text = self._without_open_stop()
+        certain = self.settle(text, answer.finish is not None)
+        new = certain[len(self.told) :]
+        self.told = certain
+        return new
+
+    def _without_open_stop(self) -> str:
+        """The text without what may be the start of a stop text."""
+        keep = min((self._start_of(stop) for stop in self.stops), default=len(self.text))
+        return self.text[:keep]
+
+    def _start_of(self, stop: str) -> int:
+        """Where the text's longest ending that begins a stop text starts."""
+        longest = range(min(len(stop) - 1, len(self.text)), 0, -1)
+        return len(self.text) - next((size for size in longest if self.text.endswith(stop[:size])), 0)

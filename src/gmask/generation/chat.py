@@ -1,4 +1,4 @@
-"""How does a conversation go on: at once, as it is written, or many in one batch?"""
+"""Conversations go on: at once, as they are written, or many in one batch."""
 
 import json
 import os
@@ -13,12 +13,10 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError, is_shortage
-from gmask.generation.answers import cut_at_stop, token_texts
-from gmask.generation.conversation import Prompt, PromptFormat, Rounds, find_format, fit_prompt
-from gmask.generation.decoding import Answer, Hypothesis, decode
-from gmask.generation.search import Sampling, make_rules
+from gmask.generation.answers import Answer, AnswerStream, Hypothesis, cut_at_stop, token_texts
+from gmask.generation.decode import Sampling, decode, make_rules
 from gmask.generation.settings import make_settings
-from gmask.generation.streaming import AnswerStream
+from gmask.generation.text import Prompt, PromptFormat, Rounds, find_format, fit_prompt
 
 Message = Mapping[str, str]
 """``{"role": "user" or "assistant", "content": text}``."""

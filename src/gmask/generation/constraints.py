@@ -1,4 +1,4 @@
-"""Which tokens may come next in an answer that has to be one of some texts, match a regex or fit a JSON schema?
+"""Answers that have to be one of some texts, match a regex or fit a JSON schema: which tokens may come next.
 
 llguidance decides: of the kept libraries it takes any table of token bytes (xgrammar too, but it needs Triton and
 TVM), builds nothing beforehand (outlines-core makes an automaton over the vocabulary for each pattern), has no
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
-from gmask.generation.token_bytes import read_spelling
+from gmask.tokenizers.bytes import read_spelling
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher

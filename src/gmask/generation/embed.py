@@ -1,4 +1,4 @@
-"""What vector stands for a text?
+"""Vectors of texts.
 
 Shape letters: B texts of a batch, T positions, H hidden size, N texts, L layers.
 """
@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
-from gmask.generation.context import Context, TextReader
-from gmask.generation.decoding import check_numbers, stack_contexts
+from gmask.generation.decode import check_numbers, stack_contexts
+from gmask.generation.text import Context, TextReader
 from gmask.models.glm import GLMForConditionalGeneration
 
 Pooling = Literal["mean", "first", "last", "mask"]

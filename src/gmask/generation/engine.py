@@ -1,39 +1,143 @@
-"""How are many requests answered at once, each joining and leaving the batch at any token?
+"""The engine: many requests in one batch, each joining and leaving at any token.
 
 A thread of its own alternates: it reads the contexts of waiting requests, whole (a context is bidirectional: it can
 neither be cut into chunks nor be shared by its beginning), at most ``prefill_tokens`` of them together, and then
 decodes one token for every running row. A request that waits thus holds the running ones up by one prefill at most.
-Which requests are read is told in waiting.py, what a row says in rows.py. Rows of any length, with any number of blanks
-left, share a step: slots.py.
+Rows of any length, with any number of blanks left, share a step (`SlotCache`).
+
+Shape letters: R rows, V vocabulary.
 """
 
+import heapq
 import logging
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gmask.checkpoints.memory import free_bytes
 from gmask.errors import GmaskError, is_shortage
 from gmask.generation.adapters import AdapterSet
-from gmask.generation.conversation import find_format
-from gmask.generation.decoding import Memory
-from gmask.generation.requests import End, EngineClosed, Progress, QueueFull, Request, Tell, Ticket
-from gmask.generation.rows import Row, Speaker
-from gmask.generation.slots import SlotCache, real_columns, total_places
-from gmask.generation.waiting import Room, WaitingLine
-from gmask.models.cache import capacity_for
+from gmask.generation.answers import Answer, Hypothesis, Rules, TextAssembler
+from gmask.generation.decode import Memory
+from gmask.generation.sampling import Chooser, Dice, SamplingParameters, top_tokens
+from gmask.generation.text import Context, PromptFormat, find_format
+from gmask.hardware import free_bytes
+from gmask.models.cache import SlotCache, capacity_for, real_columns, total_places
 
+log = logging.getLogger(__name__)
 __all__ = ["Counts", "Engine", "EngineClosed", "Progress", "QueueFull", "Request", "Ticket"]
+End = Literal["complete", "cancelled", "timeout", "failed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A context whose blanks are to be filled."""
+
+    context: Context
+    sampling: SamplingParameters
+    n: int = 1  # independent samples of the context, which is read once
+    adapter: str | None = None  # the name of one of the engine's; None: the model alone
+    priority: int = 0  # lower is served first
+    timeout: float | None = None  # seconds from submission
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a sample stands, after each of its tokens and at its end."""
+
+    index: int  # which sample, from 0
+    done: tuple[Answer, ...]  # of the blanks that are complete
+    open: Answer  # the one that is being written
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()  # beside each token of the latest answer, if asked for
+    end: End | None = None  # None: it goes on
+    error: Exception | None = None  # why it failed
+
+
+Tell = Callable[[Progress], None]
+
+
+class QueueFull(GmaskError):
+    """Too many requests are waiting."""
+
+    def __init__(self, waiting: int, retry_after: float) -> None:
+        super().__init__(f"{waiting} requests are waiting already: try again in {retry_after:.0f} s")
+        self.retry_after = retry_after  # seconds
+
+
+class EngineClosed(GmaskError):
+    """The engine answers no more: it was closed, or has failed for good."""
+
+
+class Ticket:
+    """A submitted request."""
+
+    def __init__(
+        self, request: Request, tell: Tell, *, seed: int, order: int, deadline: float | None, prefix: int = 0
+    ) -> None:
+        """``prefix``: positions that the model itself puts in front."""
+        self.request, self.tell = request, tell
+        self.seed, self.order, self.deadline, self.prefix = seed, order, deadline, prefix
+        self.is_cancelled = False
+        self.latest = [Progress(index, (), Answer()) for index in range(request.n)]
+        self._is_over = threading.Event()
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Its place in the queue."""
+        return self.request.priority, self.order
+
+    @property
+    def places(self) -> int:
+        """Of keys and values that one sample needs in the end: the context, and each answer with its ``<sop>``."""
+        context, tokens = self.request.context, self.request.sampling.max_tokens
+        return self.prefix + len(context.ids) + len(context.places) * (tokens + 1)
+
+    def outer_end(self, now: float) -> End | None:
+        """What ends it from outside at a time of `time.monotonic`; None while it may go on."""
+        if self.is_cancelled:
+            return "cancelled"
+        return "timeout" if self.deadline is not None and now > self.deadline else None
+
+    def cancel(self) -> None:
+        """Has the engine stop; what was said so far is told once more, with the end "cancelled"."""
+        self.is_cancelled = True
+
+    def wait(self, timeout: float | None = None) -> list[Progress]:
+        """Waits for the end; returns the last progress of every sample.
+
+        Raises:
+            TimeoutError: the end did not come in ``timeout`` seconds.
+        """
+        if not self._is_over.wait(timeout):
+            raise TimeoutError("the request is still running")
+        return self.latest
+
+    def report(self, progress: Progress) -> None:
+        """Tells of a sample; for the engine. A listener that fails is no other request's affair."""
+        self.latest[progress.index] = progress
+        try:
+            self.tell(progress)
+        except Exception:
+            log.exception("a listener failed")
+        if all(latest.end for latest in self.latest):
+            self._is_over.set()
+
+    def give_up(self, end: End, error: Exception | None = None) -> None:
+        """Ends all samples that have not ended."""
+        for latest in self.latest:
+            if latest.end is None:
+                self.report(Progress(latest.index, latest.done, latest.open, latest.top_logprobs, end, error))
+
 
 PREFILL_TOKENS = 1024
 """Tokens of contexts, padding counted, that are read together."""
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,3 +421,157 @@ def _default_places(model: PreTrainedModel, rows: int) -> int:
     fitting = free_bytes(model.device) // 2 // place_bytes
     one = total_places([2 * positions])  # the longest context, and as long an answer
     return max(one, min(fitting, max(one, rows * capacity_for(positions // 4))))
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What an engine holds at a time."""
+
+    rows: int  # samples
+    places: int  # of keys and values, of all rows together
+    prefill_tokens: int  # of contexts that are read together, padding counted
+
+    def check(self, ticket: Ticket) -> None:
+        """Raises `GmaskError` for a request that would have no room in an empty engine."""
+        n = ticket.request.n
+        needed = total_places([ticket.places] * n)
+        if n > self.rows or needed > self.places:
+            raise GmaskError(
+                f"{n} samples of {ticket.places} tokens, prompt and answers together, need {needed} places; "
+                f"the engine has {self.places} and {self.rows} rows: lower n or max_tokens, or shorten the text"
+            )
+
+    def holds(self, running: Sequence[int], batch: Sequence[Ticket]) -> bool:
+        """Whether requests can be read together, beside running rows that may come to take so many places each."""
+        places = [*running, *(ticket.places for ticket in batch for _ in range(ticket.request.n))]
+        width = max(len(ticket.request.context.ids) + 1 for ticket in batch)
+        return (
+            len(places) <= self.rows
+            and total_places(places) <= self.places
+            and (len(batch) == 1 or width * len(batch) <= self.prefill_tokens)
+        )
+
+
+class WaitingLine:
+    """Requests by priority, then in their order; one that has no room yet is not overtaken."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[tuple[int, int], Ticket]] = []
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def __iter__(self) -> Iterator[Ticket]:
+        return (ticket for _, ticket in self._heap)
+
+    def push(self, ticket: Ticket) -> None:
+        """Lets a request wait."""
+        heapq.heappush(self._heap, (ticket.rank, ticket))
+
+    def take(self, room: Room, running: Sequence[int]) -> list[Ticket]:
+        """The next requests, as many as `Room.holds` together."""
+        batch: list[Ticket] = []
+        while self._heap and room.holds(running, [*batch, self._heap[0][1]]):
+            batch.append(heapq.heappop(self._heap)[1])
+        return batch
+
+    def remove(self, is_over: Callable[[Ticket], object]) -> list[Ticket]:
+        """The requests that are over, which wait no more."""
+        removed = [ticket for _, ticket in self._heap if is_over(ticket)]
+        if removed:
+            self._heap = [(rank, ticket) for rank, ticket in self._heap if ticket not in removed]
+            heapq.heapify(self._heap)
+        return removed
+
+
+@dataclass(slots=True)
+class Row:
+    """A running sample."""
+
+    ticket: Ticket
+    hypothesis: Hypothesis
+    dice: Dice
+    rules: Rules
+    assembler: TextAssembler | None = None  # of the answer that is being written, for stop texts
+    text: str = ""
+    top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+
+
+class Speaker:
+    """Has rows say their tokens, and tells those who asked.
+
+    Attributes:
+        tokens: said so far.
+        ends: samples, by how they ended.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat) -> None:
+        special = prompt_format.special
+        self.tokenizer = tokenizer
+        self.end_ids = (special.eop, special.eos)
+        forbidden = {*prompt_format.forbidden_ids, *range(len(tokenizer), model.config.vocab_size)}
+        self._chooser = Chooser(self.end_ids, sorted(forbidden - set(self.end_ids)))
+        self.tokens = 0
+        self.ends: Counter[End] = Counter()
+
+    def make_row(self, ticket: Ticket, index: int) -> Row:
+        """A sample of a request that has said nothing."""
+        sampling = ticket.request.sampling
+        rules = Rules(self.end_ids, max_tokens=sampling.max_tokens, min_tokens=sampling.min_tokens)
+        dice = Dice.make(sampling, index, ticket.seed)
+        row = Row(ticket, Hypothesis(0, index, ticket.request.context), dice, rules)
+        if sampling.stop:
+            row.rules = replace(rules, is_stopped=lambda ids: self._is_stopped(row, ids[-1]))
+        return row
+
+    def advance(self, rows: Sequence[Row], logits: Tensor) -> list[bool]:
+        """Has every row say its next token, from logits ``[R, V]``; tells which of them have ended."""
+        sick = logits.isnan().any(-1).tolist()
+        tokens = self._chooser.choose(logits, [row.hypothesis for row in rows], [row.dice for row in rows])
+        logprobs = logits.log_softmax(-1)
+        chosen = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+        ended = []
+        for place, row in enumerate(rows):
+            error = row.dice.fault
+            if sick[place]:
+                error = GmaskError("the model computes values that are not numbers for this request")
+            if error is not None:
+                self._tell_row(row, "failed", error)
+                ended.append(True)
+                continue
+            count = row.ticket.request.sampling.top_logprobs
+            top = top_tokens(logprobs[place], count) if count else ()
+            ended.append(self._say(row, tokens[place], chosen[place], top))
+        return ended
+
+    def give_up(self, ticket: Ticket, end: End, error: Exception | None = None) -> None:
+        """Ends those samples of a request that have not ended, and tells it."""
+        self.ends[end] += sum(latest.end is None for latest in ticket.latest)
+        ticket.give_up(end, error)
+
+    def _say(self, row: Row, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> bool:
+        """Has a row say a token; True if that was its last."""
+        before = len(row.hypothesis.done)
+        if not row.hypothesis.open.ids:
+            row.top_logprobs, row.text, row.assembler = [], "", TextAssembler(self.tokenizer)
+        row.hypothesis = row.hypothesis.advance(token, logprob, row.rules)
+        row.dice.accept(token, ends_answer=len(row.hypothesis.done) > before)
+        if top:
+            row.top_logprobs.append(top)
+        self.tokens += 1
+        self._tell_row(row, "complete" if row.hypothesis.is_complete else None)
+        return row.hypothesis.is_complete
+
+    def _is_stopped(self, row: Row, token: int) -> bool:
+        assert row.assembler is not None, "an answer has begun"
+        row.text += row.assembler.push(token)
+        return any(stop in row.text for stop in row.ticket.request.sampling.stop)
+
+    def _tell_row(self, row: Row, end: End | None, error: Exception | None = None) -> None:
+        hypothesis = row.hypothesis
+        progress = Progress(
+            hypothesis.alternative, hypothesis.done, hypothesis.open, tuple(row.top_logprobs), end, error
+        )
+        if end is not None:
+            self.ends[end] += 1
+        row.ticket.report(progress)

@@ -1,22 +1,34 @@
-"""How are the lines of a file filled, scored or embedded, one result a line?"""
+"""Files worked through line by line, resumable: filled, scored or embedded, one result a line."""
 
+import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
+from tqdm import tqdm
 
 from gmask.errors import GmaskError
-from gmask.generation.choices import ChoiceLists, read_choices
-from gmask.generation.context import Context
 from gmask.generation.embed import Embedder, as_floats
 from gmask.generation.infill import Infiller
-from gmask.generation.lines import FileReport, Job, run_job
-from gmask.generation.score import Question, Scorer
-from gmask.generation.search import make_seeds
+from gmask.generation.sampling import make_seeds
+from gmask.generation.score import ChoiceLists, Question, Scorer, read_choices
+from gmask.generation.text import Context
+from gmask.models.glm import GLMForConditionalGeneration
+
+
+@dataclass(frozen=True, slots=True)
+class FileReport:
+    """What became of the lines of a file."""
+
+    lines: int
+    resumed: int  # had been done before
+    skipped: int  # of the others: could not be read, and the output has their error in their place
 
 
 def fill_file(
@@ -130,3 +142,135 @@ def _write_array(lines: Path, target: Path, *, width: int) -> None:
         for line in file:
             values = json.loads(line) if line.strip() else {}
             output.write(np.array(values.get("embedding", [np.nan] * width), "<f4").tobytes())
+
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Line(Generic[Item]):
+    """One line of the input: what it asks for, an error, or neither if it is empty."""
+
+    number: int  # from 1
+    item: Item | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job(Generic[Item]):
+    """What is done with each line of a file."""
+
+    read: Callable[[Mapping[str, Any]], Item]  # what a line asks for, or GmaskError; its "text" is a string
+    answer: Callable[[Sequence[tuple[int, Item]]], Iterable[Mapping[str, Any]]]  # of lines by their index from 0
+    batch_size: int
+    model: GLMForConditionalGeneration
+    settings: Any  # what was done with other ones is not taken over
+    convert: Callable[[Path, Path], None] | None = None  # from the finished JSON lines to the form of the target
+
+
+def run_job(
+    job: Job[Item], source: Path, target: Path, *, skip_bad_lines: bool = False, progress: bool = False
+) -> FileReport:
+    """Answers each line of ``source`` with one JSON line in ``target``.
+
+    A ``.jsonl`` file has an object with a ``text`` on each line; in any other file a line is a text. An empty line
+    stays empty.
+
+    Until all lines are done they are kept beside the target, in a file whose name ends with ``.partial``; the same
+    call then goes on behind the last of them. A call with other settings starts anew.
+
+    Args:
+        skip_bad_lines: write ``{"error": ...}`` in the place of a line that cannot be read or answered, and count it.
+
+    Raises:
+        GmaskError: a line that cannot be read or answered, with its number, the lines before it being kept; or the
+            target is there already.
+        OSError: the source cannot be read or the target cannot be written.
+    """
+    if target.exists():
+        raise GmaskError(f"{target}: is there already and is not overwritten; remove it, or name another output")
+    partial = target.with_name(f"{target.name}.{_fingerprint(job, source)}.partial")
+    with source.open("rb") as file:
+        total = sum(1 for _ in file)
+    resumed, skipped = keep_whole_lines(partial), 0
+    lines = read_lines(source, job.read, start=resumed)
+    bar = tqdm(total=total, initial=resumed, unit="text", disable=not progress)
+    with partial.open("a", encoding="utf-8") as output, bar:
+        while batch := list(itertools.islice(lines, job.batch_size)):
+            bad = None if skip_bad_lines else next((line for line in batch if line.error), None)
+            done = batch if bad is None else batch[: batch.index(bad)]
+            output.writelines(_answer_lines(done, job))
+            output.flush()
+            bar.update(len(done))
+            skipped += sum(line.error is not None for line in done)
+            if bad is not None:
+                raise GmaskError(f"{source}, line {bad.number}: {bad.error}")
+        os.fsync(output.fileno())
+    if job.convert is None:
+        os.replace(partial, target)
+    else:
+        converted = partial.with_suffix(".converted")
+        job.convert(partial, converted)
+        os.replace(converted, target)
+        partial.unlink()
+    return FileReport(total, resumed, skipped)
+
+
+def read_lines(source: Path, read: Callable[[Mapping[str, Any]], Item], *, start: int = 0) -> Iterator[Line[Item]]:
+    """The lines of a file, without the first ``start`` ones."""
+    with source.open("rb") as file:
+        for index, raw in itertools.islice(enumerate(file), start, None):
+            try:
+                values = _parse(raw, is_json=source.suffix == ".jsonl")
+                yield Line(index + 1, None if values is None else read(values))
+            except GmaskError as error:
+                yield Line(index + 1, error=str(error))
+
+
+def _parse(raw: bytes, *, is_json: bool) -> Mapping[str, Any] | None:
+    """What a line says; None if it is empty."""
+    try:
+        text = raw.decode("utf-8").rstrip("\r\n")
+        values = json.loads(text) if is_json and text.strip() else {"text": text}
+        text = values["text"]
+    except UnicodeDecodeError as error:
+        raise GmaskError("not UTF-8 text") from error
+    except json.JSONDecodeError as error:
+        raise GmaskError(f"not JSON ({error.msg} at column {error.colno})") from error
+    except (KeyError, TypeError) as error:
+        raise GmaskError('not an object with a "text"') from error
+    if not isinstance(text, str):
+        raise GmaskError('"text" is not a string')
+    return values if text.strip() else None
+
+
+def _answer_lines(lines: Sequence[Line[Item]], job: Job[Item]) -> Iterator[str]:
+    """The lines of the output, in order."""
+    items = [(line.number - 1, line.item) for line in lines if line.item is not None]
+    answers = iter(job.answer(items))
+    for line in lines:
+        if line.item is not None:
+            yield json.dumps(next(answers), ensure_ascii=False) + "\n"
+        elif line.error is not None:
+            yield json.dumps({"error": line.error}, ensure_ascii=False) + "\n"
+        else:
+            yield "\n"
+
+
+def keep_whole_lines(path: Path) -> int:
+    """The number of lines in a file that may not be there; a last line without its end is cut off."""
+    if not path.exists():
+        return 0
+    with path.open("r+b") as file:
+        count = end = 0
+        for line in file:
+            if line.endswith(b"\n"):
+                count, end = count + 1, end + len(line)
+        file.truncate(end)
+    return count
+
+
+def _fingerprint(job: Job[Any], source: Path) -> str:
+    """Tells runs apart that must not be joined: another source, model or setting."""
+    run = [str(source.resolve()), job.model.config.name_or_path, str(job.model.dtype), job.settings]
+    return hashlib.sha256(json.dumps(run).encode()).hexdigest()[:8]

@@ -1,6 +1,6 @@
-"""How are the blanks of a text filled?"""
+"""The blanks of a text are filled, at once or as a stream."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Unpack, overload
@@ -8,12 +8,20 @@ from typing import Unpack, overload
 from transformers import PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
-from gmask.generation.answers import Infilling, assemble_infilling
-from gmask.generation.choices import ChoiceLists, read_choices, score_choices
-from gmask.generation.context import BlankedText, TextReader
-from gmask.generation.decoding import Hypothesis, Rules
-from gmask.generation.search import find_answers, make_rules, make_seeds
+from gmask.generation.answers import (
+    Answer,
+    AnswerStream,
+    Hypothesis,
+    Infilling,
+    Rules,
+    assemble_infilling,
+    settle_blank,
+)
+from gmask.generation.decode import decode, find_answers, make_rules, make_search
+from gmask.generation.sampling import make_seeds
+from gmask.generation.score import ChoiceLists, read_choices, score_choices
 from gmask.generation.settings import Settings, SettingsKeywords, make_settings
+from gmask.generation.text import BlankedText, TextReader
 from gmask.models.glm import GLMForConditionalGeneration
 
 
@@ -160,3 +168,51 @@ class Infiller:
         scored = score_choices(self.model, self.reader, text, lists, batch_size=self.batch_size)
         filled = [assemble_infilling(text, answers, self.tokenizer) for answers in scored.answers[: self.settings.n]]
         return replace(filled[0], alternatives=tuple(filled[1:]), choices=scored.choices)
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """A stretch of one answer; never empty, and never part of a character."""
+
+    blank: int  # which blank it belongs to, from 0
+    text: str
+
+
+def stream_infill(
+    model: GLMForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    **settings: Unpack[SettingsKeywords],
+) -> Generator[Fragment, None, Infilling]:
+    """`infill` of one text that gives out the answers as they are written.
+
+    Joined, the fragments of a blank are its answer as it stands in the filled text. The generator returns the
+    `Infilling` (``result = yield from stream_infill(...)``).
+
+    Raises:
+        GmaskError: as `infill`; also more than one alternative or beam, since the best is known only at the end.
+    """
+    return stream_answers(Infiller(model, tokenizer, make_settings(settings)), text)
+
+
+def stream_answers(infiller: Infiller, text: str) -> Generator[Fragment, None, Infilling]:
+    """What `stream_infill` gives, by an `Infiller`; its errors come before the first fragment is asked for."""
+    if infiller.settings.n > 1 or infiller.settings.beams > 1:
+        raise GmaskError("answers are streamed for n=1 and num_beams=1 only: the best of several is known at the end")
+    return _tell_answers(infiller, infiller.read(text))
+
+
+def _tell_answers(infiller: Infiller, blanked: BlankedText) -> Generator[Fragment, None, Infilling]:
+    stops = infiller.settings.stop
+    search = make_search([blanked.context], infiller.settings, infiller.rules, seeds=make_seeds(infiller.settings, 1))
+    answer_stream = AnswerStream(infiller.tokenizer, settle_blank(blanked, 0), stops=stops)
+    done: tuple[Answer, ...] = ()
+    for (hypothesis,) in decode(infiller.model, search.contexts, search, special=infiller.reader.special):
+        has_ended = len(hypothesis.done) > len(done)
+        done = hypothesis.done
+        new = answer_stream.take(done[-1] if has_ended else hypothesis.open)
+        if new:
+            yield Fragment(len(done) - has_ended, new)
+        if has_ended and not hypothesis.is_complete:
+            answer_stream = AnswerStream(infiller.tokenizer, settle_blank(blanked, len(done)), stops=stops)
+    return assemble_infilling(blanked, done, infiller.tokenizer, stops=stops)

@@ -1,4 +1,4 @@
-"""Which token comes next in each row of a batch whose rows have settings of their own?
+"""Sampling: the choice of the next token in each row of a batch whose rows have settings of their own.
 
 Scores are changed in the usual order: penalties, bias, what is forbidden, then temperature, top-k and top-p. The
 log-probabilities that are told are the model's own, without any of this.
@@ -10,15 +10,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gmask.errors import GmaskError
+from gmask.generation.answers import Hypothesis
 from gmask.generation.constraints import Constraint, TokenMask
-from gmask.generation.decoding import Hypothesis
-from gmask.generation.search import draw_tokens
+from gmask.generation.settings import Settings
 
 MOST_TOP_LOGPROBS = 20
 
@@ -167,3 +168,43 @@ def top_tokens(logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:
     """The most probable tokens of a row ``[V]`` and their log-probabilities, best first."""
     best = logprobs.topk(count)
     return tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+
+class Cut(Protocol):
+    """How a distribution is tempered and cut."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def top_p(self) -> float: ...
+
+
+def draw_tokens(logprobs: Tensor, draws: Tensor, settings: Cut) -> Tensor:
+    """Tokens ``[B]`` at the quantiles ``draws [B]`` (in [0, 1)) of the tempered and cut distributions ``[B, V]``."""
+    scores, order = _in_order(logprobs / settings.temperature, settings.top_k)
+    probabilities = scores.double().softmax(-1)
+    cumulative = probabilities.cumsum(-1)
+    # The first token stays in any case; each further one while those before it hold less than top_p.
+    kept = (cumulative - probabilities < settings.top_p) & (probabilities > 0)
+    kept[:, 0] = True
+    mass = torch.where(kept, probabilities, 0.0).cumsum(-1)
+    rank = torch.searchsorted(mass, (draws.double() * mass[:, -1])[:, None], right=True)
+    rank = torch.minimum(rank, kept.sum(-1, keepdim=True) - 1)
+    return order.gather(-1, rank)[:, 0]
+
+
+def _in_order(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The ``top_k`` greatest scores of each row (0: all), in order, and where they were; of equals the first."""
+    if not 0 < top_k < scores.shape[-1]:
+        return scores.sort(dim=-1, descending=True, stable=True)
+    order = scores.topk(top_k, dim=-1, sorted=False).indices.sort(dim=-1).values  # a tenth of the time of a sort
+    best, rank = scores.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    return best, order.gather(-1, rank)
+
+
+def make_seeds(settings: Settings, count: int) -> list[int]:
+    """Seeds of the first ``count`` texts; from a throw of the dice if the settings have none."""
+    first = int(np.random.default_rng().integers(2**62)) if settings.seed is None else settings.seed
+    return list(range(first, first + count))

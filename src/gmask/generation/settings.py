@@ -1,4 +1,4 @@
-"""How many answers, how long, and how freely chosen?"""
+"""Settings of generation: how many answers, how long, how freely chosen."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields

@@ -1,4 +1,4 @@
-"""How do a text and the spans hidden in it become one training sequence?"""
+"""A text and the spans hidden in it become one training sequence."""
 
 from dataclasses import dataclass, replace
 
@@ -6,7 +6,6 @@ import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
-
 NOT_SCORED = -100  # the label that a loss ignores
 
 

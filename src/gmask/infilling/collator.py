@@ -1,4 +1,4 @@
-"""How do examples become the tensors of one batch?"""
+"""Examples become the tensors of one batch."""
 
 from collections.abc import Sequence
 

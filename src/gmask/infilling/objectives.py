@@ -1,4 +1,4 @@
-"""Which objectives is a GLM pretrained on, and in which proportion?
+"""The objectives that a GLM is pretrained on, and their mixture.
 
 The published objective has three tasks: short spans (token), whole sentences (sentence), a long stretch
 (document). Not offered: `encoder_decoder` (the published code always stops in it), `masked_lm` (BERT's

@@ -1,4 +1,4 @@
-"""Which spans of a text are hidden?
+"""The spans of a text that are hidden.
 
 Every law here is that of the published sampler (THUDM/GLM blocklm_utils.py); randomness is an argument.
 A span is a row `(start, end)` of an int64 array, end exclusive.

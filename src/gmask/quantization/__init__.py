@@ -1,1 +1,1 @@
-"""Which weight-only int8 and int4 formats and matrix products are there?"""
+"""Weight-only int8 and int4: formats, matrix products, layers, quantized models."""

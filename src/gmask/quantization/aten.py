@@ -1,4 +1,4 @@
-"""How do torch's own weight-only CPU operations serve, where the package's kernel was not built?
+"""Products with int8 and int4 weights by torch's own CPU operations.
 
 They take bfloat16 activations only: float32 ones cost a hundred times more, and float16 sums may overflow. A scale a
 row is applied to the output, in float32, with ones in the pack, which is more accurate than the bfloat16 scale of the
@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from gmask.quantization.packing import pack_int4, unpack
+from gmask.quantization.formats import pack_int4, unpack
 
 ROW_CHUNK = 1024  # rows packed at a time: the operation wants 32-bit integers, eight times the packed size
 BLOCK_ROWS = 64  # of torch's widest layout

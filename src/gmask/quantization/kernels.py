@@ -1,11 +1,12 @@
-"""How is an activation multiplied by an int8 or int4 weight, and by which of the ways that this machine has?
+"""The product with an int8 or int4 weight, by the fastest path that this machine has.
 
 Paths, fastest first: on CUDA devices Triton's kernels ("triton"); on CPUs the package's C++ kernel with the widest
 instruction set of the machine ("avx512_vnni", "avx512", "neon", "avx2"), torch's own operations ("aten") and the same
 C++ for any CPU ("portable"); plain torch ("torch"), which dequantizes a few rows at a time, wherever nothing else fits.
 ``GMASK_MATMUL`` names one of the CPU's to force; "torch" holds for GPUs too. Every path computes the same numbers up to
-rounding, and "avx512_vnni" rounds bfloat16 activations to int8; sums are float32. Shape letters: packing.py, M rows of
-activations.
+rounding, and "avx512_vnni" rounds bfloat16 activations to int8; sums are float32.
+
+Shape letters: formats.py, M rows of activations.
 """
 
 import os
@@ -19,10 +20,9 @@ import torch
 from torch import Tensor
 
 from gmask.errors import GmaskError
-from gmask.native import matmul as native
-from gmask.native import shared_library
+from gmask.native import ops as native
 from gmask.quantization import aten
-from gmask.quantization.packing import (
+from gmask.quantization.formats import (
     check_format,
     dequantize,
     pack,
@@ -33,7 +33,7 @@ from gmask.quantization.packing import (
 )
 
 PATHS = ("triton", "avx512_vnni", "avx512", "neon", "avx2", "aten", "portable", "torch")
-NATIVE_PATHS = shared_library.INSTRUCTION_SETS
+NATIVE_PATHS = native.INSTRUCTION_SETS
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROW_CHUNK = 512  # weight rows dequantized at a time: a buffer that stays in the cache
 PATH_VARIABLE = "GMASK_MATMUL"
@@ -83,7 +83,7 @@ class PackedWeight:
 def available_paths(device: torch.device | None = None) -> tuple[str, ...]:
     """The paths of a device, this machine's CPU by default, the preferred first."""
     device = device or torch.device("cpu")
-    usable = {"torch", *(("aten", *shared_library.instruction_sets()) if device.type == "cpu" else ())}
+    usable = {"torch", *(("aten", *native.instruction_sets()) if device.type == "cpu" else ())}
     if _triton_kernels(device):
         usable.add("triton")
     return tuple(path for path in PATHS if path in usable)
@@ -95,7 +95,7 @@ def _triton_kernels(device: torch.device) -> ModuleType | None:
     if device.type != ("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"):
         return None
     try:
-        from gmask.quantization import triton_kernels
+        from gmask.quantization import triton as triton_kernels
 
         one = torch.ones(1, 32, device=device)
         triton_kernels.matmul(one, one.to(torch.int8), one[0, :1], None, bits=8, group_size=None)
@@ -111,7 +111,7 @@ def describe() -> str:
     path = _chosen_path() or available_paths()[0]
     if path in NATIVE_PATHS:
         return f"the package's C++ kernel ({path.replace('_', ' ')})"
-    reason = "" if shared_library.instruction_sets() else "; the package's C++ kernel was not built"
+    reason = "" if native.instruction_sets() else "; the package's C++ kernel was not built"
     names = {
         "triton": "Triton's interpreter",
         "aten": "torch's int4pack and int8pack operations",

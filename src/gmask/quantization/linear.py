@@ -1,4 +1,4 @@
-"""How does a layer keep its weight in int8 or int4, and still pass for an ordinary linear layer or embedding?
+"""Linear layers and embeddings that keep their weight in int8 or int4.
 
 A layer holds the integers and scales as published, under the published names ``weight`` and ``weight_scale``. The first
 product repacks them for the fastest path of the machine and lets the published form go, so that one copy is held; who
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from gmask.quantization import aten
+from gmask.quantization.formats import check_format, dequantize, pack, quantize, unpack, unpack_blocks
 from gmask.quantization.kernels import PackedWeight, matmul, prepare
-from gmask.quantization.packing import check_format, dequantize, pack, quantize, unpack, unpack_blocks
 
 SCALE_DTYPE = torch.float16  # in which the published checkpoints were quantized
 _packing = threading.Lock()  # two threads may share a model

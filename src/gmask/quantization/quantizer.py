@@ -1,4 +1,4 @@
-"""How does a model get int8 or int4 weights: in memory, while it is loaded, or from a file that holds them?
+"""A model gets int8 or int4 weights: in memory, while it is loaded, or from a file that holds them.
 
 As published, the four linear layers of every block are quantized, and on demand the word embeddings with the head that
 is tied to them. The quantizer is registered with transformers, whose `from_pretrained` and `save_pretrained` then know
@@ -18,8 +18,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gmask.errors import GmaskError
+from gmask.quantization.formats import check_form, check_format, pack, quantize
 from gmask.quantization.linear import SCALE_DTYPE, QuantEmbedding, QuantizedLayer, QuantLinear
-from gmask.quantization.packing import check_form, check_format, pack, quantize
 
 METHOD = "gmask"  # what a config calls it
 

@@ -1,1 +1,1 @@
-"""How do programs and people reach a model: by HTTP, on one machine or many?"""
+"""Programs and people reach a model: by HTTP, on one machine or many."""

@@ -1,27 +1,32 @@
-"""How does an HTTP request reach the engine and the model, and how does it get away from them?"""
+"""From a request to the engine and back: the engine's thread, work beside it, server-sent events.
+
+What the engine does not do (beams, scores, embeddings) is done by one thread, one piece after the other. A piece is
+many passes through the model; one that is late, or that nobody waits for any more, ends before its next pass.
+"""
 
 import asyncio
+import json
 import math
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import aclosing, suppress
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
+from fastapi.responses import StreamingResponse
 from starlette.requests import Request as HttpRequest
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gmask.checkpoints.load import LanguageModel
 from gmask.errors import GmaskError
-from gmask.generation.context import Context, TextReader
-from gmask.generation.conversation import PromptFormat, find_format
 from gmask.generation.engine import Engine, EngineClosed, Progress, Request, Ticket
 from gmask.generation.sampling import SamplingParameters
-from gmask.loading import LanguageModel
+from gmask.generation.text import Context, PromptFormat, TextReader, find_format
 from gmask.models.glm import GLMForConditionalGeneration
-from gmask.serving.errors import ApiError
-from gmask.serving.mailbox import Key, Mailbox
-from gmask.serving.metrics import Metrics
-from gmask.serving.offline import Dropped, Worker
-from gmask.serving.samples import Tops
+from gmask.serving.middleware import ApiError, Metrics, as_api_error
+from gmask.serving.replies import Tops, blank_of
 from gmask.serving.settings import ServerSettings
 
 Result = TypeVar("Result")
@@ -210,6 +215,10 @@ async def _await_leaving(http_request: HttpRequest) -> None:
         pass
 
 
+Key = tuple[int, int]
+"""Which context of a request, and which of its samples."""
+
+
 class Job:
     """What the engine does for one request, until it is closed or the client goes."""
 
@@ -271,3 +280,162 @@ class Job:
                 raise ApiError(504, "there was no time for this request: the server is busy; ask later", retry_after=5)
             self.backend.check_open()
             raise ApiError(503, "the request was given up before it began", retry_after=5)
+
+
+class Mailbox:
+    """The latest that the engine told of each sample, for the event loop to read.
+
+    The engine's thread tells every token. The event loop is woken for it only if it streams, and once for all that came
+    while it was busy; a slow reader therefore holds one progress for each sample, however far the engine has gone.
+    """
+
+    def __init__(self, samples: int, metrics: Metrics, *, wakes_every_token: bool) -> None:
+        self.metrics = metrics
+        self.wakes_every_token = wakes_every_token
+        self.loop = asyncio.get_running_loop()
+        self.news = asyncio.Event()
+        self.lock = threading.Lock()
+        self.unread: dict[Key, Progress] = {}
+        self.tops: dict[Key, dict[int, Tops]] = {}
+        self.running = samples
+        self.began = time.perf_counter()
+        self.last_told: dict[Key, float] = {}
+
+    def slot(self, context: int) -> Callable[[Progress], None]:
+        """Where the engine tells the progress of a context."""
+        return lambda progress: self._put((context, progress.index), progress)
+
+    def _put(self, key: Key, progress: Progress) -> None:
+        now = time.perf_counter()
+        if progress.end is None:
+            last = self.last_told.get(key)
+            histogram = self.metrics.first_token if last is None else self.metrics.next_token
+            histogram.observe(now - (self.began if last is None else last))
+            self.last_told[key] = now
+        with self.lock:
+            self.unread[key] = progress
+            if progress.top_logprobs:
+                self.tops.setdefault(key, {})[blank_of(progress)] = progress.top_logprobs
+            self.running -= progress.end is not None
+            is_news = self.wakes_every_token or not self.running
+        if is_news:
+            with suppress(RuntimeError):  # the loop has ended: nobody listens
+                self.loop.call_soon_threadsafe(self.news.set)
+
+    async def take(self) -> tuple[dict[Key, Progress], bool]:
+        """What is new, and whether that was all; waits for it."""
+        await self.news.wait()
+        self.news.clear()
+        with self.lock:
+            unread, self.unread = self.unread, {}
+            return unread, not self.running
+
+
+class Dropped(Exception):
+    """The work is late, or nobody waits for it."""
+
+
+class Work(Generic[Result]):
+    """A piece of work."""
+
+    def __init__(self, function: Callable[[], Result], *, deadline: float) -> None:
+        """``deadline``: a time of `time.monotonic`."""
+        self.function, self.deadline = function, deadline
+        self.is_dropped = False
+        self.future: Future[Result]
+
+    def drop(self) -> None:
+        """Has it end before its next pass."""
+        self.is_dropped = True
+
+    def check(self) -> None:
+        """Raises `Dropped` if it is to end."""
+        if self.is_dropped or time.monotonic() > self.deadline:
+            raise Dropped
+
+
+class Worker:
+    """The thread.
+
+    Attributes:
+        waiting: pieces that are not done, the running one among them.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="gmask-offline")
+        self._thread = threading.local()  # the engine's passes go through the same model, in a thread of its own
+        self._hook = model.base_model.register_forward_pre_hook(self._check)
+        self._lock = threading.Lock()
+        self._open: set[Work[Any]] = set()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._open)
+
+    def submit(self, function: Callable[[], Result], *, seconds: float) -> Work[Result]:
+        """Has a function run in its turn, ``seconds`` from now at the latest."""
+        work = Work(function, deadline=time.monotonic() + seconds)
+        with self._lock:
+            self._open.add(work)
+        work.future = self._pool.submit(self._run, work)
+        work.future.add_done_callback(lambda _: self._forget(work))
+        return work
+
+    def drop_all(self) -> None:
+        """Has all work end."""
+        with self._lock:
+            left = list(self._open)
+        for work in left:
+            work.drop()
+
+    def close(self) -> None:
+        """Ends the thread, and all work."""
+        self.drop_all()
+        self._pool.shutdown(wait=False)
+        self._hook.remove()
+
+    def _run(self, work: Work[Result]) -> Result:
+        work.check()
+        self._thread.work = work
+        try:
+            return work.function()
+        finally:
+            self._thread.work = None
+
+    def _forget(self, work: Work[Any]) -> None:
+        with self._lock:
+            self._open.discard(work)
+
+    def _check(self, *_: Any) -> None:
+        work: Work[Any] | None = getattr(self._thread, "work", None)
+        if work is not None:
+            work.check()
+
+
+STREAMED: dict[str, Any] = {
+    "text/event-stream": {"schema": {"type": "object", "properties": {"data": {"type": "string"}}}}
+}
+"""What the documentation says of an answer that may be streamed."""
+
+
+def stream(job: Job, events: AsyncIterator[Mapping[str, Any]]) -> StreamingResponse:
+    """The response of a job. An error on the way is an event of its own, for the status has been sent by then."""
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_lines(job, events), media_type="text/event-stream", headers=headers)
+
+
+async def _lines(job: Job, events: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[str]:
+    try:
+        async with aclosing(events):  # type: ignore[type-var]
+            async for event in events:
+                yield _line(event)
+    except Exception as error:
+        yield _line(as_api_error(error).body())
+    else:
+        yield "data: [DONE]\n\n"
+    finally:
+        job.close()
+
+
+def _line(event: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -1,4 +1,4 @@
-"""How are the blanks of a text filled, and answers scored, over HTTP?"""
+"""Blanks filled and answers scored over HTTP: /v1/infill and /v1/score."""
 
 import asyncio
 import math
@@ -10,20 +10,16 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from gmask.generation.answers import Infilling, assemble_infilling
-from gmask.generation.context import BlankedText
+from gmask.generation.answers import Infilling, assemble_infilling, settle_blank
+from gmask.generation.engine import Progress
 from gmask.generation.infill import infill
-from gmask.generation.requests import Progress
 from gmask.generation.sampling import SamplingParameters
 from gmask.generation.score import score
-from gmask.generation.streaming import settle_blank
-from gmask.serving.backend import Backend, Job
-from gmask.serving.errors import ApiError
-from gmask.serving.events import STREAMED, stream
-from gmask.serving.logs import note
-from gmask.serving.prompts import read_sampling
-from gmask.serving.replies import count_tokens
-from gmask.serving.samples import SampleReader
+from gmask.generation.text import BlankedText
+from gmask.serving.backend import STREAMED, Backend, Job, stream
+from gmask.serving.middleware import ApiError, note
+from gmask.serving.openai import read_sampling
+from gmask.serving.replies import SampleReader, count_tokens
 from gmask.serving.schema import InfillRequest, ScoreRequest
 
 router = APIRouter(prefix="/v1", tags=["Blanks"])

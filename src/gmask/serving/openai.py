@@ -1,41 +1,52 @@
-"""How are OpenAI's chats, completions and embeddings answered?"""
+"""OpenAI's chats, completions and embeddings, and the published `POST /` of ChatGLM-6B.
+
+Shape letters: T tokens of the text, C of a chunk of it, V vocabulary.
+
+Source: THUDM/ChatGLM-6B api.py. As there, the answer's ``status`` repeats the HTTP status, and ``time`` is local. A
+temperature of 0 is greedy here; it became 0.95 there.
+"""
 
 import asyncio
 import base64
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
 
-from gmask.generation.chat import DEFAULTS
+from gmask.errors import GmaskError
+from gmask.generation import constraints
+from gmask.generation.answers import settle_blank, token_texts
+from gmask.generation.chat import DEFAULTS, read_rounds
+from gmask.generation.constraints import Constraint
+from gmask.generation.decode import log_softmax
 from gmask.generation.embed import as_floats, embed
-from gmask.generation.requests import Progress
+from gmask.generation.engine import Progress
 from gmask.generation.sampling import SamplingParameters
+from gmask.generation.text import Context, Prompt, Rounds, encode_plain, fit_prompt
 from gmask.serving import replies
-from gmask.serving.backend import Backend, Job
-from gmask.serving.errors import ApiError
-from gmask.serving.events import STREAMED, stream
-from gmask.serving.left_to_right import score_text
-from gmask.serving.logs import note
-from gmask.serving.mailbox import Key
-from gmask.serving.prompts import (
-    Question,
-    fit_chat,
-    read_constraint,
-    read_messages,
-    read_prompts,
-    read_sampling,
-    settle_reply,
+from gmask.serving.backend import STREAMED, Backend, Job, Key, stream
+from gmask.serving.middleware import ApiError, note
+from gmask.serving.replies import Choice, Form, SampleReader, Settle, ToldToken, name_tokens
+from gmask.serving.schema import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    Constrained,
+    EmbeddingRequest,
+    PublishedRequest,
+    Round,
+    Sampled,
+    StreamOptions,
 )
-from gmask.serving.replies import Choice, Form
-from gmask.serving.samples import SampleReader, ToldToken
-from gmask.serving.schema import ChatRequest, CompletionRequest, EmbeddingRequest, Sampled, StreamOptions
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
-
 Readers = Mapping[Key, SampleReader]
 
 
@@ -127,6 +138,20 @@ async def complete(request: Request, body: CompletionRequest) -> Response:
         choices = [Choice(index, "", (), "length", 0, 0.0) for index in range(len(questions) * n)]
         return JSONResponse(form.whole(choices, n=n, prompt_tokens=usage))
     return await _answer(request, body, form, questions, sampling, n=n, samples=samples)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What the engine reads, and how its answer becomes text."""
+
+    context: Context
+    settle: Settle
+    text: str = ""  # of the prompt, for echo
+    ids: tuple[int, ...] = ()  # of that text
+
+    def without_space(self) -> "Question":
+        """The same for an answer of a given form, before which the constraint lets a space stand."""
+        return replace(self, settle=lambda text, is_whole: self.settle(text, is_whole).removeprefix(" "))
 
 
 async def _score_prompts(
@@ -259,3 +284,234 @@ async def embeddings(request: Request, body: EmbeddingRequest) -> JSONResponse:
     name = body.model or backend.settings.model_name
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return JSONResponse({"object": "list", "data": data, "model": name, "usage": usage})
+
+
+SAMPLED = ("temperature", "top_p", "top_k", "min_tokens", "seed", "repetition_penalty", "presence_penalty",
+           "frequency_penalty", "logit_bias")  # fmt: skip
+"""Parameters that are passed on as they are."""
+
+
+def read_sampling(
+    request: Sampled, defaults: Mapping[str, Any], backend: Backend, *, max_tokens: int, **others: Any
+) -> SamplingParameters:
+    """The parameters of a request, with an endpoint's defaults for those that are not stated.
+
+    Raises:
+        ApiError: more tokens than the server writes, or a bias on a token that is not in the vocabulary.
+        GmaskError: another value that does not fit.
+    """
+    if max_tokens > backend.longest_answer:
+        raise ApiError(
+            400,
+            f"max_tokens is {max_tokens}, but an answer has at most {backend.longest_answer} here",
+            param="max_tokens",
+        )
+    size = len(backend.tokenizer)
+    if unknown := [token for token in request.logit_bias or {} if not 0 <= token < size]:
+        raise ApiError(400, f"token {unknown[0]} is not one of the {size} of this vocabulary", param="logit_bias")
+    stated = {name: getattr(request, name) for name in SAMPLED if getattr(request, name) is not None}
+    stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
+    values = {**defaults, **stated, "max_tokens": max_tokens, "stop": stop, **others}
+    if values.get("min_tokens", 0) > max_tokens:
+        raise ApiError(400, f"min_tokens is above max_tokens, {max_tokens}", param="min_tokens")
+    return SamplingParameters(**values)
+
+
+def read_constraint(request: Constrained, backend: Backend) -> Constraint | None:
+    """What an answer may consist of. Compiling it may take a while: call it in a thread.
+
+    Raises:
+        GmaskError: a schema or pattern that cannot be followed.
+        ApiError: several of them.
+    """
+    tokenizer, size = backend.tokenizer, backend.model.config.vocab_size
+    wanted = request.response_format if request.response_format and request.response_format.type != "text" else None
+    if sum(one is not None for one in (wanted, request.guided_regex, request.guided_choice)) > 1:
+        raise ApiError(400, "response_format, guided_regex and guided_choice exclude each other: give one")
+    if request.guided_regex is not None:
+        return constraints.regex(tokenizer, request.guided_regex, vocabulary_size=size)
+    if request.guided_choice is not None:
+        return constraints.choices(tokenizer, request.guided_choice, vocabulary_size=size)
+    if wanted is None:
+        return None
+    if wanted.type == "json_object":
+        return constraints.json_schema(tokenizer, {"type": "object"}, vocabulary_size=size)
+    if wanted.json_schema is None:
+        raise ApiError(400, "response_format of type json_schema needs a json_schema", param="response_format")
+    return constraints.json_schema(tokenizer, wanted.json_schema.schema_, vocabulary_size=size)
+
+
+def read_messages(messages: Sequence[ChatMessage]) -> tuple[str, Rounds]:
+    """The last question and the rounds before it.
+
+    Raises:
+        GmaskError: messages that do not take turns.
+        ApiError: the last one is not the user's.
+    """
+    texts = [{"role": message.role, "content": message.text} for message in messages]
+    system = ""
+    while texts and texts[0]["role"] in ("system", "developer"):
+        system += texts.pop(0)["content"] + "\n"
+    if not texts or texts[-1]["role"] != "user":
+        raise ApiError(400, "the last message must be the user's", param="messages")
+    texts[0]["content"] = system + texts[0]["content"]
+    return texts[-1]["content"], read_rounds(texts[:-1])
+
+
+def fit_chat(query: str, rounds: Rounds, backend: Backend, *, longest: int, max_tokens: int | None) -> Prompt:
+    """The prompt of a conversation, with room for the reply in ``longest`` tokens; the oldest rounds go first.
+
+    Without ``max_tokens`` the reply gets half of them, or less for a question that is longer than that.
+
+    Raises:
+        GmaskError: the question has no room.
+    """
+    if max_tokens is None:
+        bare = Prompt(backend.format.encode(query, ()), len(rounds)).length
+        if bare >= longest:
+            raise GmaskError(f"the message has {bare} tokens, prompt and reply together at most {longest}: shorten it")
+        room = max(longest // 2, bare)
+    else:
+        room = longest - max_tokens
+    recent = _recent(rounds, backend, room)
+    prompt = fit_prompt(query, recent, backend.format, room=room)
+    return Prompt(prompt.context, prompt.rounds_left_out + len(rounds) - len(recent))
+
+
+def settle_reply(backend: Backend) -> Settle:
+    """What is certain of a reply, in the form in which it is shown."""
+    shape = backend.format
+    return lambda text, is_whole: shape.clean(text) if is_whole else shape.settled(text)
+
+
+def _recent(rounds: Rounds, backend: Backend, room: int) -> Rounds:
+    """The latest rounds that could have room, each counted once: fitting them reads a long history many times."""
+    for kept in range(len(rounds)):
+        texts = rounds[len(rounds) - 1 - kept]
+        tokens = sum(len(encode_plain(backend.tokenizer, text)) for text in texts)
+        room -= max(1, tokens - 4)  # pieces may join with what stands beside them
+        if room < 0:
+            return rounds[len(rounds) - kept :]
+    return rounds
+
+
+def read_prompts(request: CompletionRequest, backend: Backend) -> list[Question]:
+    """What a completion asks: one question, or several of one kind."""
+    prompts = request.prompt
+    if isinstance(prompts, str):
+        return [_read_text(prompts, request.suffix, backend)]
+    if not prompts:
+        raise ApiError(400, "prompt: there is none", param="prompt")
+    if isinstance(prompts[0], int):
+        return [_read_ids(prompts, request.suffix, backend)]
+    if isinstance(prompts[0], str):
+        return [_read_text(text, request.suffix, backend) for text in prompts]
+    return [_read_ids(ids, request.suffix, backend) for ids in prompts]
+
+
+def _read_text(text: str, suffix: str | None, backend: Backend) -> Question:
+    ids = tuple(encode_plain(backend.tokenizer, text))
+    if not backend.fills_blanks:
+        if suffix is not None:
+            backend.require_blanks("suffix")
+        return Question(backend.format.encode(text, ()), lambda reply, _: reply, text, ids)
+    blank = "[MASK]" if suffix is not None or "[gMASK]" not in backend.reader.blank_ids else "[gMASK]"
+    blanked = backend.reader.read(escape(text, backend) + blank + escape(suffix or "", backend))
+    return Question(blanked.context, settle_blank(blanked, 0), text, ids)
+
+
+def escape(text: str, backend: Backend) -> str:
+    """A text whose special tokens are meant as text, and that a blank may follow."""
+    escaped = backend.reader.pattern.sub(lambda match: 2 * match[1] + "\\" + match[2], text)
+    return escaped + "\\" * (len(text) - len(text.rstrip("\\")))
+
+
+def _read_ids(ids: Sequence[int], suffix: str | None, backend: Backend) -> Question:
+    if suffix is not None:
+        raise ApiError(400, "suffix goes with a prompt that is text", param="suffix")
+    size = len(backend.tokenizer)
+    if unknown := [token for token in ids if token >= size]:
+        raise ApiError(400, f"token {unknown[0]} is not one of the {size} of this vocabulary", param="prompt")
+    special = backend.format.special
+    if forbidden := set(ids) & {special.mask, special.smask, special.gmask, special.sop, special.eop}:
+        raise ApiError(400, f"token {min(forbidden)} is a blank or an end, which the server sets", param="prompt")
+    head = (special.cls,) if backend.fills_blanks and ids[0] != special.cls else ()
+    context = Context((*head, *ids, special.gmask), (len(head) + len(ids),))
+    text = backend.tokenizer.decode(list(ids), skip_special_tokens=True)
+    return Question(context, lambda answer, _: answer, text, tuple(ids))
+
+
+published_router = APIRouter(tags=["ChatGLM-6B"])
+MAX_LENGTH = 2048
+TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
+
+
+class PublishedReply(BaseModel):
+    """The reply, and the history with it."""
+
+    response: str
+    history: list[Round]
+    status: int
+    time: str
+
+
+@published_router.post("/", responses={200: {"model": PublishedReply}})
+async def reply_as_published(request: Request, body: PublishedRequest) -> JSONResponse:
+    """The reply to a prompt behind its history."""
+    backend: Backend = request.app.state.backend
+    rounds = [(asked, answered) for asked, answered in body.history or ()]
+    longest = min(body.max_length or MAX_LENGTH, backend.positions)
+    prompt = await asyncio.to_thread(fit_chat, body.prompt, rounds, backend, longest=longest, max_tokens=None)
+    stated = {name: value for name in ("temperature", "top_p") if (value := getattr(body, name)) is not None}
+    max_tokens = min(longest - prompt.length, backend.longest_answer)
+    sampling = SamplingParameters(**{**DEFAULTS, **stated, "max_tokens": max_tokens})
+    if backend.settings.log_prompts:
+        note(request, prompt=body.prompt)
+    clean = backend.format.clean
+    reader = SampleReader(backend.tokenizer, [lambda text, _: clean(text)], (), logprobs=False)
+    with closing(backend.submit(request, [prompt.context], sampling)) as job:
+        (progress,) = (await job.results()).values()
+    text = "".join(piece.text for piece in reader.read(progress, {}))
+    answer = progress.done[0] if progress.done else progress.open
+    note(request, prompt_tokens=job.prompt_tokens, completion_tokens=len(answer.ids))
+    now = time.strftime(TIME_FORMAT)
+    history = [*rounds, (body.prompt, text)]
+    return JSONResponse({"response": text, "history": history, "status": 200, "time": now})
+
+
+CHUNK = 64
+"""Tokens whose log-probabilities over the whole vocabulary are held together: 32 MiB for a ChatGLM-6B."""
+
+
+def score_text(backend: Backend, ids: Sequence[int], *, top: int) -> tuple[ToldToken, ...]:
+    """The tokens of a text as the answer to a blank alone: ``[gMASK] <sop> text``, with ``[CLS]`` before it for a GLM.
+
+    Args:
+        ids: T of them.
+        top: so many of the most probable tokens are told beside each one.
+
+    Raises:
+        GmaskError: more tokens than the model has positions.
+    """
+    special, model = backend.format.special, backend.model
+    if len(ids) >= backend.positions:
+        raise GmaskError(f"the text has {len(ids)} tokens; the model's {backend.positions} positions hold fewer")
+    if not ids:
+        return ()
+    head = [*([special.cls] if backend.fills_blanks else []), special.gmask, special.sop]
+    told: list[ToldToken] = []
+    texts = iter(token_texts(ids, backend.tokenizer))
+    with torch.inference_mode():
+        input_ids = torch.tensor([[*head, *ids[:-1]]], device=model.device)
+        layout = model.read_prompt_layout(input_ids, None)
+        outputs = model.base_model(input_ids=input_ids, layout=layout, use_cache=False)
+        states = outputs.last_hidden_state[0, len(head) - 1 :]
+        targets = torch.tensor(ids, device=model.device)
+        for chunk, wanted in zip(torch.split(states, CHUNK), torch.split(targets, CHUNK), strict=True):
+            logprobs = log_softmax(model.lm_head(chunk))  # C V
+            chosen = logprobs.gather(-1, wanted[:, None])[:, 0].tolist()
+            best = logprobs.topk(top, dim=-1)
+            for logprob, row, values in zip(chosen, best.indices.tolist(), best.values.tolist(), strict=True):
+                tokens = name_tokens(zip(row, values, strict=True), backend.tokenizer)
+                told.append(ToldToken(next(texts), logprob, tokens))
+    return tuple(told)

@@ -1,4 +1,4 @@
-"""What may a client ask, and in which form?
+"""What a client may ask, and in which form.
 
 OpenAI's parameters keep their names and defaults, unless a comment says otherwise. A parameter that is not listed is an
 error rather than being ignored.

@@ -1,4 +1,4 @@
-"""Who may ask a server, how much, and for how long?"""
+"""A server's settings: who may ask, how much, and for how long."""
 
 import os
 from dataclasses import dataclass, fields

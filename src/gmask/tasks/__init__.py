@@ -1,1 +1,1 @@
-"""What training and evaluation share: tasks, their samples and metrics, recipes, and the texts that these name."""
+"""What training and evaluation share: tasks, their records, samples and metrics."""

@@ -1,14 +1,28 @@
-"""How good are the answers of a model? Every metric by its name, in per cent."""
+"""Every metric by its name, in per cent, and tables of results.
 
+Chinese is compared as the evaluation of ChatGLM-6B's P-tuning does: ROUGE over the words that jieba finds, BLEU-4 over
+characters. English ROUGE is that of GLM's evaluation, without its clean-up of the tokens of particular data sets.
+
+Sources: ``ptuning/main.py`` of THUDM/ChatGLM-6B, ``tasks/seq2seq/evaluate.py`` of THUDM/GLM.
+Sources: ``evaluate-v1.1.py`` of SQuAD, ``evaluate.py`` of ReCoRD, ``cmrc2018_evaluate.py`` (version 5) of CMRC 2018.
+"""
+
+import importlib
+import re
+import string
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, get_args
+from difflib import SequenceMatcher
+from functools import cache
+from itertools import zip_longest
+from typing import Any, Literal, TypeAlias, get_args
+
+from rich.table import Table
 
 from gmask.errors import GmaskError, nearest
-from gmask.tasks.reading_metrics import score_reading
-from gmask.tasks.samples import LABELLED, Prediction, Sample, TaskKind
-from gmask.tasks.text_metrics import Language, Pair, find_language, score_bleu, score_corpus_bleu, score_rouge
+from gmask.tasks.records import LABELLED, Prediction, Sample, TaskKind
 
 NOTHING_CHOSEN = "a text was written and nothing chosen: take exact-match, rouge-l or bleu-4"
 NOTHING_WRITTEN = "a class was chosen and no text: take accuracy, f1 or macro-f1"
@@ -25,6 +39,17 @@ class Choice:
 
 
 ChoiceMetric: TypeAlias = Callable[[Sequence[Choice]], float]  # 0 to 1
+Language = Literal["en", "zh"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A text that a model gave, and those that count as right; there is at least one."""
+
+    text: str
+    references: tuple[str, ...]
+
+
 PairMetrics: TypeAlias = Callable[[Pair, Language], Mapping[str, float]]  # by name, 0 to 1
 
 
@@ -190,6 +215,31 @@ CHOICE_METRICS: Mapping[str, ChoiceMetric] = {
     "multirc-f1a": binary_f1,
     "multirc-em": multirc_exact_match,
 }
+
+
+def score_rouge(pair: Pair, language: Language) -> dict[str, float]:
+    """F-measures of ROUGE-1, ROUGE-2 and ROUGE-L, 0 to 1; of several references, the best of each.
+
+    English by rouge-score, with Porter stemming, which sees Latin letters and digits only; Chinese by rouge-chinese
+    over jieba's words, which counts a repeated n-gram once. 0 where there is nothing to compare.
+    """
+    score = _score_chinese_rouge if language == "zh" else _score_english_rouge
+    scores = [score(pair.text, reference) for reference in pair.references]
+    return {name: max(found[name] for found in scores) for name in scores[0]}
+
+
+def score_bleu(pair: Pair, language: Language) -> dict[str, float]:
+    """BLEU-4 of one text, 0 to 1: over characters in Chinese, over words and punctuation marks otherwise.
+
+    Orders without a match are smoothed by NLTK's method 3, the geometric sequence of NIST's ``mteval-v13a``.
+    """
+    bleu = load_library("nltk.translate.bleu_score")
+    cut: Callable[[str], list[str]] = list if language == "zh" else WORD_OR_MARK.findall
+    references = [cut(reference) for reference in pair.references]
+    smoothing = bleu.SmoothingFunction().method3
+    return {"bleu-4": float(bleu.sentence_bleu(references, cut(pair.text), smoothing_function=smoothing))}
+
+
 PAIR_METRICS: Mapping[tuple[str, ...], PairMetrics] = {
     ("exact-match",): _exact_match,
     ("record-f1", "record-em"): _record,
@@ -198,6 +248,7 @@ PAIR_METRICS: Mapping[tuple[str, ...], PairMetrics] = {
     ("bleu-4",): score_bleu,
 }
 """What one look at a pair gives; a corpus has the mean."""
+
 METRICS = (*CHOICE_METRICS, *(name for names in PAIR_METRICS for name in names), "sacrebleu")
 
 
@@ -225,3 +276,153 @@ def _read_choice(prediction: Prediction, sample: Sample) -> Choice:
 
 def _place(sample: Sample) -> str:
     return "" if sample.path is None else f"{sample.path}, line {sample.line}: "
+
+
+HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+LATIN_WORD = re.compile(r"[A-Za-z]+")
+WORD_OR_MARK = re.compile(r"\w+|[^\w\s]")
+ENGLISH_ROUGE = {"rouge-1": "rouge1", "rouge-2": "rouge2", "rouge-l": "rougeLsum"}
+"""What rouge-score calls them. ``rougeLsum`` takes a line for a sentence, as GLM's evaluation; of one line it is
+``rougeL``."""
+
+
+def find_language(texts: Sequence[str]) -> Language:
+    """Chinese, if there are at least as many Chinese characters as words in Latin letters."""
+    han, words = (sum(len(pattern.findall(text)) for text in texts) for pattern in (HAN, LATIN_WORD))
+    return "zh" if han and han >= words else "en"
+
+
+def score_corpus_bleu(pairs: Sequence[Pair], language: Language) -> float:
+    """sacrebleu's BLEU of all texts together, 0 to 1, by its tokenizer ``zh`` or ``13a``."""
+    streams = list(zip_longest(*(pair.references for pair in pairs)))  # None where a text has fewer references
+    tokenizer = "zh" if language == "zh" else "13a"
+    corpus_bleu = load_library("sacrebleu").corpus_bleu
+    return float(corpus_bleu([pair.text for pair in pairs], streams, tokenize=tokenizer, force=True).score) / 100
+
+
+def cut_words(text: str) -> list[str]:
+    """jieba's words of a text, without spaces."""
+    return [word for word in _segmenter().cut(text) if word.strip()]
+
+
+def _score_english_rouge(text: str, reference: str) -> dict[str, float]:
+    scores = _english_scorer().score(reference, text)
+    return {name: float(scores[its_name].fmeasure) for name, its_name in ENGLISH_ROUGE.items()}
+
+
+def _score_chinese_rouge(text: str, reference: str) -> dict[str, float]:
+    words, right = cut_words(text), cut_words(reference)
+    if not words or not right:  # rouge-chinese refuses them
+        return {"rouge-1": 0.0, "rouge-2": 0.0, "rouge-l": 0.0}
+    (scores,) = load_library("rouge_chinese").Rouge().get_scores(" ".join(words), " ".join(right))
+    return {name: float(score["f"]) for name, score in scores.items()}
+
+
+@cache
+def _english_scorer() -> Any:
+    return load_library("rouge_score.rouge_scorer").RougeScorer([*ENGLISH_ROUGE.values()], use_stemmer=True)
+
+
+@cache
+def _segmenter() -> Any:
+    """A jieba tokenizer whose dictionary is read here: its own way logs to standard error, and trusts and writes a
+    cache in the folder for temporary files, which all users share."""
+    segmenter = load_library("jieba").Tokenizer()
+    segmenter.FREQ, segmenter.total = segmenter.gen_pfdict(segmenter.get_dict_file())
+    segmenter.initialized = True
+    return segmenter
+
+
+def load_library(module: str) -> Any:
+    """Imports a library of the extra ``metrics``. What some warn of while they are imported is not for the user."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise GmaskError(f"{error.name} is not installed; ROUGE and BLEU need pip install 'gmask[metrics]'") from error
+
+
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
+CMRC_MARKS = "-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』"
+"""What CMRC's script leaves out. The ellipsis and Western full stops and commas are not in its list."""
+
+CMRC_LEFT_OUT = str.maketrans("", "", CMRC_MARKS)
+CMRC_HAN = re.compile(r"[\u4e00-\u9fa5]")
+CMRC_HAN_OR_RUN = re.compile(r"[\u4e00-\u9fa5]|[^\u4e00-\u9fa5]+")
+
+
+def score_reading(pair: Pair, language: Language) -> tuple[float, float]:
+    """F1 and exact match of an answer, 0 to 1: of each the best over the references.
+
+    English as SQuAD: lower case, without punctuation and articles, F1 over words. Chinese as CMRC 2018: without
+    punctuation, F1 over the longest run of characters that both have.
+    """
+    f1, exact = (_cmrc_f1, _cmrc_exact) if language == "zh" else (_squad_f1, _squad_exact)
+    return (
+        max(f1(pair.text, reference) for reference in pair.references),
+        max(exact(pair.text, reference) for reference in pair.references),
+    )
+
+
+def normalize_english(text: str) -> str:
+    """Lower case, no ASCII punctuation, no articles, one space between words."""
+    return " ".join(ARTICLES.sub(" ", text.lower().translate(ASCII_PUNCTUATION)).split())
+
+
+def cut_chinese(text: str) -> list[str]:
+    """Chinese characters one by one, other runs in words as NLTK cuts them, lower case and without CMRC's marks."""
+    units = list[str]()
+    for run in CMRC_HAN_OR_RUN.findall(_drop_marks(text)):
+        units += [run] if CMRC_HAN.match(run) else load_library("nltk.tokenize").NLTKWordTokenizer().tokenize(run)
+    return units
+
+
+def _squad_f1(text: str, reference: str) -> float:
+    words, right = normalize_english(text).split(), normalize_english(reference).split()
+    return _f1((Counter(words) & Counter(right)).total(), len(words), len(right))
+
+
+def _squad_exact(text: str, reference: str) -> float:
+    return float(normalize_english(text) == normalize_english(reference))
+
+
+def _cmrc_f1(text: str, reference: str) -> float:
+    units, right = cut_chinese(text), cut_chinese(reference)
+    shared = SequenceMatcher(None, right, units, autojunk=False).find_longest_match().size
+    return _f1(shared, len(units), len(right))
+
+
+def _cmrc_exact(text: str, reference: str) -> float:
+    return float(_drop_marks(text) == _drop_marks(reference))
+
+
+def _f1(shared: int, given: int, right: int) -> float:
+    """Harmonic mean of shared/given and shared/right; 0 where nothing is shared, also between two empty texts."""
+    return 2 * shared / (given + right) if shared else 0.0
+
+
+def _drop_marks(text: str) -> str:
+    return text.lower().strip().translate(CMRC_LEFT_OUT)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A table of texts; the first `n_labels` columns are words, the others numbers."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    n_labels: int = 1
+
+    def to_markdown(self) -> str:
+        rule = ["---"] * self.n_labels + ["---:"] * (len(self.columns) - self.n_labels)
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in (self.columns, rule, *self.rows))
+
+    def to_rich(self, title: str) -> Table:
+        table = Table(title=title)
+        for index, column in enumerate(self.columns):
+            table.add_column(column, justify="left" if index < self.n_labels else "right", no_wrap=True)
+        for row in self.rows:
+            table.add_row(*row)
+        return table

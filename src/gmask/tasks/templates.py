@@ -1,4 +1,4 @@
-"""Which text does a template make of a record?"""
+"""A template makes a text of a record."""
 
 import re
 import string

@@ -1,1 +1,1 @@
-"""What trains a model or its tokenizer? One file a verb, and what the verbs do in detail."""
+"""What trains a model or its tokenizer: one file a verb, and what the verbs share."""

@@ -18,8 +18,8 @@ from gmask.errors import GmaskError
 from gmask.infilling.blanks import NOT_SCORED, BlankTokens, InfillingExample, blank_out
 from gmask.infilling.collator import collate
 from gmask.models.glm import GLMForConditionalGeneration
-from gmask.tasks.corpus import Source, find_files, read_texts
 from gmask.tasks.heldout import LANGUAGES, HeldOutBlank, choose_sentences, hide_span
+from gmask.tasks.records import Source, find_files, read_texts
 
 BATCH = 64
 

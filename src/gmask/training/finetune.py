@@ -1,4 +1,4 @@
-"""How is a model tuned to a task?
+"""A model is tuned to a task, and judged by cross-validation where the recipe asks for it.
 
 `run` is the whole of it: recipe, samples, model, method, training, the best weights, predictions, report.
 """
@@ -6,47 +6,51 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from gmask.config import to_yaml
 from gmask.errors import GmaskError
-from gmask.generation.context import PROMPT
+from gmask.estimation.training import describe_memory
+from gmask.files import write_json
 from gmask.generation.settings import make_settings
+from gmask.generation.text import PROMPT
 from gmask.hardware import describe_training_dtype
+from gmask.recipes.tuning import USUAL_RATES, TuningRecipe, differing_keys, hint_learning_rate, load_tuning_recipe
+from gmask.tasks.metrics import Rows, is_answered, predict_majority
 from gmask.tasks.metrics import evaluate as measure_predictions
-from gmask.tasks.metrics import is_answered, predict_majority
-from gmask.tasks.recipes.methods import USUAL_RATES, hint_learning_rate
-from gmask.tasks.recipes.settings_tree import to_yaml
-from gmask.tasks.recipes.tuning import TuningRecipe, differing_keys, load_tuning_recipe
-from gmask.tasks.result_files import write_json, write_predictions
-from gmask.tasks.samples import Prediction, Sample
+from gmask.tasks.records import Prediction, Sample, write_predictions
 from gmask.tasks.task import Task, read_task
-from gmask.training.checkpoint import write_folder
-from gmask.training.report import read_records
-from gmask.training.tuning.arguments import forward_dtype, named_dtype, training_arguments
-from gmask.training.tuning.batch_order import BatchOrder, steps_of
-from gmask.training.tuning.cross_validation import fold_rows, summarize_folds
-from gmask.training.tuning.data import Splits, hash_file, read_splits
-from gmask.training.tuning.forgetting import (
+from gmask.training.examples import Splits, hash_file, read_splits
+from gmask.training.loop import (
+    BatchOrder,
+    Schedule,
+    TuningTrainer,
+    forward_dtype,
+    last_checkpoint,
+    named_dtype,
+    steps_of,
+    training_arguments,
+    unsharded,
+)
+from gmask.training.losses import Encoded, Objective, examples_of
+from gmask.training.measure import (
     Forgetting,
     GeneralMeasure,
+    Measurer,
     load_measure,
     measure,
     read_general_set,
     save_measure,
 )
-from gmask.training.tuning.memory import describe_memory
-from gmask.training.tuning.model import choose_trainable, load_tuned_model, peak_memory, save_tuned_model
-from gmask.training.tuning.objective import Encoded, Objective, examples_of
-from gmask.training.tuning.report import TuningResults, draw_tuning_curves, metric_rows, render_tuning_card
-from gmask.training.tuning.sharding import unsharded
-from gmask.training.tuning.start import Start
-from gmask.training.tuning.trainer import Schedule, TuningTrainer, last_checkpoint
-from gmask.training.tuning.validation import Measurer
+from gmask.training.methods import choose_trainable, load_tuned_model, peak_memory, save_tuned_model
+from gmask.training.report import TuningResults, draw_tuning_curves, format_metric, metric_rows, render_tuning_card
+from gmask.training.run_folder import Start, read_records, write_folder
 
 RECIPE_FILE = "recipe.yaml"
 TASK_FILE = "task.yaml"
@@ -367,3 +371,49 @@ class Finetuning:
         general = read_general_set(self.recipe.forgetting, self.recipe.data.place)
         prompts = [sample.text for sample in general.prompts[: self.recipe.forgetting.answers]]
         return Forgetting(prompts, before, self._measure_general())
+
+
+SHARED = ("task", "method", "seed", "trainable_parameters", "parameters")
+"""What the results of all folds have alike."""
+
+
+def summarize_folds(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The results of a cross-validation, from those of its folds, which stand under ``runs``."""
+    return {
+        **{name: runs[0][name] for name in SHARED},
+        "folds": len(runs),
+        "metrics": _by_split([run["metrics"] for run in runs]),
+        "majority": _by_split([run["majority"] for run in runs]),
+        "seconds": sum(run["seconds"] for run in runs),
+        "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
+        "runs": list(runs),
+    }
+
+
+def fold_rows(summary: Mapping[str, Any]) -> Rows:
+    """Mean and deviation of every metric over the folds, beside those of the majority baseline."""
+    rows = []
+    for split, metrics in summary["metrics"].items():
+        baseline = summary["majority"].get(split, {})
+        for name, found in metrics.items():
+            rows.append((split, name, _render(name, found), _render(name, baseline.get(name))))
+    return Rows(("split", "metric", "this model", "majority"), rows, n_labels=2)
+
+
+def summarize(metrics: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean and sample deviation of each metric over several runs."""
+    return {
+        name: {
+            "mean": statistics.mean(one[name] for one in metrics),
+            "deviation": statistics.stdev(one[name] for one in metrics) if len(metrics) > 1 else 0.0,
+        }
+        for name in metrics[0]
+    }
+
+
+def _by_split(found: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
+    return {split: summarize([one[split] for one in found]) for split in found[0]}
+
+
+def _render(name: str, found: Mapping[str, float] | None) -> str:
+    return "-" if found is None else " ± ".join(format_metric(name, found[key]) for key in ("mean", "deviation"))

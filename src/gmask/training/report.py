@@ -1,130 +1,204 @@
-"""What does a run leave to look at? A log of records, TensorBoard events, and a picture of the curves."""
+"""What a fine-tuning run leaves to look at: a table of metrics, a picture of the curves, a model card."""
 
-import json
-import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-logger = logging.getLogger(__name__)
+import yaml
+
+from gmask.recipes.tuning import TuningRecipe, base_name
+from gmask.tasks.metrics import Rows
+from gmask.tasks.task import Task
+from gmask.training.examples import DataFile
+from gmask.training.measure import Forgetting
+from gmask.training.run_folder import draw_rates, save_picture
 
 
-class MetricsLog:
-    """metrics.jsonl, one record a line, and the same in TensorBoard's format where that is installed.
+@dataclass(frozen=True, slots=True)
+class TuningResults:
+    """All that the report of a run is made from."""
 
-    A resumed run forgets the records after its checkpoint and writes them anew.
-    """
+    recipe: TuningRecipe
+    task: Task
+    files: Sequence[DataFile]
+    trainable_parameters: int
+    parameters: int
+    records: Sequence[Mapping[str, Any]]  # metrics.jsonl
+    metrics: Mapping[str, Mapping[str, float]]  # by split; in per cent, the loss in nats
+    majority: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    best_step: int | None = None
+    stopped_early: bool = False
+    truncated: Mapping[str, int] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+    forgetting: Forgetting | None = None
 
-    def __init__(self, out: Path, *, after_step: int) -> None:
-        self.path = out / "metrics.jsonl"
-        kept = [record for record in read_records(self.path) if record["step"] <= after_step]
-        draft = self.path.with_suffix(".draft")
-        draft.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        draft.replace(self.path)
-        self.file = self.path.open("a", encoding="utf-8")
-        self.board = _open_board(out, after_step)
-
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
-
-    def add(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        if self.board is None:
-            return
-        for name, value in record.items():
-            if name not in ("step", "validation", "blanks"):
-                self.board.add_scalar(f"training/{name}", value, record["step"])
-        for source, losses in record.get("validation", {}).items():
-            for objective, loss in losses.items():
-                self.board.add_scalar(f"validation_{objective}/{source}", loss, record["step"])
-        for group, values in record.get("blanks", {}).items():
-            for name in ("top1", "nats"):
-                self.board.add_scalar(f"blanks_{name}/{group}", values[name], record["step"])
-
-    def draw_curves(self) -> Path:
-        """Draws curves.png from the whole log."""
-        return draw_curves(read_records(self.path), self.path.with_name("curves.png"))
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers, for results.json."""
+        last = self.records[-1]
+        return {
+            "task": self.task.name,
+            "method": self.recipe.method.name,
+            "seed": self.recipe.run.seed,
+            "trainable_parameters": self.trainable_parameters,
+            "parameters": self.parameters,
+            "steps": last["step"],
+            "epochs": last["epoch"],
+            "best_step": self.best_step,
+            "stopped_early": self.stopped_early,
+            "train_loss": last["loss"],
+            "supervised_tokens": last["all_supervised_tokens"],
+            "truncated": dict(self.truncated),
+            "seconds": last["seconds"],
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "metrics": {split: dict(found) for split, found in self.metrics.items()},
+            "majority": {split: dict(found) for split, found in self.majority.items()},
+            "forgetting": None if self.forgetting is None else self.forgetting.numbers(),
+            "data": [{"split": f.split, "file": f.name, "samples": f.samples, "sha256": f.sha256} for f in self.files],
+        }
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            logger.warning("%s: an unfinished line is left out", path)
-    return records
+def metric_rows(results: TuningResults) -> Rows:
+    """Every metric on every split, beside the majority baseline where there is one."""
+    rows = []
+    for split, metrics in results.metrics.items():
+        baseline = results.majority.get(split, {})
+        rows += [
+            (split, name, format_metric(name, value), format_metric(name, baseline[name]) if name in baseline else "-")
+            for name, value in metrics.items()
+        ]
+    return Rows(("split", "metric", "this model", "majority"), rows, n_labels=2)
 
 
-def draw_curves(records: list[dict[str, Any]], path: Path) -> Path:
-    """Draws training loss, mean validation loss of each objective, learning rate and gradient norm over tokens."""
+def format_metric(name: str, value: float) -> str:
+    return f"{value:.4f}" if name == "loss" else f"{value:.2f}"
+
+
+def draw_tuning_curves(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Draws the losses, the metrics if there are any, and the learning rate with the gradient norm, over the steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    millions = [record["tokens"] / 1e6 for record in records]
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 7), sharex=True, height_ratios=[3, 1], layout="constrained")
-    top.plot(millions, [record["loss"] for record in records], color="0.7", linewidth=1, label="training")
-    validated = [record for record in records if "validation" in record]
-    objectives = sorted({name for record in validated for losses in record["validation"].values() for name in losses})
-    for objective in objectives:
-        means = [_mean([losses[objective] for losses in record["validation"].values()]) for record in validated]
-        top.plot(
-            [record["tokens"] / 1e6 for record in validated],
-            means,
-            marker="o",
-            markersize=3,
-            label=f"validation, {objective}",
+    validated = [(r["step"], r["validation"]["validation"]) for r in records if "validation" in r]
+    names = [name for name in (validated[0][1] if validated else {}) if name != "loss"]
+    ratios = [3, 2, 1] if names else [3, 1]
+    figure, panels = plt.subplots(
+        len(ratios), 1, figsize=(9, 2.4 * len(ratios) + 1.5), sharex=True, height_ratios=ratios, layout="constrained"
+    )
+    steps = [record["step"] for record in records]
+    losses, rates = panels[0], panels[-1]
+    losses.plot(steps, [record["loss"] for record in records], color="0.7", linewidth=1, label="training")
+    marks = {"marker": "o", "markersize": 3}
+    if validated:
+        losses.plot(
+            [step for step, _ in validated], [found["loss"] for _, found in validated], label="validation", **marks
         )
-    top.set_ylabel("loss (nats per labelled token)")
-    top.grid(alpha=0.3)
-    top.legend()
-    draw_rates(bottom, millions, records)
-    bottom.set_xlabel("tokens seen (millions)")
+    losses.set_ylabel("loss (nats)")
+    for name in names:
+        panels[1].plot([step for step, _ in validated], [found[name] for _, found in validated], label=name, **marks)
+    if names:
+        panels[1].set_ylabel("validation, %")
+    for panel in panels[:-1]:
+        panel.grid(alpha=0.3)
+        panel.legend()
+    draw_rates(rates, steps, records)
+    rates.set_xlabel("steps")
     return save_picture(figure, path)
 
 
-def draw_rates(panel: Any, places: Sequence[float], records: Sequence[Mapping[str, Any]]) -> None:
-    """Draws learning rate and gradient norm of the records over their places."""
-    panel.plot(places, [record["learning_rate"] for record in records], color="tab:blue")
-    panel.set_ylabel("learning rate", color="tab:blue")
-    norms = panel.twinx()
-    norms.plot(places, [record["gradient_norm"] for record in records], color="tab:orange", alpha=0.6, linewidth=1)
-    norms.set_ylabel("gradient norm", color="tab:orange")
+def render_tuning_card(results: TuningResults) -> str:
+    """The model card in markdown, with the front matter of model hubs."""
+    sections = (
+        _front_matter(results),
+        _introduction(results),
+        _usage(results),
+        f"## Metrics\n\nIn per cent; the loss in nats.\n\n{metric_rows(results).to_markdown()}",
+        _training(results),
+        _data(results),
+        _licence(results),
+        f"{results.forgetting.summary()}\n\nThe answers: `forgetting.md` of the run." if results.forgetting else "",
+    )
+    return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def save_picture(figure: Any, path: Path) -> Path:
-    """Writes a figure, whole or not at all, and forgets it."""
-    from matplotlib import pyplot as plt
-
-    draft = path.with_name(f".{path.name}")
-    figure.savefig(draft, dpi=120, format="png")
-    plt.close(figure)
-    draft.replace(path)
-    return path
+def _front_matter(results: TuningResults) -> str:
+    matter = {
+        "base_model": base_name(results.recipe.model.name),
+        "library_name": "gmask",
+        "tags": ["glm", results.task.kind, results.recipe.method.name],
+    }
+    return "---\n" + yaml.safe_dump(matter, allow_unicode=True, sort_keys=False) + "---"
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _introduction(results: TuningResults) -> str:
+    base, method = base_name(results.recipe.model.name), results.recipe.method.name
+    share = 100 * results.trainable_parameters / results.parameters
+    begun = " with random weights" if results.recipe.model.initialization == "random" else ""
+    return f"""# {results.task.name}: {base} tuned with {method}
+
+`{base}`{begun}, tuned by gmask on the task `{results.task.name}` ({results.task.kind}).
+{results.trainable_parameters:,} of {results.parameters:,} parameters were trained ({share:.2f} %)."""
 
 
-def _open_board(out: Path, after_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        logger.warning("TensorBoard is not installed, so no events are written: pip install 'gmask[train]'")
-        return None
-    return SummaryWriter(out / "tensorboard", purge_step=after_step + 1)
+def _usage(results: TuningResults) -> str:
+    base = base_name(results.recipe.model.name)
+    if results.recipe.method.makes_adapter:
+        return f"""## Use
+
+```python
+import gmask
+
+model, tokenizer = gmask.load({base!r}, adapter="this folder")
+```"""
+    return """## Use
+
+```python
+import gmask
+
+model, tokenizer = gmask.load("this folder")
+```"""
+
+
+def _training(results: TuningResults) -> str:
+    optimization, last = results.recipe.optimization, results.records[-1]
+    ended = " (stopped early)" if results.stopped_early else ""
+    facts = [
+        ("steps", f"{last['step']:,}{ended}, {last['epoch']:.2f} epochs"),
+        ("samples of a step", f"{optimization.batch_size * optimization.accumulation}"),
+        ("supervised tokens", f"{last['all_supervised_tokens']:,}"),
+        ("peak learning rate", f"{optimization.learning_rate:g}, {optimization.schedule}"),
+        ("seed", f"{results.recipe.run.seed}"),
+        ("last training loss", f"{last['loss']:.4f} nats"),
+        ("time", f"{last['seconds']:,.0f} s"),
+        ("peak memory", f"{results.peak_memory_bytes / 1e9:.2f} GB"),
+    ]
+    if results.best_step is not None:
+        facts.insert(1, ("best checkpoint", f"step {results.best_step:,}, by {results.task.best} on validation"))
+    facts += [(f"{what} samples", f"{count:,}") for what, count in results.truncated.items() if count]
+    return f"""## Training
+
+{Rows(("", ""), facts, 2).to_markdown()}
+
+![Losses, metrics, learning rate and gradient norm over the steps](curves.png)
+
+The whole recipe:
+
+```yaml
+{results.recipe.without_places().to_yaml().rstrip()}
+```"""
+
+
+def _data(results: TuningResults) -> str:
+    rows = [(file.split, file.name, f"`{file.sha256}`", f"{file.samples:,}") for file in results.files]
+    source = f"\n\nThe task: {results.task.source}" if results.task.source else ""
+    return f"## Data\n\n{Rows(('split', 'file', 'SHA-256', 'samples'), rows, 3).to_markdown()}{source}"
+
+
+def _licence(results: TuningResults) -> str:
+    base = base_name(results.recipe.model.name)
+    return f"""## Licence
+
+These weights derive from `{base}` and from the data named above. The licence of `{base}` holds for them, and what the
+licences of the data ask for; neither was checked here."""

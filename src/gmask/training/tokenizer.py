@@ -1,4 +1,4 @@
-"""How is the tokenizer of our own models learnt from text?"""
+"""The tokenizer of our own models, learnt from text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tokenizers import (
 from tqdm import tqdm
 
 from gmask.errors import GmaskError
-from gmask.tasks.corpus import Source, find_files, read_texts
+from gmask.tasks.records import Source, find_files, read_texts
 
 logger = logging.getLogger(__name__)
 

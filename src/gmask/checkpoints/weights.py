@@ -1,0 +1,411 @@
+"""The weights of a folder in any published form: one view of them, their bare names, and the ranks that divide them.
+
+A checkpoint of the original training code is a folder ``DIR/<iteration>`` with a file for each rank of model
+parallelism, and in DIR a tracker file that names the iteration; without a tracker the folder is the iteration itself.
+
+Source: THUDM/GLM utils.py (``save_checkpoint``, ``load_checkpoint``) and change_mp.py.
+Source: THUDM/GLM change_mp.py and mpu/layers.py.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gmask.checkpoints.tensor_files import WEIGHTS_ENTRY, PickledFile, SafetensorsFile, TensorFile
+from gmask.errors import GmaskError
+from gmask.files import read_object, refuse_placeholder
+from gmask.models.glm_heads import THUDM_CLASSIFIER_NAMES
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Where weights may lie, in the order of preference; an index names the files that they are spread over."""
+
+Layout: TypeAlias = Literal["safetensors", "bin", "megatron"]
+Place: TypeAlias = tuple[TensorFile, str]
+"""A file, and the name of a tensor in it."""
+
+
+class Checkpoint:
+    """Weights on a disk, under their bare published names; nothing is read before `read`.
+
+    Attributes:
+        folder: where it lies.
+        layout: ``"safetensors"`` or ``"bin"`` of the Hugging Face form, or ``"megatron"`` of the training code.
+        parallel_size: ranks of model parallelism that the weights are divided among; 1 unless megatron.
+        bookkeeping: megatron's other entries (``iteration`` ...), with None for what is not plain data.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        layout: Layout,
+        places: Mapping[str, Sequence[Place]],
+        bookkeeping: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.layout: Layout = layout
+        self._places = dict(places)
+        self.parallel_size = max((len(parts) for parts in places.values()), default=1)
+        self.bookkeeping = dict(bookkeeping or {})
+
+    def keys(self) -> list[str]:
+        """Bare names, in the order in which the files are best read."""
+        return list(self._places)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def stored_name(self, key: str) -> str:
+        """The name that a tensor has in its file."""
+        return self._places[key][0][1]
+
+    def shape(self, key: str) -> torch.Size:
+        """That of the whole tensor, all ranks together."""
+        (file, name), *others = self._places[key]
+        shape = list(file.shape(name))
+        if others:
+            split = split_of(key)
+            if split is Split.COLUMNS:
+                shape[1] *= self.parallel_size
+            elif split is not Split.WHOLE:
+                shape[0] *= self.parallel_size
+        return torch.Size(shape)
+
+    def dtype(self, key: str) -> torch.dtype:
+        file, name = self._places[key][0]
+        return file.dtype(name)
+
+    def read(self, key: str) -> Tensor:
+        """The tensor on the CPU, in its stored dtype.
+
+        It may be a view of the file: copy it before the file changes, and do not write to it.
+
+        Raises:
+            GmaskError: ranks that differ where they must not.
+        """
+        parts = [file.read(name) for file, name in self._places[key]]
+        return parts[0] if len(parts) == 1 else merge(key, parts)
+
+    @property
+    def unmapped_bytes(self) -> int:
+        """Bytes of the files that fill memory as a whole when they are read (written before PyTorch 1.6)."""
+        files = {file.path: file for parts in self._places.values() for file, _ in parts}
+        return sum(path.stat().st_size for path, file in files.items() if not file.is_mapped)
+
+    def close(self) -> None:
+        """Lets the files go."""
+        self._places.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Opens the weights of a folder, in whichever form they are, and checks what can be checked unread.
+
+    Of several forms the safetensors are taken, then ``.bin``, then the files of the training code.
+
+    Raises:
+        GmaskError: no weights; a missing, damaged or dangerous file, which is named; files that do not fit together.
+    """
+    if is_megatron(folder):
+        ranks = open_ranks(find_rank_files(folder))
+        keys = {name: [(rank, name) for rank in ranks] for name in ranks[0].names()}
+        return Checkpoint(folder, "megatron", _under_bare_names(folder, keys), ranks[0].others)
+    index = _read_index(folder)
+    files = [_open_file(path) for path in weight_files(folder)]
+    if index is not None:
+        _check_shards(files, index)
+    places: dict[str, list[Place]] = {}
+    for file in files:
+        for name in file.names():
+            places[name] = [(file, name)]
+    layout: Layout = "safetensors" if files[0].path.suffix == ".safetensors" else "bin"
+    return Checkpoint(folder, layout, _under_bare_names(folder, places))
+
+
+def is_megatron(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint of the training code, and no weights in the Hugging Face form beside it."""
+    if any((folder / name).exists() for name in WEIGHT_FILES):
+        return False
+    return find_tracker(folder) is not None or holds_ranks(folder)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a folder.
+
+    Raises:
+        GmaskError: there are none, one that is named is missing, or an index points elsewhere.
+    """
+    if is_megatron(folder):
+        return find_rank_files(folder)
+    index = _read_index(folder)
+    if index is not None:
+        return [folder / name for name in sorted(set(index.values()))]
+    return [_find_weights(folder)]
+
+
+def _find_weights(folder: Path) -> Path:
+    found = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
+    if found is None:
+        raise GmaskError(
+            f"{folder}: no weights there; expected {' or '.join(WEIGHT_FILES[::2])} (or an index of several such "
+            "files), or mp_rank_00_model_states.pt of the training code"
+        )
+    refuse_placeholder(found)
+    return found
+
+
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """Names of tensors and of the files that hold them; None if the weights are in one file.
+
+    Raises:
+        GmaskError: a damaged index, or one that names a file elsewhere.
+    """
+    path = _find_weights(folder)
+    if path.suffix != ".json":
+        return None
+    index = read_object(path).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise GmaskError(f"{path}: has no weight_map; download or copy it again")
+    suffix = Path(path.name.removesuffix(".index.json")).suffix
+    for name in set(map(str, index.values())):
+        if Path(name).name != name or "\\" in name or Path(name).suffix != suffix:
+            raise GmaskError(f"{path}: names {name!r}, which is no {suffix} file of this folder: refused")
+        if not _lies_inside(folder, name):
+            raise GmaskError(f"{folder / name}: links to a file outside its folder: refused; copy the file there")
+        if not (folder / name).exists():
+            raise GmaskError(f"{folder / name}: missing, though {path.name} names it; download or copy it again")
+    return index
+
+
+def _lies_inside(folder: Path, name: str) -> bool:
+    """Whether a file is in the folder; a link into the blobs of the hub cache that the folder is part of counts."""
+    real_folder, real_file = folder.resolve(), (folder / name).resolve()
+    if real_file.parent == real_folder:
+        return True
+    is_snapshot = real_folder.parent.name == "snapshots"
+    return is_snapshot and real_file.parent == real_folder.parents[1] / "blobs"
+
+
+def _open_file(path: Path) -> TensorFile:
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else PickledFile(path)
+
+
+def _check_shards(files: Sequence[TensorFile], index: Mapping[str, str]) -> None:
+    for file in files:
+        held, named = set(file.names()), {key for key, name in index.items() if name == file.path.name}
+        if held != named:
+            fault = f"lacks {min(named - held)}" if named - held else f"holds {min(held - named)}"
+            not_there = "which the index puts there" if named - held else "which the index does not put there"
+            raise GmaskError(
+                f"{file.path}: {fault}, {not_there}: truncated, or of another model; download or copy it again"
+            )
+
+
+def _under_bare_names(folder: Path, places: Mapping[str, Sequence[Place]]) -> dict[str, Sequence[Place]]:
+    """The same tensors under the names that `GLMModel` has for them."""
+    if not places:
+        raise GmaskError(f"{folder}: the files hold no weights")
+    named: dict[str, Sequence[Place]] = {}
+    for key, parts in places.items():
+        bare = _own_name(bare_name(key))
+        if bare in named:
+            raise GmaskError(f"{folder}: holds {bare} twice, as {named[bare][0][1]} and as {key}")
+        named[bare] = parts
+    return named
+
+
+def _own_name(key: str) -> str:
+    """A name with that of a classifier's layer in place of the one that the training code has for it."""
+    layer, dot, parameter = key.partition(".")
+    return THUDM_CLASSIFIER_NAMES.get(layer, layer) + dot + parameter
+
+
+TRACKERS = ("latest_checkpointed_iteration.txt", "latest")  # of THUDM/GLM, of DeepSpeed
+RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+
+
+def rank_file_name(rank: int) -> str:
+    return f"mp_rank_{rank:02d}_model_states.pt"
+
+
+def find_tracker(folder: Path) -> Path | None:
+    """The file that names the newest iteration; None if the folder is an iteration itself."""
+    return next((folder / name for name in TRACKERS if (folder / name).is_file()), None)
+
+
+def holds_ranks(folder: Path) -> bool:
+    """Whether rank files lie in the folder itself."""
+    return folder.is_dir() and any(RANK_FILE.fullmatch(path.name) for path in folder.iterdir())
+
+
+def find_rank_files(folder: Path) -> list[Path]:
+    """The files of all ranks, in their order.
+
+    Raises:
+        GmaskError: the tracker names no iteration of this folder, or a rank's file is missing.
+    """
+    iteration = _find_iteration(folder)
+    found = {int(match[1]): path for path in iteration.iterdir() if (match := RANK_FILE.fullmatch(path.name))}
+    if not found:
+        raise GmaskError(f"{iteration}: no {rank_file_name(0)} there, so it is no checkpoint of the training code")
+    for rank in range(max(found) + 1):
+        if rank not in found:
+            raise GmaskError(f"{iteration / rank_file_name(rank)}: missing, though there is {found[max(found)].name}")
+    return [found[rank] for rank in sorted(found)]
+
+
+def _find_iteration(folder: Path) -> Path:
+    tracker = find_tracker(folder)
+    if tracker is None:
+        return folder
+    refuse_placeholder(tracker)
+    name = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
+        raise GmaskError(f"{tracker}: expected the name of an iteration, found {name[:40]!r}")
+    if not (folder / name).is_dir():
+        raise GmaskError(f"{tracker}: names the iteration {name}, which is not there; copy its folder, or name another")
+    return folder / name
+
+
+def open_ranks(files: Sequence[Path]) -> list[PickledFile]:
+    """The opened files of all ranks.
+
+    Raises:
+        GmaskError: they do not belong together, or some are missing.
+    """
+    ranks = [PickledFile(path, WEIGHTS_ENTRY) for path in files]
+    first = ranks[0]
+    for rank in ranks:
+        size = rank.others.get("mp_world_size")
+        if isinstance(size, int) and size != len(ranks):
+            raise GmaskError(f"{rank.path}: is one of {size} ranks, but {_count_files(ranks)}")
+        if rank.others.get("iteration") != first.others.get("iteration"):
+            iterations = f"{rank.others.get('iteration')}, but {first.path.name} of {first.others.get('iteration')}"
+            raise GmaskError(f"{rank.path}: is of iteration {iterations}; take all ranks from one checkpoint")
+        if differing := set(rank.names()) ^ set(first.names()):
+            raise GmaskError(f"{rank.path}: {min(differing)} is only in one of it and {first.path.name}")
+        for key in rank.names():
+            if (rank.shape(key), rank.dtype(key)) != (first.shape(key), first.dtype(key)):
+                described = (
+                    f"{list(rank.shape(key))} {rank.dtype(key)}, but {list(first.shape(key))} {first.dtype(key)}"
+                )
+                raise GmaskError(f"{rank.path}: {key} is {described} in {first.path.name}")
+    expected = _count_by_shapes(first)
+    if expected is not None and expected != len(ranks):
+        raise GmaskError(f"{first.path}: its shapes are those of one of {expected} ranks, but {_count_files(ranks)}")
+    return ranks
+
+
+def _count_files(ranks: Sequence[PickledFile]) -> str:
+    there = "there is one file" if len(ranks) == 1 else f"there are {len(ranks)} files"
+    return f"{there}; copy all mp_rank files of the iteration"
+
+
+def _count_by_shapes(rank: PickledFile) -> int | None:
+    """Over how many ranks the attention is divided, each having whole norms; None if it has no attention."""
+    projection = next((key for key in rank.names() if key.endswith("attention.query_key_value.weight")), None)
+    if projection is None or len(rank.shape(projection)) != 2:
+        return None
+    rows, hidden_size = rank.shape(projection)
+    return 3 * hidden_size // rows if rows and 3 * hidden_size % rows == 0 else None
+
+
+WRAPPERS = ("glm.", "model.", "module.")
+"""Prefixes that classes around a `GLMModel` give to its names."""
+
+
+class Split(Enum):
+    """How model parallelism divides a tensor."""
+
+    WHOLE = "every rank has all of it"
+    ROWS = "each rank has a range of rows"
+    COLUMNS = "each rank has a range of columns"
+    THIRDS = "each rank has a range of rows of the queries, then of the keys, then of the values"
+
+
+SPLITS = (
+    (r"word_embeddings\.weight|lm_head\.weight", Split.ROWS),
+    (r".*\.attention\.query_key_value\.(weight|bias)", Split.THIRDS),
+    (r".*\.mlp\.dense_h_to_4h\.(weight|bias)", Split.ROWS),
+    (r".*\.(attention\.dense|mlp\.dense_4h_to_h)\.weight", Split.COLUMNS),
+)
+"""Names that are divided; all others are whole."""
+
+
+def bare_name(key: str) -> str:
+    """The name that a tensor has in `GLMModel`; those of heads stay as they are."""
+    while key.startswith(WRAPPERS):
+        key = key.partition(".")[2]
+    return key
+
+
+def split_of(key: str) -> Split:
+    """How the tensor of a bare name is divided."""
+    return next((split for pattern, split in SPLITS if re.fullmatch(pattern, key)), Split.WHOLE)
+
+
+def divide(key: str, tensor: Tensor, parts: int) -> list[Tensor]:
+    """The tensor's share for each of ``parts`` ranks, in their order.
+
+    Raises:
+        ValueError: it cannot be divided evenly.
+    """
+    split = split_of(key)
+    if split is Split.WHOLE or parts == 1:
+        return [tensor] * parts
+    axis = 1 if split is Split.COLUMNS else 0
+    pieces = 3 * parts if split is Split.THIRDS else parts
+    if tensor.shape[axis] % pieces:
+        raise ValueError(f"{key} {list(tensor.shape)} cannot be divided among {parts} ranks")
+    if split is Split.THIRDS:
+        thirds = [third.chunk(parts) for third in tensor.chunk(3)]
+        return [torch.cat(own) for own in zip(*thirds, strict=True)]
+    return [part.contiguous() for part in tensor.chunk(parts, dim=axis)]
+
+
+def merge(key: str, parts: Sequence[Tensor]) -> Tensor:
+    """The whole tensor from the shares of all ranks, bit for bit.
+
+    Raises:
+        GmaskError: every rank should have the same, and they differ; shares that cannot be such.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    split = split_of(key)
+    if split is Split.WHOLE:
+        if not all(same_bits(part, parts[0]) for part in parts[1:]):
+            raise GmaskError(f"{key} differs between the ranks, where all have to have the same")
+        return parts[0]
+    if split is Split.THIRDS:
+        if any(part.shape[0] % 3 for part in parts):
+            raise GmaskError(f"{key} {list(parts[0].shape)} is not queries, keys and values, a third of the rows each")
+        return torch.cat([third for thirds in zip(*(part.chunk(3) for part in parts), strict=True) for third in thirds])
+    return torch.cat(list(parts), dim=1 if split is Split.COLUMNS else 0)
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bits: NaN is like itself here, and 0 unlike -0."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    first, second = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(first, second)

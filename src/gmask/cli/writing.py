@@ -1,0 +1,521 @@
+"""``gmask infill``, ``gmask score``, ``gmask embed`` and ``gmask chat``: texts in, tokens or figures out."""
+
+import json
+import sys
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gmask.cli.options import (
+    Adapter,
+    AsJson,
+    Dtype,
+    Model,
+    Output,
+    Pairs,
+    Quantize,
+    SkipBadLines,
+    Source,
+    base_of,
+    merge_pairs,
+    output_option,
+    print_report,
+    read_candidates,
+    read_files,
+    read_texts,
+)
+from gmask.errors import GmaskError
+from gmask.generation.settings import Settings
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import History
+
+    from gmask.generation.chat import Chat, Reply
+    from gmask.generation.infill import Infiller
+    from gmask.generation.score import Scorer, Scoring
+
+
+InfillTexts = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="TEXT",
+        help="Texts with [MASK], [sMASK] or [gMASK]; \\[MASK] is meant as text. Without any, the lines of standard"
+        " input; on a terminal, a prompt.",
+        show_default=False,
+    ),
+]
+
+Alternatives = Annotated[
+    int | None,
+    typer.Option("-n", "--n", help="Alternatives of a text, best first.", show_default=str(Settings().n)),
+]
+
+Choices = Annotated[
+    list[str] | None,
+    typer.Option(help="Candidates of a blank, as 'sunny|rainy'; once for each blank.", show_default=False),
+]
+
+AnswerTokens = Annotated[
+    int | None, typer.Option(help="Longest answer, in tokens.", show_default=str(Settings().max_tokens))
+]
+
+
+def infill(
+    texts: InfillTexts = None,
+    model: Model = "bundled",
+    n: Alternatives = None,
+    choices: Choices = None,
+    max_tokens: AnswerTokens = None,
+    source: Source = None,
+    target: Output = None,
+    skip_bad_lines: SkipBadLines = False,
+    as_json: AsJson = False,
+    adapter: Adapter = None,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
+    pairs: Pairs = None,
+) -> None:
+    """Fill the blanks of texts, from left to right, each answer with the earlier ones in sight."""
+    from gmask.generation.settings import make_settings
+
+    settings = make_settings(merge_pairs(pairs, n=n, max_tokens=max_tokens))
+    candidates = [read_candidates(choice) for choice in choices or []] or None
+    if files := read_files(texts, source, target):
+        _fill_file(_load(model, adapter, dtype, quantize, settings), *files, candidates, skip_bad_lines)
+    elif texts or not sys.stdin.isatty():
+        texts = read_texts(texts)
+        _fill_texts(_load(model, adapter, dtype, quantize, settings), texts, candidates, as_json=as_json)
+    else:
+        fill_interactively(_load(model, adapter, dtype, quantize, settings), candidates, as_json=as_json)
+
+
+def _load(model: str, adapter: Path | None, dtype: str | None, quantize: str | None, settings: Settings) -> "Infiller":
+    from gmask.checkpoints.load import load
+    from gmask.generation.infill import Infiller
+    from gmask.models.glm import GLMForConditionalGeneration
+
+    loaded = load(model, dtype=dtype, quantize=quantize, adapter=adapter, model_class=GLMForConditionalGeneration)
+    return Infiller(*loaded, settings)
+
+
+def _fill_texts(
+    infiller: "Infiller", texts: Sequence[str], candidates: list[list[str]] | None, *, as_json: bool
+) -> None:
+    from gmask.cli.options import print_infilling
+
+    filled = infiller.fill(texts, candidates)
+    for infilling in filled:
+        if as_json:
+            print(json.dumps(infilling.to_dict(), ensure_ascii=False))
+        else:
+            print_infilling(infilling)
+    cut = sum(not blank.finished for infilling in filled for blank in infilling.blanks)
+    if cut:
+        limit = infiller.settings.max_tokens
+        print(f"note: {cut} answer(s) cut at {limit} tokens; --max-tokens sets the limit", file=sys.stderr)
+    if any(infilling.choices and not infilling.choices.exact for infilling in filled):
+        print("note: too many combinations of choices to score all; searched by beams", file=sys.stderr)
+
+
+def _fill_file(
+    infiller: "Infiller", source: Path, target: Path, candidates: list[list[str]] | None, skip_bad_lines: bool
+) -> None:
+    from gmask.generation.files import fill_file
+
+    report = fill_file(
+        infiller,
+        source,
+        target,
+        choices=candidates,
+        skip_bad_lines=skip_bad_lines,
+        progress=sys.stderr.isatty(),
+    )
+    print_report(report, target, deed="filled")
+
+
+INFILL_GREETING = "A text with [MASK], [sMASK] or [gMASK], please. Arrow up recalls earlier ones; Ctrl-D ends."
+
+
+def fill_interactively(infiller: "Infiller", candidates: list[list[str]] | None, *, as_json: bool) -> None:
+    """Fills one text after the other. Ctrl-C drops the current one; Ctrl-D ends."""
+    from prompt_toolkit import PromptSession
+
+    session: PromptSession[str] = PromptSession(history=open_history(history_file("history")))
+    print(INFILL_GREETING)
+    while True:
+        try:
+            text = session.prompt("> ").strip()
+            if text:
+                fill_and_print(infiller, text, candidates, as_json=as_json)
+        except GmaskError as error:
+            print(f"gmask: {error}")
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            return
+
+
+def fill_and_print(infiller: "Infiller", text: str, candidates: list[list[str]] | None, *, as_json: bool) -> None:
+    """Fills one text and prints it; as it is being written where there is only one alternative."""
+    from gmask.cli.options import print_infilling, print_stream
+    from gmask.generation.infill import stream_answers
+
+    if as_json:
+        print(json.dumps(infiller.fill([text], candidates)[0].to_dict(), ensure_ascii=False))
+    elif candidates or infiller.settings.n > 1 or infiller.settings.beams > 1:
+        print_infilling(infiller.fill([text], candidates)[0])
+    else:
+        print_stream(infiller.read(text).pieces, stream_answers(infiller, text))
+
+
+def history_file(name: str) -> Path:
+    """Where earlier texts of one kind are kept."""
+    return Path(typer.get_app_dir("gmask")) / name
+
+
+def open_history(path: Path) -> "History":
+    """Earlier texts, kept in a file; in memory alone where that cannot be written."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(path)
+
+
+BlankedTexts = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="TEXT",
+        help="Texts with one [MASK], [sMASK] or [gMASK]; without any, the lines of standard input.",
+        show_default=False,
+    ),
+]
+
+PlainTexts = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="TEXT",
+        help="Texts, with blanks or without; without any, the lines of standard input.",
+        show_default=False,
+    ),
+]
+
+Answers = Annotated[str | None, typer.Option(help="The answers to every text, as 'sunny|rainy'.", show_default=False)]
+Normalization = Annotated[
+    str,
+    typer.Option(
+        metavar="sum|mean|unconditional",
+        help="Log-probability of an answer; for each of its tokens; or less that of the answer without the text.",
+    ),
+]
+
+BatchSize = Annotated[int, typer.Option(help="Texts that are read together.")]
+EmbeddedFile = Annotated[Path | None, output_option("Where the vectors of --input go: .npy (float32) or .jsonl.")]
+Pooling = Annotated[
+    str,
+    typer.Option(metavar="mean|first|last|mask", help="Of all tokens; of the first, the last, or the first blank."),
+]
+
+Layer = Annotated[int, typer.Option(help="Which layer's hidden states; -1 is the last, 0 the embeddings.")]
+Normalize = Annotated[bool, typer.Option(help="Scale every vector to length 1.")]
+Truncate = Annotated[bool, typer.Option("--truncate", help="Cut texts that are too long instead of refusing them.")]
+
+
+def score(
+    texts: BlankedTexts = None,
+    model: Model = "bundled",
+    answers: Answers = None,
+    normalization: Normalization = "sum",
+    source: Source = None,
+    target: Output = None,
+    batch_size: BatchSize = 16,
+    skip_bad_lines: SkipBadLines = False,
+    as_json: AsJson = False,
+    adapter: Adapter = None,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
+) -> None:
+    """Score given answers to the blank of a text by their exact log-probabilities, best first.
+
+    A line of a .jsonl file has a "text", its "answers" unless --answers gives them, and perhaps a "label": the right
+    answer, or its index from 0.
+    """
+    candidates = None if answers is None else read_candidates(answers, option="--answers")
+    if files := read_files(texts, source, target):
+        scorer = _load_scorer(model, adapter, dtype, quantize, normalization, batch_size)
+        _score_file(scorer, *files, candidates, skip_bad_lines)
+        return
+    if candidates is None:
+        raise GmaskError("there are no answers: give them as --answers 'sunny|rainy'")
+    texts = read_texts(texts)
+    scorer = _load_scorer(model, adapter, dtype, quantize, normalization, batch_size)
+    for scoring in scorer.score([scorer.read(text, candidates) for text in texts]):
+        if as_json:
+            print(json.dumps(scoring.to_dict(), ensure_ascii=False))
+        else:
+            print_scoring(scoring)
+
+
+def embed(
+    texts: PlainTexts = None,
+    model: Model = "bundled",
+    pooling: Pooling = "mean",
+    layer: Layer = -1,
+    normalize: Normalize = True,
+    truncate: Truncate = False,
+    source: Source = None,
+    target: EmbeddedFile = None,
+    skip_bad_lines: SkipBadLines = False,
+    adapter: Adapter = None,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
+) -> None:
+    """Turn texts into vectors: a model's hidden states, pooled. Prints a JSON object for each text.
+
+    A model that fills blanks was not trained to put like texts near each other: these are features to train on, and
+    poor sentence vectors to search with.
+    """
+    from gmask.checkpoints.load import load
+    from gmask.generation.embed import Embedder, as_floats
+    from gmask.models.glm import GLMForConditionalGeneration
+
+    settings: dict[str, Any] = {"pooling": pooling, "layer": layer, "normalize": normalize, "truncate": truncate}
+    files = read_files(texts, source, target)
+    texts = [] if files else read_texts(texts)
+    loaded = load(model, dtype=dtype, quantize=quantize, adapter=adapter, model_class=GLMForConditionalGeneration)
+    embedder = Embedder(*loaded, **settings)
+    if files:
+        from gmask.generation.files import embed_file
+
+        report = embed_file(embedder, *files, skip_bad_lines=skip_bad_lines, progress=sys.stderr.isatty())
+        print_report(report, files[1], deed="embedded")
+        return
+    vectors = embedder.embed([embedder.read(text) for text in texts])
+    for text, vector in zip(texts, vectors, strict=True):
+        print(json.dumps({"text": text, "embedding": as_floats(vector)}, ensure_ascii=False))
+
+
+def _load_scorer(
+    model: str, adapter: Path | None, dtype: str | None, quantize: str | None, normalization: str, batch_size: int
+) -> "Scorer":
+    from typing import cast
+
+    from gmask.checkpoints.load import load
+    from gmask.generation import score as scoring
+    from gmask.models.glm import GLMForConditionalGeneration
+
+    loaded = load(model, dtype=dtype, quantize=quantize, adapter=adapter, model_class=GLMForConditionalGeneration)
+    return scoring.Scorer(*loaded, cast(scoring.Normalization, normalization), batch_size)
+
+
+def _score_file(
+    scorer: "Scorer", source: Path, target: Path, candidates: Sequence[str] | None, skip_bad_lines: bool
+) -> None:
+    from gmask.generation.files import count_correct, score_file
+
+    report = score_file(
+        scorer,
+        source,
+        target,
+        answers=candidates,
+        skip_bad_lines=skip_bad_lines,
+        progress=sys.stderr.isatty(),
+    )
+    print_report(report, target, deed="scored")
+    correct, labelled = count_correct(target)
+    if labelled:
+        print(f"accuracy {correct / labelled:.4f} ({correct} of {labelled})")
+
+
+def print_scoring(scoring: "Scoring") -> None:
+    """Prints the answers to a text, best first: a table on a terminal, else a line each of four fields with tabs."""
+    ranked = sorted(scoring.answers, key=lambda answer: -answer.score)
+    rows = [(answer.text, f"{answer.score:.4f}", f"{answer.probability:.4f}") for answer in ranked]
+    if not sys.stdout.isatty():
+        for row in rows:
+            print("\t".join(" ".join(field.split()) for field in (scoring.text, *row)))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(scoring.text), title_justify="left", box=None)
+    table.add_column("answer")
+    table.add_column("score", justify="right")
+    table.add_column("probability", justify="right")
+    for index, row in enumerate(rows):
+        table.add_row(*map(Text, row), style="" if index else "bold green")
+    Console(highlight=False).print(table)
+
+
+CHAT_GREETING = "A message, please; /help lists the commands, Ctrl-D ends."
+COMMANDS = """\
+/clear       begin anew (also: clear)
+/undo        take the last round back
+/save FILE   write the conversation to a JSON file
+/load FILE   go on with one
+/stop        end (also: stop, Ctrl-D)
+Ctrl-C stops the reply that is being written and keeps what was said; \\ at the end of a line goes on with the next."""
+
+Messages = Annotated[
+    list[str] | None, typer.Argument(metavar="MESSAGE...", help="Answer these in turn and end.", show_default=False)
+]
+
+ContextLength = Annotated[
+    int | None,
+    typer.Option(help="Tokens of prompt and reply together.", show_default="what the model was trained on"),
+]
+
+ReplyTokens = Annotated[int | None, typer.Option(help="Tokens of a reply.", show_default="half of the context")]
+Talker = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Folder or name of a model, or bundled, or bundled-chat.",
+        show_default="bundled-chat, or the bundled model that the adapter is for",
+    ),
+]
+
+HistoryFile = Annotated[
+    Path | None, typer.Option("--load", help="Go on with the conversation in this file.", show_default=False)
+]
+
+
+def chat(
+    texts: Messages = None,
+    model: Talker = None,
+    context_length: ContextLength = None,
+    max_tokens: ReplyTokens = None,
+    history: HistoryFile = None,
+    adapter: Adapter = None,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
+    pairs: Pairs = None,
+) -> None:
+    """Talk with a model: ChatGLM-6B, or another GLM by questions and answers."""
+    from gmask.checkpoints.load import load
+    from gmask.generation.chat import Chat
+    from gmask.generation.settings import make_settings
+
+    settings = merge_pairs(pairs, max_tokens=max_tokens)
+    make_settings({"max_tokens": sys.maxsize, **settings})  # a mistake is told before the model and its limit are read
+    chosen = model or (base_of(adapter, "bundled-chat") if adapter else "bundled-chat")
+    network, tokenizer = load(chosen, dtype=dtype, quantize=quantize, adapter=adapter)
+    conversation = Chat(network, tokenizer, context_length=context_length, **settings)
+    _tell_context(conversation.chatter.context_length, network.config.max_position_embeddings)
+    if history is not None:
+        conversation.load(history)
+    if texts or not sys.stdin.isatty():
+        for text in read_texts(texts):
+            reply = conversation.ask(text)
+            print(reply.text, flush=True)
+            _tell(reply)
+    else:
+        converse(conversation)
+
+
+def converse(conversation: "Chat") -> None:
+    """Answers one message after the other until the user ends it."""
+    from prompt_toolkit import PromptSession
+
+    session: PromptSession[str] = PromptSession(history=open_history(history_file("chat")))
+    print(CHAT_GREETING)
+    while True:
+        try:
+            text = read_message(session)
+            if text and not answer_message(conversation, text):
+                return
+        except GmaskError as error:
+            print(f"gmask: {error}")
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            return
+
+
+def read_message(session: "PromptSession[str]") -> str:
+    """A message; a line that ends with a backslash goes on with the next."""
+    lines = [session.prompt("> ")]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        lines.append(session.prompt(". "))
+    return "\n".join(lines).strip()
+
+
+def answer_message(conversation: "Chat", text: str) -> bool:
+    """Obeys a command or replies to a message; False if that was the end."""
+    word, _, argument = text.partition(" ")
+    if text in ("stop", "/stop", "/exit", "/quit"):
+        return False
+    if text == "clear":
+        word = "/clear"
+    obey = _commands(conversation).get(word)
+    if obey is not None:
+        print(obey(argument.strip()))
+    elif text.startswith("/"):
+        raise GmaskError(f"there is no command {word}; /help lists them")
+    else:
+        print_reply(conversation.stream(text))
+    return True
+
+
+def _commands(conversation: "Chat") -> dict[str, Callable[[str], str]]:
+    def clear(_: str) -> str:
+        conversation.clear()
+        return "the conversation begins anew"
+
+    def undo(_: str) -> str:
+        return "the last round is taken back" if conversation.undo() else "there is nothing to take back"
+
+    def save(name: str) -> str:
+        if not name:
+            raise GmaskError("/save needs the name of a file")
+        conversation.save(Path(name).expanduser())
+        return f"{name}: {len(conversation.messages)} messages"
+
+    def load(name: str) -> str:
+        if not name:
+            raise GmaskError("/load needs the name of a file")
+        conversation.load(Path(name).expanduser())
+        return f"{len(conversation.messages)} messages"
+
+    return {"/clear": clear, "/undo": undo, "/save": save, "/load": load, "/help": lambda _: COMMANDS}
+
+
+def print_reply(fragments: Generator[str, None, "Reply"]) -> None:
+    """Prints a reply while it is being written. Ctrl-C ends it; what was said stays in the conversation."""
+    try:
+        while True:
+            print(next(fragments), end="", flush=True)
+    except StopIteration as done:
+        print()
+        _tell(done.value)
+    except KeyboardInterrupt:
+        fragments.close()
+        print(" ...")
+    except GmaskError:
+        print()  # the message has a line of its own
+        raise
+
+
+def _tell_context(wanted: int, trained: int) -> None:
+    if wanted > trained:
+        print(
+            f"note: a context of {wanted} tokens, but the model was trained on at most {trained}: replies get worse "
+            "beyond them",
+            file=sys.stderr,
+        )
+
+
+def _tell(reply: "Reply") -> None:
+    if reply.rounds_left_out:
+        print(f"note: the oldest {reply.rounds_left_out} round(s) had no room in the context", file=sys.stderr)
+    if reply.finish == "length":
+        print(f"note: cut at {reply.reply_tokens} tokens; --max-tokens sets the limit", file=sys.stderr)

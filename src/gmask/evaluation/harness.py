@@ -1,0 +1,176 @@
+"""A model's score at a task: `gmask evaluate --task`. `gmask.evaluation.infilling` judges by held-out texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypedDict
+
+from rich.console import Console
+from tqdm import tqdm
+
+from gmask.checkpoints.load import find_folder, load
+from gmask.errors import GmaskError
+from gmask.files import write_json
+from gmask.generation.predict import predict
+from gmask.generation.settings import make_settings
+from gmask.recipes.tuning import TuningRecipe, find_tuning_recipe
+from gmask.tasks.metrics import Rows, check_metrics, evaluate, is_answered, predict_majority
+from gmask.tasks.records import Sample, TaskKind, Truncation, read_records, write_predictions
+from gmask.tasks.task import Task, load_task
+
+
+class Limits(TypedDict):
+    """How long a question may be; arguments of `predict`."""
+
+    max_source: int | None
+    truncation: Truncation
+
+
+@dataclass(frozen=True, slots=True)
+class TaskReport:
+    """What an evaluation found, and what it was made with. Scores are in per cent; there are none without answers."""
+
+    task: str
+    kind: TaskKind
+    model: str
+    adapter: str | None
+    data: str
+    samples: int
+    settings: Mapping[str, Any]
+    scores: Mapping[str, float]
+    majority: Mapping[str, float]  # of the label that is most frequent in the same samples; empty where there is none
+    versions: Mapping[str, str]
+
+
+def run_task(
+    model: str = "bundled",
+    *,
+    task: str,
+    data: str,
+    adapter: str | None = None,
+    out: str | None = None,
+    limit: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    max_source: int | None = None,
+    truncation: Truncation | None = None,
+    batch_size: int = 16,
+    device: str | None = None,
+    tables: bool = True,
+) -> TaskReport:
+    """Measures a model on the samples of a task.
+
+    A model or an adapter of ``gmask finetune`` is asked as it was tuned: ``settings``, ``max_source`` and
+    ``truncation`` are those of its recipe, where they are not given.
+
+    Args:
+        model: a folder, the name of a published model, or ``"bundled"``.
+        task: one of gmask's own, such as ``"superglue/rte"``, or the YAML file of another.
+        data: a file of records, or a glob.
+        adapter: a folder that was trained for the model.
+        out: the folder for ``predictions.jsonl``, which is there before anything is measured, and ``scores.json``.
+        limit: records that are read, from the first.
+        settings: of the decoding, by name, where the task has texts written.
+        max_source, truncation: tokens of a question, and where a longer one is cut, as of `predict`.
+        batch_size: samples that are read together; the predictions do not depend on it.
+        tables: print the scores.
+
+    Raises:
+        GmaskError: a task, a file, a column or a metric that cannot be used; samples of which only some have an answer.
+        OSError: a file cannot be written.
+
+    Warns:
+        UserWarning: texts had to be cut, or rounds of conversations left out.
+    """
+    console = Console(stderr=not tables)
+    make_settings(settings or {})  # a mistake in them is told before a model is fetched
+    plan, samples = _read_samples(task, data, limit)
+    is_measured = _has_answers(plan, samples)
+    recipe = find_tuning_recipe(Path(adapter).expanduser() if adapter else find_folder(model))
+    decoding = make_settings({**(recipe.written if recipe else {}), **(settings or {})})
+    limits = _choose_limits(recipe, max_source, truncation)
+    network, tokenizer = load(model, adapter=adapter, device=device)
+    with tqdm(total=len(samples), unit="sample", disable=not console.is_terminal, leave=False) as bar:
+        predictions = predict(
+            network,
+            tokenizer,
+            plan.kind,
+            samples,
+            settings=decoding,
+            batch_size=batch_size,
+            on_progress=bar.update,
+            **limits,
+        )
+    if out is not None:
+        write_predictions(Path(out) / "predictions.jsonl", predictions, samples)
+    report = TaskReport(
+        task=plan.name,
+        kind=plan.kind,
+        model=model,
+        adapter=adapter,
+        data=data,
+        samples=len(samples),
+        settings=asdict(decoding) | limits | {"batch_size": batch_size, "limit": limit},
+        scores=evaluate(plan.metrics, predictions, samples, language=plan.language) if is_measured else {},
+        majority=_measure_majority(plan, samples) if is_measured else {},
+        versions={name: version(name) for name in ("gmask", "torch", "transformers")},
+    )
+    if out is not None:
+        write_json(Path(out) / "scores.json", asdict(report))
+    if tables:
+        print_scores(report, console)
+    return report
+
+
+def print_scores(report: TaskReport, console: Console) -> None:
+    if not report.scores:
+        console.print(f"{report.task}: {report.samples} samples without answers, so there is nothing to measure")
+        return
+    names = ("this model", "majority") if report.majority else ("this model",)
+    columns = ("metric", *(f"{name}, %" for name in names))
+    rows = [
+        (metric, *(f"{scores[metric]:.2f}" for scores in (report.scores, report.majority) if scores))
+        for metric in report.scores
+    ]
+    console.print(Rows(columns, rows).to_rich(f"{report.task}: {report.samples} samples"))
+
+
+def _read_samples(task: str, data: str, limit: int | None) -> tuple[Task, list[Sample]]:
+    plan = load_task(task)
+    if not plan.metrics:
+        raise GmaskError(f"task {task} names no metrics, so there is nothing to measure: add some, such as exact-match")
+    return plan, plan.samples(read_records(data, limit=limit), require_answers=False)
+
+
+def _measure_majority(plan: Task, samples: Sequence[Sample]) -> Mapping[str, float]:
+    baseline = predict_majority(samples, samples)
+    return {} if baseline is None else evaluate(plan.metrics, baseline, samples, language=plan.language)
+
+
+def _choose_limits(recipe: TuningRecipe | None, max_source: int | None, truncation: Truncation | None) -> Limits:
+    tuned = recipe.data if recipe else None
+    return Limits(
+        max_source=max_source or (tuned.max_source if tuned else None),
+        truncation=truncation or (tuned.truncation if tuned else "left"),
+    )
+
+
+def _has_answers(plan: Task, samples: Sequence[Sample]) -> bool:
+    """Whether the answers of all samples are known, and can be measured; False if none is.
+
+    Raises:
+        GmaskError: some have an answer and others not, or a metric does not fit.
+    """
+    unanswered = [sample for sample in samples if not is_answered(sample, plan.kind)]
+    if len(unanswered) == len(samples):
+        return False
+    if unanswered:
+        first = unanswered[0]
+        raise GmaskError(
+            f"{first.path}, line {first.line}: the answer is not known, as it is not of {len(unanswered)} samples of "
+            f"{len(samples)}: evaluate those with an answer and those without apart"
+        )
+    check_metrics(plan.metrics, samples[0], plan.kind)
+    return True

@@ -1,0 +1,397 @@
+"""A task's samples, as a model reads them, become predictions.
+
+Training and prediction read samples alike, so that a model is asked what it was taught. A GLM reads a text with blanks;
+a ChatGLM reads a prompt and answers behind it.
+
+Shape letters: B samples of a batch, T positions, L labels.
+"""
+
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from gmask.errors import GmaskError
+from gmask.generation.answers import Answer, cut_at_stop, token_texts
+from gmask.generation.decode import check_numbers, find_answers, make_rules, stack_contexts
+from gmask.generation.sampling import make_seeds
+from gmask.generation.score import Normalization, score_answers, score_shared
+from gmask.generation.settings import Settings
+from gmask.generation.text import BLANKS, BlankedText, Context, TextReader, encode_plain, fit_prompt, format_of
+from gmask.models.chatglm import ChatGLMConfig
+from gmask.models.glm import GLMConfig
+from gmask.models.glm_heads import GLMForSequenceClassification
+from gmask.tasks.records import CHOICES, LABELLED, Prediction, Sample, TaskKind, Truncation
+
+GREEDY = Settings()
+
+
+def predict(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: TaskKind,
+    samples: Sequence[Sample],
+    *,
+    settings: Settings = GREEDY,
+    batch_size: int = 16,
+    normalization: Normalization = "sum",
+    max_source: int | None = None,
+    truncation: Truncation = "left",
+    on_progress: Callable[[int], None] | None = None,
+) -> list[Prediction]:
+    """Answers samples: chooses among their candidates, classifies, or writes, by the kind of the task.
+
+    A GLM fills the blanks of a text; a ChatGLM answers behind its prompt, which ends with the blank. The results of
+    several samples are those of single runs.
+
+    Args:
+        model, tokenizer: as `gmask.load` returns them; for ``"classification"`` a `GLMForSequenceClassification`.
+        settings: how texts are written. Sample i draws by ``seed + i``; of several answers the best is taken.
+        batch_size: samples that are read together; fewer, where each is searched by several beams.
+        normalization: of the candidates' log-probabilities, as in `gmask.score`.
+        max_source: tokens of a context, as of `SampleReader`; by default what the model has positions for, with room
+            for the answer where both share them. Longer ones are cut.
+        truncation: where a text that is too long is cut.
+        on_progress: is told after each batch how many samples it had.
+
+    Returns:
+        A `Prediction` for each sample. Candidates and classes: ``scores`` in nats, and the ``label`` of the highest.
+        Texts: one for each blank, and in ``scores`` their log-probabilities.
+
+    Raises:
+        GmaskError: a model that cannot do this kind of task; a sample that it cannot read, with file and line.
+
+    Warns:
+        UserWarning: texts had to be cut, or rounds of conversations left out.
+    """
+    if batch_size < 1:
+        raise GmaskError(f"batch_size must be at least 1, not {batch_size}")
+    if normalization not in get_args(Normalization):
+        raise GmaskError(f"normalization must be one of {', '.join(get_args(Normalization))}, not {normalization!r}")
+    if (kind == "classification") != isinstance(model, GLMForSequenceClassification):
+        needed = "a GLMForSequenceClassification" if kind == "classification" else "a model that writes"
+        raise GmaskError(f"a {kind} task needs {needed}, not a {type(model).__name__}")
+    positions = model.config.max_position_embeddings
+    if isinstance(model.config, GLMConfig) and settings.max_tokens > positions:
+        raise GmaskError(f"max_tokens is {settings.max_tokens}, but the model has only {positions} positions")
+    if max_source is None:
+        max_source = _room(model, kind, settings)
+    reader = SampleReader(tokenizer, model.config, kind, max_source=max_source, truncation=truncation)
+    predictor = Predictor(model, tokenizer, reader, settings, batch_size, normalization)
+    with _evaluating(model), torch.inference_mode():
+        return predictor.predict(samples, on_progress or (lambda count: None))
+
+
+def _room(model: PreTrainedModel, kind: TaskKind, settings: Settings) -> int:
+    """Tokens that a context may have. The answers to a GLM's blanks have positions of their own."""
+    positions: int = model.config.max_position_embeddings
+    if kind in LABELLED or (isinstance(model.config, GLMConfig) and kind != "chat"):
+        return positions
+    if settings.max_tokens >= positions - 1:
+        raise GmaskError(f"max_tokens {settings.max_tokens} leaves no room for a prompt in {positions} positions")
+    return positions - settings.max_tokens - 1  # <sop>
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout; a model that was in training goes back to it."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadSample:
+    """A sample as a model takes it."""
+
+    context: Context
+    answers: tuple[tuple[int, ...], ...]  # the ids of those that are known
+    blanked: BlankedText | None = None  # of a text with blanks, for the way back
+    tokens_cut: int = 0  # of the text
+    rounds_left_out: int = 0  # the oldest ones
+
+
+class SampleReader:
+    """Reads samples of one kind for models of one config.
+
+    Args:
+        max_source: tokens of a context, blanks and control tokens counted. Where a text has more, tokens of the text
+            are cut; of a conversation the oldest rounds are left out first. No blank and no control token is.
+        truncation: where the text is cut.
+
+    Raises:
+        GmaskError: a kind that the model cannot do, or more tokens than it has positions.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: PreTrainedConfig,
+        kind: TaskKind,
+        *,
+        max_source: int,
+        truncation: Truncation = "left",
+    ) -> None:
+        if truncation not in get_args(Truncation):
+            raise GmaskError(f"truncation must be left or right, not {truncation!r}")
+        if max_source > config.max_position_embeddings:
+            raise GmaskError(
+                f"max_source is {max_source}, but the model has only {config.max_position_embeddings} positions"
+            )
+        is_chatglm = isinstance(config, ChatGLMConfig)
+        if kind == "classification":
+            if is_chatglm:
+                raise GmaskError("a ChatGLM has no head to classify with: make the task a cloze")
+            if config.pool_token == "start":
+                raise GmaskError("pool_token start reads <sop>, which a text without a blank lacks: take cls or pad")
+        self.tokenizer, self.config, self.kind = tokenizer, config, kind
+        self.max_source, self.truncation = max_source, truncation
+        self.format = format_of(config, tokenizer)
+        self.special = self.format.special
+        self.blanks = None if is_chatglm else TextReader(tokenizer, config.prompt_ids)
+        special = self.special
+        self.control_ids = {special.cls, special.eos, special.mask, special.smask, special.gmask}
+        if self.blanks is not None:
+            self.control_ids |= {*self.blanks.prompt_ids}
+
+    def read(self, sample: Sample) -> ReadSample:
+        """The context of a sample, cut to `max_source`, and the ids of its answers.
+
+        Raises:
+            GmaskError: a text without a blank where there must be one, or answers that do not fit the blanks; told with
+                the file and line of the sample.
+        """
+        try:
+            return self._read_chat(sample) if self.kind == "chat" else self._read_text(sample)
+        except GmaskError as error:
+            raise locate(error, sample) from error
+
+    def read_bare(self, question: ReadSample) -> Context:
+        """The context of a question whose text tells nothing: its blank alone."""
+        if self.blanks is None:
+            return self.format.encode("", ())
+        return self.blanks.read_blank(question.context.ids[question.context.places[0]])
+
+    def _read_chat(self, sample: Sample) -> ReadSample:
+        answers = tuple(tuple(encode_plain(self.tokenizer, answer)) for answer in sample.answers)
+        bare = self.format.encode(sample.text, ())
+        if len(bare.ids) > self.max_source:
+            context = self._cut(bare, self._frame(bare))
+            return ReadSample(context, answers, None, len(bare.ids) - len(context.ids), len(sample.history))
+        prompt = fit_prompt(sample.text, sample.history, self.format, room=self.max_source + 1)  # with <sop>
+        return ReadSample(prompt.context, answers, rounds_left_out=prompt.rounds_left_out)
+
+    def _frame(self, context: Context) -> set[int]:
+        """Where the words of the prompt's form stand, which are there without a question, too."""
+        empty, ids = self.format.encode("", ()).ids, context.ids
+        head, tail = 0, 0
+        while head < len(empty) and empty[head] == ids[head]:
+            head += 1
+        while tail < len(empty) - head and empty[-1 - tail] == ids[-1 - tail]:
+            tail += 1
+        return {*range(head), *range(len(ids) - tail, len(ids))}
+
+    def _read_text(self, sample: Sample) -> ReadSample:
+        blanked = None
+        if self.blanks is None:
+            text = sample.text if self.kind == "language-model" else before_last_blank(sample.text)
+            whole = self.format.encode(text, ())
+        elif self.kind == "language-model":
+            whole = self.blanks.read_blank(self.special.gmask, before=sample.text)
+        else:
+            blanked = self.blanks.read_any(sample.text)
+            self._check_blanks(len(blanked.context.places), sample)
+            whole = blanked.context
+        context = self._cut(whole, ())
+        answers = tuple(self._encode_answer(sample, index, blanked) for index in range(len(sample.answers)))
+        return ReadSample(context, answers, blanked, len(whole.ids) - len(context.ids))
+
+    def _check_blanks(self, blanks: int, sample: Sample) -> None:
+        if self.kind == "classification":
+            if blanks:
+                raise GmaskError(
+                    f"the text of a classification has no blank, but this one has {blanks}: make it a cloze"
+                )
+        elif not blanks:
+            raise GmaskError(f"the text has no blank: put {', '.join(BLANKS[:-1])} or {BLANKS[-1]} into the template")
+        elif self.kind != "infill" and blanks > 1:
+            raise GmaskError(f"the text has {blanks} blanks, {self.kind} takes one: make the task an infill")
+        elif self.kind == "infill" and sample.answers and len(sample.answers) != blanks:
+            raise GmaskError(f"the text has {blanks} blanks, but there are {len(sample.answers)} answers")
+
+    def _encode_answer(self, sample: Sample, index: int, blanked: BlankedText | None) -> tuple[int, ...]:
+        answer = sample.answers[index]
+        if blanked is None or self.blanks is None:
+            ids = tuple(encode_plain(self.tokenizer, answer))
+        else:
+            ids = self.blanks.encode_answer(answer, blanked, index if self.kind == "infill" else 0)
+        if self.kind in CHOICES:
+            if not ids:
+                raise GmaskError("an answer is empty: only texts with at least one token can be scored")
+            if len(ids) >= self.config.max_position_embeddings:
+                raise GmaskError(f"the answer {answer[:20]!r} has {len(ids)} tokens, more than the model has positions")
+        return ids
+
+    def _cut(self, context: Context, kept: Collection[int]) -> Context:
+        """The context in `max_source` tokens; what stands at the indices ``kept`` stays, as control tokens do."""
+        surplus = len(context.ids) - self.max_source
+        if surplus <= 0:
+            return context
+        loose = [i for i, token in enumerate(context.ids) if token not in self.control_ids and i not in kept]
+        if surplus > len(loose):
+            raise GmaskError(
+                f"max_source is {self.max_source}, but what may not be cut has {len(context.ids) - len(loose)} tokens"
+            )
+        first = context.places[0] if context.places else len(context.ids)
+        before = sum(index < first for index in loose)
+        order = loose[:before] + loose[before:][::-1] if self.truncation == "left" else loose[::-1]
+        gone = set(order[:surplus])
+        stays = [index for index in range(len(context.ids)) if index not in gone]
+        places = tuple(new for new, index in enumerate(stays) if index in context.places)
+        return Context(tuple(context.ids[index] for index in stays), places)
+
+
+@dataclass(frozen=True, slots=True)
+class Predictor:
+    """A model with all that its predictions depend on; arguments as of `predict`."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    reader: SampleReader
+    settings: Settings
+    batch_size: int
+    normalization: Normalization
+
+    def predict(self, samples: Sequence[Sample], on_progress: Callable[[int], None]) -> list[Prediction]:
+        """The predictions in the order of the samples; those of like length are made together."""
+        questions = [self.reader.read(sample) for sample in samples]
+        _tell_cuts(questions, self.reader.max_source)
+        kind = self.reader.kind
+        if kind in CHOICES:
+            for sample in samples:
+                if not sample.answers:
+                    raise locate(GmaskError("the sample has no candidates to choose from"), sample)
+        seeds = make_seeds(self.settings, len(samples))
+        writes = kind not in LABELLED
+        size = max(1, self.batch_size // max(self.settings.beams, self.settings.n)) if writes else self.batch_size
+        order = sorted(range(len(questions)), key=lambda index: len(questions[index].context.ids))
+        found: dict[int, Prediction] = {}
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            asked = [questions[index] for index in batch]
+            if kind in CHOICES:
+                predictions = self._choose(asked)
+            elif kind == "classification":
+                predictions = self._classify(asked)
+            else:
+                predictions = self._write(asked, [seeds[index] for index in batch])
+            found.update(zip(batch, predictions, strict=True))
+            on_progress(len(batch))
+        return [found[index] for index in range(len(samples))]
+
+    def _choose(self, questions: Sequence[ReadSample]) -> list[Prediction]:
+        asked = [(question.context, question.answers) for question in questions]
+        answers = score_answers(self.model, asked, self.reader.special, batch_size=self.batch_size)
+        if self.normalization == "unconditional":
+            bare = [(self.reader.read_bare(question), question.answers) for question in questions]
+            baselines = score_shared(self.model, bare, self.reader.special, batch_size=self.batch_size)
+        else:
+            baselines = [[0.0] * len(question.answers) for question in questions]
+        return list(map(self._rank, answers, baselines))
+
+    def _rank(self, answers: Sequence[Answer], baselines: Sequence[float]) -> Prediction:
+        scores = [sum(answer.logprobs) - baseline for answer, baseline in zip(answers, baselines, strict=True)]
+        if self.normalization == "mean":
+            scores = [score / len(answer.ids) for score, answer in zip(scores, answers, strict=True)]
+        return _best(scores)
+
+    def _classify(self, questions: Sequence[ReadSample]) -> list[Prediction]:
+        contexts = [question.context for question in questions]
+        input_ids, layout, is_real = stack_contexts(contexts, pad=self.reader.special.pad)
+        mask = torch.ones_like(input_ids) if is_real is None else is_real.long()
+        device = self.model.device
+        logits = self.model(
+            input_ids=input_ids.to(device), layout=layout.to(device), attention_mask=mask.to(device)
+        ).logits
+        check_numbers(logits)
+        return [_best(row) for row in logits.log_softmax(-1).tolist()]
+
+    def _write(self, questions: Sequence[ReadSample], seeds: Sequence[int]) -> list[Prediction]:
+        special = self.reader.special
+        rules = make_rules(
+            self.settings,
+            self.tokenizer,
+            ends=(special.eop, special.eos),
+            forbidden=self.reader.format.forbidden_ids,
+            vocabulary_size=self.model.config.vocab_size,
+        )
+        contexts = [question.context for question in questions]
+        found = find_answers(self.model, contexts, self.settings, rules, special=special, seeds=seeds)
+        return [self._read(question, best[0].done) for question, best in zip(questions, found, strict=True)]
+
+    def _read(self, question: ReadSample, answers: Sequence[Answer]) -> Prediction:
+        texts = [self._spell(question, blank, answer) for blank, answer in enumerate(answers)]
+        return Prediction(texts=tuple(texts), scores=tuple(answer.logprob for answer in answers))
+
+    def _spell(self, question: ReadSample, blank: int, answer: Answer) -> str:
+        """An answer as it stands in its text, or as a conversation shows it."""
+        text = "".join(token_texts(answer.ids, self.tokenizer))
+        if answer.finish == "stop":
+            text = cut_at_stop(text, self.settings.stop)
+        if self.reader.kind == "chat":
+            return self.reader.format.clean(text)
+        return text.strip() if question.blanked is None else question.blanked.fit_answer(text, blank)
+
+
+def _best(scores: Sequence[float]) -> Prediction:
+    """The first of the highest scores."""
+    label = max(range(len(scores)), key=lambda index: (scores[index], -index))
+    return Prediction(label=label, scores=tuple(scores))
+
+
+def _tell_cuts(questions: Sequence[ReadSample], max_source: int) -> None:
+    """Warns of texts that are not read as a whole."""
+    cut = sum(question.tokens_cut > 0 for question in questions)
+    left_out = sum(question.rounds_left_out for question in questions)
+    if cut or left_out:
+        warnings.warn(
+            f"of {len(questions)} samples {cut} were cut to {max_source} tokens, and {left_out} earlier rounds of "
+            "conversations were left out",
+            stacklevel=4,
+        )
+
+
+LAST_BLANK = re.compile(rf"(\\*)({'|'.join(map(re.escape, BLANKS))})")
+
+
+def before_last_blank(text: str) -> str:
+    r"""The prompt of a text whose one blank ends it; ``\[MASK]`` is the text "[MASK]".
+
+    Raises:
+        GmaskError: no blank, several, or one that does not end the text.
+    """
+    pieces, end = [""], 0
+    for match in LAST_BLANK.finditer(text):
+        slashes, token = match.groups()
+        pieces[-1] += text[end : match.start()] + "\\" * (len(slashes) // 2)
+        end = match.end()
+        if len(slashes) % 2:
+            pieces[-1] += token
+        else:
+            pieces.append("")
+    if len(pieces) != 2 or (pieces[1] + text[end:]).strip():
+        raise GmaskError("a ChatGLM answers behind its prompt: the text must end with its one blank, [gMASK]")
+    return pieces[0].rstrip()
+
+
+def locate(error: GmaskError, sample: Sample) -> GmaskError:
+    """The error with the file and line of a sample in front, if it has them."""
+    return GmaskError(f"{sample.path}:{sample.line}: {error}") if sample.path else error

@@ -1,0 +1,321 @@
+"""Texts with blanks and conversations become the context that a model reads, and answers go back into the text."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NoReturn, Protocol
+
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from gmask.errors import GmaskError
+from gmask.infilling.blanks import BlankTokens
+from gmask.models.chatglm import ChatGLMConfig
+from gmask.models.chatglm_chat import FULL_WIDTH, TRAINING_TIME, build_prompt, clean_reply
+from gmask.recipes.pretraining import find_blank_tokens
+
+BLANKS = ("[MASK]", "[sMASK]", "[gMASK]")
+PROMPT = "[PROMPT]"
+"""Where one of a model's trained vectors stands; text like any other to a model that has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What the model reads in both directions."""
+
+    ids: tuple[int, ...]
+    places: tuple[int, ...]  # of the blanks among the ids, ascending
+
+    def check_length(self, positions: int) -> None:
+        """Raises `GmaskError` for a context longer than the positions of the model."""
+        if len(self.ids) > positions:
+            raise GmaskError(
+                f"the text has {len(self.ids)} tokens, but the model has only {positions} positions: shorten it"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class SplicedText:
+    """A text with its blanks filled."""
+
+    text: str
+    answers: tuple[str, ...]  # as they stand in the text
+    spans: tuple[tuple[int, int], ...]  # [start, end) of each answer in the text
+
+
+@dataclass(frozen=True, slots=True)
+class BlankedText:
+    """A text cut at its blanks."""
+
+    pieces: tuple[str, ...]  # what stands before, between and behind the blanks, escapes undone
+    context: Context
+
+    def swallowed_space(self, blank: int) -> str:
+        """The white space that the blank's token takes from the text before it; the answer brings its own."""
+        piece = self.pieces[blank]
+        return piece[len(piece.rstrip()) :]
+
+    def fit_answer(self, answer: str, blank: int) -> str:
+        """An answer as it stands in the text.
+
+        The user's text is never altered: where it has white space before the blank, or begins with the blank, the
+        answer's own leading space goes; where white space follows, its trailing space goes.
+        """
+        space = self.swallowed_space(blank)
+        if "\n" in space:
+            answer = answer.lstrip()
+        elif space or (blank == 0 and not self.pieces[0]):
+            answer = answer.lstrip(" ")
+        return answer.rstrip(" ") if self.pieces[blank + 1][:1].isspace() else answer
+
+    def splice(self, answers: Sequence[str]) -> SplicedText:
+        """The text with an answer in the place of each blank."""
+        fitted = tuple(self.fit_answer(answer, blank) for blank, answer in enumerate(answers))
+        text, spans = self.pieces[0], []
+        for answer, piece in zip(fitted, self.pieces[1:], strict=True):
+            spans.append((len(text), len(text) + len(answer)))
+            text += answer + piece
+        return SplicedText(text, fitted, tuple(spans))
+
+
+def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a text in which special tokens are text like any other."""
+    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    ids: list[int] = encoded["input_ids"]
+    return ids
+
+
+class TextReader:
+    """Reads texts with blanks by the vocabulary of one tokenizer.
+
+    ``\\[MASK]`` is the text "[MASK]" and no blank; so with every special token. Two backslashes are a backslash before
+    a blank.
+
+    Args:
+        prompt_ids: `GLMConfig.prompt_ids` of a model with trained vectors (P-tuning). They stand where the text has a
+            ``[PROMPT]`` for each of them, in order; before a text that has none.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.prompt_ids = prompt_ids
+        self.special = find_blank_tokens(tokenizer)
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.special_ids: dict[str, int] = {
+            token: tokenizer.convert_tokens_to_ids(token) for token in [*added, *tokenizer.all_special_tokens]
+        }
+        known = {token: self.special_ids[token] for token in BLANKS if token in self.special_ids}
+        self.blank_ids = {BLANKS[0]: self.special.mask, **known}
+        self.blank_ids[str(tokenizer.mask_token)] = self.special.mask  # RoBERTa's is <mask>
+        known_tokens = {*self.special_ids, *BLANKS, *([PROMPT] if prompt_ids else ())}
+        spellings = "|".join(map(re.escape, sorted(known_tokens, key=len, reverse=True)))
+        self.pattern = re.compile(rf"(\\*)({spellings}|\[(?i:[a-z]*mask)\])")
+
+    def read(self, text: str) -> BlankedText:
+        """Cuts a text at its blanks and encodes it as ``[CLS] text <|endoftext|>``.
+
+        As published, the white space before a blank is left to the answer, and a text that ends with ``[gMASK]`` is
+        open: it has no ``<|endoftext|>``.
+
+        Raises:
+            GmaskError: no blank, or another special token that is not escaped.
+        """
+        blanked = self.read_any(text)
+        if not blanked.context.places:
+            raise GmaskError(
+                f"the text has no blank: put {BLANKS[0]}, {BLANKS[1]} or {BLANKS[2]} where words are missing"
+            )
+        return blanked
+
+    def read_any(self, text: str) -> BlankedText:
+        """As `read`, of a text that need not have a blank."""
+        pieces: list[str] = [""]
+        parts: list[str | int] = [""]  # texts, and the ids that stand between them
+        prompts, end = list(self.prompt_ids), 0
+        for match in self.pattern.finditer(text):
+            slashes, token = match.groups()
+            plain = text[end : match.start()] + "\\" * (len(slashes) // 2) + (token if len(slashes) % 2 else "")
+            pieces[-1] += plain
+            parts[-1] = f"{parts[-1]}{plain}"
+            end = match.end()
+            if len(slashes) % 2:
+                continue
+            if token in self.blank_ids:
+                parts += [self.blank_ids[token], ""]
+                pieces.append("")
+            elif token == PROMPT:
+                parts += [prompts.pop(0) if prompts else -1, ""]
+                pieces[-1] += token
+            else:
+                self._refuse(token)
+        pieces[-1] += text[end:]
+        parts[-1] = f"{parts[-1]}{text[end:]}"
+        self._check_prompts(parts)
+        return BlankedText(tuple(pieces), self._encode(parts))
+
+    def _check_prompts(self, parts: Sequence[str | int]) -> None:
+        """Raises `GmaskError` for some of the trained vectors without the others, or for more than there are."""
+        wanted, found = len(self.prompt_ids), sum(part == -1 or part in self.prompt_ids for part in parts)
+        if found not in (0, wanted):
+            raise GmaskError(
+                f"the text has {found} {PROMPT}, but the model {wanted} trained vectors: write one for each, or none, "
+                "and they stand before the text"
+            )
+
+    def _refuse(self, token: str) -> NoReturn:
+        known = [blank for blank in BLANKS if blank in self.blank_ids]
+        if token in BLANKS:
+            raise GmaskError(f"this model was not trained with {token}: write {' or '.join(known)}")
+        kind = "holds the special token" if token in self.special_ids else "holds the unknown special token"
+        raise GmaskError(
+            f"the text {kind} {token}: blanks are {', '.join(known)}; write \\{token} if it is meant as text"
+        )
+
+    def read_blank(self, blank: int, before: str = "") -> Context:
+        """The text that ends with a blank of this id; ``before`` it special tokens are text like any other."""
+        return self._encode((before, blank, ""))
+
+    def encode_plain(self, text: str) -> list[int]:
+        """The ids of a text in which special tokens are text like any other."""
+        return encode_plain(self.tokenizer, text)
+
+    def encode_answer(self, answer: str, text: BlankedText, blank: int) -> tuple[int, ...]:
+        """The ids of an answer, with the white space that the blank took from the text before it."""
+        space = text.swallowed_space(blank)[-1:]
+        return tuple(self.encode_plain(answer if answer[:1].isspace() else space + answer))
+
+    def _encode(self, parts: Sequence[str | int]) -> Context:
+        """Texts, and the ids between them; white space before an id is left out."""
+        blanks = set(self.blank_ids.values())
+        if not any(part in self.prompt_ids for part in parts):
+            parts = [*self.prompt_ids, *parts]
+        ids, places = [self.special.cls], []
+        for index, part in enumerate(parts):
+            if isinstance(part, str):
+                ids += self.encode_plain(part if index == len(parts) - 1 else part.rstrip())
+                continue
+            if part in blanks:
+                places.append(len(ids))
+            ids.append(part)
+        if ids[-1] != self.blank_ids.get("[gMASK]"):
+            ids.append(self.special.eos)
+        return Context(tuple(ids), tuple(places))
+
+
+Rounds = Sequence[tuple[str, str]]
+"""What was asked and what was answered, oldest first."""
+
+
+class PromptFormat(Protocol):
+    """How a kind of model is talked to."""
+
+    special: BlankTokens
+    forbidden_ids: tuple[int, ...]
+
+    def encode(self, query: str, rounds: Rounds) -> Context:
+        """What the model reads; its blank is the reply."""
+
+    def clean(self, text: str) -> str:
+        """A reply as it is shown."""
+
+    def settled(self, text: str) -> str:
+        """The start of a cleaned reply that no further token changes."""
+
+
+class ChatGLMFormat:
+    """The published prompt of ChatGLM-6B: bare for the first round, then all rounds, numbered."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        ids = {name: tokenizer.convert_tokens_to_ids(f"[{name}]") for name in ("MASK", "sMASK", "gMASK")}
+        self.special = BlankTokens(
+            mask=ids["MASK"],
+            smask=ids["sMASK"],
+            gmask=ids["gMASK"],
+            sop=tokenizer.bos_token_id,
+            eop=tokenizer.convert_tokens_to_ids("<eop>"),  # of the first vocabulary, eos is </s>
+            pad=tokenizer.pad_token_id,
+            cls=tokenizer.pad_token_id,  # has none, and begins with the text
+            eos=tokenizer.eos_token_id,
+        )
+        self.forbidden_ids: tuple[int, ...] = (
+            self.special.pad,
+            self.special.mask,
+            self.special.smask,
+            self.special.gmask,
+        )
+
+    def encode(self, query: str, rounds: Rounds) -> Context:
+        ids = encode_plain(self.tokenizer, build_prompt(query, rounds))
+        return Context((*ids, self.special.gmask), (len(ids),))
+
+    def clean(self, text: str) -> str:
+        return clean_reply(text)
+
+    def settled(self, text: str) -> str:
+        """Marks at the end wait for the character after them, which decides on their width."""
+        for length in range(len(TRAINING_TIME) - 1, 0, -1):
+            if text.endswith(TRAINING_TIME[:length]):
+                text = text[:-length]
+                break
+        return clean_reply(text.rstrip().rstrip("".join(FULL_WIDTH)))
+
+
+class QuestionAnswerFormat:
+    """``问：...答：[gMASK]``, for a GLM that was not tuned for another prompt."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.special = find_blank_tokens(tokenizer)
+        kept = {self.special.eop, self.special.eos}
+        self.forbidden_ids = tuple(sorted(set(TextReader(tokenizer).special_ids.values()) - kept))
+
+    def encode(self, query: str, rounds: Rounds) -> Context:
+        text = "".join(f"问：{asked}答：{answered}" for asked, answered in rounds) + f"问：{query}答："
+        ids = encode_plain(self.tokenizer, text)
+        return Context((self.special.cls, *ids, self.special.gmask), (len(ids) + 1,))
+
+    def clean(self, text: str) -> str:
+        return text.strip()
+
+    def settled(self, text: str) -> str:
+        return text.strip()
+
+
+def find_format(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
+    """The prompt that a model was made for."""
+    return format_of(model.config, tokenizer)
+
+
+def format_of(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
+    """The prompt of models with such a config."""
+    return ChatGLMFormat(tokenizer) if isinstance(config, ChatGLMConfig) else QuestionAnswerFormat(tokenizer)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A context, and how many of the oldest rounds it had to leave out."""
+
+    context: Context
+    rounds_left_out: int
+
+    @cached_property
+    def length(self) -> int:
+        """In tokens, ``<sop>`` counted."""
+        return len(self.context.ids) + 1
+
+
+def fit_prompt(query: str, rounds: Rounds, prompt_format: PromptFormat, *, room: int) -> Prompt:
+    """The prompt with as many of the latest rounds as fit into ``room`` tokens.
+
+    Raises:
+        GmaskError: the query alone does not fit.
+    """
+    for left_out in range(len(rounds) + 1):
+        prompt = Prompt(prompt_format.encode(query, rounds[left_out:]), left_out)
+        if prompt.length <= room:
+            return prompt
+    raise GmaskError(
+        f"the message has {prompt.length} tokens, but there is room for {room}: shorten it, lower max_tokens, "
+        "or raise the context length"
+    )

@@ -1,0 +1,260 @@
+"""ChatGLM's published chat: the prompt of a conversation, ``chat`` and ``stream_chat``.
+
+``chat`` and ``stream_chat`` have the published signatures and defaults. transformers' top-k of 50 is active in both, as
+it was in the published code. Scores that are not finite raise, where the published code hid them behind token 5.
+
+Source: published modeling_chatglm.py, ``chat`` and ``process_response``.
+"""
+
+import queue
+import re
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from gmask.errors import GmaskError
+
+History = Sequence[tuple[str, str]]
+"""Earlier rounds: what was asked and what was answered."""
+
+TRAINING_TIME = "[[训练时间]]"
+FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
+IDEOGRAPH = "[\u4e00-\u9fff]"
+
+
+def build_prompt(query: str, history: History = ()) -> str:
+    """The text that the model continues: the query itself, or behind earlier rounds all of them in order."""
+    if not history:
+        return query
+    rounds = [f"[Round {index}]\n问：{asked}\n答：{answered}\n" for index, (asked, answered) in enumerate(history)]
+    return "".join(rounds) + f"[Round {len(history)}]\n问：{query}\n答："
+
+
+def clean_reply(text: str) -> str:
+    """The reply without white space around it, with full-width marks beside Chinese characters."""
+    text = text.strip().replace(TRAINING_TIME, "2023年")
+    for mark, wide in FULL_WIDTH.items():
+        text = re.sub(f"(?<={IDEOGRAPH}){re.escape(mark)}", wide, text)
+        text = re.sub(f"{re.escape(mark)}(?={IDEOGRAPH})", wide, text)
+    return text
+
+
+Rounds = list[tuple[str, str]]
+TOP_K = 50
+UNFINISHED = "\ufffd"
+"""What decoding gives for the bytes of a character that is not complete yet."""
+
+
+class FiniteScores(LogitsProcessor):
+    """Raises `FloatingPointError` for scores that are not finite; the published code put token 5 in their place."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not bool(torch.isfinite(scores).all()):
+            raise FloatingPointError(
+                "the model gave scores that are not finite: its weights are damaged, or float16 overflows; try bfloat16"
+            )
+        return scores
+
+
+class TokenQueue(BaseStreamer, StoppingCriteria):
+    """Hands tokens from the thread that generates them to the one that reads them, which may have it stop."""
+
+    def __init__(self) -> None:
+        self.tokens: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
+        self.is_cancelled = False
+        self.prompt_is_told = False
+
+    def put(self, value: Tensor) -> None:
+        if self.prompt_is_told:
+            for token in value.flatten().tolist():
+                self.tokens.put(token)
+        self.prompt_is_told = True
+
+    def end(self) -> None:
+        """Nothing: the thread tells when it is done, be it by an error."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.is_cancelled, device=input_ids.device, dtype=torch.bool)
+
+
+class ChatMixin(GenerationMixin):
+    """``chat``, ``stream_chat`` and ``stream_generate`` for models with the prompt format of ChatGLM-6B."""
+
+    _warned_of_length = False
+
+    def chat(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        query: str,
+        history: Rounds | None = None,
+        max_length: int = 2048,
+        num_beams: int = 1,
+        do_sample: bool = True,
+        top_p: float = 0.7,
+        temperature: float = 0.95,
+        logits_processor: LogitsProcessorList | None = None,
+        **kwargs: Any,
+    ) -> tuple[str, Rounds]:
+        """The reply and the history with it.
+
+        Args:
+            query: what is asked; special tokens in it are text.
+            history: earlier rounds (asked, answered).
+            max_length: tokens of prompt and reply together.
+            temperature: 0 takes the most probable token at every step.
+            **kwargs: as for transformers' ``generate``, such as ``top_k``, ``repetition_penalty``, ``stop_strings``.
+
+        Warns:
+            UserWarning: once for a model, if prompt and reply may be longer than what it was trained on.
+
+        Raises:
+            GmaskError: the prompt leaves no room for a reply.
+            FloatingPointError: scores that are not finite.
+        """
+        settings = self._chat_settings(max_length, num_beams, do_sample, top_p, temperature, logits_processor, kwargs)
+        inputs = self._chat_inputs(tokenizer, query, history, settings)
+        output = self.generate(**inputs, **settings)
+        reply = self._read_reply(tokenizer, output[0, inputs["input_ids"].shape[1] :].tolist())
+        return reply, [*(history or []), (query, reply)]
+
+    def stream_chat(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        query: str,
+        history: Rounds | None = None,
+        max_length: int = 2048,
+        do_sample: bool = True,
+        top_p: float = 0.7,
+        temperature: float = 0.95,
+        logits_processor: LogitsProcessorList | None = None,
+        **kwargs: Any,
+    ) -> Iterator[tuple[str, Rounds]]:
+        """The reply so far and the history with it, after every token that completes a character.
+
+        Arguments, warning and errors as for `chat`, whose reply the last one is, but for beams, which cannot be
+        streamed; leaving the iterator stops the model.
+        """
+        settings = self._chat_settings(max_length, 1, do_sample, top_p, temperature, logits_processor, kwargs)
+        inputs = self._chat_inputs(tokenizer, query, history, settings)
+        length, told, reply = inputs["input_ids"].shape[1], None, ""
+        for ids in self.stream_generate(**inputs, **settings):
+            reply = self._read_reply(tokenizer, ids[0, length:].tolist())
+            if reply != told and not reply.endswith(UNFINISHED):
+                told = reply
+                yield reply, [*(history or []), (query, reply)]
+        if reply != told:  # bytes that never became a character
+            yield reply, [*(history or []), (query, reply)]
+
+    def stream_generate(self, input_ids: Tensor, **kwargs: Any) -> Iterator[Tensor]:
+        """The ids ``[1, S + n]`` after each new token n; arguments as for ``generate``.
+
+        The published one left out the last token.
+        """
+        if len(input_ids) != 1:
+            raise ValueError(f"stream_generate answers one prompt, not {len(input_ids)}")
+        if kwargs.get("num_beams", 1) > 1:
+            raise GmaskError("beams may change every token to the last one, so they cannot be streamed: use chat")
+        tokens = TokenQueue()
+        stopping = StoppingCriteriaList([*kwargs.pop("stopping_criteria", []), tokens])
+
+        def run() -> None:
+            try:
+                with torch.inference_mode():
+                    self.generate(input_ids=input_ids, streamer=tokens, stopping_criteria=stopping, **kwargs)
+            except BaseException as error:  # told to the reader, who raises it
+                tokens.tokens.put(error)
+            tokens.tokens.put(None)
+
+        worker = threading.Thread(target=run, name="stream_generate", daemon=True)
+        worker.start()
+        try:
+            while (token := tokens.tokens.get()) is not None:
+                if isinstance(token, BaseException):
+                    raise token
+                input_ids = torch.cat((input_ids, input_ids.new_tensor([[token]])), dim=-1)
+                yield input_ids
+        finally:
+            tokens.is_cancelled = True
+            worker.join()
+
+    def encode_chat(
+        self, tokenizer: PreTrainedTokenizerBase, query: str, history: Rounds, *, max_length: int | None
+    ) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask`` ``[1, S]`` of a conversation.
+
+        Raises:
+            GmaskError: it is as long as ``max_length``, or the tokenizer is not that of the model.
+        """
+        if tokenizer.bos_token_id != self.config.bos_token_id:
+            raise GmaskError(
+                f"<sop> is {tokenizer.bos_token_id} to the tokenizer, but {self.config.bos_token_id} to the model: "
+                "they are of two revisions; take all files from one"
+            )
+        encoded = tokenizer(build_prompt(query, history), return_tensors="pt", split_special_tokens=True)
+        length = encoded["input_ids"].shape[1]
+        if max_length is not None and length >= max_length:
+            raise GmaskError(
+                f"the conversation has {length} tokens, max_length {max_length} leaves no room for a reply: "
+                "shorten the history, or raise max_length"
+            )
+        return {name: encoded[name].to(self.device) for name in ("input_ids", "attention_mask")}
+
+    def _chat_inputs(
+        self, tokenizer: PreTrainedTokenizerBase, query: str, history: Rounds | None, settings: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What ``generate`` is given beside the settings; a warning if these exceed what the model was trained on."""
+        inputs: dict[str, Any] = self.encode_chat(
+            tokenizer, query, history or [], max_length=settings.get("max_length")
+        )
+        length, trained = inputs["input_ids"].shape[1], self.config.max_position_embeddings
+        longest = settings.get("max_length") or length + settings.get("max_new_tokens", 0)
+        if longest > trained and not self._warned_of_length:
+            self._warned_of_length = True
+            warnings.warn(
+                f"the prompt has {length} tokens and may grow to {longest} with the reply, but the model was trained "
+                f"on at most {trained}: replies get worse beyond them",
+                stacklevel=3,
+            )
+        return inputs | ({"tokenizer": tokenizer} if "stop_strings" in settings else {})
+
+    def _chat_settings(
+        self,
+        max_length: int,
+        num_beams: int,
+        do_sample: bool,
+        top_p: float,
+        temperature: float,
+        logits_processor: LogitsProcessorList | None,
+        others: dict[str, Any],
+    ) -> dict[str, Any]:
+        """The arguments of ``generate``; those that only shape a draw are left out where nothing is drawn."""
+        do_sample = do_sample and temperature != 0
+        settings = {"num_beams": num_beams, "do_sample": do_sample, **others}
+        if "max_new_tokens" not in others:
+            settings["max_length"] = max_length
+        if do_sample:
+            settings = {"top_k": TOP_K, **settings, "top_p": top_p, "temperature": temperature}
+        settings["logits_processor"] = LogitsProcessorList(logits_processor or [])
+        settings.setdefault("pad_token_id", self.config.pad_token_id)
+        settings.setdefault("eos_token_id", self.config.eos_token_id)
+        return settings
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """Those of transformers behind `FiniteScores`, for some of them forbid a token by a score of -inf."""
+        return LogitsProcessorList([FiniteScores(), *super()._get_logits_processor(*args, **kwargs)])
+
+    def _read_reply(self, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+        return clean_reply(str(tokenizer.decode(ids, skip_special_tokens=True)))

@@ -1,0 +1,159 @@
+"""transformers' `generate`, with the layout carried from step to step.
+
+The layout travels in a keyword of its own: `generate` would repeat 3-D ``position_ids`` along the wrong axis for beams
+and count all their rows on by one, and prefix tuning would shift them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Cache, GenerationConfig, GenerationMixin
+from transformers.generation.utils import GenerateOutput
+from transformers.modeling_outputs import ModelOutput
+
+from gmask.models.cache import GrowingCache
+from gmask.models.layout import continues, derive_layout, extend_layout
+
+
+class LayoutGenerationMixin(GenerationMixin):
+    """`GenerationMixin` for models whose forward takes ``layout`` and builds its own mask."""
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        position_ids: Tensor | None = None,
+        generation_attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> GenerateOutput | Tensor:
+        """transformers' `generate`; the prompt ends with ``<sop>``, and what follows fills the blank that it answers.
+
+        Also takes the published forms, of which the layout and the padding are kept: ``position_ids [B, 2, >= S]``,
+        GLM's ``generation_attention_mask [B, 1, >= S, >= S]`` (1 = visible) and ChatGLM's boolean ``attention_mask
+        [B, 1, S, S]`` (True = hidden).
+
+        Raises:
+            ValueError: no blank or no ``<sop>`` in a prompt; chunked prefill, which a bidirectional context rules out.
+        """
+        input_ids = kwargs.get("input_ids", inputs)
+        if position_ids is not None and position_ids.ndim == 3 and input_ids is not None:
+            kwargs["layout"] = position_ids[:, :, : input_ids.shape[1]]
+        if generation_attention_mask is not None and input_ids is not None:
+            length = input_ids.shape[1]
+            kwargs["attention_mask"] = generation_attention_mask[:, 0, length - 1, :length].long()
+        hidden = kwargs.get("attention_mask")
+        if hidden is not None and hidden.ndim == 4:
+            kwargs["attention_mask"] = (~hidden[:, 0, -1]).long()
+        if self._grows_a_cache(kwargs):
+            kwargs["past_key_values"] = GrowingCache(self.config)
+        output: GenerateOutput | Tensor = super().generate(inputs, *args, **kwargs)
+        return output
+
+    def _grows_a_cache(self, kwargs: dict[str, Any]) -> bool:
+        """Whether `generate` would make a `DynamicCache`: nothing asks for another, or for none."""
+        config = kwargs.get("generation_config") or self.generation_config
+        use_cache, kind = (
+            kwargs.get(name, getattr(config, name, None)) for name in ("use_cache", "cache_implementation")
+        )
+        return use_cache is not False and kind in (None, "dynamic") and kwargs.get("past_key_values") is None
+
+    def _prefill(
+        self, input_ids: Tensor, generation_config: GenerationConfig, *args: Any, **kwargs: Any
+    ) -> ModelOutput:
+        if generation_config.prefill_chunk_size is not None:
+            raise ValueError("prefill_chunk_size splits a context that is read in both directions: leave it unset")
+        return super()._prefill(input_ids, generation_config, *args, **kwargs)
+
+    def _prepare_attention_mask_for_generation(
+        self, inputs_tensor: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Only padding on the left counts: in published vocabularies the padding id also ends the context."""
+        mask: Tensor = super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
+        return (mask.cumsum(-1) > 0).long()
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+        input_ids = model_kwargs.get("input_ids", inputs_tensor)
+        layout = model_kwargs.get("layout")
+        if layout is not None and layout.shape[-1] > inputs_tensor.shape[1]:  # an assistant's may be shorter
+            raise ValueError(f"layout covers {layout.shape[-1]} tokens, the prompt has {inputs_tensor.shape[1]}")
+        if layout is None:
+            mask = model_kwargs.get("attention_mask")
+            model_kwargs["layout"] = self.read_prompt_layout(
+                input_ids, None if mask is None else mask[:, -input_ids.shape[1] :]
+            )
+        positions: Tensor = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        return positions  # 1-D, which forward ignores: generate wants them for its own bookkeeping
+
+    def read_prompt_layout(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """The layout ``[B, 2, S]`` of prompts ``[B, S]``; the mask has 0 at padding.
+
+        Raises:
+            ValueError: a prompt without a blank or ``<sop>``.
+        """
+        sop = self.config.sop_token_id
+        if sop is None:
+            raise ValueError("the config has no sop_token_id: load with gmask.load, or pass layout [B, 2, T]")
+        if not bool((input_ids == sop).any(-1).all()):
+            raise ValueError("generate continues an answer: end each prompt with <sop> after a text with a blank")
+        return derive_layout(
+            input_ids,
+            blank_token_ids=self.config.blank_token_ids,
+            sop_token_id=sop,
+            attention_mask=attention_mask,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        layout: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        )
+        inputs.pop("position_ids", None)
+        fed = inputs.get("input_ids")
+        fed_length = fed.shape[1] if fed is not None else inputs["inputs_embeds"].shape[1]
+        if layout is not None:
+            missing = input_ids.shape[1] - layout.shape[-1]  # assisted decoding proposes several tokens at once
+            if missing > 0:
+                layout = extend_layout(layout, missing)
+            inputs["layout"] = layout[:, :, -fed_length:].clone(memory_format=torch.contiguous_format)
+        return inputs
+
+    def _update_model_kwargs_for_generation(
+        self,
+        outputs: ModelOutput,
+        model_kwargs: dict[str, Any],
+        is_encoder_decoder: bool = False,
+        num_new_tokens: int = 1,
+    ) -> dict[str, Any]:
+        updated: dict[str, Any] = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, is_encoder_decoder, num_new_tokens
+        )
+        updated["layout"] = extend_layout(updated["layout"], num_new_tokens)
+        return updated
+
+    def _prepare_static_cache(self, *args: Any, max_cache_len: int, **kwargs: Any) -> Cache:
+        """Of tokens and prefix."""
+        room = max_cache_len + (self.config.pre_seq_len or 0)
+        cache: Cache = super()._prepare_static_cache(*args, max_cache_len=room, **kwargs)
+        return cache
+
+    def create_masks_for_generate(
+        self, attention_mask: Tensor | None = None, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> Tensor | None:
+        """The padding mask, as long as a static cache: a compiled step then sees one shape. Forward does the rest.
+
+        Once the cache holds a prefix, the mask has that in front.
+        """
+        if attention_mask is None or past_key_values is None:
+            return attention_mask
+        if self.config.pre_seq_len is not None and continues(past_key_values):
+            attention_mask = F.pad(attention_mask, (self.config.pre_seq_len, 0), value=1)
+        room = past_key_values.get_mask_sizes(1, 0)[0] - attention_mask.shape[1]
+        return F.pad(attention_mask, (0, max(room, 0)), value=1)

@@ -1,0 +1,547 @@
+"""GLM (110M to 10B): configuration, layout of its inputs, trained prompt vectors, model.
+
+The vectors have ids of their own, behind the vocabulary: they are read like any token, take places in the layout, and
+are never written.
+
+Module names are those of the published checkpoints, so that their keys need no renaming.
+
+Shape letters: B rows, T positions, H hidden size, P vectors or prefix length, K key positions (cached ones first), N
+heads, D head size, L layers, V vocabulary.
+
+Source: Liu et al., "GPT Understands, Too", 2021; THUDM/GLM model/prompt.py, class ``PromptSpell``.
+Source: Du et al., ACL 2022, section 2; published code THUDM/GLM model/modeling_glm.py and mpu/transformer.py.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from gmask.models.base import PrefixEncoder, QuantizingMixin, StrictLoadingMixin, attend, prepend, show_prefix
+from gmask.models.cache import GrowingCache
+from gmask.models.generate import LayoutGenerationMixin
+from gmask.models.layout import build_mask, continues, derive_layout, keep_positions, resolve_sequences
+
+Network = Literal["lstm", "mlp", "none"]
+"""What trained vectors of P-tuning may come out of."""
+
+
+class GLMConfig(PreTrainedConfig):
+    """Configuration of a GLM.
+
+    Published configs (``num_layers``, ``max_sequence_length``, ``output_dropout_prob`` ...) are accepted under their
+    own names. ``hidden_act`` is ``"gelu"`` (erf) for the published Hugging Face code and ``"gelu_pytorch_tanh"`` for
+    the original training code and for models made here.
+
+    The ids of ``<sop>`` and of the blanks are what lets the model read a layout off the token ids; without them a
+    ``layout`` has to be given.
+
+    What tuning adds, and no published config has:
+
+    - ``pre_seq_len`` trained keys and values in front of every layer (P-tuning v2), with ``prefix_projection`` out of a
+      small network.
+    - ``prompt_tokens`` trained vectors that stand in the text for words (P-tuning): ``prompt_ids`` are their ids.
+      ``prompt_encoder`` is the network that they come out of: ``"lstm"``, ``"mlp"``, or ``"none"``.
+    """
+
+    model_type = "glm_blank"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "num_layers": "num_hidden_layers",
+        "max_sequence_length": "max_position_embeddings",
+        "embedding_dropout_prob": "embedding_dropout",
+        "attention_dropout_prob": "attention_dropout",
+        "output_dropout_prob": "hidden_dropout",
+    }
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "word_embeddings": "embedding_rowwise",
+        "transformer.layers.*.attention.query_key_value": "colwise_thirds",
+        "transformer.layers.*.attention.dense": "rowwise",
+        "transformer.layers.*.mlp.dense_h_to_4h": "colwise",
+        "transformer.layers.*.mlp.dense_4h_to_h": "rowwise",
+    }
+
+    vocab_size: int = 30592
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    max_position_embeddings: int = 512
+    block_position_encoding: bool = True
+    hidden_act: str = "gelu"
+    embedding_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    hidden_dropout: float = 0.1
+    classifier_dropout: float | None = None  # as hidden_dropout if absent
+    pool_token: Literal["cls", "start", "pad"] = "cls"
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-5
+    pre_seq_len: int | None = None
+    prefix_projection: bool = False
+    prompt_tokens: int = 0
+    prompt_encoder: Network = "none"
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    sop_token_id: int | None = None
+    eop_token_id: int | None = None
+    mask_token_id: int | None = None
+    smask_token_id: int | None = None
+    gmask_token_id: int | None = None
+    auto_map: dict[str, Any] = field(default_factory=dict)  # no remote code; trainers read it unasked
+
+    complete_published: ClassVar[Callable[[Mapping[str, Any], str], dict[str, Any]] | None] = None
+    """Fills in what the published config of a folder or hub name leaves out; whoever knows the vocabularies sets it."""
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
+        values, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if cls.complete_published is not None and values.get("model_type") == "glm":
+            values = cls.complete_published(values, str(pretrained_model_name_or_path))
+        return values, rest
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        super().__post_init__(**kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def intermediate_size(self) -> int:
+        return 4 * self.hidden_size
+
+    @property
+    def position_rows(self) -> int:
+        """Rows of a position table: with two tables, one more than positions, as published; answers start at 1."""
+        return self.max_position_embeddings + int(self.block_position_encoding)
+
+    @property
+    def prompt_ids(self) -> range:
+        """The ids behind the vocabulary, which stand for trained vectors."""
+        return range(self.vocab_size, self.vocab_size + self.prompt_tokens)
+
+    @property
+    def blank_token_ids(self) -> list[int]:
+        """Ids of ``[MASK]``, ``[sMASK]`` and ``[gMASK]``, those that the vocabulary has."""
+        ids = (self.mask_token_id, self.smask_token_id, self.gmask_token_id)
+        return [token_id for token_id in ids if token_id is not None]
+
+
+def read_layout(
+    config: GLMConfig,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    sequence_ids: Tensor | None,
+    cache: Cache | None,
+) -> Tensor:
+    """The layout ``[B, 2, T]`` that the token ids carry; beside a published mask, plain positions, as published.
+
+    Raises:
+        ValueError: the ids carry none, or the config does not say which ids are blanks.
+    """
+    if input_ids is None:
+        raise ValueError("inputs_embeds carry no layout: pass layout [B, 2, T]")
+    batch, length = input_ids.shape
+    if attention_mask is not None and attention_mask.ndim != 2:
+        place = torch.arange(length, device=input_ids.device).expand(batch, -1)
+        return torch.stack((place, torch.zeros_like(place)), dim=1)
+    sop, blanks = config.sop_token_id, config.blank_token_ids
+    if sop is None or not blanks:
+        raise ValueError("the config has no sop_token_id or blank ids: load with gmask.load, or pass layout [B, 2, T]")
+    if continues(cache) and not bool((input_ids == sop).any(-1).all()):
+        raise ValueError("tokens that continue a cached answer carry no layout: pass layout [B, 2, T]")
+    return derive_layout(
+        input_ids,
+        blank_token_ids=blanks,
+        sop_token_id=sop,
+        attention_mask=None if attention_mask is None else attention_mask[:, -length:],
+        sequence_ids=sequence_ids,
+    )
+
+
+def check_layout(layout: Tensor, inputs_embeds: Tensor, *, config: GLMConfig) -> None:
+    """Raises `ValueError` for a layout of another shape, or places that the tables do not have."""
+    batch, length, _ = inputs_embeds.shape
+    if layout.shape != (batch, 2, length):
+        raise ValueError(f"layout is {list(layout.shape)}: for these inputs it must be {[batch, 2, length]}")
+    if not layout.is_cpu or torch.compiler.is_compiling():
+        return  # reading values would make the program wait for the device
+    used = layout if config.block_position_encoding else layout[:, :1]
+    lowest, highest = int(used.min()), int(used.max())
+    if lowest < 0 or highest >= config.position_rows:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(
+            f"position {wrong} is beyond the {config.position_rows} positions of this model: "
+            "shorten the text or the answer"
+        )
+
+
+class PromptEncoder(nn.Module):
+    """P vectors out of a table, and a network that lets each depend on the others (``"lstm"``) or not (``"mlp"``)."""
+
+    def __init__(self, config: GLMConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.first_id = config.vocab_size
+        self.network = config.prompt_encoder
+        self.embedding = nn.Embedding(config.prompt_tokens, size)
+        if self.network == "lstm":
+            self.lstm_head = nn.LSTM(size, size, num_layers=2, bidirectional=True, batch_first=True)
+        if self.network != "none":
+            width = 2 * size if self.network == "lstm" else size
+            self.mlp_head = nn.Sequential(nn.Linear(width, size), nn.ReLU(), nn.Linear(size, size))
+
+    def forward(self) -> Tensor:
+        """``[P, H]``."""
+        vectors = self.embedding.weight
+        if self.network == "lstm":
+            vectors = self.lstm_head(vectors[None])[0][0]
+        if self.network != "none":
+            vectors = self.mlp_head(vectors)
+        return vectors
+
+    def embed(self, input_ids: Tensor, words: nn.Module) -> Tensor:
+        """Ids ``[B, T]`` to ``[B, T, H]``: a vector where an id is one of its own, else the word's embedding."""
+        is_prompt = input_ids >= self.first_id
+        embedded: Tensor = words(input_ids.masked_fill(is_prompt, 0))
+        vectors = self().to(embedded.dtype)[(input_ids - self.first_id).clamp(min=0)]
+        return torch.where(is_prompt[..., None], vectors, embedded)
+
+
+def has_prompts(model: PreTrainedModel) -> bool:
+    """Whether a model has such vectors; a ChatGLM has none."""
+    return isinstance(model.config, GLMConfig) and model.config.prompt_tokens > 0
+
+
+def attach_prompts(model: PreTrainedModel, count: int, network: Network) -> PromptEncoder:
+    """Gives a GLM new vectors in float32, in place of those that it may have; the table starts with words.
+
+    The words are drawn from the whole vocabulary, as in the training code, which draws from its first 5000.
+    """
+    for config in (model.config, model.base_model.config):  # two, where a head was put on the body of another model
+        config.prompt_tokens, config.prompt_encoder = count, network
+    encoder = PromptEncoder(model.config).to(model.device)
+    words = model.get_input_embeddings()
+    drawn = torch.randint(words.num_embeddings, (count,)).to(model.device)
+    with torch.no_grad():
+        encoder.embedding.weight.copy_(words(drawn))
+    model.base_model.prompt_encoder = encoder
+    return encoder
+
+
+class ResidualLinear(nn.Linear):
+    """A projection into the residual stream; as published, it starts smaller in deeper models."""
+
+
+class GLMAttention(nn.Module):
+    """Multi-head self-attention; ``query_key_value`` holds three contiguous thirds."""
+
+    is_causal = False  # the mask says all; without one every key is visible
+
+    def __init__(self, config: GLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = ResidualLinear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        prefix: Tensor | None,  # 2 N P D
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        batch, length, _ = hidden_states.shape
+        query, key, value = (
+            part.view(batch, length, -1, self.head_dim).transpose(1, 2)  # B N T D
+            for part in self.query_key_value(hidden_states).chunk(3, dim=-1)
+        )
+        if prefix is not None:
+            key, value = prepend(prefix, key, value)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        dropout = self.attention_dropout if self.training else 0.0
+        mixed, weights = attend(self, query, key, value, attention_mask, dropout=dropout, **kwargs)
+        output: Tensor = self.dense(mixed.reshape(batch, length, -1))
+        return output, weights
+
+
+class GLMMLP(nn.Module):
+    def __init__(self, config: GLMConfig) -> None:
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dense_4h_to_h = ResidualLinear(config.intermediate_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        output: Tensor = self.dense_4h_to_h(self.activation(self.dense_h_to_4h(hidden_states)))
+        return output
+
+
+class GLMBlock(GradientCheckpointingLayer):
+    """Pre-LN transformer block."""
+
+    def __init__(self, config: GLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = GLMAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = GLMMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        prefix: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        normed = self.input_layernorm(hidden_states)
+        mixed, _ = self.attention(normed, prefix, attention_mask, past_key_values, **kwargs)
+        hidden_states = hidden_states + self.dropout(mixed)
+        expanded = self.mlp(self.post_attention_layernorm(hidden_states))
+        output: Tensor = hidden_states + self.dropout(expanded)
+        return output
+
+
+class GLMTransformer(nn.Module):
+    """The 2-D position embeddings, the blocks and the final norm."""
+
+    def __init__(self, config: GLMConfig) -> None:
+        super().__init__()
+        self.position_embeddings = nn.Embedding(config.position_rows, config.hidden_size)
+        if config.block_position_encoding:
+            self.block_position_embeddings = nn.Embedding(config.position_rows, config.hidden_size)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList([GLMBlock(config, index) for index in range(config.num_hidden_layers)])
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.config = config
+
+    def embed_layout(self, layout: Tensor) -> Tensor:
+        """``[B, 2, T]`` to ``[B, T, H]``."""
+        places: Tensor = self.position_embeddings(layout[:, 0])
+        if self.config.block_position_encoding:
+            places = places + self.block_position_embeddings(layout[:, 1])
+        return places
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        layout: Tensor,
+        prefix: Tensor | None,  # L 2 N P D
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        hidden_states = self.dropout(inputs_embeds + self.embed_layout(layout))
+        for index, layer in enumerate(self.layers):
+            own = None if prefix is None else prefix[index]  # a reentrant checkpoint loses gradients of keywords
+            hidden_states = layer(
+                hidden_states, own, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
+            )
+        output: Tensor = self.final_layernorm(hidden_states)
+        return output
+
+
+class GLMPreTrainedModel(StrictLoadingMixin, QuantizingMixin, PreTrainedModel):
+    config: GLMConfig
+    config_class = GLMConfig
+    base_model_prefix = "glm"
+    tuned_parts = ("glm.prefix_encoder.", "glm.prompt_encoder.")
+    _input_embed_layer = "word_embeddings"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GLMBlock"]  # noqa: RUF012 - transformers reads these as plain class attributes
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": GLMBlock, "attentions": GLMAttention}  # noqa: RUF012
+    _can_set_attn_implementation_cached_value = True  # transformers would look for it in this file's text
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ResidualLinear):
+            init.normal_(
+                module.weight,
+                std=self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers),
+            )
+
+
+class GLMModel(GLMPreTrainedModel):
+    """GLM without its head: ids and layout in, final hidden states ``[B, T, H]`` out."""
+
+    def __init__(self, config: GLMConfig) -> None:
+        super().__init__(config)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.transformer = GLMTransformer(config)
+        if config.pre_seq_len is not None:
+            self.prefix_encoder = PrefixEncoder(config)
+        if config.prompt_tokens:
+            self.prompt_encoder = PromptEncoder(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        layout: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Runs the transformer.
+
+        Args:
+            input_ids: ``[B, T]``; those of ``config.prompt_ids`` stand for trained vectors.
+            attention_mask: ``[B, past + T]`` padding mask (1 = a token). Also the published forms: a prefix length
+                (0-d, ``[1]`` or ``[B]``), a 4-D mask as given (1 = visible), and with 3-D ``position_ids`` a 2-D mask
+                that hides padded keys and nothing else.
+            position_ids: ``[B, 2, T]``, the published name of ``layout``. Of 2-D ones ``[B, T]`` only is read where a
+                packed sequence starts: at each 0, when there is neither a mask nor a cache.
+            layout: ``[B, 2, T]`` places in the context and in the answer; read off ``input_ids`` if absent.
+            sequence_ids: ``[B, T]`` packed sequences, which do not see each other; -1 at padding.
+
+        Raises:
+            ValueError: positions beyond the table, or a layout that cannot be read off the ids.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if "cache" in kwargs:
+            raise ValueError("continuous batching reads prompts in chunks and causally, which is wrong for a prefix LM")
+        if inputs_embeds is None:
+            inputs_embeds = self._embed(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = GrowingCache(self.config)
+        sequence_ids = resolve_sequences(position_ids, attention_mask, sequence_ids, past_key_values)
+        published_positions = position_ids is not None and position_ids.ndim == 3
+        if published_positions:
+            layout = position_ids
+        if layout is None:
+            layout = read_layout(self.config, input_ids, attention_mask, sequence_ids, past_key_values)
+        check_layout(layout, inputs_embeds, config=self.config)
+        mask = build_mask(
+            layout,
+            attention_mask,
+            sequence_ids,
+            past_key_values,
+            published_positions=published_positions,
+            dtype=inputs_embeds.dtype,
+        )
+        prefix = None
+        if self.config.pre_seq_len is not None and not continues(past_key_values):
+            prefix = self.prefix_encoder().unflatten(0, (-1, 2))  # L 2 N P D
+            mask = show_prefix(mask, self.config.pre_seq_len, past_key_values)
+        hidden_states = self.transformer(inputs_embeds, layout, prefix, mask, past_key_values, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def _embed(self, input_ids: Tensor | None) -> Tensor:
+        """The words of ids ``[B, T]``, and the trained vectors where they stand for these: ``[B, T, H]``."""
+        if self.config.prompt_tokens and input_ids is not None:
+            return self.prompt_encoder.embed(input_ids, self.word_embeddings)
+        words: Tensor = self.word_embeddings(input_ids)
+        return words
+
+
+class GLMLanguageModel(GLMPreTrainedModel):
+    """GLM and its language-modelling head, tied to the word embeddings: what writing and scoring share."""
+
+    _tied_weights_keys = {"lm_head.weight": "glm.word_embeddings.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+
+    def __init__(self, config: GLMConfig) -> None:
+        super().__init__(config)
+        self.glm = GLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class GLMForConditionalGeneration(GLMLanguageModel, LayoutGenerationMixin, GenerationMixin):
+    """GLM that writes: logits at every position, and `generate`."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        layout: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits ``[B, T, V]``, and the mean cross-entropy in nats when ``labels`` are given.
+
+        ``labels[t]`` is what position t must predict (not shifted, as published); -100 and the padding id are not
+        scored. The other arguments are those of `GLMModel.forward`; ``logits_to_keep`` as of `keep_positions`.
+        """
+        outputs = self.glm(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            layout=layout,
+            sequence_ids=sequence_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            labels = self._scored(labels)
+            total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+            loss = total / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def token_losses(self, input_ids: Tensor, labels: Tensor, *, layout: Tensor, sequence_ids: Tensor) -> Tensor:
+        """Cross-entropy in nats at each label, ``[n]`` float32 in row order; the head runs at these positions alone."""
+        hidden_states = self.glm(input_ids, layout=layout, sequence_ids=sequence_ids, use_cache=False).last_hidden_state
+        labels = self._scored(labels)
+        labelled = labels != -100
+        logits = self.lm_head(hidden_states[labelled])
+        return F.cross_entropy(logits.float(), labels[labelled], reduction="none")
+
+    def _scored(self, labels: Tensor) -> Tensor:
+        """The labels with -100 for the padding id, which is not scored, as published."""
+        pad = self.config.pad_token_id
+        return labels if pad is None else labels.masked_fill(labels == pad, -100)

@@ -1,0 +1,156 @@
+"""The int8 and int4 formats: numbers to integers and back.
+
+Everything here is plain torch, works on any device and is the reference for the fast kernels.
+
+Integers are symmetric around zero: ``weight ~ scale * integer``.
+
+The published format: int8 ``[N, K]``, or int4 ``[N, K/2]`` with column 2j in the high nibble of byte j and 2j+1 in the
+low one, in two's complement; a float16 scale per row (quantization.py of the published ChatGLM-6B).
+
+Shape letters: N output rows, K input columns, G groups of K/G columns that share a scale (1 where a whole row does).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from gmask.errors import GmaskError
+from gmask.native.ops import BLOCK_COLUMNS, BLOCK_ROWS
+
+BITS = (4, 8)
+GROUP_SIZES = (32, 64, 128)
+
+
+def quantize(
+    weight: Tensor, bits: int, *, group_size: int | None = None, dtype: torch.dtype = torch.float16
+) -> tuple[Tensor, Tensor]:
+    """The integers of a weight and their scales, as published where ``group_size`` is None.
+
+    ``scale = max|w| / (2**(bits-1) - 1)`` and ``integer = round(w / scale)``, halves to even, both in ``dtype``: the
+    published checkpoints were made in float16, a float32 model quantized on a CPU got float32 scales. Where the
+    original divides by zero (a row of zeros) or overflows (a scale without enough digits), scale and integers are
+    zero, or the nearest that fit.
+
+    Args:
+        weight: ``[N, K]``, floating point.
+        bits: 4 or 8.
+        group_size: columns that share a scale; a divisor of K, or None for all of them.
+
+    Returns:
+        int8 ``[N, K]``, and scales of ``dtype``, ``[N]`` or ``[N, K/group_size]``.
+
+    Raises:
+        GmaskError: bits or a group size that are not supported, or a weight with NaN or infinity.
+    """
+    columns = check_format(weight.shape[-1], bits, group_size)
+    largest = 2 ** (bits - 1) - 1
+    groups = weight.to(dtype).view(-1, weight.shape[-1] // columns, columns)
+    extent = groups.abs().amax(dim=-1, keepdim=True)
+    if not extent.isfinite().all():
+        raise GmaskError(f"a weight holds NaN or a number beyond {dtype}: it cannot be quantized")
+    scale = extent / largest
+    quotient = torch.where(scale == 0, 0, groups / scale)
+    integers = quotient.round().clamp_(-largest - 1, largest).to(torch.int8)
+    scale = scale.squeeze(-1)
+    return integers.view(weight.shape), scale if group_size else scale.squeeze(-1)
+
+
+def check_form(bits: int, group_size: int | None) -> None:
+    """Raises `GmaskError` for a number of bits or a group size that no weight can have."""
+    if bits not in BITS:
+        raise GmaskError(f"weights can be kept in 4 or 8 bits, not in {bits}")
+    if group_size is not None and group_size not in GROUP_SIZES:
+        raise GmaskError(f"a group of {group_size} columns: choose 32, 64 or 128, or none for a scale a row")
+
+
+def check_format(columns: int, bits: int, group_size: int | None) -> int:
+    """The columns that share a scale.
+
+    Raises:
+        GmaskError: a format that is not supported, or that does not fit so many columns.
+    """
+    check_form(bits, group_size)
+    if bits == 4 and columns % 2:
+        raise GmaskError(f"int4 weights need an even number of columns, not {columns}")
+    if group_size is None:
+        return columns
+    if columns % group_size:
+        raise GmaskError(
+            f"a group of {group_size} columns: choose 32, 64 or 128, and a divisor of the weight's {columns}"
+        )
+    return group_size
+
+
+def pack_int4(integers: Tensor) -> Tensor:
+    """int8 ``[N, K]`` in -8..7 to the published int8 ``[N, K/2]``."""
+    return (integers[..., 0::2] << 4) | (integers[..., 1::2] & 15)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """The inverse of `pack_int4`."""
+    return torch.stack((packed >> 4, packed << 4 >> 4), dim=-1).flatten(-2)
+
+
+def pack(integers: Tensor, bits: int) -> Tensor:
+    """int8 ``[N, K]`` to the published ``[N, K * bits / 8]``."""
+    return pack_int4(integers) if bits == 4 else integers
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack`."""
+    return unpack_int4(packed) if bits == 4 else packed
+
+
+def dequantize(integers: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``scale * integer``, rounded once to ``dtype``.
+
+    float32 is what the original computes on a CPU, float16 what it computes on a GPU.
+
+    Args:
+        integers: int8 ``[N, K]``.
+        scale: ``[N]`` or ``[N, G]``.
+    """
+    scale = scale.float().view(integers.shape[0], -1, 1)
+    groups = integers.view(integers.shape[0], scale.shape[1], -1)
+    return (scale * groups).view(integers.shape).to(dtype)
+
+
+def pack_blocks(packed: Tensor, bits: int) -> Tensor:
+    """The published ``[N, K * bits / 8]`` in the blocks that the kernels read from start to end.
+
+    The plain twin of `gmask.native.ops.pack_blocks`; the layout is described in native/csrc/kernels.h.
+
+    Returns:
+        uint8, ``[N/32, K * bits / 32, 32, 4]``: 32-bit words of a row each; N and K padded to 32.
+    """
+    rows, width = packed.shape
+    packed = pad(packed, (0, -width % (BLOCK_COLUMNS * bits // 8), 0, -rows % BLOCK_ROWS)).view(torch.uint8)
+    words = packed.view(-1, BLOCK_ROWS, packed.shape[1] // 4, 4)
+    if bits == 4:
+        nibbles = words ^ 0x88  # two's complement + 8
+        columns = torch.stack((nibbles >> 4, nibbles & 15), dim=-1).flatten(-2)
+        words = columns[..., :4] | columns[..., 4:] << 4
+    return words.transpose(1, 2).contiguous()
+
+
+def unpack_blocks(blocks: Tensor, bits: int, rows: int, columns: int) -> Tensor:
+    """The inverse of `pack_blocks`: int8 ``[rows, columns * bits / 8]``, the padding left out."""
+    words = blocks.transpose(1, 2)
+    if bits == 4:
+        nibbles = torch.cat((words & 15, words >> 4), dim=-1)
+        words = (nibbles[..., 0::2] << 4 | nibbles[..., 1::2]) ^ 0x88
+    packed = words.reshape(-1, blocks.shape[1] * 4)
+    return packed[:rows, : columns * bits // 8].contiguous().view(torch.int8)
+
+
+def pack_scale_blocks(scale: Tensor) -> Tensor:
+    """Scales ``[N]`` or ``[N, G]`` as ``[N/32, G, 32]``, beside their blocks."""
+    scale = scale.view(scale.shape[0], -1)
+    scale = pad(scale, (0, 0, 0, -scale.shape[0] % BLOCK_ROWS))
+    return scale.view(-1, BLOCK_ROWS, scale.shape[1]).transpose(1, 2).contiguous()
+
+
+def unpack_scale_blocks(blocks: Tensor, rows: int, *, group_size: int | None) -> Tensor:
+    """The inverse of `pack_scale_blocks`."""
+    scale = blocks.transpose(1, 2).reshape(-1, blocks.shape[1])[:rows].contiguous()
+    return scale if group_size else scale.squeeze(1)

@@ -1,0 +1,1 @@
+"""Recipes: YAML files into typed settings, for pretraining and for fine-tuning."""

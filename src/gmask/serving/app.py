@@ -1,0 +1,126 @@
+"""The application that answers: how it begins, what it mounts, how it ends."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from transformers import PreTrainedTokenizerBase
+
+import gmask
+from gmask.checkpoints.load import LanguageModel
+from gmask.generation.adapters import AdapterSet
+from gmask.generation.engine import Engine
+from gmask.serving import blanks, openai
+from gmask.serving.backend import Backend
+from gmask.serving.middleware import Door, ErrorReply, Ledger, add_error_handlers
+from gmask.serving.settings import ServerSettings
+
+DESCRIPTION = "OpenAI's API, the published one of ChatGLM-6B, and blanks to fill and to score."
+
+
+def create_app(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    settings: ServerSettings | None = None,
+    adapters: Mapping[str, Path] | None = None,
+    engine: Engine | None = None,
+) -> FastAPI:
+    """The application that serves a model.
+
+    Args:
+        model, tokenizer: as `gmask.load` returns them.
+        settings: the limits; by default those of `ServerSettings`.
+        adapters: folders of LoRA or prefixes by their names: a request chooses one as the model ``NAME:ADAPTER``.
+        engine: that writes the answers; by default a new one. The application closes it when it ends.
+
+    Raises:
+        GmaskError: an adapter that does not fit the model.
+    """
+    settings = settings or ServerSettings()
+    engine = engine or Engine(
+        model,
+        tokenizer,
+        max_rows=settings.max_rows,
+        max_queue=settings.max_queue,
+        adapters=AdapterSet(model, adapters or {}),
+    )
+    backend = Backend(model, tokenizer, engine, settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        backend.drain()
+        await asyncio.to_thread(backend.close)
+
+    app = FastAPI(
+        title="gmask",
+        version=gmask.__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        responses={"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}},
+    )
+    app.state.backend = backend
+    for router in (openai.router, blanks.router, openai.published_router):
+        app.include_router(router)
+    _add_probes(app, backend)
+    add_error_handlers(app)
+    app.add_middleware(Door, settings=settings)  # the last one added is the first to see a request
+    app.add_middleware(Ledger, metrics=backend.metrics)
+    return app
+
+
+def _add_probes(app: FastAPI, backend: Backend) -> None:
+    @app.get("/health", tags=["Operation"])
+    async def health() -> dict[str, str]:
+        """The process runs, and so does its engine: where it says no, only a new process helps."""
+        backend.check_engine()
+        return {"status": "ok"}
+
+    @app.get("/ready", tags=["Operation"])
+    async def ready(request: Request) -> JSONResponse:
+        """Whether it takes requests."""
+        backend.check_open()
+        return JSONResponse({"status": "ready"})
+
+    @app.get("/metrics", tags=["Operation"], response_class=Response)
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(backend.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+class Server(uvicorn.Server):
+    """Refuses new requests from the moment it is told to end, while those that run go on."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """For SIGINT and SIGTERM; the second SIGINT ends at once."""
+        backend: Backend = self.config.app.state.backend  # type: ignore[union-attr]
+        if self.loop is not None:
+            self.loop.call_soon_threadsafe(backend.drain)
+        super().handle_exit(sig, frame)
+
+    async def serve(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+        """Serves until it is told to end."""
+        self.loop = asyncio.get_running_loop()
+        await super().serve(sockets)  # type: ignore[arg-type]
+
+
+def make_server(app: FastAPI, *, host: str, port: int) -> Server:
+    """A server that is ready to run; it listens once it does."""
+    backend: Backend = app.state.backend
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=int(backend.settings.drain_seconds) + 5,
+    )
+    return Server(config)

@@ -1,0 +1,366 @@
+"""Around every request: keys, limits, errors, logs and metrics.
+
+`Door` is a plain ASGI layer: what is refused here has cost no parsing, and answers stream through untouched.
+
+Every error has OpenAI's shape, ``{"error": {"message", "type", "param", "code"}}``, whatever the endpoint.
+"""
+
+import hmac
+import json
+import logging
+import math
+import re
+import time
+import uuid
+from asyncio import get_running_loop, timeout_at
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from pydantic import BaseModel
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gmask.errors import GmaskError, is_shortage
+from gmask.generation.engine import EngineClosed, QueueFull
+from gmask.serving.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from gmask.generation.engine import Counts
+
+
+logger = logging.getLogger("gmask.serving")
+OPEN_PATHS = frozenset({"/health", "/ready"})
+"""For load balancers, which have no key."""
+
+PAGE_PATH = "/ui"
+"""Of the page, which asks for the key itself: a browser has no header to send it in."""
+
+
+class Door:
+    """Lets requests pass that bring a key, if keys are asked for, and whose body is small and does not dawdle."""
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
+        self.app = app
+        self.settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            self._check(scope)
+            body = await self._read(receive)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        if body is not None:
+            await self.app(scope, replay(body, receive), send)
+
+    def _check(self, scope: Scope) -> None:
+        headers = Headers(scope=scope)
+        hosts = self.settings.allowed_hosts
+        if "*" not in hosts and host_name(headers.get("host", "")) not in hosts:
+            raise ApiError(400, "the Host header names none of the hosts that this server answers to (allowed_hosts)")
+        keys = self.settings.api_keys
+        if keys and not is_open(scope["path"]) and not is_authorized(headers.get("authorization", ""), keys):
+            raise ApiError(401, "an API key is needed: send it as the header 'Authorization: Bearer KEY'")
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length[:20]) > self.settings.max_body_bytes:
+            self._refuse_size()
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The whole body; None if the client has gone."""
+        chunks: list[bytes] = []
+        size = 0
+        try:
+            async with timeout_at(get_running_loop().time() + self.settings.body_seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    chunks.append(message.get("body", b""))
+                    size += len(chunks[-1])
+                    if size > self.settings.max_body_bytes:
+                        self._refuse_size()
+                    if not message.get("more_body", False):
+                        return b"".join(chunks)
+        except TimeoutError:
+            raise ApiError(408, f"the request took more than {self.settings.body_seconds:g} s to arrive") from None
+
+    def _refuse_size(self) -> None:
+        raise ApiError(413, f"the body is larger than the {self.settings.max_body_bytes} bytes that are taken")
+
+
+def is_open(path: str) -> bool:
+    """Whether a path needs no key in a header."""
+    return path in OPEN_PATHS or path == PAGE_PATH or path.startswith(f"{PAGE_PATH}/")
+
+
+def host_name(header: str) -> str:
+    """The host of a Host header, without its port."""
+    return header.rpartition("]")[0] + "]" if header.startswith("[") else header.partition(":")[0].lower()
+
+
+def is_authorized(header: str, keys: Sequence[str]) -> bool:
+    """Whether an Authorization header brings one of the keys."""
+    scheme, _, given = header.partition(" ")
+    return is_key(given.strip(), keys) and scheme.lower() == "bearer"
+
+
+def is_key(given: str, keys: Sequence[str]) -> bool:
+    """Whether a text is one of the keys; the time that it takes tells nothing of them."""
+    found = [hmac.compare_digest(given.encode("utf-8", "replace"), key.encode()) for key in keys]
+    return any(found)
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """A ``receive`` that tells the body once more; what comes behind it comes from the client."""
+    is_told = False
+
+    async def tell() -> Message:
+        nonlocal is_told
+        if is_told:
+            return await receive()
+        is_told = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return tell
+
+
+KINDS = {
+    400: ("invalid_request_error", None),
+    401: ("authentication_error", "invalid_api_key"),
+    404: ("invalid_request_error", "not_found"),
+    405: ("invalid_request_error", "method_not_allowed"),
+    408: ("invalid_request_error", "request_timeout"),
+    413: ("invalid_request_error", "request_too_large"),
+    429: ("rate_limit_error", "rate_limit_exceeded"),
+    500: ("server_error", "internal_error"),
+    503: ("server_error", "unavailable"),
+    504: ("server_error", "timeout"),
+}
+"""The ``type`` and ``code`` of an error by its status."""
+
+
+class ErrorDetail(BaseModel):
+    """What is wrong, and with which parameter."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """An error with its HTTP status."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
+
+    def body(self) -> dict[str, Any]:
+        """In OpenAI's shape."""
+        kind, code = KINDS.get(self.status, KINDS[400])
+        message = self.message.encode("utf-8", "replace").decode()  # half of a surrogate pair has no UTF-8
+        param = None if self.param is None else self.param.encode("utf-8", "replace").decode()
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code or code}}
+
+    def response(self) -> JSONResponse:
+        """As it is sent."""
+        headers: dict[str, str] = {}
+        if self.retry_after is not None:
+            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.body(), self.status, headers=headers)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What a client is told of an exception; of one that is not the client's doing, no more than that it happened."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFull):
+        return ApiError(429, str(error), retry_after=error.retry_after)
+    if isinstance(error, EngineClosed):
+        return ApiError(503, str(error), retry_after=5)
+    if isinstance(error, GmaskError):
+        return ApiError(400, str(error))
+    if is_shortage(error):
+        return ApiError(503, "not enough memory for this request: ask for less, or later", retry_after=5)
+    logger.error("a request failed", exc_info=error)
+    return ApiError(500, "the server failed at this request; its log says why")
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Has every error of an app answered in OpenAI's shape."""
+
+    async def tell(request: Request, error: Exception) -> JSONResponse:
+        return as_api_error(error).response()
+
+    async def tell_http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        response = ApiError(error.status_code, str(error.detail)).response()
+        response.headers.update(error.headers or {})
+        return response
+
+    async def tell_validation(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return describe(error.errors()[0]).response()
+
+    app.add_exception_handler(ApiError, tell)
+    app.add_exception_handler(GmaskError, tell)
+    app.add_exception_handler(HTTPException, tell_http)
+    app.add_exception_handler(RequestValidationError, tell_validation)
+    app.add_exception_handler(Exception, tell)
+
+
+def describe(found: Mapping[str, Any]) -> ApiError:
+    """The first thing that is wrong with a body; its value is not repeated."""
+    place = [str(part) for part in found["loc"] if part != "body"]
+    param = ".".join(place) or None
+    message = str(found["msg"])
+    if found["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON (at character {param}): {found['ctx']['error']}")
+    if found["type"] == "extra_forbidden":
+        message = "is not a parameter that this server knows"
+    return ApiError(400, f"{param}: {message}" if param else f"the body: {message}", param=param)
+
+
+request_logger = logging.getLogger("gmask.serving.requests")
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class Metrics:
+    """The counters of one application, in a registry of its own, so that two applications in a process stay apart."""
+
+    def __init__(self, counts: "Callable[[], Counts]") -> None:
+        """``counts`` tells the engine's figures, which are read when they are fetched."""
+        self.registry = CollectorRegistry()
+        self.registry.register(EngineCollector(counts))
+
+        def histogram(name: str, help_text: str) -> Histogram:
+            return Histogram(f"gmask_{name}_seconds", help_text, buckets=SECONDS, registry=self.registry)
+
+        self.first_token = histogram("time_to_first_token", "From a request's submission to its first token")
+        self.next_token = histogram("inter_token_latency", "From a token of an answer to the next one")
+        self.duration = histogram("request_duration", "From a request's arrival to the end of its answer")
+        self.requests = Counter(
+            "gmask_http_requests", "Requests by endpoint and status", ["endpoint", "status"], registry=self.registry
+        )
+
+    def render(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class Ledger:
+    """Gives every request an id, answers with it in ``X-Request-ID``, and writes one line when it is done."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        facts: dict[str, Any] = {}
+        scope.setdefault("state", {})["facts"] = facts
+        status, began = 499, time.perf_counter()  # 499: gone before an answer, as nginx has it
+
+        async def tell(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, tell)
+        finally:
+            seconds = time.perf_counter() - began
+            endpoint = getattr(scope.get("route"), "path", "none")  # never what the client wrote: paths are endless
+            self.metrics.requests.labels(endpoint, str(status)).inc()
+            self.metrics.duration.observe(seconds)
+            line = {"request_id": request_id, "method": scope["method"], "endpoint": endpoint, "status": status}
+            request_logger.info("request", extra={"facts": {**line, "seconds": round(seconds, 4), **facts}})
+
+
+def note(request: Request, **facts: Any) -> None:
+    """Adds facts to the request's line in the log."""
+    request.state.facts.update(facts)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The time in UTC, the level, the message, and the facts of a request."""
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
+        line = {"time": when, "level": record.levelname.lower(), "message": record.getMessage()}
+        line |= getattr(record, "facts", {})
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)  # ASCII: no line break of a client's ends a line
+
+
+def log_as_json() -> None:
+    """Has this program's log written to standard error as JSON lines."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    for name in ("gmask.serving", "uvicorn"):
+        found = logging.getLogger(name)
+        found.handlers, found.propagate = [handler], False
+        found.setLevel(logging.INFO)
+
+
+SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 300)
+
+
+class EngineCollector(Collector):
+    """The engine's own figures."""
+
+    def __init__(self, counts: "Callable[[], Counts]") -> None:
+        self.counts = counts
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing: what is not described is not asked for at registration, before the engine runs."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        """Reads the engine."""
+        counts = self.counts()
+        yield GaugeMetricFamily("gmask_queue_length", "Requests that wait for their turn", counts.waiting)
+        yield GaugeMetricFamily("gmask_running_rows", "Answers that are being written: the batch size", counts.running)
+        yield GaugeMetricFamily("gmask_cache_places_in_use", "Positions of keys and values taken", counts.places)
+        yield GaugeMetricFamily("gmask_cache_places", "Positions of keys and values that there are", counts.max_places)
+        yield CounterMetricFamily("gmask_prompt_tokens", "Tokens that were read", counts.prompt_tokens)
+        yield CounterMetricFamily("gmask_generated_tokens", "Tokens that were written", counts.answer_tokens)
+        yield CounterMetricFamily("gmask_decoding_steps", "Passes that write a token of every row", counts.steps)
+        samples = CounterMetricFamily("gmask_samples", "Answers by their end", labels=["end"])
+        for end, count in counts.ends.items():
+            samples.add_metric([end], count)
+        yield samples

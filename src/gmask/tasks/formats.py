@@ -1,0 +1,239 @@
+"""Published nested formats and conversations become plain records and rounds."""
+
+import string
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from gmask.errors import GmaskError
+from gmask.tasks.records import Record, Sample
+from gmask.tasks.templates import read_value
+
+Values = Mapping[str, Any]
+
+
+def flatten(reader: str, record: Record) -> Iterator[Record]:
+    """The plain records of one record of a published format, each with the place of that record.
+
+    Args:
+        reader: a name of `READERS`.
+
+    Raises:
+        GmaskError: the record is not of that format.
+    """
+    try:
+        for values in READERS[reader](record.values):
+            yield replace(record, values=dict(values))
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        what = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+        columns = ", ".join(record.values)
+        raise GmaskError(f"not of the format {reader!r}: {what}; the columns are {columns}") from error
+
+
+def _read_plain(values: Values) -> Iterator[Values]:
+    yield values
+
+
+def _read_copa(values: Values) -> Iterator[Values]:
+    """Adds ``joiner``, the word between the premise and its cause or effect."""
+    yield {**values, "joiner": {"cause": " because", "effect": ", so"}[values["question"]]}
+
+
+def _read_multirc(values: Values) -> Iterator[Values]:
+    """One record an answer; the answers to a question share their ``group``."""
+    for question in values["passage"]["questions"]:
+        for answer in question["answers"]:
+            yield {
+                "passage": values["passage"]["text"],
+                "question": question["question"],
+                "answer": answer["text"],
+                "group": f"{values['idx']}-{question['idx']}",
+                **_known(answer, "label"),
+            }
+
+
+def _read_record(values: Values) -> Iterator[Values]:
+    """One record a query: what stands ``before`` and ``after`` its blank, the ``candidates`` and the ``answers``.
+
+    As published, the candidates are the different entities of the passage, and its highlights become a list. The
+    label is the first right answer.
+    """
+    text = values["passage"]["text"]
+    entities = [text[entity["start"] : entity["end"] + 1] for entity in values["passage"]["entities"]]
+    candidates = list(dict.fromkeys(entities))
+    for query in values["qas"]:
+        before, _, after = query["query"].partition("@placeholder")
+        answers = list(dict.fromkeys(answer["text"] for answer in query.get("answers", ())))
+        labels = [candidates.index(answer) for answer in answers if answer in candidates]
+        yield {
+            "passage": text.replace("@highlight\n", "- "),
+            "before": before.rstrip(),
+            "after": after,
+            "candidates": candidates,
+            "answers": answers,
+            "group": f"{values['idx']}-{query['idx']}",
+            **({"label": labels[0]} if labels else {}),
+        }
+
+
+def _read_wsc(values: Values) -> Iterator[Values]:
+    """Adds ``marked``, the text with asterisks at the pronoun, and the texts ``pronoun`` and ``span``.
+
+    ``span2_index`` counts words and misses its pronoun by one in some published lines: the nearest one is marked.
+    """
+    target, words = values["target"], values["text"].split()
+    pronoun, index = target["span2_text"], target["span2_index"]
+    places = [place for place, word in enumerate(words) if word.strip(string.punctuation) == pronoun]
+    places = places or [place for place, word in enumerate(words) if word.startswith(pronoun)]
+    if not places:
+        raise GmaskError(f"the pronoun {pronoun!r} is not in the text")
+    place = min(places, key=lambda place: abs(place - index))
+    words[place] = words[place].replace(pronoun, f"*{pronoun}*", 1)
+    yield {**values, "marked": " ".join(words), "pronoun": pronoun, "span": target["span1_text"]}
+
+
+def _read_wsc_referent(values: Values) -> Iterator[Values]:
+    """As WSC, but only where the span is what the pronoun refers to: these can be learnt as text."""
+    if values.get("label", True):
+        yield from _read_wsc(values)
+
+
+def _read_cluewsc(values: Values) -> Iterator[Values]:
+    """As WSC; the indexes count characters, and the pronoun stands in brackets."""
+    target, text = values["target"], values["text"]
+    pronoun, index = target["span2_text"], target["span2_index"]
+    places = [place for place in range(len(text)) if text.startswith(pronoun, place)]
+    if not pronoun or not places:
+        raise GmaskError(f"the pronoun {pronoun!r} is not in the text")
+    place = min(places, key=lambda place: abs(place - index))
+    marked = f"{text[:place]}【{pronoun}】{text[place + len(pronoun) :]}"
+    yield {**values, "marked": marked, "pronoun": pronoun, "span": target["span1_text"]}
+
+
+def _read_squad(values: Values) -> Iterator[Values]:
+    """One record a question that has an answer: ``context``, ``question``, the first ``answer`` and all ``answers``."""
+    for paragraph in values["paragraphs"]:
+        for question in paragraph["qas"]:
+            answers = list(dict.fromkeys(answer["text"] for answer in question.get("answers", ())))
+            if not question.get("is_impossible"):
+                known = {"answer": answers[0], "answers": answers} if answers else {}
+                yield {"context": paragraph["context"], "question": question["question"], **known}
+
+
+def _read_chid(values: Values) -> Iterator[Values]:
+    """Adds what stands ``before`` and ``after`` the missing idiom."""
+    before, mark, after = values["content"].partition("#idiom#")
+    if not mark:
+        raise GmaskError("the content has no #idiom#")
+    yield {**values, "before": before, "after": after}
+
+
+def _read_csl(values: Values) -> Iterator[Values]:
+    """Adds the list ``keyword`` as one text, ``keywords``."""
+    yield {**values, "keywords": "、".join(values["keyword"])}
+
+
+def _read_ocnli(values: Values) -> Iterator[Values]:
+    """Leaves out the sentences whose annotators did not agree, which have the label "-"."""
+    if values.get("label") != "-":
+        yield values
+
+
+def _known(values: Values, column: str) -> Values:
+    return {column: values[column]} if column in values else {}
+
+
+READERS: Mapping[str, Callable[[Values], Iterator[Values]]] = {
+    "plain": _read_plain,
+    "copa": _read_copa,
+    "multirc": _read_multirc,
+    "record": _read_record,
+    "wsc": _read_wsc,
+    "wsc-referent": _read_wsc_referent,
+    "cluewsc": _read_cluewsc,
+    "squad": _read_squad,
+    "chid": _read_chid,
+    "csl": _read_csl,
+    "ocnli": _read_ocnli,
+}
+
+ROLES = {
+    "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
+    "gpt": "assistant",
+}  # fmt: skip
+"""OpenAI's names of the speakers and ShareGPT's."""
+
+
+def read_messages(messages: Any, *, require_answers: bool) -> list[Sample]:
+    """One sample for each reply of the assistant, with the rounds before it as history.
+
+    A reply is learnt from a context that is read in both directions, so that one text cannot serve for several of them.
+    Messages of one speaker in a row are one. What the system says stands before the first prompt.
+
+    Args:
+        messages: objects with ``role`` and ``content``, or with ``from`` and ``value``.
+        require_answers: without it a last message of the user is a sample whose answer is not known.
+
+    Raises:
+        GmaskError: an unknown role, an empty message, or no reply.
+    """
+    system, turns = _join_turns(messages)
+    if turns and system:
+        turns[0] = ("user", f"{system}\n{turns[0][1]}")
+    rounds = [(prompt, reply) for (_, prompt), (_, reply) in zip(turns[::2], turns[1::2], strict=False)]
+    samples = [
+        Sample(text=prompt, answers=(reply,), history=tuple(rounds[:index]))
+        for index, (prompt, reply) in enumerate(rounds)
+    ]
+    if len(turns) % 2 and not require_answers:
+        samples.append(Sample(text=turns[-1][1], history=tuple(rounds)))
+    if not samples:
+        raise GmaskError("the conversation has no reply of the assistant")
+    return samples
+
+
+def read_history(values: Mapping[str, Any], column: str) -> tuple[tuple[str, str], ...]:
+    """The rounds before a prompt, as published: a list of pairs of prompt and reply. Absent or null is none."""
+    rounds = values.get(column) or []
+    if not isinstance(rounds, list):
+        raise GmaskError(f"column {column!r} holds a {type(rounds).__name__}, not a list of [prompt, reply]")
+    for one in rounds:
+        if not isinstance(one, Sequence) or len(one) != 2 or not all(isinstance(text, str) for text in one):
+            raise GmaskError(f"column {column!r} holds {one!r}, not a pair of texts [prompt, reply]")
+    return tuple((prompt, reply) for prompt, reply in rounds)
+
+
+def _join_turns(messages: Any) -> tuple[str, list[tuple[str, str]]]:
+    """What the system says, and the turns of user and assistant by turns; the first is the user's."""
+    if not isinstance(messages, list):
+        raise GmaskError(f"the messages are a {type(messages).__name__}, not a list")
+    system, turns = list[str](), list[tuple[str, str]]()
+    for number, message in enumerate(messages, 1):
+        try:
+            role, content = _read_message(message)
+        except GmaskError as error:
+            raise GmaskError(f"message {number}: {error}") from error
+        if role == "system":
+            system.append(content)
+        elif turns and turns[-1][0] == role:
+            turns[-1] = (role, f"{turns[-1][1]}\n{content}")
+        elif not turns and role == "assistant":
+            raise GmaskError("the assistant speaks before the user")
+        else:
+            turns.append((role, content))
+    return "\n".join(system), turns
+
+
+def _read_message(message: Any) -> tuple[str, str]:
+    if not isinstance(message, dict):
+        raise GmaskError(f"{message!r} is no object with role and content")
+    is_sharegpt = "from" in message and "role" not in message
+    role = read_value(message, "from" if is_sharegpt else "role")
+    content = read_value(message, "value" if is_sharegpt else "content")
+    if role not in ROLES:
+        raise GmaskError(f"the role {role!r} is none of {', '.join(ROLES)}")
+    if isinstance(content, list):  # the parts of OpenAI's messages
+        content = "".join(part.get("text", "") for part in content if isinstance(part, dict))
+    if not isinstance(content, str) or not content.strip():
+        raise GmaskError(f"what the {role} says is empty or no text")
+    return ROLES[role], content.strip()

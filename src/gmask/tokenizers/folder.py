@@ -1,0 +1,147 @@
+"""The vocabulary files of a folder become a tokenizer."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from gmask.errors import GmaskError, one_line
+from gmask.files import read_object
+from gmask.tokenizers.chatglm import VOCABULARY_FILE, ChatGLMTokenizer
+from gmask.tokenizers.glm import (
+    ADDED_TOKENS,
+    GLMBertTokenizer,
+    GLMChineseTokenizer,
+    GLMGPT2Tokenizer,
+    GLMRobertaTokenizer,
+    GLMTokenizer,
+    read_ids,
+)
+from gmask.tokenizers.glm_special import TRAINING_TOKENS
+
+CLASSES: dict[str, type[Any]] = {
+    "chinese": GLMChineseTokenizer,
+    "gpt2": GLMGPT2Tokenizer,
+    "bert": GLMBertTokenizer,
+    "roberta": GLMRobertaTokenizer,
+}
+"""By kind of vocabulary, as the catalog calls it."""
+
+CLASS_NAMES: dict[str, type[Any]] = {
+    **{tokenizer_class.__name__: tokenizer_class for tokenizer_class in CLASSES.values()},
+    **dict.fromkeys(("ChatGLMTokenizer", "ChatGLMTokenizerV0"), ChatGLMTokenizer),
+    **dict.fromkeys(("GLMTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend"), GLMTokenizer),
+}
+"""What ``tokenizer_class`` may say in ``tokenizer_config.json``."""
+
+SETTINGS_FILES = frozenset({"tokenizer_config.json", "special_tokens_map.json", ADDED_TOKENS})
+"""Files that say more of a vocabulary, and hold none."""
+
+VOCABULARY_FILES = {
+    "tokenizer.json",
+    VOCABULARY_FILE,
+    *(name for tokenizer_class in CLASSES.values() for name in tokenizer_class.vocab_files_names.values()),
+} - SETTINGS_FILES
+"""Files of which every folder with a vocabulary has one."""
+
+WANTED = {
+    "chinese": "cog-pretrain.model",
+    "gpt2": "vocab.json and merges.txt of GPT-2",
+    "bert": "vocab.txt of BERT (uncased)",
+    "roberta": "vocab.json and merges.txt of RoBERTa",
+}
+"""What a user has to bring for a kind of vocabulary, in words."""
+
+
+def require_vocabulary(folder: Path, kind: str | None) -> None:
+    """Raises `GmaskError` for a folder with weights alone, with the files that are missing.
+
+    Args:
+        kind: of the vocabulary that is wanted; None for any.
+    """
+    if any((folder / name).is_file() for name in VOCABULARY_FILES):
+        return
+    files = WANTED[kind] if kind else " or ".join(WANTED.values())
+    raise GmaskError(
+        f"{folder}: has no vocabulary beside it: give tokenizer=FOLDER (gmask convert: --tokenizer FOLDER), one that "
+        f"holds {files}"
+    )
+
+
+def read_tokenizer(folder: Path, *, kind: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder in one of the published forms, or in ours.
+
+    ``tokenizer_config.json`` says of which class it is, else ``kind``, else the files that are there. Vocabulary files
+    alone, as they stand beside a checkpoint of the training code, are read as that code read them (``spacing``
+    "training"); a folder in the Hugging Face form as the code published there did.
+
+    Args:
+        kind: ``chinese``, ``gpt2``, ``bert`` or ``roberta``; or, for vocabulary files alone, another row of
+            `TRAINING_TOKENS`, such as ``chinese-nofix`` for GLM-10B-Chinese.
+
+    Raises:
+        GmaskError: a missing or damaged file, which is named; a kind or class that is not known.
+    """
+    if not folder.is_dir():
+        raise GmaskError(f"{folder}: no such folder; name the one that holds the vocabulary files")
+    if kind is not None and kind not in TRAINING_TOKENS:
+        raise GmaskError(f"{kind}: no such kind of vocabulary; there are {', '.join(TRAINING_TOKENS)}")
+    config = read_object(folder / "tokenizer_config.json", required=False)
+    tokenizer_class = _named_class(folder, config)
+    if tokenizer_class is None and kind is None and (folder / VOCABULARY_FILE).is_file():
+        tokenizer_class = ChatGLMTokenizer
+    if tokenizer_class is ChatGLMTokenizer:
+        return _from_folder(ChatGLMTokenizer, folder, folder / VOCABULARY_FILE)
+    if tokenizer_class is None:
+        kind = kind or _find_kind(folder)
+        tokenizer_class = CLASSES[kind.split("-")[0]] if kind else GLMTokenizer
+    if tokenizer_class is GLMTokenizer:
+        return _from_folder(GLMTokenizer, folder, folder / "tokenizer.json")
+    if config or (folder / "added_tokens.json").is_file():
+        for name in ("added_tokens.json", "special_tokens_map.json"):
+            read_object(folder / name, required=False)
+        return _from_folder(tokenizer_class, folder, folder / "tokenizer_config.json")
+    files = {key: str(folder / name) for key, name in tokenizer_class.vocab_files_names.items()}
+    settings: dict[str, Any] = {"spacing": "training", "name_or_path": str(folder)}
+    assert kind is not None, "a class is named by a tokenizer_config.json"
+    tokenizer: PreTrainedTokenizerBase = tokenizer_class(**files, added_ids=TRAINING_TOKENS[kind], **settings)
+    return tokenizer
+
+
+def _from_folder(tokenizer_class: type[Any], folder: Path, path: Path) -> PreTrainedTokenizerBase:
+    """Lets transformers put files and settings together; ``path`` is blamed for what only it can say."""
+    if path.name in tokenizer_class.vocab_files_names.values() and not path.is_file():
+        raise GmaskError(f"{path}: missing; download or copy it there")
+    try:
+        tokenizer: PreTrainedTokenizerBase = tokenizer_class.from_pretrained(folder, local_files_only=True)
+    except GmaskError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare Exception, transformers whatever its parts raise
+        message = one_line(error)
+        raise GmaskError(f"{path}: not that of a tokenizer, download or copy it again ({message})") from error
+    return tokenizer
+
+
+def _named_class(folder: Path, config: dict[str, Any]) -> type[Any] | None:
+    name = config.get("tokenizer_class")
+    if name is None or name in CLASS_NAMES:
+        return CLASS_NAMES.get(str(name))
+    if (folder / "tokenizer.json").is_file():
+        return GLMTokenizer
+    raise GmaskError(f"{folder / 'tokenizer_config.json'}: tokenizer_class {name!r} is not that of a GLM")
+
+
+def _find_kind(folder: Path) -> str | None:
+    """The kind of vocabulary by its files; None for a ``tokenizer.json``."""
+    if (folder / "tokenizer.json").is_file():
+        return None
+    if (folder / "cog-pretrain.model").is_file():
+        return "chinese"
+    if (folder / "vocab.txt").is_file():
+        return "bert"
+    if (folder / "vocab.json").is_file():
+        return "roberta" if "<s>" in read_ids(str(folder / "vocab.json")) else "gpt2"
+    raise GmaskError(
+        f"{folder}: no vocabulary there; expected tokenizer.json, cog-pretrain.model, ice_text.model, vocab.txt, or"
+        " vocab.json and merges.txt"
+    )

@@ -1,0 +1,430 @@
+"""A task's data: samples split, encoded as examples, packed into batches.
+
+Shape letters: T positions of an example, B rows.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from gmask.errors import GmaskError
+from gmask.generation.predict import ReadSample, SampleReader, locate
+from gmask.generation.text import Context
+from gmask.infilling.blanks import NOT_SCORED, InfillingExample, IntArray
+from gmask.infilling.collator import collate
+from gmask.models.glm import GLMConfig
+from gmask.recipes.tuning import TuningDataSettings
+from gmask.tasks.metrics import check_metrics, is_answered
+from gmask.tasks.records import CHOICES, Sample, TaskKind, Truncation, find_files, read_records
+from gmask.tasks.task import Task
+
+Unit = tuple[object, ...]
+"""Samples of one record, or of one line of a file: they are never divided between training and validation."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """A file that samples were read from."""
+
+    split: str  # train, validation or test
+    name: str  # without its folder
+    samples: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """The samples of a run. Those of ``test`` may be without answers."""
+
+    train: Sequence[Sample]
+    validation: Sequence[Sample]
+    test: Sequence[Sample]
+    files: Sequence[DataFile]
+    dropped: int = 0  # records that could not be used, where the recipe lets them be left out
+
+
+def read_splits(task: Task, data: TuningDataSettings, *, seed: int) -> Splits:
+    """Reads the files of a recipe, and sets samples aside for validation where it says so.
+
+    Raises:
+        GmaskError: as of `read_records` and `Task.samples`; no sample is left to train on; a metric that cannot be
+            measured on the samples.
+    """
+    bad: list[GmaskError] = []
+    train, files = _read(task, data, data.train, "train", bad)
+    validation, test = list[Sample](), list[Sample]()
+    if isinstance(data.validation, str):
+        validation, more = _read(task, data, data.validation, "validation", bad)
+        files += more
+    elif data.validation is not None:
+        train, validation = hold_out(train, data.validation, seed=seed)
+    elif data.folds is not None:
+        train, validation = take_fold(train, data.folds, data.fold or 1, seed=seed)
+    if data.test is not None:
+        test, more = _read(task, data, data.test, "test", bad)
+        files += more
+    if not train:
+        raise GmaskError(f"{data.place(data.train)}: validation takes all samples, and none is left to train on")
+    for samples in (validation, test):
+        if samples and task.metrics and is_answered(samples[0], task.kind):
+            check_metrics(task.metrics, samples[0], task.kind)
+    return Splits(train, validation, test, files, len(bad))
+
+
+def hold_out(samples: Sequence[Sample], share: float, *, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """A share of the samples, at least one record, set aside: what is left, and what is not."""
+    units = _shuffled_units(samples, seed)
+    held = set(units[: max(1, round(share * len(units)))])
+    return _divide(samples, held)
+
+
+def take_fold(samples: Sequence[Sample], folds: int, fold: int, *, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """One of several folds, counted from 1, set aside; every record is in exactly one of them.
+
+    Raises:
+        GmaskError: fewer records than folds.
+    """
+    units = _shuffled_units(samples, seed)
+    if len(units) < folds:
+        raise GmaskError(f"data.folds is {folds}, but there are only {len(units)} records")
+    return _divide(samples, set(units[fold - 1 :: folds]))
+
+
+def _read(
+    task: Task, data: TuningDataSettings, pattern: str, split: str, bad: list[GmaskError]
+) -> tuple[list[Sample], list[DataFile]]:
+    place = data.place(pattern)
+    on_bad = bad.append if data.skip_bad_lines else None
+    records = read_records(place, limit=data.limit, on_bad=on_bad)
+    samples = task.samples(records, require_answers=split != "test", on_bad=on_bad)
+    counts = Counter(sample.path for sample in samples)
+    files = [path for path in find_files(place) if path.suffix != ".target"]
+    found = [DataFile(split, path.name, counts[path], hash_file(path)) for path in files]
+    return samples, found
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file; of a .source file and its .target together."""
+    digest = hashlib.sha256()
+    target = path.with_suffix(".target")
+    for part in (path, target) if path.suffix == ".source" and target.is_file() else (path,):
+        with part.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+def _unit(sample: Sample, index: int) -> Unit:
+    return (index,) if sample.path is None else (sample.path, sample.line)
+
+
+def _shuffled_units(samples: Sequence[Sample], seed: int) -> list[Unit]:
+    units = list(dict.fromkeys(_unit(sample, index) for index, sample in enumerate(samples)))
+    return [units[place] for place in np.random.default_rng([seed, 1]).permutation(len(units))]
+
+
+def _divide(samples: Sequence[Sample], held: set[Unit]) -> tuple[list[Sample], list[Sample]]:
+    parts: tuple[list[Sample], list[Sample]] = ([], [])
+    for index, sample in enumerate(samples):
+        parts[_unit(sample, index) in held].append(sample)
+    return parts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example(InfillingExample):
+    """A context with the answers that are taught, in the sight of those before them, or with candidates, which are not.
+
+    A GLM takes its labels as they are; those of a ChatGLM stand one position later, and its model shifts them. The
+    published tuning of ChatGLM also taught its ``<sop>``, which is never predicted.
+    """
+
+    pieces: IntArray  # [T]: 0 in the context, n in the n-th answer or candidate
+    choice: int | None = None  # the right candidate, or the class
+
+    @property
+    def length(self) -> int:
+        """In tokens."""
+        return len(self.input_ids)
+
+
+@dataclass(slots=True)
+class Truncated:
+    """How much of the samples was left out."""
+
+    samples: int = 0  # that were encoded
+    sources: int = 0  # samples whose text was cut
+    targets: int = 0  # samples whose answer was cut
+    rounds: int = 0  # earlier rounds of conversations
+
+    def __str__(self) -> str:
+        return (
+            f"of {self.samples} samples, {self.sources} texts and {self.targets} answers were cut, and {self.rounds} "
+            "earlier rounds were left out"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One answer."""
+
+    place: int  # of its blank in the context
+    ids: tuple[int, ...]
+    end: int  # what the model must predict behind the last token, or NOT_SCORED
+
+
+class SampleEncoder:
+    """Encodes the samples of one kind for models of one config.
+
+    Args:
+        max_source: tokens of a context, blanks and control tokens counted.
+        max_target: positions of an answer: its ``<sop>`` and its tokens; of a ChatGLM also its ``<eop>``, which that
+            reads as well. Longer answers are cut, and end there, as published; candidates, which are compared as a
+            whole, are not. A document of a language model is taught in several pieces, of which the last has an end.
+        truncation: where a text that is too long is cut; see `SampleReader`.
+
+    Raises:
+        GmaskError: limits that the model has no positions for, or a kind that it cannot do.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: PreTrainedConfig,
+        kind: TaskKind,
+        *,
+        max_source: int,
+        max_target: int,
+        truncation: Truncation = "left",
+    ) -> None:
+        self.reader = SampleReader(tokenizer, config, kind, max_source=max_source, truncation=truncation)
+        self.kind = kind
+        self.shifts_labels = not isinstance(config, GLMConfig)
+        self.longest = max_target - 1 - self.shifts_labels  # tokens of an answer
+        positions = config.max_position_embeddings
+        if self.longest < 1:
+            raise GmaskError(f"max_target is {max_target}: give at least {max_target - self.longest + 1}")
+        if max_target > positions:
+            raise GmaskError(f"max_target is {max_target}, but the model has only {positions} positions")
+        self.truncated = Truncated()
+
+    def encode(self, sample: Sample) -> Example:
+        """The example of a sample. A document, or a choice with several right candidates, may make several:
+        `encode_all` gives them.
+
+        Raises:
+            GmaskError: a sample that cannot be read, or that teaches nothing; with its file and line.
+        """
+        (example,) = self._encode(sample)
+        return example
+
+    def encode_all(self, samples: Iterable[Sample]) -> list[Example]:
+        """The examples of samples, in order; errors as of `encode`."""
+        return [example for sample in samples for example in self._encode(sample)]
+
+    def _encode(self, sample: Sample) -> list[Example]:
+        question = self.reader.read(sample)
+        try:
+            examples = self._make_examples(question, sample)
+        except GmaskError as error:
+            raise locate(error, sample) from error
+        self.truncated.samples += 1
+        self.truncated.sources += question.tokens_cut > 0
+        self.truncated.rounds += question.rounds_left_out
+        self.truncated.targets += self._cuts_answers and any(len(ids) > self.longest for ids in question.answers)
+        return examples
+
+    @property
+    def _cuts_answers(self) -> bool:
+        return self.kind in ("seq2seq", "infill", "chat")
+
+    def _make_examples(self, question: ReadSample, sample: Sample) -> list[Example]:
+        context, answers, places = question.context, question.answers, question.context.places
+        if self.kind == "classification":
+            return [self._join(context, [], choice=_known_label(sample, None))]
+        if not answers:
+            raise GmaskError("the sample has no answer, so that nothing can be learnt from it")
+        if self.kind in CHOICES:
+            return [self._join_candidates(question, right, kept) for right, kept in _contests(sample)]
+        if self.kind != "infill" and len(answers) > 1:
+            raise GmaskError(f"{self.kind} takes one answer, but the sample has {len(answers)}")
+        if self.kind == "language-model":
+            return [self._join(context, [piece]) for piece in self._cut_document(places[0], answers[0])]
+        eop = self.reader.special.eop
+        pieces = [Piece(place, ids[: self.longest], eop) for place, ids in zip(places, answers, strict=True)]
+        return [self._join(context, pieces)]
+
+    def _join_candidates(self, question: ReadSample, right: int, kept: Sequence[int]) -> Example:
+        """The context and the candidates ``kept``, of which one is right."""
+        place = question.context.places[0]
+        candidates = [Piece(place, question.answers[index], NOT_SCORED) for index in kept]
+        return self._join(question.context, candidates, choice=kept.index(right))
+
+    def _cut_document(self, place: int, ids: tuple[int, ...]) -> list[Piece]:
+        """Pieces of a document, each behind a blank; where the text goes on behind one, no end is taught."""
+        if not ids:
+            raise GmaskError("the document is empty, so that nothing can be learnt from it")
+        starts = range(0, len(ids), self.longest)
+        pieces = [Piece(place, ids[start : start + self.longest], NOT_SCORED) for start in starts]
+        return [*pieces[:-1], replace(pieces[-1], end=self.reader.special.eop)]
+
+    def _join(self, context: Context, pieces: Sequence[Piece], *, choice: int | None = None) -> Example:
+        """The context, and behind it ``<sop> answer`` for each of the pieces."""
+        ids, labels = list(context.ids), [NOT_SCORED] * len(context.ids)
+        places, steps, numbers = list(range(len(ids))), [0] * len(ids), [0] * len(ids)
+        for number, piece in enumerate(pieces, start=1):
+            fed, taught = self._lay_out(piece)
+            ids += fed
+            labels += taught
+            places += [piece.place] * len(fed)
+            steps += range(1, len(fed) + 1)
+            numbers += [number] * len(fed)
+        return Example(
+            input_ids=np.array(ids, np.int64),
+            labels=np.array(labels, np.int64),
+            layout=np.array((places, steps), np.int64),
+            context_length=len(context.ids),
+            objective=self.kind,
+            pieces=np.array(numbers, np.int64),
+            choice=choice,
+        )
+
+    def _lay_out(self, piece: Piece) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The tokens of a piece, and their labels; shifted ones need a position of their own for the end."""
+        sop = self.reader.special.sop
+        if not self.shifts_labels:
+            return (sop, *piece.ids), (*piece.ids, piece.end)
+        end = () if piece.end == NOT_SCORED else (piece.end,)
+        return (sop, *piece.ids, *end), (NOT_SCORED, *piece.ids, *end)
+
+
+def _contests(sample: Sample) -> list[tuple[int, list[int]]]:
+    """Each right candidate of a sample, and those that it is compared with: itself and the wrong ones.
+
+    Source: THUDM/GLM tasks/superglue, where ReCoRD gives an example for each right entity.
+    """
+    label = _known_label(sample, len(sample.answers))
+    right = [index for index, text in enumerate(sample.answers) if index == label or text in sample.references]
+    wrong = [index for index in range(len(sample.answers)) if index not in right]
+    return [(index, sorted((index, *wrong))) for index in right]
+
+
+def _known_label(sample: Sample, choices: int | None) -> int:
+    """The label of a sample to learn from."""
+    if sample.label is None:
+        raise GmaskError("the sample has no label, so that nothing can be learnt from it")
+    if sample.label < 0 or (choices is not None and sample.label >= choices):
+        raise GmaskError(f"the label is {sample.label}, but there are {choices} candidates, counted from 0")
+    return sample.label
+
+
+Row = tuple[Example, ...]
+"""Examples that share a row and do not see one another."""
+
+Batch = dict[str, Tensor]
+OPEN_ROWS = 64
+"""Rows that `pack` keeps open: with more, little room is gained."""
+
+
+def pack(examples: Sequence[Example], *, row_length: int) -> list[Row]:
+    """Examples in rows of at most ``row_length`` tokens: each goes into the fullest open row that has room for it.
+
+    Packing is exact: what an example contributes to the loss is what it contributes alone.
+
+    Raises:
+        GmaskError: an example that is longer than a row.
+    """
+    rows: list[list[Example]] = []
+    room: dict[int, int] = {}  # of the open rows, in the order in which they were opened
+    for example in examples:
+        if example.length > row_length:
+            raise GmaskError(f"an example has {example.length} tokens, a row {row_length}: raise it, or do not pack")
+        fitting = [row for row, free in room.items() if free >= example.length]
+        if fitting:
+            row = min(fitting, key=lambda row: room[row])
+        else:
+            row = len(rows)
+            rows.append([])
+            room[row] = row_length
+            if len(room) > OPEN_ROWS:
+                del room[min(room, key=lambda row: room[row])]
+        rows[row].append(example)
+        if row in room:
+            room[row] -= example.length
+    return [tuple(row) for row in rows]
+
+
+def find_collator(kind: TaskKind, *, pad_id: int) -> Callable[[Sequence[Example | Row]], Batch]:
+    """What makes batches of a kind of examples: the fitting one of the functions below."""
+    if kind == "classification":
+        return lambda items: collate_classes(items, pad_id=pad_id)
+    if kind in CHOICES:
+        return lambda items: collate_choices(items, pad_id=pad_id)
+    return lambda items: collate_tokens(items, pad_id=pad_id)
+
+
+def collate_tokens(items: Sequence[Example | Row], *, pad_id: int) -> Batch:
+    """A row for each item, padded on the left: answers end the rows, and the head runs over fewer columns.
+
+    Returns:
+        int64 tensors: ``input_ids [B, T]``; ``labels [B, T]`` as the model takes them, -100 where nothing is taught;
+        ``layout [B, 2, T]``; ``sequence_ids [B, T]``, 0, 1, ... along a row and -1 at padding.
+    """
+    rows = [(item,) if isinstance(item, Example) else item for item in items]
+    return _align_right(collate(rows, row_length=None, pad_id=pad_id), _lengths(rows))
+
+
+def collate_choices(items: Sequence[Example | Row], *, pad_id: int) -> Batch:
+    """A row for each sample, padded on the left: its context once, and behind it all of its candidates.
+
+    Returns:
+        int64 tensors: ``input_ids``, ``labels``, ``layout`` as of `collate_tokens`; ``pieces [B, T]``, 0 in the
+        context, n in the n-th candidate and -1 at padding; ``choice [B]``, the index of the right candidate.
+    """
+    examples = _singles(items)
+    batch = collate([(example,) for example in examples], row_length=None, pad_id=pad_id)
+    pieces = batch.pop("sequence_ids")  # 0 in a row, -1 at padding
+    for row, example in zip(pieces, examples, strict=True):
+        row[: example.length] = torch.from_numpy(example.pieces)
+    return _align_right({**batch, "pieces": pieces}, _lengths(examples)) | {"choice": _choices(examples)}
+
+
+def collate_classes(items: Sequence[Example | Row], *, pad_id: int) -> Batch:
+    """A row for each sample, padded on the right: ``input_ids``, ``attention_mask [B, T]``, ``layout``, ``choice``."""
+    examples = _singles(items)
+    batch = collate([(example,) for example in examples], row_length=None, pad_id=pad_id)
+    mask = (batch["sequence_ids"] >= 0).long()
+    return {
+        "input_ids": batch["input_ids"],
+        "attention_mask": mask,
+        "layout": batch["layout"],
+        "choice": _choices(examples),
+    }
+
+
+def _singles(items: Sequence[Example | Row]) -> list[Example]:
+    """Candidates and classes are read in rows of their own."""
+    return [item for row in items for item in ((row,) if isinstance(row, Example) else row)]
+
+
+def _lengths(rows: Sequence[Example | Row]) -> list[int]:
+    return [sum(example.length for example in _singles([row])) for row in rows]
+
+
+def _choices(examples: Sequence[Example]) -> Tensor:
+    return torch.from_numpy(np.array([example.choice for example in examples], dtype=np.int64))
+
+
+def _align_right(batch: Batch, lengths: Sequence[int]) -> Batch:
+    """Rows that are padded on the right, with the padding on the left."""
+    width = batch["input_ids"].shape[-1]
+    return {
+        name: torch.stack([row.roll(width - length, -1) for row, length in zip(values, lengths, strict=True)])
+        for name, values in batch.items()
+    }

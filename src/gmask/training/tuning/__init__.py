@@ -1,1 +1,0 @@
-"""What does `gmask finetune` do between a recipe and a tuned model?"""
