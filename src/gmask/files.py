@@ -1,51 +1,288 @@
-"""Files written whole or not at all, and JSON objects read with one-line errors."""
+"""Files and folders written whole or not at all; texts, JSON and JSON lines read, with errors of one line."""
 
+import io
 import json
+import math
 import os
-from collections.abc import Iterable
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import zstandard
+from safetensors import SafetensorError
 
 from gmask.errors import GmaskError, one_line
 
 LFS_POINTER = b"version https://git-lfs"
+UTF8_MARK = b"\xef\xbb\xbf"
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+READ_BYTES = 1 << 20
+
+# torch.save and safetensors wrap what the system says of a disk into messages of their own.
+TORCH_WRITER = re.compile("PytorchStreamWriter|inline_container")
+SAFETENSORS_REASON = re.compile(r"I/O error: (.*) \(os error \d+\)")
+
+
+@contextmanager
+def written(path: Path | str, *, kept: str = "") -> Iterator[Path]:
+    """A draft beside ``path``, an empty file to write into; it takes the path's place when the block ends well.
+
+    The draft is on the disk before that, and readable to whom a new file of this user is. After any error it is
+    removed, and what is at the path stays as it was. Folders above the path are made.
+
+    Args:
+        kept: what is not lost if it cannot be written, for the error: "the last complete checkpoint".
+
+    Raises:
+        GmaskError: it cannot be written.
+    """
+    path = Path(path)
+    draft = _draft_of(path)
+    with _refusing(path, draft, kept):
+        if path.exists() and not path.is_file():
+            raise GmaskError(f"{path}: is no file, so none is written there; name another one")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            draft.open("xb").close()
+            mode = draft.stat().st_mode & 0o777
+            yield draft
+            _finish_file(draft, mode)
+            os.replace(draft, path)
+            _sync(path.parent)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_folder(folder: Path | str, *, replace: bool = True, kept: str = "") -> Iterator[Path]:
+    """A draft beside ``folder``, an empty folder to fill; it takes the folder's place when the block ends well.
+
+    What is at the place is removed after that. After any error the draft is removed, and what is there stays.
+
+    Args:
+        replace: if False, a folder that is there and not empty is refused before anything is written.
+        kept: as of `written`.
+
+    Raises:
+        GmaskError: it cannot be written.
+    """
+    folder = Path(folder)
+    draft = _draft_of(folder)
+    with _refusing(folder, draft, kept):
+        if folder.exists() and not folder.is_dir():
+            raise GmaskError(f"{folder}: is a file; name a new folder")
+        if not replace and folder.exists() and any(folder.iterdir()):
+            raise GmaskError(f"{folder}: is there already; name a new folder, or remove it")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            draft.mkdir()
+            mode = draft.stat().st_mode & 0o666  # safetensors makes files that only their owner can read
+            yield draft
+            for path in sorted(draft.rglob("*")):
+                if path.is_file() and not path.is_symlink():
+                    _finish_file(path, mode)
+            _put_folder(draft, folder, replace=replace)
+            _sync(folder.parent)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def write_text(path: Path | str, text: str | Iterable[str], *, kept: str = "") -> None:
+    """Writes a text, or the pieces of one, as UTF-8 by `written`."""
+    with written(path, kept=kept) as draft, draft.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines([text] if isinstance(text, str) else text)
+
+
+def write_json(
+    path: Path | str, values: Any, *, indent: int | None = 1, sort_keys: bool = False, kept: str = ""
+) -> None:
+    """Writes a JSON file by `written`; what is not ASCII stays readable."""
+    write_text(path, json.dumps(values, ensure_ascii=False, indent=indent, sort_keys=sort_keys) + "\n", kept=kept)
+
+
+def write_json_lines(path: Path | str, values: Iterable[Any], *, kept: str = "") -> None:
+    """Writes one JSON value a line by `written`; what is not ASCII stays readable."""
+    write_text(path, (json.dumps(value, ensure_ascii=False) + "\n" for value in values), kept=kept)
+
+
+def remove_drafts(path: Path | str) -> None:
+    """Removes the drafts of a file or a folder that killed processes left; for the only one that writes there."""
+    path = Path(path)
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.(partial|replaced)")
+    for found in list(path.parent.iterdir()) if path.parent.is_dir() else []:
+        if pattern.fullmatch(found.name):
+            _remove(found)
+
+
+def read_text(path: Path | str) -> str:
+    """The text of a UTF-8 file, without a byte order mark, its line ends as ``\\n``.
+
+    Raises:
+        GmaskError: it cannot be read, is not UTF-8 (with the line), or is a Git LFS pointer.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise GmaskError(f"{path}: cannot be read ({error.strerror})") from error
+    _refuse_start(path, data)
+    try:
+        text = data.removeprefix(UTF8_MARK).decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise GmaskError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        GmaskError: as by `read_text`; not JSON (with the line); a number or a text that `check_values` refuses.
+    """
+    text = read_text(path)
+    try:
+        return parse_json(text)
+    except GmaskError as error:
+        cause = error.__cause__
+        place = f"{path}, line {cause.lineno}" if isinstance(cause, json.JSONDecodeError) else path
+        raise GmaskError(f"{place}: {error}") from error
+
+
+def read_json_lines(
+    path: Path | str, on_bad_line: Callable[[GmaskError], None] | None = None
+) -> Iterator[tuple[int, Any]]:
+    """The values of a file with one JSON value a line, and the lines' numbers from 1; empty lines are left out.
+
+    Args:
+        on_bad_line: is given the error of each line that is not UTF-8, not JSON, or refused by `check_values`, and
+            the line is left out; without it the first one raises.
+
+    Raises:
+        GmaskError: a bad line, with file and number, or as by `read_lines`.
+    """
+    for number, line in read_lines(path):
+        try:
+            if isinstance(line, GmaskError):
+                raise line
+            if line.strip():
+                yield number, parse_json(line.rstrip("\r\n"))
+        except GmaskError as error:
+            located = GmaskError(f"{path}, line {number}: {error}")
+            if on_bad_line is None:
+                raise located from error
+            on_bad_line(located)
+
+
+def read_lines(
+    path: Path | str, *, start: int = 0, max_bytes: int | None = None
+) -> Iterator[tuple[int, str | GmaskError]]:
+    """The lines of a UTF-8 file with their ends, and their numbers from 1; a .zst file is unpacked.
+
+    A line that cannot be read stands there as its error, which does not name the place. A byte order mark is dropped.
+
+    Args:
+        start: lines at the beginning that are left out.
+        max_bytes: a longer line is an error; it is never held in memory.
+
+    Raises:
+        GmaskError: the file cannot be read, its compression is damaged, it is UTF-16 or a Git LFS pointer.
+    """
+    path = Path(path)
+    number = 0
+    try:
+        with path.open("rb") as file:
+            _refuse_start(path, file.peek(len(LFS_POINTER)))
+            stream: BinaryIO = file
+            if path.suffix == ".zst":
+                reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+                stream = io.BufferedReader(reader, READ_BYTES)
+            for number, line in enumerate(_cut_lines(stream, max_bytes), 1):
+                if number == 1 and line is not None:
+                    _refuse_start(path, line)
+                    line = line.removeprefix(UTF8_MARK)
+                if number > start:
+                    yield number, _decode_line(line, max_bytes)
+    except OSError as error:
+        raise GmaskError(f"{path}: cannot be read ({error.strerror})") from error
+    except zstandard.ZstdError as error:
+        raise GmaskError(f"{path}, after line {number}: the zstd file is damaged ({error})") from error
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        GmaskError: not JSON; a number or a text that `check_values` refuses.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise GmaskError(f"not JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise GmaskError("not read, since its values are nested too deeply") from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise GmaskError(f"not JSON ({one_line(error)})") from error
+    check_values(values)
+    return values
+
+
+def check_values(values: Any) -> None:
+    """Raises `GmaskError` for what Python reads from JSON and nobody can use: NaN, infinity, half of a character."""
+    if isinstance(values, str):
+        check_text(values, "a text")
+    elif isinstance(values, float):
+        if not math.isfinite(values):
+            name = "NaN" if math.isnan(values) else "an infinite number"
+            raise GmaskError(f"holds {name}, which JSON cannot say: write null, or leave it out")
+    elif isinstance(values, dict):
+        for key, value in values.items():
+            check_values(key)
+            check_values(value)
+    elif isinstance(values, list):
+        for value in values:
+            check_values(value)
+
+
+def check_text(text: str, name: str = "the text") -> str:
+    """The text, if it is one; Python's may hold what has no UTF-8: halves of surrogate pairs, bytes of an argument.
+
+    Raises:
+        GmaskError: it is not.
+    """
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            shown = text[max(error.start - 10, 0) : error.start + 11]
+            raise GmaskError(
+                f"{name} holds half of a character, or a byte that is not UTF-8, in {shown!r}: write it in UTF-8"
+            ) from error
+    return text
 
 
 def read_object(path: Path, *, required: bool = True) -> dict[str, Any]:
-    """The object in a JSON file.
+    """The object in a JSON file of a model folder.
 
     Args:
         required: if False, a file that is not there gives an empty object.
 
     Raises:
-        GmaskError: not JSON, another value than an object, or a Git LFS pointer.
-        OSError: no such file, though it is required.
+        GmaskError: no such file, not JSON, another value than an object, or a Git LFS pointer.
     """
     if not required and not path.is_file():
         return {}
     refuse_placeholder(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise GmaskError(f"{path}: not JSON, download or copy it again ({one_line(error)})") from error
     if not isinstance(values, dict):
         raise GmaskError(f"{path}: expected a JSON object")
     return values
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Writes an indented JSON file. Raises OSError if it cannot be written."""
-    write_pieces(path, [json.dumps(values, ensure_ascii=False, indent=1) + "\n"])
-
-
-def write_pieces(path: Path, pieces: Iterable[str]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(pieces)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def refuse_placeholder(path: Path) -> None:
@@ -61,5 +298,105 @@ def refuse_placeholder(path: Path) -> None:
             start = file.read(len(LFS_POINTER))
     except OSError as error:
         raise GmaskError(f"{path}: cannot be read ({error.strerror})") from error
-    if start == LFS_POINTER:
+    _refuse_pointer(path, start)
+
+
+def _refuse_pointer(path: Path | str, data: bytes) -> None:
+    if data.startswith(LFS_POINTER):
         raise GmaskError(f"{path}: a Git LFS pointer, not the file itself: run `git lfs pull` there")
+
+
+def _refuse_start(path: Path | str, data: bytes) -> None:
+    """Raises `GmaskError` for the first bytes of a file that is none of UTF-8."""
+    _refuse_pointer(path, data)
+    if data.startswith(UTF16_MARKS):
+        raise GmaskError(f"{path}: UTF-16 text; save the file as UTF-8")
+
+
+def _cut_lines(stream: BinaryIO, max_bytes: int | None) -> Iterator[bytes | None]:
+    """The lines of a stream; None for one that is too long."""
+    if max_bytes is None:
+        yield from stream
+        return
+    while line := stream.readline(max_bytes + 1):
+        if len(line) <= max_bytes:
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(READ_BYTES)
+        yield None
+
+
+def _decode_line(line: bytes | None, max_bytes: int | None) -> str | GmaskError:
+    if line is None:
+        return GmaskError(f"longer than {max_bytes:,} bytes, so it is not read")
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError:
+        return GmaskError("not UTF-8 text")
+
+
+def _draft_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+
+
+@contextmanager
+def _refusing(path: Path, draft: Path, kept: str) -> Iterator[None]:
+    """Turns what goes wrong in writing into one line."""
+    try:
+        yield
+    except (OSError, SafetensorError, UnicodeEncodeError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not TORCH_WRITER.search(str(error)):
+            raise
+        ending = f"; {kept} is kept" if kept else ""
+        raise GmaskError(f"{path}: cannot be written ({_reason(error, path, draft)}){ending}") from error
+
+
+def _reason(error: Exception, path: Path, draft: Path) -> str:
+    if isinstance(error, UnicodeEncodeError):
+        return "a text in it holds half of a character"
+    if isinstance(error, SafetensorError) and (found := SAFETENSORS_REASON.search(str(error))):
+        return found[1]
+    if not isinstance(error, OSError) or not error.strerror:
+        return one_line(error)
+    named = draft if error.filename is None else Path(str(error.filename))
+    is_read = draft not in (named, *named.parents) and named not in (path, *path.parents)
+    return f"{named}: {error.strerror}" if is_read else error.strerror
+
+
+def _finish_file(path: Path, mode: int) -> None:
+    """Gives a file its permissions, and has its bytes written to the disk."""
+    path.chmod(mode)
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+def _put_folder(draft: Path, folder: Path, *, replace: bool) -> None:
+    if not replace or not folder.exists():
+        draft.rename(folder)  # onto an empty folder, too
+        return
+    aside = draft.with_suffix(".replaced")
+    folder.rename(aside)
+    try:
+        draft.rename(folder)
+    except BaseException:
+        aside.rename(folder)
+        raise
+    _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    """Has the names in a folder written to the disk, where the system can be asked for it."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

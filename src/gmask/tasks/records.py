@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Literal
 import zstandard
 
 from gmask.errors import GmaskError, one_line
-from gmask.files import write_pieces
+from gmask.files import write_json_lines
 
 TaskKind = Literal["cloze", "multiple-choice", "classification", "seq2seq", "infill", "language-model", "chat"]
 CHOICES: tuple[TaskKind, ...] = ("cloze", "multiple-choice")
@@ -427,10 +427,10 @@ def write_predictions(path: Path, predictions: Sequence[Prediction], samples: Se
     """Writes one JSON object a line: the sample, and what the model made of it. What is empty is left out.
 
     Raises:
-        OSError: the file cannot be written.
+        GmaskError: the file cannot be written.
     """
     lines = (describe(*answered) for answered in zip(predictions, samples, strict=True))
-    write_pieces(path, (json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_json_lines(path, lines)
 
 
 def describe(prediction: Prediction, sample: Sample) -> dict[str, Any]:
