@@ -29,6 +29,7 @@ INFILL = [
     C(f'infill "{HOUSE}" "{LAW}" --json'),
     C(f'infill "{HOUSE}" "{LAW}"'),
     C(f'infill "{STORY}" --json --max-tokens 20'),
+    C(f'infill "{STORY}" "{HOUSE}" --max-tokens 1'),
     C('infill "He said: [sMASK] Then he left." --json --max-tokens 12'),
     C("infill --json --max-tokens 6", f"{HOUSE}\n\n{LAW}\n"),
     C(f'infill "{HOUSE}" -n 3'),

@@ -16,6 +16,9 @@ UNCERTAIN = {"seconds", "samples_per_second", "free_bytes", "peak_memory_bytes",
 QUANTIZED = {"working", "peak"}
 """Uncertain in an estimate for quantized weights: they depend on the instruction sets of the CPU."""
 
+SMALL = {"learning_rate", "final_learning_rate"}
+"""Numbers below the absolute tolerance that no rounding touches."""
+
 DECIMAL = re.compile(r"-?\d+\.\d+(?:e[-+]?\d+)?")
 WIDTH = 110
 
@@ -41,6 +44,9 @@ def differences(recorded: Any, found: Any, where: str = "") -> Iterator[str]:
                 yield f"{place}\n    is gone; recorded: {show(recorded[key])}"
             elif key not in recorded:
                 yield f"{place}\n    is new; found: {show(found[key])}"
+            elif key in SMALL and isinstance(recorded[key], float) and isinstance(found[key], float):
+                if not math.isclose(recorded[key], found[key], rel_tol=1e-4):
+                    yield f"{place}\n    recorded: {recorded[key]}\n    found:    {found[key]}"
             else:
                 yield from differences(recorded[key], found[key], place)
     elif isinstance(recorded, list) and isinstance(found, list) and len(recorded) == len(found):

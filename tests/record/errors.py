@@ -83,6 +83,7 @@ HEADER = """\
 """
 PLACE = re.compile(r"(?<![\w.])/(?:[\w.+-]+/)+")
 TEST = re.compile(r"<path>/test_\w+")
+CUT = re.compile(r"'<path>/[^']*'")  # a file's content of which only the start is shown
 NUMBER = re.compile(r"(?<![\w.-])-?\d+(?:[.,]\d+)*(?:e[-+]?\d+)?(?![\w-])")
 ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
 
@@ -90,6 +91,7 @@ ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
 def settle(text: str) -> str:
     """A text without what differs from run to run."""
     text = TEST.sub("<path>/<test>", PLACE.sub("<path>/", " ".join(text.split())))
+    text = CUT.sub("'<path>'", text)
     return NUMBER.sub("<n>", ADDRESS.sub("<n>", text))
 
 

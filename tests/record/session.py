@@ -37,6 +37,7 @@ ENVIRONMENT = {
     "TERM": "dumb",
     "GMASK_MATMUL": "torch",  # the product with integers that every machine has
     "HF_HUB_OFFLINE": "1",
+    "GMASK_API_KEY": "",
 }
 BAR = re.compile(r"\d+%\|.*\[.*\]|\d+it \[")
 TEXTS = [

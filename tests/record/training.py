@@ -79,6 +79,10 @@ RUNS: dict[str, Run] = {
         "method": {"name": "full"}, "data": {"packing": 64},
         "optimization": {"batch_size": 2, "epochs": 3, "steps": None},
     }),
+    "cloze clipped, sgd": (CLOZE, MOODS, {  # Adam hides what scales all gradients
+        "method": {"name": "full"},
+        "optimization": {"trainer": {"optim": "sgd"}, "clip_norm": 0.5, "learning_rate": 0.1, "accumulation": 2},
+    }),
     "cloze p-tuning": (CLOZE, MOODS, {"method": {"name": "p-tuning", "prompt_tokens": 3}}),
     "multiple choice p-tuning-v2": (LONG_CHOICES, MOODS, {
         "method": {"name": "p-tuning-v2", "prefix_length": 4}, "optimization": {"learning_rate": 2e-2},
@@ -103,7 +107,7 @@ NEED_MKL = {"chat lora with dropout"}
 def write_run(session: Session, name: str, run: Run, **changes: Any) -> str:
     """A recipe with its data in a folder of its own; its path."""
     task, records, sections = run
-    folder = name.replace(" ", "-")
+    folder = name.replace(",", "").replace(" ", "-")
     session.write(f"{folder}/data/train.jsonl", records)
     session.write(f"{folder}/data/validation.jsonl", records[::-1][:4])
     tree = copy.deepcopy(TUNING) | {"task": task}
