@@ -455,7 +455,7 @@ class PublishedReply(BaseModel):
     time: str
 
 
-@published_router.post("/", responses={200: {"model": PublishedReply}})
+@published_router.post("/", name="reply", responses={200: {"model": PublishedReply}})
 async def reply_as_published(request: Request, body: PublishedRequest) -> JSONResponse:
     """The reply to a prompt behind its history."""
     backend: Backend = request.app.state.backend
