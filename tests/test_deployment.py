@@ -304,7 +304,7 @@ def test_a_mistaken_argument_is_told_with_the_nearest_name() -> None:
         build({"num_replica": "2"})
     with pytest.raises(gmask.GmaskError, match=r"Ray Serve does not take an option: .*num_replicas"):
         build({"num_replicas": "-3"})
-    with pytest.raises(gmask.GmaskError, match="max_rows must be a number above 0"):
+    with pytest.raises(gmask.GmaskError, match="max_rows is 0: it must be above 0"):
         build({"max_rows": "0"})
     with pytest.raises(gmask.GmaskError, match="cannot be read as YAML"):
         build({"ray_actor_options": "{num_cpus: 1"})

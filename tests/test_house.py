@@ -19,7 +19,7 @@ DEFINED_TWICE = {  # to be emptied
     "Limits", "Loss", "MAX_ROWS", "Message", "Model", "Normalization", "Objective", "PREFIX", "Piece", "Plan",
     "Pooling", "Progress", "Question", "READERS", "ROLES", "ROW_CHUNK", "RUNTIME_BYTES", "Rounds", "Row",
     "SETTINGS", "SPELLINGS", "SampleReader", "Source", "UNREADABLE", "Values", "WEIGHTS", "attend", "build", "chat",
-    "check_model", "check_numbers", "choose_sentences", "convert", "decode", "dequantize", "describe", "embed",
+    "check_model", "choose_sentences", "convert", "decode", "dequantize", "describe", "embed",
     "evaluate", "find_answers", "fingerprint", "gelu", "highlight", "infill", "list_checkpoints", "matmul", "merge",
 <<<<<<< HEAD
     "pack", "pack_blocks", "parse_json", "quantize", "read_choices", "read_history", "read_lines", "read_messages",

@@ -81,7 +81,7 @@ def test_a_recipe_that_travels_names_no_place(recipe_path: Path, tmp_path: Path)
         ("optimization.trainer=3", "expected key: value pairs"),
         ("decoding=[1]", "expected key: value pairs"),
         ("data.validation=1.5", "between 0 and 1"),
-        ("data.validation=true", "expected a path"),
+        ("data.validation=true", "data.validation is True: expected str, or a number between 0 and 1"),
         ("data.folds=4", "leave data.validation out"),
         ("data.fold=1", "without data.folds"),
         ("data.max_source=-1", "must be above 0"),

@@ -3,22 +3,27 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from gmask.config import (
+    Count,
+    Fraction,
+    NotEmpty,
+    NotNegative,
+    Part,
+    Positive,
+    Range,
+    RunSeed,
+    Whole,
     build,
-    check_choice,
-    check_keys,
-    check_mapping,
-    check_numbers,
-    check_run,
-    convert,
     field_names,
+    hints_of,
     load_tree,
     plain_values,
+    read_values,
     to_yaml,
 )
 from gmask.errors import GmaskError, one_line
@@ -29,27 +34,29 @@ from gmask.models.glm import GLMConfig
 from gmask.tasks.records import Source
 from gmask.tokenizers.glm_published import find_token_id
 
+Precision = Literal["auto", "float32", "bfloat16"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerSettings:
     """Where the tokenizer comes from: a folder, or the training texts (learnt once, into the run's folder)."""
 
     path: str | None = None
-    vocab_size: int = 12288
-    alphabet_size: int | None = None  # characters beside ASCII that are tokens; by default 5/16 of the vocabulary
-    max_han_chars: int = 4  # of one token; 1 cuts the text around a blank as it would be cut without the blank
-    sample_bytes: int = 45_000_000  # UTF-8 bytes of training text that it is learnt from
+    vocab_size: Count = 12288
+    alphabet_size: Count | None = None  # characters beside ASCII that are tokens; by default 5/16 of the vocabulary
+    max_han_chars: Count = 4  # of one token; 1 cuts the text around a blank as it would be cut without the blank
+    sample_bytes: Count = 45_000_000  # UTF-8 bytes of training text that it is learnt from
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """Which texts, and how they are cut into rows."""
 
-    sources: tuple[Source, ...]
+    sources: Annotated[tuple[Source, ...], NotEmpty()]
     root: str = "."  # what the sources' paths are relative to
     cache: str = ".cache/pretrain"  # tokenised texts
-    row_length: int = 512  # tokens
-    max_piece: int | None = None  # tokens of one context; at most the model's positions
+    row_length: Count = 512  # tokens
+    max_piece: Count | None = None  # tokens of one context; at most the model's positions
     skip_bad_lines: bool = False
 
     @property
@@ -69,30 +76,30 @@ class DataSettings:
 class OptimizationSettings:
     """The optimizer, and how the learning rate rises and falls."""
 
-    steps: int
-    rows_per_step: int = 16
-    rows_per_pass: int = 8  # of one forward and backward; the gradients of a step's passes add up
-    learning_rate: float = 1e-3  # at its peak
-    final_learning_rate: float = 1e-4
-    warmup_steps: int = 100
-    schedule: str = "cosine"  # down to the final rate; or "constant" until the section `decay` begins
-    optimizer: str = "adamw"  # or "muon" for the layers' matrices, with adamw for the rest
-    weight_decay: float = 0.1  # of matrices only
+    steps: Count
+    rows_per_step: Count = 16
+    rows_per_pass: Count = 8  # of one forward and backward; the gradients of a step's passes add up
+    learning_rate: Positive = 1e-3  # at its peak
+    final_learning_rate: NotNegative = 1e-4
+    warmup_steps: Whole = 100
+    schedule: Literal["cosine", "constant"] = "cosine"  # down to the final rate; or constant until `decay` begins
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the layers' matrices, with adamw for the rest
+    weight_decay: NotNegative = 0.1  # of matrices only
     decay_embeddings: bool = True  # weight decay of the embedding tables too, as published
-    ema: float | None = None  # decay of a moving average of the weights, such as 0.999: it is validated and exported
-    betas: tuple[float, float] = (0.9, 0.98)
-    clip_norm: float = 1.0
-    dtype: str = "auto"  # of a pass: bfloat16 where the device has instructions for it; weights are float32
+    ema: Part | None = None  # decay of a moving average of the weights, such as 0.999: it is validated and exported
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    clip_norm: Positive = 1.0
+    dtype: Precision = "auto"  # of a pass: bfloat16 where the device has instructions for it; weights are float32
     gradient_checkpointing: bool = False
-    initialization: str = "normal"  # or "neighbours": small models, short runs (gmask.training.pretrain)
+    initialization: Literal["normal", "neighbours"] = "normal"  # the latter: small models, short runs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecaySettings:
     """The last part of a run with a constant learning rate, in which the rate falls in a line to the final one."""
 
-    share: float = 0.2  # of the steps
-    row_length: int | None = None  # tokens; as before the decay if not given
+    share: Annotated[float, Range(0, 1)] = 0.2  # of the steps
+    row_length: Count | None = None  # tokens; as before the decay if not given
     objective: dict[str, Any] = dataclasses.field(default_factory=dict)  # what changes in it
 
 
@@ -101,15 +108,15 @@ class RunSettings:
     """Where the run goes, and how often it looks up from its work."""
 
     out: str
-    seed: int = 0
+    seed: RunSeed = 0
     device: str | None = None  # the best there is
-    threads: int | None = None  # as many as torch finds
-    log_every: int = 10  # steps
-    validate_every: int = 500
-    validation_rows: int = 2  # of each source and objective
-    validation_sentences: int = 0  # of each language, in which one word or character is hidden
-    save_every: int = 100
-    keep_last: int = 2  # checkpoints
+    threads: Count | None = None  # as many as torch finds
+    log_every: Count = 10  # steps
+    validate_every: Count = 500
+    validation_rows: Count = 2  # of each source and objective
+    validation_sentences: Whole = 0  # of each language, in which one word or character is hidden
+    save_every: Count = 100
+    keep_last: Count = 2  # checkpoints
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,8 +127,8 @@ class Recipe:
     data: DataSettings
     optimization: OptimizationSettings
     tokenizer: TokenizerSettings
-    model: dict[str, Any]
-    objective: dict[str, Any]
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    objective: dict[str, Any] = dataclasses.field(default_factory=dict)
     decay: DecaySettings = DecaySettings()
 
     @property
@@ -156,82 +163,36 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
 def read_recipe(tree: Mapping[str, Any]) -> Recipe:
     """Checks a recipe's tree of plain values and gives it types."""
-    sections = dict(tree)
-    check_keys(sections, field_names(Recipe), "the recipe")
-    decay = build(DecaySettings, sections.get("decay") or {}, "decay")
-    recipe = Recipe(
-        run=build(RunSettings, sections.get("run") or {}, "run"),
-        data=build(DataSettings, _read_data(sections.get("data") or {}), "data"),
-        optimization=build(OptimizationSettings, sections.get("optimization") or {}, "optimization"),
-        tokenizer=build(TokenizerSettings, sections.get("tokenizer") or {}, "tokenizer"),
-        model=convert(GLMConfig, sections.get("model") or {}, "model"),
-        objective=_read_objective(sections.get("objective") or {}, "objective"),
-        decay=dataclasses.replace(decay, objective=_read_objective(decay.objective, "decay.objective")),
+    recipe = build(Recipe, tree, title="the recipe")
+    decay = dataclasses.replace(
+        recipe.decay, objective=read_values(recipe.decay.objective, _objective_hints(), "decay.objective")
     )
-    check_run(vars(recipe.run))
-    check_numbers(vars(recipe.run), "run", positive=("validate_every", "validation_rows", "save_every", "keep_last"))
-    check_numbers(vars(recipe.data), "data", positive=("row_length", "max_piece"))
-    check_numbers(vars(recipe.run), "run", not_negative=("validation_sentences",))
-    sizes = ("vocab_size", "alphabet_size", "max_han_chars", "sample_bytes")
-    check_numbers(vars(recipe.tokenizer), "tokenizer", positive=sizes)
-    _check_decay(recipe)
-    _check_model(recipe.model)
-    return dataclasses.replace(recipe, optimization=_check_optimization(recipe.optimization))
-
-
-def _read_objective(objective: Any, where: str) -> dict[str, Any]:
-    check_mapping(objective, where)
-    made_from_tokenizer = ("special", "sentence_ends", "word_edges")
-    check_keys(objective, [name for name in field_names(Mixture) if name not in made_from_tokenizer], where)
-    return convert(Mixture, objective, where)
-
-
-def _check_decay(recipe: Recipe) -> None:
-    check_numbers(vars(recipe.decay), "decay", positive=("row_length",))
-    if not 0 <= recipe.decay.share <= 1:
-        raise GmaskError(f"decay.share is {recipe.decay.share}: it must be from 0 to 1")
-    if recipe.optimization.schedule != "constant" and recipe.decay != DecaySettings():
+    if recipe.optimization.schedule != "constant" and decay != DecaySettings():
         raise GmaskError("decay: has no effect on a cosine; set optimization.schedule to constant, or leave it out")
+    return dataclasses.replace(
+        recipe,
+        model=_read_model(recipe.model),
+        objective=read_values(recipe.objective, _objective_hints(), "objective"),
+        decay=decay,
+    )
 
 
-def _read_data(data: Any) -> dict[str, Any]:
-    check_mapping(data, "data")
-    if not isinstance(sources := data.get("sources"), list) or not sources:
-        raise GmaskError("data.sources is empty or no list: name at least one source with its training texts")
-    return {**data, "sources": tuple(build(Source, entry, "data.sources") for entry in sources)}
+def _objective_hints() -> dict[str, Any]:
+    """The settings of a mixture; its other fields are made from the tokenizer."""
+    made = ("special", "sentence_ends", "word_edges")
+    return {name: hint for name, hint in hints_of(Mixture).items() if name not in made}
 
 
-def _check_model(model: dict[str, Any]) -> None:
+def _read_model(values: Mapping[str, Any]) -> dict[str, Any]:
     sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-    check_numbers(model, "model", positive=sizes)
-    for name in ("embedding_dropout", "attention_dropout", "hidden_dropout"):
-        if not 0 <= model.get(name, 0) < 1:
-            raise GmaskError(f"model.{name} is {model[name]}: it must be from 0 to below 1")
+    dropouts = ("embedding_dropout", "attention_dropout", "hidden_dropout")
+    hints = hints_of(GLMConfig) | dict.fromkeys(sizes, Count) | dict.fromkeys(dropouts, Fraction)
+    model = read_values(values, hints, "model")
     try:
         GLMConfig(**model)
     except ValueError as error:
         raise GmaskError(f"model: {one_line(error)}") from error
-
-
-def _check_optimization(optimization: OptimizationSettings) -> OptimizationSettings:
-    """The settings with ``betas`` as numbers, which YAML has as a list."""
-    positive = ("steps", "rows_per_step", "rows_per_pass", "learning_rate", "clip_norm")
-    not_negative = ("final_learning_rate", "warmup_steps", "weight_decay")
-    check_numbers(vars(optimization), "optimization", positive=positive, not_negative=not_negative)
-    check_choice(optimization.dtype, ("auto", "float32", "bfloat16"), "optimization.dtype")
-    check_choice(optimization.schedule, ("cosine", "constant"), "optimization.schedule")
-    check_choice(optimization.optimizer, ("adamw", "muon"), "optimization.optimizer")
-    if optimization.ema is not None and not 0 < optimization.ema < 1:
-        raise GmaskError(f"optimization.ema is {optimization.ema}: it must lie between 0 and 1")
-    check_choice(optimization.initialization, ("normal", "neighbours"), "optimization.initialization")
-    betas = optimization.betas
-    try:
-        first, second = map(float, betas)
-    except (TypeError, ValueError) as error:
-        raise GmaskError(f"optimization.betas is {betas!r}: expected two numbers") from error
-    if not (0 <= first < 1 and 0 <= second < 1):
-        raise GmaskError(f"optimization.betas is {betas!r}: both must be from 0 to below 1")
-    return dataclasses.replace(optimization, betas=(first, second))
+    return model
 
 
 SPELLINGS = {

@@ -4,15 +4,21 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from gmask.config import (
+    Choices,
+    Count,
+    Fraction,
+    NotEmpty,
+    NotNegative,
+    Part,
+    Positive,
+    Range,
+    RunSeed,
+    Whole,
     build,
-    check_choice,
-    check_keys,
-    check_mapping,
-    check_numbers,
-    check_run,
+    check_fields,
     field_names,
     load_tree,
     plain_values,
@@ -21,9 +27,9 @@ from gmask.config import (
 from gmask.errors import GmaskError
 from gmask.hardware import DTYPES
 from gmask.quantization.quantizer import NAMES as INTEGERS
+from gmask.recipes.pretraining import Precision
 from gmask.tasks.records import Truncation
 
-SCHEDULES = ("linear", "cosine", "constant")
 FREE_KEYS = (
     "run.out", "run.device", "run.threads", "run.log_every", "data.root", "optimization.save_every",
     "optimization.keep_last",
@@ -36,10 +42,10 @@ class TuningRunSettings:
     """Where the run goes, and how it is repeated."""
 
     out: str
-    seed: int = 0
+    seed: RunSeed = 0
     device: str | None = None  # the best there is
-    threads: int | None = None  # as many as torch finds
-    log_every: int = 1  # steps
+    threads: Count | None = None  # as many as torch finds
+    log_every: Count = 1  # steps
     deterministic: bool = False  # on a GPU too: slower kernels that give the same bits each time
 
 
@@ -48,10 +54,10 @@ class ModelSettings:
     """What is tuned."""
 
     name: str = "bundled"  # or a folder, or the name of a published model
-    dtype: str | None = None  # of the weights that do not train, as of `gmask.load`
-    quantize: str | None = None  # int8 | int4, of the weights that do not train
+    dtype: Annotated[str, Choices(("auto", *DTYPES))] | None = None  # of weights that do not train, as of `gmask.load`
+    quantize: Annotated[str, Choices(tuple(INTEGERS))] | None = None  # int8 | int4, of weights that do not train
     adapter: str | None = None  # a folder to go on from
-    initialization: str = "pretrained"  # or "random": the same shape without what it has learnt, to compare with
+    initialization: Literal["pretrained", "random"] = "pretrained"  # random: the shape without what it has learnt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,18 +65,18 @@ class TuningDataSettings:
     """Which samples, and how long they may be."""
 
     train: str  # a file or a glob
-    validation: str | float | None = None  # files, or a share of `train`
+    validation: str | Part | None = None  # files, or a share of `train`
     test: str | None = None
     root: str = "."  # what the paths are relative to
-    limit: int | None = None  # samples of each of the three
-    validation_limit: int | None = None  # samples that are predicted while the run goes on
-    max_source: int = 384  # tokens of a question
-    max_target: int = 128  # tokens of an answer
+    limit: Count | None = None  # samples of each of the three
+    validation_limit: Count | None = None  # samples that are predicted while the run goes on
+    max_source: Count = 384  # tokens of a question
+    max_target: Count = 128  # tokens of an answer
     truncation: Truncation = "left"  # where a question that is too long loses tokens: before its blank, or at its end
     skip_bad_lines: bool = False  # leave out, and count, what cannot be used; by default it is an error
-    packing: int | None = None  # tokens of a row that several samples share; by default each has its own
-    folds: int | None = None  # k-fold cross-validation on `train`
-    fold: int | None = None  # one of them, from 1; by default all, one after the other
+    packing: Count | None = None  # tokens of a row that several samples share; by default each has its own
+    folds: Annotated[int, Range(2)] | None = None  # k-fold cross-validation on `train`
+    fold: Count | None = None  # one of them, from 1; by default all, one after the other
 
     def place(self, pattern: str) -> str:
         """A path under ``root``."""
@@ -81,22 +87,22 @@ class TuningDataSettings:
 class TuningOptimizationSettings:
     """How the weights are fitted. A step has ``batch_size * accumulation`` samples, whatever number of processes."""
 
-    epochs: float | None = None  # passes over the samples; or:
-    steps: int | None = None
-    batch_size: int = 8  # samples of one forward and backward
-    accumulation: int = 1  # of which so many make a step
-    learning_rate: float | None = None  # at its peak; by default what the method is usually given
-    schedule: str = "linear"  # of the learning rate, to 0; or cosine, constant
-    warmup: float = 0.0  # steps, or below 1 a share of them
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    dtype: str | None = None  # of a pass; "auto": bfloat16 if the device has it; by default so on a GPU, else float32
+    epochs: Positive | None = None  # passes over the samples; or:
+    steps: Count | None = None
+    batch_size: Count = 8  # samples of one forward and backward
+    accumulation: Count = 1  # of which so many make a step
+    learning_rate: Positive | None = None  # at its peak; by default what the method is usually given
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # of the learning rate, to 0
+    warmup: NotNegative = 0.0  # steps, or below 1 a share of them
+    weight_decay: NotNegative = 0.0
+    clip_norm: NotNegative = 1.0  # 0 clips nothing
+    dtype: Precision | None = None  # of a pass; auto: bfloat16 if the device has it; by default so on a GPU
     gradient_checkpointing: bool = False
     length_grouped: bool = False  # samples of like length in a step
-    evaluate_every: int | None = None  # steps; by default a tenth of the run
-    save_every: int | None = None  # steps; by default a tenth of the run, and 100 at the most
-    keep_last: int = 2  # checkpoints
-    early_stop: int | None = None  # evaluations in a row without a new best
+    evaluate_every: Count | None = None  # steps; by default a tenth of the run
+    save_every: Count | None = None  # steps; by default a tenth of the run, and 100 at the most
+    keep_last: Count = 2  # checkpoints
+    early_stop: Count | None = None  # evaluations in a row without a new best
     trainer: dict[str, Any] = dataclasses.field(default_factory=dict)  # keywords of transformers.TrainingArguments
 
 
@@ -105,7 +111,7 @@ class ForgettingSettings:
     """What a chat model is asked before and after, to see what it forgot; by default a set that comes with gmask."""
 
     texts: str | None = None  # .jsonl with a "text", or with a "prompt" and a "response"
-    answers: int = 12  # prompts answered side by side
+    answers: Whole = 12  # prompts answered side by side
     skip: bool = False
 
 
@@ -119,6 +125,12 @@ frozen-embeddings: the published Hugging Face class, where the word embeddings a
 
 PromptNetwork = Literal["lstm", "mlp", "none"]
 
+LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+"""The linear layers of a block, in GLM and ChatGLM."""
+
+Target = Annotated[str, Choices((*LINEARS, "all-linear"))]
+Targets = Annotated[tuple[Target, ...], NotEmpty()]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodSettings:
@@ -129,41 +141,21 @@ class MethodSettings:
     """
 
     name: Method = "lora"
-    rank: int = 8  # of the change of a weight; for adalora, that which remains on average
-    alpha: float | None = None  # the change is scaled by alpha / rank; twice the rank by default
-    dropout: float = 0.0  # of what the change is computed from
-    targets: str | tuple[str, ...] = "query_key_value"  # linear layers of a block, or all-linear
-    prefix_length: int = 128  # keys and values before each layer, as published
+    rank: Count = 8  # of the change of a weight; for adalora, that which remains on average
+    alpha: Positive | None = None  # the change is scaled by alpha / rank; twice the rank by default
+    dropout: Fraction = 0.0  # of what the change is computed from
+    targets: Target | Targets = "query_key_value"  # linear layers of a block, or all-linear
+    prefix_length: Count = 128  # keys and values before each layer, as published
     projection: bool = False  # whether a network computes the prefix
-    prompt_tokens: int = 8  # trained vectors in the text
+    prompt_tokens: Count = 8  # trained vectors in the text
     prompt_encoder: PromptNetwork = "lstm"  # the network that they come out of
 
     def __post_init__(self) -> None:
-        _check_word(self.name, get_args(Method), "name")
-        _check_word(self.prompt_encoder, get_args(PromptNetwork), "prompt_encoder")
+        check_fields(self, "method")
         for field in dataclasses.fields(self):
             owners = OWNERS.get(field.name)
             if owners and self.name not in owners and getattr(self, field.name) != field.default:
                 raise GmaskError(f"method.{field.name} belongs to {_join(owners)}, not to {self.name}: leave it out")
-        for name in ("rank", "prefix_length", "prompt_tokens"):
-            if getattr(self, name) < 1:
-                raise GmaskError(f"method.{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise GmaskError(f"method.dropout must be from 0 to below 1, not {self.dropout}")
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise GmaskError(f"method.alpha must be above 0 and finite, not {self.alpha}")
-        self._read_targets()
-
-    def _read_targets(self) -> None:
-        """Checks ``targets``, and makes a tuple of the list that YAML has."""
-        if not isinstance(self.targets, str | list | tuple) or not self.targets:
-            raise GmaskError(
-                f"method.targets is {self.targets!r}: expected {_join((*LINEARS, 'all-linear'))}, or a list"
-            )
-        for name in (self.targets,) if isinstance(self.targets, str) else self.targets:
-            _check_word(name, (*LINEARS, "all-linear"), "targets")
-        if not isinstance(self.targets, str):
-            object.__setattr__(self, "targets", tuple(self.targets))
 
     @property
     def scale(self) -> float:
@@ -204,7 +196,7 @@ class TuningRecipe:
     data: TuningDataSettings
     method: MethodSettings
     optimization: TuningOptimizationSettings
-    decoding: dict[str, Any]
+    decoding: dict[str, Any] = dataclasses.field(default_factory=dict)
     forgetting: ForgettingSettings
 
     @property
@@ -257,27 +249,24 @@ def find_tuning_recipe(folder: Path) -> TuningRecipe | None:
 
 def read_tuning_recipe(tree: Mapping[str, Any]) -> TuningRecipe:
     """Checks a recipe's tree of plain values and gives it types."""
-    sections = dict(tree)
-    check_keys(sections, field_names(TuningRecipe), "the recipe")
-    if not isinstance(task := sections.get("task"), str | dict):
+    if tree.get("task") is None:
         raise GmaskError("task is missing: name one, such as chat/alpaca, or write it into the recipe")
-    optimization = sections.get("optimization") or {}
-    check_mapping(decoding := sections.get("decoding") or {}, "decoding")
-    recipe = TuningRecipe(
-        run=build(TuningRunSettings, sections.get("run") or {}, "run"),
-        model=build(ModelSettings, sections.get("model") or {}, "model"),
-        task=task,
-        data=build(TuningDataSettings, sections.get("data") or {}, "data"),
-        method=build(MethodSettings, sections.get("method") or {}, "method"),
-        optimization=build(TuningOptimizationSettings, optimization, "optimization"),
-        decoding=dict(decoding),
-        forgetting=build(ForgettingSettings, sections.get("forgetting") or {}, "forgetting"),
-    )
-    check_run(vars(recipe.run))
-    _check_model(recipe)
-    _check_data(recipe.data)
-    _check_optimization(recipe)
-    check_numbers(vars(recipe.forgetting), "forgetting", not_negative=("answers",))
+    recipe = build(TuningRecipe, tree, title="the recipe")
+    data, optimization = recipe.data, recipe.optimization
+    if recipe.model.adapter is not None and not recipe.method.makes_adapter:
+        raise GmaskError(
+            f"model.adapter is to be trained on, and method {recipe.method.name} makes none: merge it first"
+        )
+    if data.folds is None and data.fold is not None:
+        raise GmaskError("data.fold is set without data.folds, the number of folds")
+    if data.folds is not None and data.validation is not None:
+        raise GmaskError("data.folds validates on parts of data.train: leave data.validation out")
+    if data.folds is not None and (data.fold or 1) > data.folds:
+        raise GmaskError(f"data.folds is {data.folds} and data.fold {data.fold}: folds are counted from 1")
+    if (optimization.epochs is None) == (optimization.steps is None):
+        raise GmaskError("optimization: give one of epochs and steps")
+    if optimization.early_stop is not None and data.validation is None and data.folds is None:
+        raise GmaskError("optimization.early_stop needs data.validation (a file, or a share of data.train)")
     return recipe
 
 
@@ -295,57 +284,6 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
         else:
             yield f"{prefix}{key}", value
 
-
-def _check_model(recipe: TuningRecipe) -> None:
-    model = recipe.model
-    if model.adapter is not None and not recipe.method.makes_adapter:
-        raise GmaskError(
-            f"model.adapter is to be trained on, and method {recipe.method.name} makes none: merge it first"
-        )
-    check_choice(model.initialization, ("pretrained", "random"), "model.initialization")
-    if model.dtype is not None:
-        check_choice(model.dtype, ("auto", *DTYPES), "model.dtype")
-    if model.quantize is not None:
-        check_choice(model.quantize, tuple(INTEGERS), "model.quantize")
-
-
-def _check_data(data: TuningDataSettings) -> None:
-    if isinstance(data.validation, bool) or not isinstance(data.validation, str | float | int | None):
-        raise GmaskError(f"data.validation is {data.validation!r}: expected a path, or a share of data.train")
-    if isinstance(data.validation, float | int) and not 0 < data.validation < 1:
-        raise GmaskError(f"data.validation is {data.validation}: a share of data.train lies between 0 and 1")
-    if data.folds is None and data.fold is not None:
-        raise GmaskError("data.fold is set without data.folds, the number of folds")
-    if data.folds is not None:
-        if data.validation is not None:
-            raise GmaskError("data.folds validates on parts of data.train: leave data.validation out")
-        if data.folds < 2 or not 1 <= (data.fold or 1) <= data.folds:
-            raise GmaskError(f"data.folds is {data.folds} and data.fold {data.fold}: at least 2 folds, counted from 1")
-    check_choice(data.truncation, get_args(Truncation), "data.truncation")
-    sizes = ("limit", "validation_limit", "max_source", "max_target", "packing")
-    check_numbers(vars(data), "data", positive=sizes)
-
-
-def _check_optimization(recipe: TuningRecipe) -> None:
-    optimization = recipe.optimization
-    if (optimization.epochs is None) == (optimization.steps is None):
-        raise GmaskError("optimization: give one of epochs and steps")
-    positive = (
-        "epochs", "steps", "batch_size", "accumulation", "learning_rate", "evaluate_every", "save_every", "keep_last",
-        "early_stop",
-    )  # fmt: skip
-    not_negative = ("warmup", "weight_decay", "clip_norm")  # a clip_norm of 0 clips nothing
-    check_numbers(vars(optimization), "optimization", positive=positive, not_negative=not_negative)
-    check_mapping(optimization.trainer, "optimization.trainer")
-    check_choice(optimization.schedule, SCHEDULES, "optimization.schedule")
-    if optimization.dtype is not None:
-        check_choice(optimization.dtype, ("auto", "float32", "bfloat16"), "optimization.dtype")
-    if optimization.early_stop is not None and recipe.data.validation is None and recipe.data.folds is None:
-        raise GmaskError("optimization.early_stop needs data.validation (a file, or a share of data.train)")
-
-
-LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
-"""The linear layers of a block, in GLM and ChatGLM."""
 
 LOW_RANK: tuple[Method, ...] = ("lora", "dora", "adalora", "qlora")
 OWNERS: dict[str, tuple[Method, ...]] = {
@@ -407,11 +345,6 @@ def hint_learning_rate(method: Method, rate: float) -> str | None:
     nearest = min(others, key=lambda name: abs(math.log(rate / USUAL_RATES[name])), default=None)
     likely = f", {rate:g} is one for {nearest}" if nearest else ""
     return f"a learning rate of {rate:g} is unusual for {method}: {low:g} to {high:g} is common{likely}"
-
-
-def _check_word(value: object, known: tuple[str, ...], name: str) -> None:
-    if value not in known:
-        raise GmaskError(f"method.{name} is {value!r}: choose {_join(known)}")
 
 
 def _join(words: tuple[str, ...]) -> str:

@@ -1,10 +1,10 @@
 """A server's settings: who may ask, how much, and for how long."""
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_type_hints
 
+from gmask.config import Count, Positive, check_fields
 from gmask.errors import GmaskError
 
 
@@ -19,25 +19,18 @@ class ServerSettings:
     model_name: str = "bundled"  # what clients call the model
     api_keys: tuple[str, ...] = ()  # any of them opens the door; none: it is open
     allowed_hosts: tuple[str, ...] = ("*",)  # the names in the Host header by which it is called
-    max_rows: int = 32  # answers that are written at the same time
-    max_queue: int = 256  # requests that wait for their turn; one more is told to come back
-    max_tokens: int | None = None  # of one answer; None: what the model holds
-    max_samples: int = 64  # answers that one request may ask for
-    max_body_bytes: int = 1 << 20
-    body_seconds: float = 20.0  # for a request to arrive
-    request_seconds: float = 300.0  # for it to be answered
-    drain_seconds: float = 30.0  # for running requests once the server is told to end
+    max_rows: Count = 32  # answers that are written at the same time
+    max_queue: Count = 256  # requests that wait for their turn; one more is told to come back
+    max_tokens: Count | None = None  # of one answer; None: what the model holds
+    max_samples: Count = 64  # answers that one request may ask for
+    max_body_bytes: Count = 1 << 20
+    body_seconds: Positive = 20.0  # for a request to arrive
+    request_seconds: Positive = 300.0  # for it to be answered
+    drain_seconds: Positive = 30.0  # for running requests once the server is told to end
     log_prompts: bool = False
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if hints[field.name] in (int, float, int | None) and value is not None:
-                wanted = float if hints[field.name] is float else int
-                is_number = isinstance(value, int | wanted) and not isinstance(value, bool)
-                if not is_number or not 0 < value < float("inf"):
-                    raise GmaskError(f"{field.name} must be a number above 0, not {value!r}")
+        check_fields(self)
         if not all(self.api_keys):
             raise GmaskError("an API key is empty")
         if not all(key.isascii() and key.isprintable() for key in self.api_keys):

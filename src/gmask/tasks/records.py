@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, Literal
 
 import zstandard
 
+from gmask.config import Positive, check_fields
 from gmask.errors import GmaskError, one_line
 from gmask.files import write_json_lines
 
@@ -299,15 +300,14 @@ class Source:
     name: str
     train: str
     validation: str | None = None
-    weight: float | None = None
-    epochs: float | None = None
+    weight: Positive | None = None
+    epochs: Positive | None = None
     kind: str | None = None
 
     def __post_init__(self) -> None:
         if self.weight is not None and self.epochs is not None:
             raise GmaskError(f"source {self.name}: give weight or epochs, not both")
-        if (self.weight if self.weight is not None else self.share_of(1)) <= 0:
-            raise GmaskError(f"source {self.name}: weight and epochs must be above 0")
+        check_fields(self, f"source {self.name}: ")
 
     def share_of(self, size: int) -> float:
         """The source's weight when it holds `size` tokens (or bytes)."""

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any
 
-from gmask.config import build, check_choice, field_names, load_tree
+from gmask.config import Choices, build, field_names, load_tree
 from gmask.errors import GmaskError, nearest
 from gmask.tasks.formats import READERS, flatten, read_history, read_messages
 from gmask.tasks.metrics import Language, check_kind, check_metric
@@ -46,7 +46,7 @@ class Task:
     messages: str | None = None  # column with a whole conversation
     references: str | None = None  # column with a list of all texts that count as right
     group: str | None = None  # template of the name that the samples of one question share
-    reader: str = "plain"  # a name of gmask.tasks.formats.READERS
+    reader: Annotated[str, Choices(tuple(READERS))] = "plain"  # a name of gmask.tasks.formats.READERS
     metrics: tuple[str, ...] = ()
     best: str = "loss"  # what picks the best checkpoint: "loss" or one of the metrics
     language: Language | None = None  # of the answers, for the metrics
@@ -113,11 +113,7 @@ def read_task(tree: Mapping[str, Any]) -> Task:
     values["metrics"] = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     values["choices"] = _read_choices(values.get("choices") or {}, where)
     values.setdefault("best", values["metrics"][0] if values["metrics"] else "loss")
-    task = build(Task, values, where)
-    check_choice(task.kind, get_args(TaskKind), f"{where}: kind")
-    check_choice(task.reader, list(READERS), f"{where}: reader")
-    if task.language is not None:
-        check_choice(task.language, get_args(Language), f"{where}: language")
+    task = build(Task, values, f"{where}: ", title=where)
     for metric in task.metrics:
         check_metric(metric)
     if task.best not in ("loss", *task.metrics):
