@@ -21,13 +21,8 @@ DEFINED_TWICE = {  # to be emptied
     "SETTINGS", "SPELLINGS", "SampleReader", "Source", "UNREADABLE", "Values", "WEIGHTS", "attend", "build", "chat",
     "check_model", "choose_sentences", "convert", "decode", "dequantize", "describe", "embed",
     "evaluate", "find_answers", "fingerprint", "gelu", "highlight", "infill", "list_checkpoints", "matmul", "merge",
-<<<<<<< HEAD
     "pack", "pack_blocks", "parse_json", "quantize", "read_choices", "read_history", "read_lines", "read_messages",
     "read_pairs", "read_records", "read_rows", "read_texts", "rotate", "router", "run", "score", "score_answers",
-=======
-    "pack", "pack_blocks", "parse_json", "quantize", "read_choices", "read_history", "read_lines", "read_messages", "read_pairs",
-    "read_records", "read_rows", "read_texts", "rotate", "router", "run", "score", "score_answers",
->>>>>>> c1c1b3a (files.py: one way to write whole or not at all, one set of readers for texts, JSON and JSON lines)
     "train_tokenizer", "write_json",
 }  # fmt: skip
 
