@@ -253,7 +253,7 @@ def test_published_masks_by_hand() -> None:
     assert seen(torch.tensor(2), query_length=3) == [[[1, 1, 0], [1, 1, 0], [1, 1, 1]]]
     assert seen(torch.tensor([0]), query_length=2, past_length=2) == [[[1, 1, 1, 0], [1, 1, 1, 1]]]
     assert seen(torch.tensor([1, 2]), query_length=2) == [[[1, 0], [1, 1]], [[1, 1], [1, 1]]]
-    assert seen(torch.tensor([[1, 1, 0]]), query_length=3) == [[[1, 1, 0]]]
+    assert seen(torch.tensor([1, 1, 0])[None, None, None], query_length=3) == [[[1, 1, 0]]]
     given_mask = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]])[None, None]
     assert seen(given_mask, query_length=2, past_length=1) == [[[1, 1, 0], [1, 0, 1]]]
     with pytest.raises(ValueError, match="3 dimensions"):

@@ -1,15 +1,18 @@
-"""What both architectures share: attention, prefixes, quantized weights, strict loading, tensor parallelism.
+"""The body of a prefix language model, as GLM and ChatGLM share it.
 
-A prefix is seen by every token, takes no place in the layout, and is held by the cache like the tokens behind it.
+In this order: attention, trained prefixes, quantized weights, strict loading, the forward pass, tensor parallelism.
+What differs stands in glm.py and chatglm.py: blocks, positions, and how a layout is read off the tokens.
 
-Tensor parallelism: the plans stand beside the config and the classes (`base_model_tp_plan`, `_tp_plan`): blocks are
-divided by heads and by columns of the MLP, the vocabulary by rows (the embeddings and the tied head alike; logits are
-gathered); norms and position tables are whole in every process. Integers are divided as the weights are that they stand
-for, scales as the rows or columns that share them (`WeightQuantizer.update_parallel_plan`); quantized embeddings are
-whole.
+A prefix is visible to every token, has no position in the layout, and is cached in front of the tokens.
 
-Shape letters: B rows, T positions, K key positions (cached ones first), N heads, D head size, L layers, P prefix
-length.
+Tensor parallelism: each config has the plan of the body (`base_model_tp_plan`), each model that of its head
+(`_tp_plan`). Blocks are divided by heads and by columns of the MLP, the vocabulary by rows (the embeddings and the tied
+head alike; logits are gathered); norms and position tables are whole in every process. Quantized weights are divided
+like the weights that they replace, scales like the rows or columns that share them
+(`WeightQuantizer.update_parallel_plan`); quantized embeddings are whole.
+
+Shape letters: B rows, T positions, K key positions (cached ones first), H hidden size, N heads, D head size, L layers,
+P prefix length.
 
 Source: Liu et al., "P-Tuning v2", ACL 2022; published code ``PrefixEncoder`` of modeling_chatglm.py.
 """
@@ -30,54 +33,18 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.distributed.tensor_parallel import PackedColwiseParallel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from gmask.errors import GmaskError, one_line
 from gmask.files import LFS_POINTER
+from gmask.models.cache import GrowingCache
+from gmask.models.layout import build_mask, continues, resolve_sequences
 from gmask.native import ops as native
 from gmask.quantization.linear import QuantizedLayer
 from gmask.quantization.quantizer import parallel_rule, quantize_model, quantized_layers
-
-
-class AttentionModule(Protocol):
-    """What the kernels read of an attention layer."""
-
-    config: PreTrainedConfig
-    scaling: float
-
-
-def attend(
-    module: AttentionModule,
-    query: Tensor,  # B N T D
-    key: Tensor,  # B N K D
-    value: Tensor,  # B N K D
-    attention_mask: Tensor | None,  # B 1 T K, boolean (True = visible) or additive
-    *,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention as the config's ``attn_implementation`` says; a single query on a CPU has a kernel of its own.
-
-    Returns:
-        ``[B, T, N, D]``, and the weights ``[B, N, T, K]`` where the implementation gives them.
-    """
-    implementation = module.config._attn_implementation
-    if implementation == "sdpa" and dropout == 0 and native.can_attend(query, key, value, attention_mask):
-        return native.attend(query, key, value, attention_mask, scaling=module.scaling), None
-    attention: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
-        implementation, eager_attention
-    )
-    return attention(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        scaling=module.scaling,
-        dropout=dropout,
-        is_causal=False,
-        **kwargs,
-    )
 
 
 def eager_attention(
@@ -103,8 +70,68 @@ def eager_attention(
     return (weights @ value).transpose(1, 2), weights
 
 
+class SelfAttention(nn.Module):
+    """Multi-head self-attention, but for how a model gets queries, keys and values out of ``query_key_value``."""
+
+    is_causal = False  # the mask says all; without one every key is visible
+    dense: nn.Module  # the output projection
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = dropout
+
+    def attend(
+        self,
+        query: Tensor,  # B N T D
+        key: Tensor,  # B N T D
+        value: Tensor,  # B N T D
+        prefix: Tensor | None,  # 2 N P D
+        attention_mask: Tensor | None,  # B 1 T K, boolean (True = visible) or additive
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention to the prefix, the cache and the new keys, as the config's ``attn_implementation`` says.
+
+        A single query on a CPU has a kernel of its own.
+
+        Returns:
+            ``[B, T, H]``, and the weights ``[B, N, T, K]`` where the implementation gives them.
+        """
+        batch, _, length, _ = query.shape
+        if prefix is not None:
+            key, value = prepend(prefix, key, value)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        dropout = self.attention_dropout if self.training else 0.0
+        implementation = self.config._attn_implementation
+        weights = None
+        if implementation == "sdpa" and dropout == 0 and native.can_attend(query, key, value, attention_mask):
+            mixed = native.attend(query, key, value, attention_mask, scaling=self.scaling)
+        else:
+            attention: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+                implementation, eager_attention
+            )
+            mixed, weights = attention(
+                self,
+                query,
+                key,
+                value,
+                attention_mask,
+                scaling=self.scaling,
+                dropout=dropout,
+                is_causal=False,
+                **kwargs,
+            )
+        output: Tensor = self.dense(mixed.reshape(batch, length, -1))
+        return output, weights
+
+
 class PrefixConfig(Protocol):
-    """What a prefix needs to know of a model."""
+    """The values of a model's config that a prefix needs."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -117,7 +144,7 @@ class PrefixConfig(Protocol):
 
 
 class PrefixEncoder(nn.Module):
-    """``pre_seq_len`` keys and values for each layer, from a table or from a table and a small network."""
+    """``pre_seq_len`` trained keys and values for each layer: a table, with a small network behind it or without."""
 
     def __init__(self, config: PrefixConfig) -> None:
         super().__init__()
@@ -136,7 +163,7 @@ class PrefixEncoder(nn.Module):
             self.embedding = nn.Embedding(self.length, width)
 
     def table(self) -> Tensor:
-        """``[P, 2 L N D]``: what the network makes of the embedding, or that itself."""
+        """``[P, 2 L N D]``: the embedding, or the output of the network for it."""
         table: Tensor = self.trans(self.embedding.weight) if self.config.prefix_projection else self.embedding.weight
         return table
 
@@ -147,11 +174,11 @@ class PrefixEncoder(nn.Module):
 
 
 def attach_prefix(model: PreTrainedModel, length: int, *, projection: bool) -> PrefixEncoder:
-    """Gives a GLM or ChatGLM a new prefix in float32, in place of one that it may have.
+    """Gives a GLM or ChatGLM a new prefix in float32, which replaces an earlier one.
 
     Its weights are drawn as those of the model were, from N(0, initializer_range).
     """
-    for config in (model.config, model.base_model.config):  # two, where a head was put on the body of another model
+    for config in (model.config, model.base_model.config):  # two if the body came from another model than the head
         config.pre_seq_len, config.prefix_projection = length, projection
     encoder = PrefixEncoder(model.config).to(model.device)
     for module in encoder.modules():
@@ -161,17 +188,17 @@ def attach_prefix(model: PreTrainedModel, length: int, *, projection: bool) -> P
 
 
 def prepend(prefix: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[B, N, K, D]`` behind those ``[2, N, P, D]`` of a layer's prefix."""
+    """Puts the keys and values of a layer's prefix ``[2, N, P, D]`` in front of those of tokens ``[B, N, K, D]``."""
     own_key, own_value = prefix.to(key).unsqueeze(1).expand(-1, len(key), -1, -1, -1)
     return torch.cat((own_key, key), dim=-2), torch.cat((own_value, value), dim=-2)
 
 
 def show_prefix(mask: Tensor | None, length: int, cache: Cache | None) -> Tensor | None:
-    """A mask ``[B, 1, T, K]`` of `build_mask` with the keys of a prefix, all visible, in front.
+    """Puts the keys of a prefix, all visible, in front of a mask ``[B, 1, T, K]`` of `build_mask`.
 
     Args:
-        length: of the prefix.
-        cache: a static one has room for the prefix already, at the end.
+        length: P.
+        cache: in a static one K counts the positions for the prefix already, at the end.
     """
     if mask is None:
         return None
@@ -179,24 +206,8 @@ def show_prefix(mask: Tensor | None, length: int, cache: Cache | None) -> Tensor
     return F.pad(mask, (length, room), value=mask.dtype == torch.bool)  # an additive one hides nothing with 0
 
 
-def check_division(model: Any, processes: int) -> None:
-    """Raises `GmaskError` for integers that cannot be divided among processes."""
-    for name, layer in quantized_layers(model):
-        if not model.hf_quantizer.pre_quantized:
-            raise GmaskError(
-                "weights are not quantized while they are divided among processes: write them with gmask quantize, and "
-                "name that folder"
-            )
-        together = layer.group_size or 8 // layer.bits  # columns that share a scale, or a byte
-        if model.tp_plan.get(parallel_rule(name)) == "rowwise" and layer.in_features % (together * processes):
-            raise GmaskError(
-                f"the {layer.in_features} columns of {name} lie in groups of {together}, which cannot be divided among "
-                f"{processes} processes: run fewer, or quantize in smaller groups"
-            )
-
-
 class QuantizingMixin:
-    """``quantize`` as published; casts that leave integers and scales alone."""
+    """`quantize` as published, and casts that change neither quantized weights nor their scales."""
 
     def quantize(self, bits: int, *, group_size: int | None = None, embeddings: bool = False) -> Self:
         """Quantizes the weights in place: `gmask.quantization.quantizer.quantize_model`."""
@@ -210,7 +221,7 @@ class QuantizingMixin:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the activations; scales have one of their own."""
+        """The dtype of the activations, which the scales need not have."""
         named = self.named_parameters()  # type: ignore[attr-defined]
         found = (p.dtype for name, p in named if p.is_floating_point() and not name.endswith("weight_scale"))
         dtype: torch.dtype = next(found)
@@ -224,30 +235,30 @@ class QuantizingMixin:
 
 UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError)
 PLACEMENTS = ("device_map", "distributed_config", "gguf_file", "quantization_config", "tp_plan", "tp_size")
-"""Keywords of `from_pretrained` by which the weights may go elsewhere than to the CPU, or be no floats."""
+"""Keywords of `from_pretrained` that put weights on other devices than the CPU, or load other weights than floats."""
 
 OTHER_FILES = ("gguf_file", "key_mapping", "state_dict", "subfolder", "use_safetensors", "variant")
-"""Keywords of `from_pretrained` by which the weights are not simply those of the folder."""
+"""Keywords of `from_pretrained` that load other weights than those of the folder, or rename them."""
 
 
 class StrictLoadingMixin:
-    """Makes `from_pretrained` exact where transformers' own warns and goes on with random weights."""
+    """`from_pretrained` that raises where transformers' own warns and goes on with random weights."""
 
     base_model_prefix: str
     tuned_parts: ClassVar[tuple[str, ...]] = ()
-    """Beginnings of the keys that tuning adds: a checkpoint may lack them as a whole, like a head for a task."""
+    """Prefixes of the keys that tuning adds: a checkpoint may lack all of them, like those of a head for a task."""
 
     check_source: ClassVar[Callable[..., None] | None] = None
-    """Refuses a folder before it is loaded, as `gmask.load` does; whoever knows how checkpoints are read sets it."""
+    """Checks a folder before it is loaded, as `gmask.load` does. `gmask.registration` sets it."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """As `transformers.PreTrainedModel.from_pretrained`, but every weight must be there, be known, and fit.
 
-        A head for a task (not the one that predicts tokens) may be absent as a whole: it is then new, and transformers
-        warns as usual. A model without a head leaves those of a checkpoint aside. Without a ``dtype`` the weights are
-        float32, as with the published code, whatever their number (`gmask.load` takes bfloat16 on a CPU for more than
-        3 billion); ``dtype="auto"`` takes the stored one.
+        All weights of a head for a task (not of the one that predicts tokens) may be missing: the head is then new, and
+        transformers warns as usual. A model without a head ignores those of a checkpoint. Without a ``dtype`` the
+        weights are float32, as with the published code, whatever their number (`gmask.load` takes bfloat16 on a CPU for
+        more than 3 billion); ``dtype="auto"`` takes the stored one.
 
         Raises:
             GmaskError: missing, unexpected or ill-shaped weights, which are named; unreadable files.
@@ -288,15 +299,6 @@ class StrictLoadingMixin:
                 raise GmaskError("a P-tuning prefix is not divided among processes: run one process")
             check_division(model, distributed_config.tp_size)
         return super().maybe_distribute_model(model, distributed_config, *args)  # type: ignore[misc]
-
-
-def check_processes(heads: int, processes: int) -> None:
-    """Raises `GmaskError` for a number of processes that would have to cut a head."""
-    if heads % processes:
-        fitting = ", ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
-        raise GmaskError(
-            f"{heads} attention heads cannot be divided among {processes} processes: start one of {fitting} processes"
-        )
 
 
 def _check(model: Any, info: Mapping[str, Any], source: Any) -> None:
@@ -349,6 +351,146 @@ def _name_some(keys: Iterable[str]) -> str:
     named = sorted(keys)
     more = f" and {len(named) - 3} more" if len(named) > 3 else ""
     return ", ".join(named[:3]) + more
+
+
+class PrefixLMPreTrainedModel(StrictLoadingMixin, QuantizingMixin, PreTrainedModel):
+    """What transformers has to know of a model, as far as it is the same for both architectures."""
+
+    supports_gradient_checkpointing = True
+    _input_embed_layer = "word_embeddings"
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 - transformers reads these as plain attributes
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_set_attn_implementation_cached_value = True  # transformers would look for it in the text of the model's file
+
+
+class PrefixLMModel(PrefixLMPreTrainedModel):
+    """A model without its head: ids and layout in, final hidden states ``[B, T, H]`` out."""
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        layout: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Runs the transformer.
+
+        Args:
+            input_ids: ``[B, T]``; a GLM takes those of ``config.prompt_ids`` as trained vectors.
+            attention_mask: ``[B, past + T]`` padding mask (1 = a token), or one of the published forms, which the
+                model's class names.
+            position_ids: ``[B, 2, T]``, the published name of ``layout``. 2-D ones ``[B, T]`` only say where packed
+                sequences start: at each 0, if there is neither a mask nor a cache.
+            layout: ``[B, 2, T]`` positions in the context and in the answer; read off ``input_ids`` if absent.
+            sequence_ids: ``[B, T]`` packed sequences, which do not see each other; -1 at padding.
+
+        Raises:
+            ValueError: a layout that cannot be read off the ids, or positions that the model does not have.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if "cache" in kwargs:
+            raise ValueError("continuous batching reads prompts in chunks and causally, which is wrong for a prefix LM")
+        if inputs_embeds is None:
+            inputs_embeds = self._embed(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = GrowingCache(self.config)
+        sequence_ids = resolve_sequences(position_ids, attention_mask, sequence_ids, past_key_values)
+        published_positions = position_ids is not None and position_ids.ndim == 3
+        if published_positions:
+            layout = position_ids
+        if layout is None:
+            layout = self._read_layout(input_ids, attention_mask, sequence_ids, past_key_values)
+        self._check_layout(layout, inputs_embeds)
+        attention_mask = self._read_mask(
+            attention_mask, layout.shape[-1], past_key_values, published_positions=published_positions
+        )
+        mask = build_mask(layout, attention_mask, sequence_ids, past_key_values, dtype=inputs_embeds.dtype)
+        prefix = None
+        if self.config.pre_seq_len is not None and not continues(past_key_values):
+            prefix = self.prefix_encoder().unflatten(0, (-1, 2))  # L 2 N P D
+            mask = show_prefix(mask, self.config.pre_seq_len, past_key_values)
+        hidden_states = self._run_layers(inputs_embeds, layout, prefix, mask, past_key_values, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def _embed(self, input_ids: Tensor | None) -> Tensor:
+        """Embeddings ``[B, T, H]`` of ids ``[B, T]``."""
+        embedded: Tensor = self.word_embeddings(input_ids)
+        return embedded
+
+    def _read_layout(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, sequence_ids: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        """The layout ``[B, 2, T]`` that the token ids imply."""
+        raise NotImplementedError
+
+    def _check_layout(self, layout: Tensor, inputs_embeds: Tensor) -> None:
+        """Raises `ValueError` for a layout that the model cannot take; rotary positions have no end."""
+
+    def _read_mask(
+        self, attention_mask: Tensor | None, length: int, cache: Cache | None, *, published_positions: bool
+    ) -> Tensor | None:
+        """A mask of this model's published forms as one that `build_mask` takes.
+
+        Args:
+            length: T.
+            published_positions: 3-D ``position_ids`` were given.
+        """
+        raise NotImplementedError
+
+    def _run_layers(
+        self,
+        inputs_embeds: Tensor,
+        layout: Tensor,
+        prefix: Tensor | None,  # L 2 N P D
+        mask: Tensor | None,
+        cache: Cache | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Final hidden states ``[B, T, H]``."""
+        raise NotImplementedError
+
+
+def run_blocks(blocks: Iterable[nn.Module], hidden_states: Tensor, prefix: Tensor | None, **kwargs: Any) -> Tensor:
+    """Runs ``hidden_states [B, T, H]`` through the blocks, each with its part of the prefix ``[L, 2, N, P, D]``."""
+    for index, block in enumerate(blocks):
+        own = None if prefix is None else prefix[index]  # a reentrant checkpoint loses gradients of keywords
+        hidden_states = block(hidden_states, own, **kwargs)
+    return hidden_states
+
+
+def check_processes(heads: int, processes: int) -> None:
+    """Raises `GmaskError` if the attention heads cannot be divided evenly among the processes."""
+    if heads % processes:
+        fitting = ", ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
+        raise GmaskError(
+            f"{heads} attention heads cannot be divided among {processes} processes: start one of {fitting} processes"
+        )
+
+
+def check_division(model: Any, processes: int) -> None:
+    """Raises `GmaskError` if the quantized weights cannot be divided among the processes."""
+    for name, layer in quantized_layers(model):
+        if not model.hf_quantizer.pre_quantized:
+            raise GmaskError(
+                "weights are not quantized while they are divided among processes: write them with gmask quantize, and "
+                "name that folder"
+            )
+        together = layer.group_size or 8 // layer.bits  # columns that share a scale, or a byte
+        if model.tp_plan.get(parallel_rule(name)) == "rowwise" and layer.in_features % (together * processes):
+            raise GmaskError(
+                f"the {layer.in_features} columns of {name} lie in groups of {together}, which cannot be divided among "
+                f"{processes} processes: run fewer, or quantize in smaller groups"
+            )
 
 
 class ThirdsColwiseParallel(PackedColwiseParallel):

@@ -20,19 +20,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import ModelOutput
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from gmask.errors import GmaskError
-from gmask.models.base import PrefixEncoder, QuantizingMixin, StrictLoadingMixin, attend, prepend, show_prefix
-from gmask.models.cache import GrowingCache
+from gmask.models.base import PrefixEncoder, PrefixLMModel, PrefixLMPreTrainedModel, SelfAttention, run_blocks
 from gmask.models.chatglm_chat import ChatMixin
-from gmask.models.generate import LayoutGenerationMixin
-from gmask.models.layout import build_mask, continues, keep_positions, resolve_sequences
+from gmask.models.generate import PrefixLMForConditionalGeneration
+from gmask.models.layout import continues
 from gmask.native import ops as native
 from gmask.quantization.quantizer import QuantizationConfig
 
@@ -222,7 +218,7 @@ def rotary_tables(places: Tensor, frequencies: Tensor, *, dtype: torch.dtype) ->
     return angles.cos(), angles.sin()
 
 
-def rotate(states: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+def apply_rotary(states: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Turns the channels of queries or keys ``[B, N, T, D]`` by the angles of `rotary_tables`."""
     if native.can_rotate(states, tables[0]):
         return native.rotate(states, *tables)
@@ -279,22 +275,16 @@ def visible_from_published(attention_mask: Tensor | None, length: int, cache: Ca
     return F.pad((~attention_mask).long(), (uncounted, 0), value=1)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """The tanh form of GELU."""
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU in its tanh form."""
     return native.gelu(x) if native.can_gelu(x) else F.gelu(x, approximate="tanh")
 
 
-class ChatGLMAttention(nn.Module):
-    """Multi-head self-attention with rotary places; ``query_key_value`` interleaves query, key and value per head."""
-
-    is_causal = False  # the mask says all; without one every key is visible
+class ChatGLMAttention(SelfAttention):
+    """Multi-head self-attention with rotary positions; ``query_key_value`` holds query, key and value of each head."""
 
     def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.scaling = config.head_dim**-0.5
+        super().__init__(config, layer_idx)
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
@@ -310,14 +300,8 @@ class ChatGLMAttention(nn.Module):
         batch, length, _ = hidden_states.shape
         fused = self.query_key_value(hidden_states).view(batch, length, -1, 3 * self.head_dim)
         query, key, value = fused.transpose(1, 2).chunk(3, dim=-1)  # B N T D
-        query, key = rotate(query, rotary), rotate(key, rotary)
-        if prefix is not None:
-            key, value = prepend(prefix, key, value)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        mixed, weights = attend(self, query, key, value, attention_mask, **kwargs)
-        output: Tensor = self.dense(mixed.reshape(batch, length, -1))
-        return output, weights
+        query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+        return self.attend(query, key, value, prefix, attention_mask, past_key_values, **kwargs)
 
 
 class ChatGLMMLP(nn.Module):
@@ -327,7 +311,7 @@ class ChatGLMMLP(nn.Module):
         self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        output: Tensor = self.dense_4h_to_h(gelu(self.dense_h_to_4h(hidden_states)))
+        output: Tensor = self.dense_4h_to_h(gelu_tanh(self.dense_h_to_4h(hidden_states)))
         return output
 
 
@@ -349,25 +333,21 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         return torch.add(self.mlp(normed), normed, alpha=self.alpha)
 
 
-class ChatGLMPreTrainedModel(StrictLoadingMixin, QuantizingMixin, PreTrainedModel):
+class ChatGLMPreTrainedModel(PrefixLMPreTrainedModel):
     config: ChatGLMConfig
     config_class = ChatGLMConfig
     base_model_prefix = "transformer"
     tuned_parts = ("transformer.prefix_encoder.",)
-    _input_embed_layer = "word_embeddings"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["ChatGLMBlock"]  # noqa: RUF012 - transformers reads these as plain class attributes
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _no_split_modules = ["ChatGLMBlock"]  # noqa: RUF012 - transformers reads these as plain attributes
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # noqa: RUF012 - published, and never read there
-    _supports_sdpa = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": ChatGLMBlock, "attentions": ChatGLMAttention}  # noqa: RUF012
-    _can_set_attn_implementation_cached_value = True  # transformers would look for it in this file's text
 
 
-class ChatGLMModel(ChatGLMPreTrainedModel):
-    """ChatGLM without its head: ids and layout in, final hidden states ``[B, T, H]`` out."""
+class ChatGLMModel(ChatGLMPreTrainedModel, PrefixLMModel):
+    """ChatGLM without its head: ids and layout in, final hidden states ``[B, T, H]`` out.
+
+    Published form of ``attention_mask``: boolean ``[B, 1, T, K]``, True = hidden.
+    """
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
@@ -379,65 +359,15 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        layout: Tensor | None = None,
-        sequence_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Runs the transformer.
+    def _read_layout(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, sequence_ids: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        return read_chat_layout(self.config, input_ids, attention_mask, sequence_ids, cache)
 
-        Args:
-            input_ids: ``[B, T]``.
-            attention_mask: ``[B, past + T]`` padding mask (1 = a token), or the published boolean ``[B, 1, T, K]``
-                (True = hidden).
-            position_ids: ``[B, 2, T]``, the published name of ``layout``. Of 2-D ones ``[B, T]`` only is read where a
-                packed sequence starts: at each 0, when there is neither a mask nor a cache.
-            layout: ``[B, 2, T]`` places in the context and in the answer; read off ``input_ids`` if absent.
-            sequence_ids: ``[B, T]`` packed sequences, which do not see each other; -1 at padding.
-
-        Raises:
-            ValueError: a layout that cannot be read off the ids.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if "cache" in kwargs:
-            raise ValueError("continuous batching reads prompts in chunks and causally, which is wrong for a prefix LM")
-        if inputs_embeds is None:
-            inputs_embeds = self.word_embeddings(input_ids)
-        if past_key_values is None and use_cache:
-            past_key_values = GrowingCache(self.config)
-        sequence_ids = resolve_sequences(position_ids, attention_mask, sequence_ids, past_key_values)
-        if position_ids is not None and position_ids.ndim == 3:
-            layout = position_ids
-        if layout is None:
-            layout = read_chat_layout(self.config, input_ids, attention_mask, sequence_ids, past_key_values)
-        mask = build_mask(
-            layout,
-            visible_from_published(attention_mask, layout.shape[-1], past_key_values),
-            sequence_ids,
-            past_key_values,
-            published_positions=False,
-            dtype=inputs_embeds.dtype,
-        )
-        prefix = None
-        if self.config.pre_seq_len is not None and not continues(past_key_values):
-            prefix = self.prefix_encoder().unflatten(0, (-1, 2))  # L 2 N P D
-            mask = show_prefix(mask, self.config.pre_seq_len, past_key_values)
-        hidden_states = self._run_layers(
-            inputs_embeds, prefix, self.rotary_tables(layout, inputs_embeds.dtype), mask, past_key_values, **kwargs
-        )
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
-        )
+    def _read_mask(
+        self, attention_mask: Tensor | None, length: int, cache: Cache | None, *, published_positions: bool
+    ) -> Tensor | None:
+        return visible_from_published(attention_mask, length, cache)
 
     def rotary_tables(self, layout: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The angles of a layout: two groups of channels, or with 1-D positions one that follows the context alone."""
@@ -451,24 +381,26 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def _run_layers(
         self,
-        hidden_states: Tensor,
+        inputs_embeds: Tensor,
+        layout: Tensor,
         prefix: Tensor | None,
-        rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
         cache: Cache | None,
         **kwargs: Any,
     ) -> Tensor:
-        for index, layer in enumerate(self.layers):
-            own = None if prefix is None else prefix[index]  # a reentrant checkpoint loses gradients of keywords
-            hidden_states = layer(
-                hidden_states, own, rotary=rotary, attention_mask=mask, past_key_values=cache, **kwargs
-            )
+        rotary = self.rotary_tables(layout, inputs_embeds.dtype)
+        hidden_states = run_blocks(
+            self.layers, inputs_embeds, prefix, rotary=rotary, attention_mask=mask, past_key_values=cache, **kwargs
+        )
         output: Tensor = self.final_layernorm(hidden_states)
         return output
 
 
-class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, LayoutGenerationMixin, GenerationMixin):
-    """ChatGLM with its language-modelling head, by default tied to the word embeddings, as published."""
+class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, PrefixLMForConditionalGeneration):
+    """ChatGLM with its language-modelling head, by default tied to the word embeddings, as published.
+
+    ``labels[t]`` is the token at position t, which position t - 1 must predict; -100 is not scored.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
@@ -498,51 +430,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, LayoutG
             updated["layout"][:, 0, -1] = (updated["layout"][:, 1] == 0).sum(-1) - 1
         return updated
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        layout: Tensor | None = None,
-        sequence_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits ``[B, T, V]``, and the mean cross-entropy in nats when ``labels`` are given.
-
-        ``labels[t]`` is the token at position t, which position t - 1 must predict; -100 is not scored. The other
-        arguments are those of `ChatGLMModel.forward`; ``logits_to_keep`` as of `keep_positions`.
-        """
-        outputs = self.transformer(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            layout=layout,
-            sequence_ids=sequence_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            targets = labels[:, 1:].flatten()
-            total = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum")
-            loss = total / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+    def _pair_labels(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return logits[:, :-1], labels[:, 1:]
 
 
 ENDS = ("transformer.word_embeddings", "transformer.final_layernorm", "lm_head")

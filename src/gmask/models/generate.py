@@ -1,7 +1,9 @@
-"""transformers' `generate`, with the layout carried from step to step.
+"""A prefix language model with its head: logits, loss, and transformers' `generate`.
 
-The layout travels in a keyword of its own: `generate` would repeat 3-D ``position_ids`` along the wrong axis for beams
-and count all their rows on by one, and prefix tuning would shift them.
+`generate` carries the layout from step to step in a keyword of its own: it would repeat 3-D ``position_ids`` along the
+wrong axis for beams and add one to both of their rows, and prefix tuning would shift them.
+
+Shape letters: B rows, T positions, S positions of a prompt, K key positions (cached ones first), V vocabulary.
 """
 
 from typing import Any
@@ -11,14 +13,66 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.generation.utils import GenerateOutput
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
+from transformers.utils.generic import can_return_tuple
 
+from gmask.models.base import PrefixLMPreTrainedModel
 from gmask.models.cache import GrowingCache
-from gmask.models.layout import continues, derive_layout, extend_layout
+from gmask.models.layout import continues, derive_layout, extend_layout, keep_positions
 
 
-class LayoutGenerationMixin(GenerationMixin):
-    """`GenerationMixin` for models whose forward takes ``layout`` and builds its own mask."""
+class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin):
+    """A model whose head ``lm_head`` predicts tokens; its forward takes ``layout`` and builds its own mask."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        layout: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits ``[B, T, V]``, and the mean cross-entropy in nats if ``labels [B, T]`` are given.
+
+        The model's class says what its labels are. The other arguments are those of `PrefixLMModel.forward`;
+        ``logits_to_keep`` as of `keep_positions`.
+        """
+        outputs = self.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            layout=layout,
+            sequence_ids=sequence_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            predictions, targets = self._pair_labels(logits, labels)
+            total = F.cross_entropy(predictions.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+            loss = total / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _pair_labels(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits that are scored, and the label of each; -100 is not scored."""
+        raise NotImplementedError
 
     def generate(
         self,

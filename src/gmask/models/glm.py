@@ -20,18 +20,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
-from gmask.models.base import PrefixEncoder, QuantizingMixin, StrictLoadingMixin, attend, prepend, show_prefix
-from gmask.models.cache import GrowingCache
-from gmask.models.generate import LayoutGenerationMixin
-from gmask.models.layout import build_mask, continues, derive_layout, keep_positions, resolve_sequences
+from gmask.models.base import PrefixEncoder, PrefixLMModel, PrefixLMPreTrainedModel, SelfAttention, run_blocks
+from gmask.models.generate import PrefixLMForConditionalGeneration
+from gmask.models.layout import continues, derive_layout
 
 Network = Literal["lstm", "mlp", "none"]
 """What trained vectors of P-tuning may come out of."""
@@ -249,18 +245,11 @@ class ResidualLinear(nn.Linear):
     """A projection into the residual stream; as published, it starts smaller in deeper models."""
 
 
-class GLMAttention(nn.Module):
+class GLMAttention(SelfAttention):
     """Multi-head self-attention; ``query_key_value`` holds three contiguous thirds."""
 
-    is_causal = False  # the mask says all; without one every key is visible
-
     def __init__(self, config: GLMConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.scaling = config.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
+        super().__init__(config, layer_idx, dropout=config.attention_dropout)
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = ResidualLinear(config.hidden_size, config.hidden_size)
 
@@ -277,14 +266,7 @@ class GLMAttention(nn.Module):
             part.view(batch, length, -1, self.head_dim).transpose(1, 2)  # B N T D
             for part in self.query_key_value(hidden_states).chunk(3, dim=-1)
         )
-        if prefix is not None:
-            key, value = prepend(prefix, key, value)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        dropout = self.attention_dropout if self.training else 0.0
-        mixed, weights = attend(self, query, key, value, attention_mask, dropout=dropout, **kwargs)
-        output: Tensor = self.dense(mixed.reshape(batch, length, -1))
-        return output, weights
+        return self.attend(query, key, value, prefix, attention_mask, past_key_values, **kwargs)
 
 
 class GLMMLP(nn.Module):
@@ -310,16 +292,8 @@ class GLMBlock(GradientCheckpointingLayer):
         self.mlp = GLMMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        prefix: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        normed = self.input_layernorm(hidden_states)
-        mixed, _ = self.attention(normed, prefix, attention_mask, past_key_values, **kwargs)
+    def forward(self, hidden_states: Tensor, prefix: Tensor | None = None, **kwargs: Any) -> Tensor:
+        mixed, _ = self.attention(self.input_layernorm(hidden_states), prefix, **kwargs)
         hidden_states = hidden_states + self.dropout(mixed)
         expanded = self.mlp(self.post_attention_layernorm(hidden_states))
         output: Tensor = hidden_states + self.dropout(expanded)
@@ -341,44 +315,24 @@ class GLMTransformer(nn.Module):
 
     def embed_layout(self, layout: Tensor) -> Tensor:
         """``[B, 2, T]`` to ``[B, T, H]``."""
-        places: Tensor = self.position_embeddings(layout[:, 0])
+        embedded: Tensor = self.position_embeddings(layout[:, 0])
         if self.config.block_position_encoding:
-            places = places + self.block_position_embeddings(layout[:, 1])
-        return places
+            embedded = embedded + self.block_position_embeddings(layout[:, 1])
+        return embedded
 
-    def forward(
-        self,
-        inputs_embeds: Tensor,
-        layout: Tensor,
-        prefix: Tensor | None,  # L 2 N P D
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None,
-        **kwargs: Any,
-    ) -> Tensor:
+    def forward(self, inputs_embeds: Tensor, layout: Tensor, prefix: Tensor | None, **kwargs: Any) -> Tensor:
         hidden_states = self.dropout(inputs_embeds + self.embed_layout(layout))
-        for index, layer in enumerate(self.layers):
-            own = None if prefix is None else prefix[index]  # a reentrant checkpoint loses gradients of keywords
-            hidden_states = layer(
-                hidden_states, own, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
-            )
-        output: Tensor = self.final_layernorm(hidden_states)
+        output: Tensor = self.final_layernorm(run_blocks(self.layers, hidden_states, prefix, **kwargs))
         return output
 
 
-class GLMPreTrainedModel(StrictLoadingMixin, QuantizingMixin, PreTrainedModel):
+class GLMPreTrainedModel(PrefixLMPreTrainedModel):
     config: GLMConfig
     config_class = GLMConfig
     base_model_prefix = "glm"
     tuned_parts = ("glm.prefix_encoder.", "glm.prompt_encoder.")
-    _input_embed_layer = "word_embeddings"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["GLMBlock"]  # noqa: RUF012 - transformers reads these as plain class attributes
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _supports_sdpa = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
+    _no_split_modules = ["GLMBlock"]  # noqa: RUF012 - transformers reads these as plain attributes
     _can_record_outputs = {"hidden_states": GLMBlock, "attentions": GLMAttention}  # noqa: RUF012
-    _can_set_attn_implementation_cached_value = True  # transformers would look for it in this file's text
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -390,8 +344,12 @@ class GLMPreTrainedModel(StrictLoadingMixin, QuantizingMixin, PreTrainedModel):
             )
 
 
-class GLMModel(GLMPreTrainedModel):
-    """GLM without its head: ids and layout in, final hidden states ``[B, T, H]`` out."""
+class GLMModel(GLMPreTrainedModel, PrefixLMModel):
+    """GLM without its head: ids and layout in, final hidden states ``[B, T, H]`` out.
+
+    Published forms of ``attention_mask``: a prefix length (0-d, ``[1]`` or ``[B]``), a 4-D mask (1 = visible), and with
+    3-D ``position_ids`` a 2-D mask that hides padded keys and nothing else.
+    """
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__(config)
@@ -404,71 +362,39 @@ class GLMModel(GLMPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        layout: Tensor | None = None,
-        sequence_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Runs the transformer.
-
-        Args:
-            input_ids: ``[B, T]``; those of ``config.prompt_ids`` stand for trained vectors.
-            attention_mask: ``[B, past + T]`` padding mask (1 = a token). Also the published forms: a prefix length
-                (0-d, ``[1]`` or ``[B]``), a 4-D mask as given (1 = visible), and with 3-D ``position_ids`` a 2-D mask
-                that hides padded keys and nothing else.
-            position_ids: ``[B, 2, T]``, the published name of ``layout``. Of 2-D ones ``[B, T]`` only is read where a
-                packed sequence starts: at each 0, when there is neither a mask nor a cache.
-            layout: ``[B, 2, T]`` places in the context and in the answer; read off ``input_ids`` if absent.
-            sequence_ids: ``[B, T]`` packed sequences, which do not see each other; -1 at padding.
-
-        Raises:
-            ValueError: positions beyond the table, or a layout that cannot be read off the ids.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if "cache" in kwargs:
-            raise ValueError("continuous batching reads prompts in chunks and causally, which is wrong for a prefix LM")
-        if inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = GrowingCache(self.config)
-        sequence_ids = resolve_sequences(position_ids, attention_mask, sequence_ids, past_key_values)
-        published_positions = position_ids is not None and position_ids.ndim == 3
-        if published_positions:
-            layout = position_ids
-        if layout is None:
-            layout = read_layout(self.config, input_ids, attention_mask, sequence_ids, past_key_values)
-        check_layout(layout, inputs_embeds, config=self.config)
-        mask = build_mask(
-            layout,
-            attention_mask,
-            sequence_ids,
-            past_key_values,
-            published_positions=published_positions,
-            dtype=inputs_embeds.dtype,
-        )
-        prefix = None
-        if self.config.pre_seq_len is not None and not continues(past_key_values):
-            prefix = self.prefix_encoder().unflatten(0, (-1, 2))  # L 2 N P D
-            mask = show_prefix(mask, self.config.pre_seq_len, past_key_values)
-        hidden_states = self.transformer(inputs_embeds, layout, prefix, mask, past_key_values, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
-
     def _embed(self, input_ids: Tensor | None) -> Tensor:
-        """The words of ids ``[B, T]``, and the trained vectors where they stand for these: ``[B, T, H]``."""
         if self.config.prompt_tokens and input_ids is not None:
             return self.prompt_encoder.embed(input_ids, self.word_embeddings)
-        words: Tensor = self.word_embeddings(input_ids)
-        return words
+        return super()._embed(input_ids)
+
+    def _read_layout(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, sequence_ids: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        return read_layout(self.config, input_ids, attention_mask, sequence_ids, cache)
+
+    def _check_layout(self, layout: Tensor, inputs_embeds: Tensor) -> None:
+        check_layout(layout, inputs_embeds, config=self.config)
+
+    def _read_mask(
+        self, attention_mask: Tensor | None, length: int, cache: Cache | None, *, published_positions: bool
+    ) -> Tensor | None:
+        if published_positions and attention_mask is not None and attention_mask.ndim == 2:
+            return attention_mask if attention_mask.shape[1] == 1 else attention_mask[:, None, None]
+        return attention_mask
+
+    def _run_layers(
+        self,
+        inputs_embeds: Tensor,
+        layout: Tensor,
+        prefix: Tensor | None,
+        mask: Tensor | None,
+        cache: Cache | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        output: Tensor = self.transformer(
+            inputs_embeds, layout, prefix, attention_mask=mask, past_key_values=cache, **kwargs
+        )
+        return output
 
 
 class GLMLanguageModel(GLMPreTrainedModel):
@@ -484,54 +410,15 @@ class GLMLanguageModel(GLMPreTrainedModel):
         self.post_init()
 
 
-class GLMForConditionalGeneration(GLMLanguageModel, LayoutGenerationMixin, GenerationMixin):
-    """GLM that writes: logits at every position, and `generate`."""
+class GLMForConditionalGeneration(GLMLanguageModel, PrefixLMForConditionalGeneration):
+    """GLM that writes: logits at every position, and `generate`.
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        layout: Tensor | None = None,
-        sequence_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits ``[B, T, V]``, and the mean cross-entropy in nats when ``labels`` are given.
+    ``labels[t]`` is the token that position t must predict (not shifted, as published). Neither -100 nor the padding id
+    is scored.
+    """
 
-        ``labels[t]`` is what position t must predict (not shifted, as published); -100 and the padding id are not
-        scored. The other arguments are those of `GLMModel.forward`; ``logits_to_keep`` as of `keep_positions`.
-        """
-        outputs = self.glm(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            layout=layout,
-            sequence_ids=sequence_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            labels = self._scored(labels)
-            total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
-            loss = total / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+    def _pair_labels(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return logits, self._scored(labels)
 
     def token_losses(self, input_ids: Tensor, labels: Tensor, *, layout: Tensor, sequence_ids: Tensor) -> Tensor:
         """Cross-entropy in nats at each label, ``[n]`` float32 in row order; the head runs at these positions alone."""
@@ -542,6 +429,6 @@ class GLMForConditionalGeneration(GLMLanguageModel, LayoutGenerationMixin, Gener
         return F.cross_entropy(logits.float(), labels[labelled], reduction="none")
 
     def _scored(self, labels: Tensor) -> Tensor:
-        """The labels with -100 for the padding id, which is not scored, as published."""
+        """Labels with -100 for the padding id, which is not scored, as published."""
         pad = self.config.pad_token_id
         return labels if pad is None else labels.masked_fill(labels == pad, -100)

@@ -140,10 +140,9 @@ def visible_keys(
 def published_mask(attention_mask: Tensor, *, query_length: int, past_length: int, dtype: torch.dtype) -> Tensor:
     """Turns a mask in one of the published forms into an additive one, broadcastable to ``[B, 1, T, K]``.
 
-    One element or 1-D ``[B]``: prefix length of all rows or of each (the prefix in both directions, the rest causal,
-    cached tokens visible). 2-D ``[B, S]``: key padding, otherwise both directions. 4-D: as given, 1 = visible, the last
-    K columns. A row that sees nothing attends to all keys evenly, as published. The four forms are those of
-    ``GLMStack.forward`` in the published modeling_glm.py.
+    One element or 1-D ``[B]``: the prefix length of all rows or of each (the prefix in both directions, the rest
+    causal, cached tokens visible). 4-D: as given, 1 = visible, the last T rows and K columns. A row that sees nothing
+    attends to all keys evenly, as published. These are forms of ``GLMStack.forward`` in the published modeling_glm.py.
     """
     key_length = past_length + query_length
     if attention_mask.ndim <= 1:
@@ -151,8 +150,6 @@ def published_mask(attention_mask: Tensor, *, query_length: int, past_length: in
         key_place = torch.arange(key_length, device=attention_mask.device) - past_length
         query_place = torch.arange(query_length, device=attention_mask.device)
         visible = ((key_place <= query_place[:, None]) | (key_place < prefix_length))[:, None]
-    elif attention_mask.ndim == 2:
-        visible = attention_mask[:, None, None, -key_length:].bool()
     elif attention_mask.ndim == 4:
         visible = attention_mask[:, :, -query_length:, -key_length:].bool()
     else:
@@ -186,18 +183,19 @@ def build_mask(
     sequence_ids: Tensor | None,
     cache: Cache | None,
     *,
-    published_positions: bool,
     dtype: torch.dtype,
 ) -> Tensor | None:
-    """What each query sees: boolean (True = visible), additive for the published forms, or None where it is everything.
+    """The attention mask: boolean ``[B, 1, T, K]`` (True = visible), or None if every query sees every key.
 
-    published_positions: 3-D ``position_ids`` came along, so a 2-D mask hides padded keys and nothing else.
+    Args:
+        layout: ``[B, 2, T]``.
+        attention_mask: ``[B, <=K]`` with 0 at padding; or a form of `published_mask`, which makes the result additive.
+        sequence_ids: ``[B, T]`` packed sequences, which do not see each other.
+        dtype: of an additive mask.
     """
     length = layout.shape[-1]
     past_length = 0 if cache is None else cache.get_seq_length()
-    if attention_mask is not None and (
-        attention_mask.ndim != 2 or (published_positions and attention_mask.shape[1] > 1)
-    ):
+    if attention_mask is not None and attention_mask.ndim != 2:
         return _drop_idle(
             published_mask(attention_mask, query_length=length, past_length=int(past_length), dtype=dtype)
         )
