@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from gmask.quantization.kernels import PackedWeight, describe, matmul, prepare
+from gmask.quantization.kernels import PackedWeight, describe_path, matmul, prepare
 from machine import describe_machine
 
 SHAPES = ((12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384))  # [outputs, columns]: q|k|v, dense, up, down
@@ -99,10 +99,10 @@ def main() -> None:
             for outputs, columns in SHAPES:
                 records += measure(outputs, columns, bits, options.rows, options.rounds)
     if options.json:
-        print(json.dumps({"machine": machine, "path": describe(), "results": records}))
+        print(json.dumps({"machine": machine, "path": describe_path(), "results": records}))
         return
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    print(f"ours: {describe()}; a ratio is a time to ours\n")
+    print(f"ours: {describe_path()}; a ratio is a time to ours\n")
     print_table(records)
 
 

@@ -14,15 +14,14 @@ PACKAGE = ROOT / "src" / "gmask"
 READMES = ["README.md", "README.zh.md"]
 FOLDERS = ["src", "tests", "benchmarks", "docs", "docker", "recipes", ".ci", ".github"]  # beside the files of the root
 DEFINED_TWICE = {  # to be emptied
-    "Adapter", "BATCH", "BLOCK_COLUMNS", "BLOCK_ROWS", "BUNDLED", "CHATGLM", "CLASSES", "COMMANDS", "Choice", "Choices",
-    "DTYPES", "GLM", "HAN", "IntArray", "Item", "Job", "LANGUAGES", "LARGE", "LINEARS", "Language", "Limits", "Loss",
-    "MAX_ROWS", "Message", "Model", "Normalization", "Objective", "PREFIX", "Piece", "Plan", "Pooling", "Progress",
-    "Question", "READERS", "ROLES", "ROW_CHUNK", "RUNTIME_BYTES", "Rounds", "Row", "SETTINGS", "SPELLINGS",
-    "SampleReader", "Source", "UNREADABLE", "Values", "WEIGHTS", "build", "chat", "check_model", "choose_sentences",
-    "convert", "decode", "dequantize", "describe", "embed", "evaluate", "find_answers", "fingerprint", "highlight",
-    "infill", "list_checkpoints", "matmul", "merge", "pack", "pack_blocks", "parse_json", "quantize", "read_choices",
-    "read_history", "read_lines", "read_messages", "read_pairs", "read_records", "read_rows", "read_texts", "router",
-    "run", "score", "score_answers", "train_tokenizer", "write_json",
+    "Adapter", "BATCH", "BUNDLED", "CHATGLM", "CLASSES", "COMMANDS", "Choice", "Choices", "DTYPES", "GLM", "HAN",
+    "IntArray", "Item", "Job", "LANGUAGES", "LARGE", "Language", "Limits", "Loss", "Message", "Model", "Normalization",
+    "Objective", "PREFIX", "Piece", "Plan", "Pooling", "Progress", "Question", "READERS", "ROLES", "RUNTIME_BYTES",
+    "Rounds", "Row", "SETTINGS", "SPELLINGS", "SampleReader", "Source", "UNREADABLE", "Values", "WEIGHTS", "build",
+    "chat", "choose_sentences", "convert", "decode", "describe", "embed", "evaluate", "find_answers", "fingerprint",
+    "highlight", "infill", "list_checkpoints", "merge", "pack", "parse_json", "quantize", "read_choices",
+    "read_history", "read_lines", "read_messages", "read_pairs", "read_records", "read_texts", "router", "run", "score",
+    "score_answers", "train_tokenizer", "write_json",
 }  # fmt: skip
 
 

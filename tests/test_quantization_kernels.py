@@ -200,7 +200,7 @@ def test_a_path_can_be_forced_and_an_unknown_one_is_refused(monkeypatch: pytest.
     weight, scale = make_weight(64, 64, 4)
     monkeypatch.setenv(kernels.PATH_VARIABLE, "torch")
     assert kernels.prepare(weight, scale, bits=4).path == "torch"
-    assert kernels.describe() == "plain torch"
+    assert kernels.describe_path() == "plain torch"
     monkeypatch.setenv(kernels.PATH_VARIABLE, "fastest")
     with pytest.raises(GmaskError, match="this machine has"):
         kernels.prepare(weight, scale, bits=4)
@@ -209,9 +209,9 @@ def test_a_path_can_be_forced_and_an_unknown_one_is_refused(monkeypatch: pytest.
 def test_without_the_cpp_kernel_torch_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(ops, "instruction_sets", lambda: ())
     weight, scale = make_weight(64, 64, 4)
-    expected = "aten" if aten.is_usable(bits=4, outputs=64, columns=64, group_size=None) else "torch"
+    expected = "aten" if aten.aten_takes(bits=4, outputs=64, columns=64, group_size=None) else "torch"
     assert kernels.prepare(weight, scale, bits=4).path == expected
-    assert "was not built" in kernels.describe()
+    assert "was not built" in kernels.describe_path()
     odd = kernels.prepare(*make_weight(33, 30, 4), bits=4)
     assert odd.path == "torch"
 

@@ -154,6 +154,6 @@ def test_what_cannot_be_quantized_is_said_in_one_line(
 def test_the_kernels_blocks_are_packed_in_one_pass_as_in_many(bits: int, rows: int, columns: int) -> None:
     generator = torch.Generator().manual_seed(0)
     packed = torch.randint(-128, 128, (rows, columns * bits // 8), generator=generator).to(torch.int8)
-    blocks = native.pack_blocks(packed, bits)
+    blocks = native.pack_blocks_native(packed, bits)
     assert torch.equal(blocks, formats.pack_blocks(packed, bits))
     assert torch.equal(formats.unpack_blocks(blocks, bits, rows, columns), packed)

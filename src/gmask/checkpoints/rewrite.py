@@ -37,7 +37,7 @@ from gmask.checkpoints.tensor_files import SafetensorsWriter, plan_shards
 from gmask.checkpoints.weights import open_checkpoint
 from gmask.checkpoints.zoo import architecture_of
 from gmask.errors import GmaskError
-from gmask.quantization.quantizer import QuantizationConfig, check_model, form_of, lay_out
+from gmask.quantization.quantizer import QuantizationConfig, find_layers, form_of, lay_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ class QuantizationReport:
 def check_source(source: Path, target: Path, form: QuantizationConfig, *, force: bool) -> None:
     """Raises `GmaskError` for what would keep `quantize_folder` from its work, before that begins."""
     check_places(source, target, force=force)
-    check_model(_shape(source), form)
+    find_layers(_shape(source), form)
 
 
 def quantize_folder(
@@ -166,7 +166,7 @@ def quantize_folder(
         check_vocabulary(tokenizer, model.config)
         names = match_keys(checkpoint, model)
         check_head(checkpoint, model)
-        layers = len(check_model(model, form))
+        layers = len(find_layers(model, form))
         lay_out(model, form)
         stored = {names[key]: checkpoint.dtype(key) for key in names}
         dtype = checkpoint.dtype(architecture_of(model.config).embedding)

@@ -1,4 +1,4 @@
-"""The package's own C++ library, and its operations: products, attention of one query, GELU, rotation.
+"""The package's own C++ library: products with int8 and int4 weights, attention of one query, GELU, rotary positions.
 
 The library beside this file is built when the package is installed, if a C++ compiler is found (setup.py); nothing is
 compiled later. It has a plain C interface, so it depends on no version of Python or torch.
@@ -11,8 +11,10 @@ Shape letters: B rows, N heads, K key positions, D head size, T positions, G gro
 
 import ctypes
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ NUMBER_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 @cache
 def open_library() -> ctypes.CDLL | None:
-    """The library; None where it was not built, or for another machine."""
+    """The library; None if it was not built, or was built for another machine."""
     if not LIBRARY.is_file():
         return None
     try:
@@ -43,7 +45,7 @@ def open_library() -> ctypes.CDLL | None:
 
 @cache
 def instruction_sets() -> tuple[str, ...]:
-    """What the library and this machine can do, the slowest first; empty where the library was not built."""
+    """The instruction sets that both the library and this machine have, the slowest first; empty without a library."""
     library = open_library()
     if library is None:
         return ()
@@ -51,33 +53,54 @@ def instruction_sets() -> tuple[str, ...]:
     return tuple(name for index, name in enumerate(INSTRUCTION_SETS) if bits >> index & 1)
 
 
-def check(failed: int, what: str) -> None:
-    """Raises what a call of the library returned.
+def _call(function: str, *arguments: Any, purpose: str) -> None:
+    """Calls a function of the library, with as many threads as torch has.
 
     Raises:
-        MemoryError: no room for what the call needs beside its arguments.
+        MemoryError: no memory for what the call needs beside its arguments.
     """
+    library = open_library()
+    assert library is not None
+    failed = getattr(library, function)(*arguments, torch.get_num_threads())
     if failed == 2:
-        raise MemoryError(f"no memory for {what}")
-    assert not failed, f"no kernel for {what}"
+        raise MemoryError(f"no memory for {purpose}")
+    assert not failed, f"no kernel for {purpose}"
+
+
+def _number_of(isa: str | None) -> int:
+    """The number of an instruction set in csrc/kernels.h; of the best one for None."""
+    return INSTRUCTION_SETS.index(isa or instruction_sets()[-1])
+
+
+def _as_array(strides: Sequence[int]) -> Any:
+    return (ctypes.c_int64 * len(strides))(*strides)
+
+
+def _are_served(*tensors: Tensor) -> bool:
+    """Whether the library can compute with these: on the CPU, without gradients, and not in a compiled graph."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(x.is_cpu for x in tensors)
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+        and bool(instruction_sets())
+    )
 
 
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 32  # csrc/kernels.h: kRows, kColumnStep
 
 
-def pack_blocks(packed: Tensor, bits: int) -> Tensor:
+def pack_blocks_native(packed: Tensor, bits: int) -> Tensor:
     """`gmask.quantization.formats.pack_blocks`, in one pass; on the CPU."""
-    library = open_library()
-    assert library is not None and packed.device.type == "cpu"
+    assert packed.is_cpu
     packed = pad(packed, (0, -packed.shape[1] % (BLOCK_COLUMNS * bits // 8))).contiguous()
     rows, width = packed.shape
     blocks = torch.empty(-(-rows // BLOCK_ROWS), width // 4, BLOCK_ROWS, 4, dtype=torch.uint8)
-    failed = library.gmask_pack(bits, packed.data_ptr(), blocks.data_ptr(), rows, width, torch.get_num_threads())
-    check(failed, f"the packing of {bits}-bit weights")
+    purpose = f"the packing of {bits}-bit weights"
+    _call("gmask_pack", bits, packed.data_ptr(), blocks.data_ptr(), rows, width, purpose=purpose)
     return blocks
 
 
-def matmul(
+def matmul_native(
     x: Tensor, blocks: Tensor, scale: Tensor, bias: Tensor | None, *, bits: int, outputs: int, isa: str
 ) -> Tensor:
     """``x @ dequantized.T + bias`` on the CPU, summed in float32.
@@ -94,16 +117,16 @@ def matmul(
     Returns:
         ``[M, outputs]`` in x's dtype.
     """
-    library = open_library()
-    assert library is not None and blocks.device.type == scale.device.type == x.device.type == "cpu"
+    assert blocks.is_cpu and scale.is_cpu and x.is_cpu
     assert blocks.is_contiguous() and scale.is_contiguous()
     x = x.contiguous()
     rows, columns = x.shape
     y = torch.empty(rows, outputs, dtype=x.dtype)
     if bias is not None:
         bias = (bias if bias.dtype in NUMBER_TYPES else bias.float()).contiguous()
-    failed = library.gmask_matmul(
-        INSTRUCTION_SETS.index(isa),
+    _call(
+        "gmask_matmul",
+        _number_of(isa),
         bits,
         NUMBER_TYPES[x.dtype],
         scale.dtype == torch.float16,
@@ -117,9 +140,8 @@ def matmul(
         outputs,
         columns,
         columns // scale.shape[1],
-        torch.get_num_threads(),
+        purpose=f"a product with {bits}-bit weights ({isa})",
     )
-    check(failed, f"a product with {bits}-bit weights ({isa})")
     return y
 
 
@@ -130,8 +152,7 @@ def can_attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None
     """Whether `attend` takes these: one query, on the CPU, in float32 or bfloat16, no gradients."""
     return (
         query.shape[2] == 1
-        and query.is_cpu
-        and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+        and _are_served(query, key, value)
         and query.dtype in NUMBER_TYPES
         and query.dtype == key.dtype == value.dtype
         and query.shape[-1] % HEAD_STEP == 0
@@ -139,8 +160,6 @@ def can_attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None
         and query.shape[1] == key.shape[1]
         and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
         and (visible is None or (visible.dtype == torch.bool and visible.shape[1:3] == (1, 1)))
-        and not torch.compiler.is_compiling()
-        and bool(instruction_sets())
     )
 
 
@@ -152,14 +171,12 @@ def attend(
     Args:
         query: ``[B, N, 1, D]``.
         key, value: ``[B, N, K, D]``, the last axis contiguous.
-        visible: boolean ``[B, 1, 1, K]``, or None where every key is. A row that sees nothing gets zeros.
+        visible: boolean ``[B, 1, 1, K]``, or None if every key is. A query that sees no key gets zeros.
         isa: one of `gmask.native.ops.instruction_sets`, instead of the best.
 
     Returns:
         ``[B, 1, N, D]``, in the precision of the query.
     """
-    library = open_library()
-    assert library is not None
     batch, heads, _, size = query.shape
     length = key.shape[2]
     out = torch.empty(batch, 1, heads, size, dtype=query.dtype)
@@ -169,39 +186,29 @@ def attend(
         *value.stride()[:3],
         *((0, 0) if visible is None else (visible.stride(0) if len(visible) > 1 else 0, visible.stride(3))),
     ]
-    failed = library.gmask_attention(
-        INSTRUCTION_SETS.index(isa or instruction_sets()[-1]),
+    _call(
+        "gmask_attention",
+        _number_of(isa),
         NUMBER_TYPES[query.dtype],
         query.data_ptr(),
         key.data_ptr(),
         value.data_ptr(),
         None if visible is None else visible.data_ptr(),
         out.data_ptr(),
-        (ctypes.c_int64 * len(strides))(*strides),
+        _as_array(strides),
         batch,
         heads,
         length,
         size,
         scaling,
-        torch.get_num_threads(),
+        purpose="the attention of one query",
     )
-    check(failed, "the attention of one query")
     return out
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Numbers on the CPU, without gradients, and a library to compute with."""
-    return (
-        x.is_cpu
-        and not (torch.is_grad_enabled() and x.requires_grad)
-        and not torch.compiler.is_compiling()
-        and bool(instruction_sets())
-    )
 
 
 def can_gelu(x: Tensor) -> bool:
     """Whether `gelu` takes these: bfloat16 on the CPU, no gradients."""
-    return x.dtype == torch.bfloat16 and x.is_contiguous() and _is_plain(x)
+    return x.dtype == torch.bfloat16 and x.is_contiguous() and _are_served(x)
 
 
 def gelu(x: Tensor, *, isa: str | None = None) -> Tensor:
@@ -210,11 +217,8 @@ def gelu(x: Tensor, *, isa: str | None = None) -> Tensor:
     Args:
         isa: one of `gmask.native.ops.instruction_sets`, instead of the best.
     """
-    library = open_library()
-    assert library is not None
     out = torch.empty_like(x)
-    number = INSTRUCTION_SETS.index(isa or instruction_sets()[-1])
-    check(library.gmask_gelu(number, x.data_ptr(), out.data_ptr(), x.numel(), torch.get_num_threads()), "GELU")
+    _call("gmask_gelu", _number_of(isa), x.data_ptr(), out.data_ptr(), x.numel(), purpose="GELU")
     return out
 
 
@@ -225,12 +229,12 @@ def can_rotate(states: Tensor, cosines: Tensor) -> bool:
         and states.stride(-1) == 1
         and cosines.dtype == torch.float32
         and cosines.is_contiguous()
-        and _is_plain(states)
+        and _are_served(states)
     )
 
 
 def rotate(states: Tensor, cosines: Tensor, sines: Tensor, *, isa: str | None = None) -> Tensor:
-    """Turns channels i and i + R/2 of each group by an angle of their own, in float32, rounded once.
+    """Rotates channels i and i + R/2 of each group by their angle, in float32, rounded once.
 
     Args:
         states: ``[B, N, T, G * R]``.
@@ -240,26 +244,24 @@ def rotate(states: Tensor, cosines: Tensor, sines: Tensor, *, isa: str | None = 
     Returns:
         ``[B, N, T, G * R]``, contiguous.
     """
-    library = open_library()
-    assert library is not None
     batch, heads, length, size = states.shape
     groups, channels = cosines.shape[-2:]
     out = torch.empty(states.shape, dtype=states.dtype)
     strides = (*states.stride()[:3], length * size if len(cosines) > 1 else 0, size)
-    failed = library.gmask_rotate(
-        INSTRUCTION_SETS.index(isa or instruction_sets()[-1]),
+    _call(
+        "gmask_rotate",
+        _number_of(isa),
         NUMBER_TYPES[states.dtype],
         states.data_ptr(),
         cosines.data_ptr(),
         sines.data_ptr(),
         out.data_ptr(),
-        (ctypes.c_int64 * len(strides))(*strides),
+        _as_array(strides),
         batch,
         heads,
         length,
         groups,
         channels // 2,
-        torch.get_num_threads(),
+        purpose="rotary positions",
     )
-    check(failed, "rotary places")
     return out

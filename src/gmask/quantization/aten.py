@@ -12,42 +12,42 @@ from torch import Tensor
 
 from gmask.quantization.formats import pack_int4, unpack
 
-ROW_CHUNK = 1024  # rows packed at a time: the operation wants 32-bit integers, eight times the packed size
-BLOCK_ROWS = 64  # of torch's widest layout
-MAX_ROWS = {4: 56, 8: 14}  # of activations; above, dequantizing pays
+PACKED_ROWS = 1024  # rows packed at a time: the operation wants 32-bit integers, eight times the packed size
+LAYOUT_ROWS = 64  # of torch's widest layout
+ATEN_ROWS = {4: 56, 8: 14}  # of activations; above, dequantizing pays
 
 
-def is_usable(*, bits: int, outputs: int, columns: int, group_size: int | None) -> bool:
+def aten_takes(*, bits: int, outputs: int, columns: int, group_size: int | None) -> bool:
     """Whether torch multiplies with a weight of this form and shape on this CPU."""
     if bits == 8:
         return group_size is None and columns % 32 == 0 and outputs % 16 == 0
-    return columns % 32 == 0 and outputs % BLOCK_ROWS == 0 and _layout() is not None
+    return columns % 32 == 0 and outputs % LAYOUT_ROWS == 0 and _layout() is not None
 
 
 @cache
 def _layout() -> int | None:
     """The rows whose nibbles lie side by side in torch's int4 layout, which hangs on the CPU; None if it is another."""
-    integers = torch.arange(BLOCK_ROWS * 32).mul(7).remainder(16).sub(8).to(torch.int8).view(BLOCK_ROWS, 32)
+    integers = torch.arange(LAYOUT_ROWS * 32).mul(7).remainder(16).sub(8).to(torch.int8).view(LAYOUT_ROWS, 32)
     try:
-        packed = pack(pack_int4(integers), bits=4)
+        packed = pack_aten(pack_int4(integers), bits=4)
     except RuntimeError:
         return None
     return next((lanes for lanes in (32, 16) if torch.equal(_unpack_int4(packed, lanes), integers)), None)
 
 
-def pack(packed: Tensor, *, bits: int) -> Tensor:
+def pack_aten(packed: Tensor, *, bits: int) -> Tensor:
     """The published integers in torch's layout."""
     if bits == 8:
         return packed.contiguous()
     out = torch.empty(packed.shape, dtype=torch.uint8)
-    for start in range(0, packed.shape[0], ROW_CHUNK):
-        unsigned = unpack(packed[start : start + ROW_CHUNK], 4).int() + 8
-        out[start : start + ROW_CHUNK] = torch._convert_weight_to_int4pack_for_cpu(unsigned, 1)
+    for start in range(0, packed.shape[0], PACKED_ROWS):
+        unsigned = unpack(packed[start : start + PACKED_ROWS], 4).int() + 8
+        out[start : start + PACKED_ROWS] = torch._convert_weight_to_int4pack_for_cpu(unsigned, 1)
     return out
 
 
-def integers(data: Tensor, *, bits: int) -> Tensor:
-    """The inverse of `pack` for whole blocks of rows: int8 ``[N, K]``."""
+def unpack_aten(data: Tensor, *, bits: int) -> Tensor:
+    """The inverse of `pack_aten` for whole blocks of rows: int8 ``[N, K]``."""
     if bits == 8:
         return data
     lanes = _layout()
@@ -55,15 +55,15 @@ def integers(data: Tensor, *, bits: int) -> Tensor:
     return _unpack_int4(data, lanes)
 
 
-def read_rows(data: Tensor, ids: Tensor, *, bits: int) -> Tensor:
+def unpack_rows_aten(data: Tensor, ids: Tensor, *, bits: int) -> Tensor:
     """int8 ``[n, K]``: the rows ``ids [n]`` of a weight in torch's layout."""
     if bits == 8:
         return data[ids]
     lanes = _layout()
     assert lanes is not None
-    place = ids % (2 * lanes)  # in a block of `_unpack_int4`
-    packed = data.view(-1, 2 * data.shape[1], lanes)[ids // (2 * lanes), :, place % lanes]
-    nibbles = torch.where((place < lanes)[:, None], packed & 15, packed >> 4)
+    row = ids % (2 * lanes)  # in a block of `_unpack_int4`
+    packed = data.view(-1, 2 * data.shape[1], lanes)[ids // (2 * lanes), :, row % lanes]
+    nibbles = torch.where((row < lanes)[:, None], packed & 15, packed >> 4)
     return nibbles.to(torch.int8).sub_(8)
 
 
@@ -75,7 +75,7 @@ def _unpack_int4(data: Tensor, lanes: int) -> Tensor:
     return nibbles.transpose(2, 3).reshape(rows, 2 * width).to(torch.int8).sub_(8)
 
 
-def matmul(x: Tensor, data: Tensor, scale: Tensor, *, bits: int, group_size: int | None) -> Tensor:
+def matmul_aten(x: Tensor, data: Tensor, scale: Tensor, *, bits: int, group_size: int | None) -> Tensor:
     """``x @ dequantized.T`` for a few rows of bfloat16 ``[M, K]``; ``scale`` float32 ``[N]`` or ``[N, G]``."""
     if bits == 8:
         ones = torch.ones(data.shape[0], dtype=x.dtype)

@@ -16,7 +16,7 @@ moments as in the authors' code (``act-order``), with scales that are found befo
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,11 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from gmask.errors import GmaskError
 from gmask.quantization.formats import check_format
 from gmask.quantization.linear import SCALE_DTYPE, QuantEmbedding, QuantLinear
-from gmask.quantization.quantizer import LINEARS, QuantizationConfig, check_model, finish
+from gmask.quantization.quantizer import QUANTIZED_LINEARS, ModelType, QuantizationConfig, find_layers, finish
 
-BLOCK_COLUMNS = 128  # whose corrections reach the later columns in one product
+COLUMN_BLOCK = 128  # whose corrections reach the later columns in one product
 DAMPING = 0.01  # of the mean second moment, added to each
 CLIPPINGS = torch.linspace(0.7, 1.15, 19)  # of the scale by which the extreme of a group becomes the lowest integer
-Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +42,20 @@ class _Entry:
 
 
 def calibrate_model(
-    model: Model,
+    model: ModelType,
     batches: Sequence[Mapping[str, Tensor]],
     *,
     bits: int = 4,
     group_size: int | None = 128,
     embeddings: bool = False,
-) -> Model:
+) -> ModelType:
     """Quantizes a model in place, block by block, each on what the quantized blocks before it put out.
 
     Beside the model it takes the hidden states of all batches, and K^2 numbers for a layer of K columns.
 
     Args:
         model: a GLM or ChatGLM, with or without a head.
-        batches: arguments of the model's ``forward``, without padding (`calibration_texts.cut_texts`).
+        batches: arguments of the model's ``forward``, without padding (`cut_texts`).
         bits, group_size, embeddings: as in `quantizer.quantize_model`; embeddings are quantized without calibration.
 
     Returns:
@@ -66,7 +65,7 @@ def calibrate_model(
         GmaskError: as of `quantizer.quantize_model`; no batches.
     """
     config = QuantizationConfig(bits, group_size, embeddings)
-    names = check_model(model, config)
+    names = find_layers(model, config)
     if not batches:
         raise GmaskError("no text to calibrate with: give some that is like what the model will read")
     was_training = model.training
@@ -115,7 +114,7 @@ def _enter(model: PreTrainedModel, block: nn.Module, batches: Sequence[Mapping[s
 
 
 def _quantize_block(block: nn.Module, entries: Sequence[_Entry], *, bits: int, group_size: int | None) -> None:
-    linears = {name: module for name, module in block.named_modules() if LINEARS.search(f"layers.0.{name}")}
+    linears = {name: module for name, module in block.named_modules() if QUANTIZED_LINEARS.search(f"layers.0.{name}")}
     for name, linear in linears.items():  # in the order in which they are run, so that each sees the errors before it
         assert isinstance(linear, nn.Linear)
         with _second_moments(linear) as moments:
@@ -165,8 +164,8 @@ def round_columns(weight: Tensor, moments: Tensor, *, bits: int, group_size: int
     order = moments.diagonal().argsort(descending=True)
     weight, factor = weight[:, order], _inverse_factor(moments[order][:, order])
     integers = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
-    for start in range(0, columns, BLOCK_COLUMNS):
-        stop = min(start + BLOCK_COLUMNS, columns)
+    for start in range(0, columns, COLUMN_BLOCK):
+        stop = min(start + COLUMN_BLOCK, columns)
         errors = weight.new_empty(rows, stop - start)
         for column in range(start, stop):
             place = int(order[column])

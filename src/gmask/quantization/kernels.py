@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gmask.errors import GmaskError
 from gmask.native import ops as native
-from gmask.quantization import aten
+from gmask.quantization.aten import ATEN_ROWS, aten_takes, matmul_aten, pack_aten, unpack_aten
 from gmask.quantization.formats import (
     check_format,
     dequantize,
@@ -61,7 +61,7 @@ class PackedWeight:
             weight = unpack_blocks(self.data, self.bits, self.outputs, self.columns)
             return weight, unpack_scale_blocks(self.scale, self.outputs, group_size=self.group_size)
         if self.path == "aten":
-            return pack(aten.integers(self.data, bits=self.bits), self.bits), self.scale
+            return pack(unpack_aten(self.data, bits=self.bits), self.bits), self.scale
         return self.data, self.scale
 
     def integers(self, start: int, stop: int) -> Tensor:
@@ -71,7 +71,7 @@ class PackedWeight:
             count = min(stop, self.outputs) - start
             return unpack(unpack_blocks(blocks, self.bits, count, self.columns), self.bits)
         rows = self.data[start:stop]
-        return aten.integers(rows, bits=self.bits) if self.path == "aten" else unpack(rows, self.bits)
+        return unpack_aten(rows, bits=self.bits) if self.path == "aten" else unpack(rows, self.bits)
 
     def row_scale(self) -> Tensor:
         """``[N]`` or ``[N, G]``."""
@@ -98,7 +98,7 @@ def _triton_kernels(device: torch.device) -> ModuleType | None:
         from gmask.quantization import triton as triton_kernels
 
         one = torch.ones(1, 32, device=device)
-        triton_kernels.matmul(one, one.to(torch.int8), one[0, :1], None, bits=8, group_size=None)
+        triton_kernels.matmul_triton(one, one.to(torch.int8), one[0, :1], None, bits=8, group_size=None)
     except Exception as error:  # no Triton, C compiler, Python headers or driver, an old GPU: each fails in its own way
         reason = " ".join(str(error).split()) or type(error).__name__
         warnings.warn(f"int8 and int4 products take the slow plain torch path: Triton fails ({reason})", stacklevel=2)
@@ -106,7 +106,7 @@ def _triton_kernels(device: torch.device) -> ModuleType | None:
     return triton_kernels
 
 
-def describe() -> str:
+def describe_path() -> str:
     """Which path serves on this machine's CPU, for people."""
     path = _chosen_path() or available_paths()[0]
     if path in NATIVE_PATHS:
@@ -134,7 +134,7 @@ def prepare(
     """A weight, repacked without loss for the fastest path of its device.
 
     Args:
-        weight: published integers, int8 ``[N, K * bits / 8]`` (`packing.pack`).
+        weight: published integers, int8 ``[N, K * bits / 8]`` (`formats.pack`).
         scale: float16 or float32 (others become float32), ``[N]``, or ``[N, K / group_size]``.
         group_size: columns that share a scale; None for all.
         path: one of `available_paths`, instead of the best.
@@ -156,16 +156,16 @@ def prepare(
     if weight.device.type != "cpu" and path != "torch":
         path = None  # the environment names one of the CPU's
     usable = {
-        "aten": aten.is_usable(bits=bits, outputs=outputs, columns=columns, group_size=group_size),
+        "aten": aten_takes(bits=bits, outputs=outputs, columns=columns, group_size=group_size),
         "triton": weight.is_contiguous() and weight.shape[1] % 4 == 0 and weight.data_ptr() % 4 == 0,  # in words
     }
     candidates = [name for name in available_paths(weight.device) if usable.get(name, True)]
     path = path if path in candidates else candidates[0] if path is None else "torch"
     data = weight
     if path in NATIVE_PATHS:
-        data, scale = native.pack_blocks(weight, bits), pack_scale_blocks(scale)
+        data, scale = native.pack_blocks_native(weight, bits), pack_scale_blocks(scale)
     elif path == "aten":
-        data = aten.pack(weight, bits=bits)
+        data = pack_aten(weight, bits=bits)
     return PackedWeight(data, scale, bits, outputs, columns, group_size, path)
 
 
@@ -210,15 +210,17 @@ def _multiply(rows: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor
     dtype = rows.dtype
     if packed.path in NATIVE_PATHS and dtype in (torch.float32, torch.bfloat16, torch.float16):
         served = rows.float() if dtype == torch.float16 else rows
-        y = native.matmul(
+        y = native.matmul_native(
             served, packed.data, packed.scale, bias, bits=packed.bits, outputs=packed.outputs, isa=packed.path
         ).to(dtype)
     elif packed.path == "triton" and dtype in TRITON_DTYPES and (triton_kernels := _triton_kernels(rows.device)):
-        y = triton_kernels.matmul(rows, packed.data, packed.scale, bias, bits=packed.bits, group_size=packed.group_size)
+        y = triton_kernels.matmul_triton(
+            rows, packed.data, packed.scale, bias, bits=packed.bits, group_size=packed.group_size
+        )
     else:
-        if packed.path == "aten" and dtype == torch.bfloat16 and rows.shape[0] <= aten.MAX_ROWS[packed.bits]:
+        if packed.path == "aten" and dtype == torch.bfloat16 and rows.shape[0] <= ATEN_ROWS[packed.bits]:
             scale = packed.scale.float()
-            y = aten.matmul(rows.contiguous(), packed.data, scale, bits=packed.bits, group_size=packed.group_size)
+            y = matmul_aten(rows.contiguous(), packed.data, scale, bits=packed.bits, group_size=packed.group_size)
         else:
             y = _multiply_in_chunks(rows, packed)
         y = y if bias is None else (y + bias).to(dtype)

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from gmask.quantization import aten
+from gmask.quantization.aten import unpack_rows_aten
 from gmask.quantization.formats import check_format, dequantize, pack, quantize, unpack, unpack_blocks
 from gmask.quantization.kernels import PackedWeight, matmul, prepare
 
@@ -33,7 +33,7 @@ class QuantizedLayer(nn.Module):
     """A weight ``[N, K]`` as integers and scales, which no cast to another precision touches.
 
     Attributes:
-        weight: int8 ``[N, K * bits / 8]``, as `packing.pack` has it.
+        weight: int8 ``[N, K * bits / 8]``, as `formats.pack` has it.
         weight_scale: float16 (or float32), ``[N]``, or ``[N, K / group_size]``.
         group_size: columns that share a scale; None for all of a row.
         divided: of the names whose tensor is a share of this process's, how the whole is divided.
@@ -57,7 +57,7 @@ class QuantizedLayer(nn.Module):
         self.weight_scale = nn.Parameter(torch.empty(shape, dtype=SCALE_DTYPE, device=device), requires_grad=False)
 
     def set_integers(self, integers: Tensor, scale: Tensor) -> None:
-        """Takes int8 ``[N, K]`` and their scales, as `packing.quantize` gives them."""
+        """Takes int8 ``[N, K]`` and their scales, as `formats.quantize` gives them."""
         self.weight = nn.Parameter(pack(integers, self.bits), requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
 
@@ -205,7 +205,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, bits: int, group_size: int | None = None) -> Self:
-        """Quantizes a layer by `packing.quantize`, in float16 as the published checkpoints were.
+        """Quantizes a layer by `formats.quantize`, in float16 as the published checkpoints were.
 
         Raises:
             GmaskError: a format that is not supported, or a weight with NaN or infinity.
@@ -291,7 +291,7 @@ class QuantEmbedding(QuantizedLayer, nn.Embedding):
 def _read_rows(product: PackedWeight, ids: Tensor) -> tuple[Tensor, Tensor]:
     """int8 ``[n, K]`` and scales of some rows of a weight in the layout of a fast path."""
     if product.path == "aten":
-        return aten.read_rows(product.data, ids, bits=product.bits), product.scale[ids]
+        return unpack_rows_aten(product.data, ids, bits=product.bits), product.scale[ids]
     lanes = product.data.shape[2]
     block, lane = ids // lanes, ids % lanes
     rows = product.data[block, :, lane].transpose(0, 1).unsqueeze(0)

@@ -23,7 +23,7 @@ from gmask.quantization.linear import SCALE_DTYPE, QuantEmbedding, QuantizedLaye
 
 METHOD = "gmask"  # what a config calls it
 
-LINEARS = re.compile(
+QUANTIZED_LINEARS = re.compile(
     r"(?:^|\.)layers\.\d+\.(?:attention\.(?:query_key_value|dense)|mlp\.(?:dense_h_to_4h|dense_4h_to_h))$"
 )
 """Names of the layers that are quantized, in GLM and ChatGLM."""
@@ -33,7 +33,7 @@ NAMES = {"int8": 8, "int4": 4}
 
 PASSING = 2**20  # numbers that are quantized at a time, which takes some 16 bytes for each
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+ModelType = TypeVar("ModelType", bound=PreTrainedModel)
 
 
 @register_quantization_config(METHOD)
@@ -91,7 +91,9 @@ def form_of(config: Any) -> QuantizationConfig | None:
     return QuantizationConfig(**dict(found))
 
 
-def quantize_model(model: Model, *, bits: int, group_size: int | None = None, embeddings: bool = False) -> Model:
+def quantize_model(
+    model: ModelType, *, bits: int, group_size: int | None = None, embeddings: bool = False
+) -> ModelType:
     """Quantizes a model in place, layer by layer, so that no more memory is taken than the model has and one layer.
 
     Integers and scales are those of the published checkpoints: computed in float16, whatever the model is in.
@@ -110,7 +112,7 @@ def quantize_model(model: Model, *, bits: int, group_size: int | None = None, em
             with NaN or infinity.
     """
     config = QuantizationConfig(bits, group_size, embeddings)
-    names = check_model(model, config)
+    names = find_layers(model, config)
     for name in tqdm(names, desc=f"quantizing to int{bits}", delay=3, leave=False, disable=None):
         layer = model.get_submodule(name)
         if isinstance(layer, nn.Embedding):
@@ -121,7 +123,7 @@ def quantize_model(model: Model, *, bits: int, group_size: int | None = None, em
     return finish(model, config)
 
 
-def check_model(model: PreTrainedModel, config: QuantizationConfig) -> list[str]:
+def find_layers(model: PreTrainedModel, config: QuantizationConfig) -> list[str]:
     """The names of the layers that are to be quantized, the word embeddings last.
 
     Raises:
@@ -129,7 +131,8 @@ def check_model(model: PreTrainedModel, config: QuantizationConfig) -> list[str]
     """
     if any(isinstance(module, QuantizedLayer) for module in model.modules()):
         raise GmaskError("the model is quantized already; load its unquantized weights to quantize it otherwise")
-    names = [name for name, module in model.named_modules() if LINEARS.search(name) and isinstance(module, nn.Linear)]
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    names = [name for name in linears if QUANTIZED_LINEARS.search(name)]
     if not names:
         raise GmaskError(f"{type(model).__name__} has no layers of a GLM or ChatGLM, which could be quantized")
     if config.embeddings:
@@ -155,7 +158,7 @@ def _tied_head(model: PreTrainedModel) -> str | None:
 
 def lay_out(model: PreTrainedModel, config: QuantizationConfig) -> None:
     """Puts empty quantized layers in place, for weights that will be loaded; `finish` when they are."""
-    for name in check_model(model, config):
+    for name in find_layers(model, config):
         layer = model.get_submodule(name)
         form = {"bits": config.bits, "group_size": config.group_size}
         if isinstance(layer, nn.Embedding):
@@ -183,7 +186,7 @@ def quantize_weight(model: PreTrainedModel, name: str, weight: Tensor) -> dict[s
     return {name: torch.cat(packed), f"{path}.weight_scale": torch.cat(scales)}
 
 
-def finish(model: Model, config: QuantizationConfig) -> Model:
+def finish(model: ModelType, config: QuantizationConfig) -> ModelType:
     """Has a model whose layers are quantized know it, as transformers has it after loading."""
     for _, layer in quantized_layers(model):
         layer.weight_scale.requires_grad_(False)

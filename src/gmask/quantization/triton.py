@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_ROWS = 16  # of activations; above, each weight is used often enough to be written out for cuBLAS
+FEW_ROWS = 16  # of activations; above, each weight is used often enough to be written out for cuBLAS
 ROWS = 8  # of activations a program takes at most: its registers hold no more sums
 SUMS = 32  # activation rows times weight rows of a program
 WORDS = 256  # of a weight row that a program holds at a time, one a thread
@@ -106,7 +106,7 @@ def _dequantize_block(
     tl.store(dense_ptr + row * columns + column, number.to(dense_ptr.dtype.element_ty), mask=is_column)
 
 
-def matmul(
+def matmul_triton(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *, bits: int, group_size: int | None
 ) -> Tensor:
     """``x @ dequantized.T + bias``, summed in float32.
@@ -121,7 +121,7 @@ def matmul(
         ``[M, N]`` in x's dtype.
     """
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # Triton launches on the current device
-        if x.shape[0] <= MAX_ROWS:
+        if x.shape[0] <= FEW_ROWS:
             return _multiply_few(x.contiguous(), weight, scale, bias, bits, group_size)
         y = _multiply_many(x, weight, scale, bits, group_size)
     return y if bias is None else (y + bias).to(x.dtype)
@@ -163,13 +163,13 @@ def _multiply_many(x: Tensor, weight: Tensor, scale: Tensor, bits: int, group_si
     for start in range(0, weight.shape[0], step):
         chunk = slice(start, start + step)
         chunk_scale = None if scale_output else scale[chunk]
-        dense = dequantize(weight[chunk], chunk_scale, bits=bits, group_size=group_size, dtype=x.dtype)
+        dense = dequantize_triton(weight[chunk], chunk_scale, bits=bits, group_size=group_size, dtype=x.dtype)
         part = x @ dense.T
         y[:, chunk] = part * scale[chunk].float() if scale_output else part
     return y
 
 
-def dequantize(
+def dequantize_triton(
     weight: Tensor, scale: Tensor | None, *, bits: int, group_size: int | None, dtype: torch.dtype
 ) -> Tensor:
     """``scale * integer``, rounded once to ``dtype``; the integers where ``scale`` is None.
