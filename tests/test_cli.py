@@ -18,7 +18,7 @@ import typer
 
 import gmask
 from gmask.cli import app, find_extra, main, writing
-from gmask.cli.options import highlight
+from gmask.cli.printing import highlight_answers
 from terminal import Terminal, heed_ctrl_c
 from tiny_folder import make_folder
 
@@ -307,7 +307,7 @@ def test_serve_shows_every_setting_that_it_takes(run: Run) -> None:
 
 def test_on_a_terminal_answers_are_highlighted(folder: Path) -> None:
     infilling = gmask.infill(*gmask.load(folder, device="cpu"), TEXT, max_tokens=4)
-    text = highlight(infilling)
+    text = highlight_answers(infilling)
     assert text.plain == infilling.text
     assert [(span.start, span.end) for span in text.spans] == [(blank.start, blank.end) for blank in infilling.blanks]
 
@@ -393,6 +393,6 @@ def test_ctrl_c_stops_a_real_run_without_a_traceback(folder: Path, tmp_path: Pat
 
 def test_the_command_knows_the_bundled_models_without_loading_any() -> None:
     from gmask.checkpoints.load import BUNDLED_MODELS
-    from gmask.cli.options import BUNDLED
+    from gmask.cli.options import BUNDLED_NAMES
 
-    assert tuple(BUNDLED_MODELS) == BUNDLED
+    assert tuple(BUNDLED_MODELS) == BUNDLED_NAMES

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from gmask.checkpoints.zoo import FAMILIES, Family, find_family
 from gmask.cli import app
-from gmask.cli.estimate import Choice, advise_inference
+from gmask.cli.estimate import WeightForm, advise_form
 from gmask.errors import GmaskError
 from gmask.estimation.inference import (
-    RUNTIME_BYTES,
+    INFERENCE_RUNTIME_BYTES,
     MemoryEstimate,
     config_of_family,
     estimate_inference,
@@ -135,7 +135,7 @@ def test_more_tokens_and_more_prompts_never_take_less(length: int, batch: int, d
     assert estimate(length, 2 * batch).cache == 2 * here.cache
     keys_and_values = 2 * 2 * batch * length * 64 * dtype.itemsize
     assert here.cache >= keys_and_values
-    assert here.resident == here.weights + here.cache + RUNTIME_BYTES["cpu"] < here.peak
+    assert here.resident == here.weights + here.cache + INFERENCE_RUNTIME_BYTES["cpu"] < here.peak
 
 
 def test_a_checkpoint_of_the_training_code_needs_no_word_about_its_heads() -> None:
@@ -167,12 +167,13 @@ def test_the_table_ends_with_what_to_choose() -> None:
 
 def test_the_most_exact_form_that_fits_is_advised() -> None:
     choices = [
-        Choice("float32", None, None), Choice("bfloat16", None, None), Choice("bfloat16", "int4", QuantizationConfig(4))
+        WeightForm("float32", None, None), WeightForm("bfloat16", None, None),
+        WeightForm("bfloat16", "int4", QuantizationConfig(4)),
     ]  # fmt: skip
-    peaks = {choice: MemoryEstimate(10**9 * size, 0, 0, 0) for choice, size in zip(choices, (8, 4, 2), strict=True)}
+    peaks = {choice: 10**9 * size for choice, size in zip(choices, (8, 4, 2), strict=True)}
 
     def advice(free: int) -> str:
-        return advise_inference(peaks, free, device="cpu", length=512)
+        return advise_form(peaks, free, device="cpu", length=512)
 
     assert "all of this fits" in advice(8 * 10**9) and "--dtype float32 is" in advice(8 * 10**9)
     assert advice(8 * 10**9 - 1).endswith("Choose --dtype bfloat16.")

@@ -25,21 +25,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # it would take [sMASK] for markup
 )
-app.command()(infill)
-app.command()(chat)
-app.command()(score)
-app.command()(embed)
-app.command()(serve)
-app.command()(webui)
-app.command()(convert)
-app.command()(quantize)
-app.command()(info)
-app.command()(estimate)
-app.command()(merge)
-app.command()(pretrain)
-app.command()(finetune)
-app.command()(evaluate)
-app.command("train-tokenizer")(train_tokenizer)
+VERBS = (
+    infill, chat, score, embed, serve, webui, convert, quantize, info, estimate, merge, pretrain, finetune, evaluate,
+    train_tokenizer,
+)  # fmt: skip
+for verb in VERBS:
+    app.command()(verb)
 
 
 def main() -> None:
@@ -71,7 +62,7 @@ def _fail(message: str) -> NoReturn:
 
 
 def _fail_missing(error: ModuleNotFoundError) -> NoReturn:
-    """Tells which package is missing, and which extra of gmask brings it if one does."""
+    """Says which package is missing, and which extra of gmask installs it, if one does."""
     if error.name is None:
         _fail(str(error))
     package = error.name.partition(".")[0]
@@ -80,7 +71,7 @@ def _fail_missing(error: ModuleNotFoundError) -> NoReturn:
 
 
 def find_extra(package: str) -> str | None:
-    """The extra of gmask that asks for a package, by what was installed; None if none does."""
+    """The extra of gmask that requires a package, by the metadata of the installation; None if none does."""
     from importlib import metadata
 
     try:
@@ -95,7 +86,7 @@ def find_extra(package: str) -> str | None:
 
 
 def _fail_usage(error: typer.TyperException) -> NoReturn:
-    """Tells a mistake in the words behind ``gmask``; without any, the help is what typer has to say."""
+    """Reports wrong arguments; without any arguments, typer's message is the help."""
     if len(sys.argv) == 1:
         print(error.format_message())
         sys.exit(error.exit_code)
@@ -105,7 +96,7 @@ def _fail_usage(error: typer.TyperException) -> NoReturn:
 
 
 def _quiet_libraries() -> None:
-    """Their progress bars and advice are not this program's."""
+    """Turns off the progress bars and the advice of libraries."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not sys.warnoptions:

@@ -1,15 +1,13 @@
 """``gmask estimate``: the memory that a model takes in use, or while it is tuned."""
 
-import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gmask.cli.options import BUNDLED, DTYPE_NAMES, AsJson, read_pairs, refuse_unknown
+from gmask.cli.options import DTYPE_NAMES, AsJson, find_source, parse_settings
+from gmask.cli.printing import print_json, print_table
 from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
@@ -19,12 +17,11 @@ if TYPE_CHECKING:
     from gmask.quantization.quantizer import QuantizationConfig
     from gmask.recipes.tuning import MethodSettings
 
-
 CONTEXT_LENGTHS = (512, 2048)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Choice:
+class WeightForm:
     """A form to load a model in, as it is typed."""
 
     dtype: str
@@ -102,70 +99,19 @@ def estimate(
     as_json: AsJson = False,
 ) -> None:
     """Tell how much memory a model takes to run or to tune, and what fits here, without loading or fetching it."""
+    from gmask.hardware import best_device
+
     config = find_config(model)
     lengths = sorted(set(context_length or (min(n, config.max_position_embeddings) for n in CONTEXT_LENGTHS)))
-    choices = list_choices(config, dtype, quantize, group_size=group_size, embeddings=embeddings)
-    if method is None:
-        if gradient_checkpointing or gpus is not None or pairs:
-            raise GmaskError("--gradient-checkpointing, --gpus and --set are about tuning: add --method lora")
-        tell_inference(model, config, choices, lengths, batch_size, as_json=as_json)
-        return
-
-    plan = Plan.read(method, pairs or [], batch_size, gpus, gradient_checkpointing=gradient_checkpointing)
-    tell_training(model, config, plan, choices, lengths, as_json=as_json)
-
-
-def tell_inference(
-    model: str,
-    config: "Config",
-    choices: Sequence[Choice],
-    lengths: Sequence[int],
-    batch_size: int,
-    *,
-    as_json: bool,
-) -> None:
-    """Prints what answering takes."""
-    import torch
-
-    from gmask.hardware import best_device, free_bytes
-
-    device = torch.device(best_device())
-    free = free_bytes(device)
-    found = {choice: inference_figure(config, choice, lengths, batch_size, device.type) for choice in choices}
-    if as_json:
-        rows = [
-            describe_inference(choice, length, batch_size, figures)
-            for choice, row in found.items()
-            for length, figures in zip(lengths, row, strict=True)
-        ]
-        print(json.dumps({"model": model, "device": device.type, "free_bytes": free, "estimates": rows}, indent=2))
-        return
-    print_inference(found, lengths)
-    print(
-        advise_inference(
-            {choice: row[-1] for choice, row in found.items()}, free, device=device.type, length=lengths[-1]
-        )
-    )
-
-
-def inference_figure(
-    config: "Config", choice: Choice, lengths: Sequence[int], batch_size: int, device_kind: Any
-) -> "list[MemoryEstimate]":
-    """The estimates of one form, one for each length of the context."""
-    from gmask.estimation.inference import estimate_inference
-    from gmask.hardware import DTYPES
-
-    return [
-        estimate_inference(
-            config,
-            dtype=DTYPES[choice.dtype],
-            form=choice.form,
-            context_length=length,
-            batch_size=batch_size,
-            device_kind=device_kind,
-        )
-        for length in lengths
-    ]
+    forms = list_forms(config, dtype, quantize, group_size=group_size, embeddings=embeddings)
+    if method is not None:
+        tuning = Tuning.read(method, pairs or [], batch_size, gpus, gradient_checkpointing=gradient_checkpointing)
+        print_estimates(tuning, model, config, tuning.usable_forms(forms), lengths, as_json=as_json)
+    elif gradient_checkpointing or gpus is not None or pairs:
+        raise GmaskError("--gradient-checkpointing, --gpus and --set are about tuning: add --method lora")
+    else:
+        answering = Answering(batch_size, best_device())
+        print_estimates(answering, model, config, forms, lengths, as_json=as_json)
 
 
 def find_config(name: str) -> "Config":
@@ -174,24 +120,20 @@ def find_config(name: str) -> "Config":
     Raises:
         GmaskError: neither a folder of a model nor a name in the catalog.
     """
-    from gmask.checkpoints.hub import find_cached
     from gmask.checkpoints.load import find_folder
-    from gmask.checkpoints.zoo import find_family
     from gmask.estimation.inference import config_of_family, read_shape_config
 
-    if name in BUNDLED or Path(name).expanduser().exists():
-        return read_shape_config(find_folder(name))
-    if family := find_family(name):
+    source, family = find_source(name)
+    if family is not None:
         return config_of_family(family)
-    if cached := find_cached(name):
-        return read_shape_config(cached)
-    refuse_unknown(name)
+    assert source is not None
+    return read_shape_config(find_folder(source))
 
 
-def list_choices(
+def list_forms(
     config: "Config", dtype: str | None, quantize: str | None, *, group_size: int | None, embeddings: bool
-) -> list[Choice]:
-    """What is asked for; without words the plain precisions, and both kinds of integers.
+) -> list[WeightForm]:
+    """The forms that were asked for; by default the plain precisions, and both kinds of integers.
 
     Raises:
         GmaskError: an unknown dtype or form.
@@ -206,59 +148,100 @@ def list_choices(
         raise GmaskError("--group-size and --embeddings are for quantized weights: add --quantize int4")
     dtypes = [dtype] if dtype else ["float32", "bfloat16"]
     if quantize is None and (stored := form_of(config)):
-        return [Choice(name, f"int{stored.bits}", None) for name in dtypes]
-    plain = [] if quantize else [Choice(name, None, None) for name in dtypes]
+        return [WeightForm(name, f"int{stored.bits}", None) for name in dtypes]
+    plain = [] if quantize else [WeightForm(name, None, None) for name in dtypes]
     return plain + [
-        Choice(dtypes[-1], name, QuantizationConfig(bits, group_size, embeddings))
+        WeightForm(dtypes[-1], name, QuantizationConfig(bits, group_size, embeddings))
         for name, bits in NAMES.items()
         if quantize in (None, name)
     ]
 
 
-def describe_inference(
-    choice: Choice, context_length: int, batch_size: int, figures: "MemoryEstimate"
-) -> dict[str, Any]:
-    """One estimate for programs; sizes in bytes."""
-    return {
-        "dtype": choice.dtype,
-        "quantize": choice.quantize,
-        "context_length": context_length,
-        "batch_size": batch_size,
-        **asdict(figures),
-        "resident": figures.resident,
-        "peak": figures.peak,
-    }
+def print_estimates(
+    usage: "Answering | Tuning",
+    model: str,
+    config: "Config",
+    forms: Sequence[WeightForm],
+    lengths: Sequence[int],
+    *,
+    as_json: bool,
+) -> None:
+    """Prints what a model takes in this use, in each form and at each length."""
+    found: dict[WeightForm, list[Any]] = {form: [usage.estimate(config, form, n) for n in lengths] for form in forms}
+    if as_json:
+        estimates = [
+            {"dtype": form.dtype, "quantize": form.quantize, **usage.describe(length, one)}
+            for form, figures in found.items()
+            for length, one in zip(lengths, figures, strict=True)
+        ]
+        print_json({"model": model, **usage.device(), "estimates": estimates}, indent=2)
+        return
+    columns = usage.columns(lengths)
+    table = [[form.label, *cells] for form, figures in found.items() for cells in usage.rows(lengths, figures)]
+    print_table(["form", *columns], table, figures=columns)
+    print(usage.advise(found, lengths[-1]))
 
 
-def print_inference(found: "dict[Choice, list[MemoryEstimate]]", lengths: Sequence[int]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """Prompts that are answered, some at once."""
 
-    from gmask.hardware import format_bytes
+    batch_size: int
+    device_kind: Any  # of this machine's best device
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="")
-    table.add_column("form", no_wrap=True)
-    for heading in ("weights", *(f"cache\nat {n}" for n in lengths), *(f"peak\nat {n}" for n in lengths)):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for choice, row in found.items():
-        sizes = [row[0].weights, *(figures.cache for figures in row), *(figures.peak for figures in row)]
-        table.add_row(choice.label, *map(format_bytes, sizes))
-    Console(markup=False, highlight=False).print(table)
+    def estimate(self, config: "Config", form: WeightForm, length: int) -> "MemoryEstimate":
+        from gmask.estimation.inference import estimate_inference
+        from gmask.hardware import DTYPES
+
+        return estimate_inference(
+            config,
+            dtype=DTYPES[form.dtype],
+            form=form.form,
+            context_length=length,
+            batch_size=self.batch_size,
+            device_kind=self.device_kind,
+        )
+
+    def device(self) -> dict[str, Any]:
+        """The device, for programs."""
+        return {"device": self.device_kind, "free_bytes": _free_bytes(self.device_kind)}
+
+    def describe(self, length: int, figures: "MemoryEstimate") -> dict[str, Any]:
+        """An estimate for programs; sizes in bytes."""
+        return {
+            "context_length": length,
+            "batch_size": self.batch_size,
+            **asdict(figures),
+            "resident": figures.resident,
+            "peak": figures.peak,
+        }
+
+    def columns(self, lengths: Sequence[int]) -> list[str]:
+        """The headings of the table, but for that of the form."""
+        return ["weights", *(f"cache\nat {n}" for n in lengths), *(f"peak\nat {n}" for n in lengths)]
+
+    def rows(self, lengths: Sequence[int], figures: "Sequence[MemoryEstimate]") -> list[list[str]]:
+        """The cells of one form."""
+        return [_sizes(figures[0].weights, *(one.cache for one in figures), *(one.peak for one in figures))]
+
+    def advise(self, found: "dict[WeightForm, list[MemoryEstimate]]", length: int) -> str:
+        """What fits into the free memory at the longest length."""
+        peaks = {form: figures[-1].peak for form, figures in found.items()}
+        return advise_form(peaks, _free_bytes(self.device_kind), device=self.device_kind, length=length)
 
 
-def advise_inference(peaks: "dict[Choice, MemoryEstimate]", free: int, *, device: str, length: int) -> str:
-    """What fits into the free memory, and which options load the most exact of it."""
+def advise_form(peaks: dict[WeightForm, int], free: int, *, device: str, length: int) -> str:
+    """Which forms fit into the free memory, and which options load the most exact of them."""
     from gmask.hardware import format_bytes
 
     room = f"{format_bytes(free)} are free on {device}"
-    fitting = [choice for choice, figures in peaks.items() if figures.peak <= free]
+    fitting = [form for form, peak in peaks.items() if peak <= free]
     if not fitting:
-        smallest = min(figures.peak for figures in peaks.values())
-        return f"{room}: nothing of this fits at {length} tokens, the smallest needs {format_bytes(smallest)}."
+        smallest = format_bytes(min(peaks.values()))
+        return f"{room}: nothing of this fits at {length} tokens, the smallest needs {smallest}."
     if len(fitting) == len(peaks):
         return f"{room}: all of this fits at {length} tokens; {fitting[0].options} is the most exact."
-    labels = "; ".join(choice.label for choice in fitting)
+    labels = "; ".join(form.label for form in fitting)
     return f"{room}: at {length} tokens fits {labels}. Choose {fitting[0].options}."
 
 
@@ -267,28 +250,30 @@ OTHER_SETTINGS = ("optimizer", "answer_length", "accumulation")
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """How a model is to be tuned."""
+class Tuning:
+    """Tuning by a method; methods as of `Answering`."""
 
     method: "MethodSettings"
     others: dict[str, Any]  # of OTHER_SETTINGS
     batch_size: int
     gpus: int | None  # None: on this machine's best device
     gradient_checkpointing: bool
+    device_kind: Any  # of those GPUs, or of this machine's best device
 
     @staticmethod
     def read(
         method: str, pairs: Sequence[str], batch_size: int, gpus: int | None, *, gradient_checkpointing: bool
-    ) -> "Plan":
-        """Of what was typed.
+    ) -> "Tuning":
+        """From the options of the command line.
 
         Raises:
             GmaskError: an unknown method or setting, or a value that it cannot have.
         """
         from gmask.config import build
+        from gmask.hardware import best_device
         from gmask.recipes.tuning import MethodSettings
 
-        values = read_pairs(pairs)
+        values = parse_settings(pairs)
         if "name" in values:
             raise GmaskError("--method and --set name say the same: give --method alone")
         others = {name: values.pop(name) for name in OTHER_SETTINGS if name in values}
@@ -296,108 +281,89 @@ class Plan:
             if not isinstance(others.get(name, 1), int):
                 raise GmaskError(f"--set {name}={others[name]}: expected a whole number")
         settings = build(MethodSettings, {"name": method, **values}, "method")
-        return Plan(settings, others, batch_size, gpus, gradient_checkpointing)
+        return Tuning(settings, others, batch_size, gpus, gradient_checkpointing, "cuda" if gpus else best_device())
 
-    def fits(self, choice: Choice) -> bool:
-        """Whether weights in this form can be tuned by the method."""
+    def usable_forms(self, forms: Sequence[WeightForm]) -> list[WeightForm]:
+        """The forms of weights that can be tuned by the method.
+
+        Raises:
+            GmaskError: there are none.
+        """
         if self.method.name == "qlora":
-            return choice.quantize is not None
-        return choice.quantize is None or self.method.name not in ("full", "frozen-embeddings", "dora")
+            fitting = [form for form in forms if form.quantize is not None]
+        else:
+            takes_integers = self.method.name not in ("full", "frozen-embeddings", "dora")
+            fitting = [form for form in forms if takes_integers or form.quantize is None]
+        if not fitting:
+            raise GmaskError(f"{self.method.name} cannot tune {forms[0].label}: choose another --quantize, or --method")
+        return fitting
+
+    def estimate(self, config: "Config", form: WeightForm, length: int) -> "TrainingEstimate":
+        from gmask.estimation.training import estimate_training
+        from gmask.hardware import DTYPES
+
+        return estimate_training(
+            config,
+            method=self.method,
+            dtype=DTYPES[form.dtype],
+            form=form.form,
+            batch_size=self.batch_size,
+            length=length,
+            gradient_checkpointing=self.gradient_checkpointing,
+            shards=1 if self.gpus is None else self.gpus,
+            device_kind=self.device_kind,
+            **self.others,
+        )
+
+    def device(self) -> dict[str, Any]:
+        return {"device": self.device_kind}
+
+    def describe(self, length: int, figures: "TrainingEstimate") -> dict[str, Any]:
+        settings = {
+            **asdict(self.method), **self.others, "batch_size": self.batch_size,
+            "gradient_checkpointing": self.gradient_checkpointing, "gpus": self.gpus,
+        }  # fmt: skip
+        return {"length": length, "settings": settings, **asdict(figures)}
+
+    def columns(self, lengths: Sequence[int]) -> list[str]:
+        return ["tokens", "weights", "gradi-\nents", "opti-\nmizer", "acti-\nvations", "peak"]
+
+    def rows(self, lengths: Sequence[int], figures: "Sequence[TrainingEstimate]") -> list[list[str]]:
+        return [
+            [str(length), *_sizes(one.weights, one.gradients, one.optimizer, one.activations, one.peak)]
+            for length, one in zip(lengths, figures, strict=True)
+        ]
+
+    def advise(self, found: "dict[WeightForm, list[TrainingEstimate]]", length: int) -> str:
+        from gmask.hardware import format_bytes
+
+        (trainable,) = {one.trainable for figures in found.values() for one in figures}
+        trains = f"{self.method.name}: {trainable:,} numbers train.\n"
+        if self.gpus:
+            return f"{trains}For each of {self.gpus} GPUs; estimates, which were not measured."
+        free = _free_bytes(self.device_kind)
+        room = f"{trains}{format_bytes(free)} are free on {self.device_kind}"
+        peaks = {form.label: figures[-1].peak for form, figures in found.items()}
+        fitting = [label for label, peak in peaks.items() if peak <= free]
+        if len(fitting) == len(peaks):
+            return f"{room}: all of this fits."
+        if fitting:
+            return f"{room}: fits {'; '.join(fitting)}."
+        return (
+            f"{room}: nothing of this fits, the smallest needs {format_bytes(min(peaks.values()))}; try a smaller "
+            "--batch-size, --gradient-checkpointing, or --method lora or qlora."
+        )
 
 
-def tell_training(
-    model: str, config: "Config", plan: Plan, choices: Sequence[Choice], lengths: Sequence[int], *, as_json: bool
-) -> None:
-    """Prints what tuning takes, in each form that the method can be used with."""
+def _free_bytes(device_kind: str) -> int:
     import torch
 
-    from gmask.hardware import best_device, free_bytes
+    from gmask.hardware import free_bytes
 
-    fitting = [choice for choice in choices if plan.fits(choice)]
-    if not fitting:
-        raise GmaskError(f"{plan.method.name} cannot tune {choices[0].label}: choose another --quantize, or --method")
-    kind = "cuda" if plan.gpus else best_device()
-    found = {choice: [training_figure(config, choice, plan, length, kind) for length in lengths] for choice in fitting}
-    if as_json:
-        print(
-            json.dumps({"model": model, "device": kind, "estimates": describe_training(found, lengths, plan)}, indent=2)
-        )
-        return
-    print_training(found, lengths)
-    (trainable,) = {figures.trainable for row in found.values() for figures in row}
-    print(f"{plan.method.name}: {trainable:,} numbers train.")
-    if plan.gpus:
-        print(f"For each of {plan.gpus} GPUs; estimates, which were not measured.")
-    else:
-        print(
-            advise_training(
-                {choice: row[-1].peak for choice, row in found.items()}, free_bytes(torch.device(kind)), kind
-            )
-        )
+    return free_bytes(torch.device(device_kind))
 
 
-def training_figure(config: "Config", choice: Choice, plan: Plan, length: int, device_kind: Any) -> "TrainingEstimate":
-    from gmask.estimation.training import estimate_training
-    from gmask.hardware import DTYPES
-
-    return estimate_training(
-        config,
-        method=plan.method,
-        dtype=DTYPES[choice.dtype],
-        form=choice.form,
-        batch_size=plan.batch_size,
-        length=length,
-        gradient_checkpointing=plan.gradient_checkpointing,
-        shards=1 if plan.gpus is None else plan.gpus,
-        device_kind=device_kind,
-        **plan.others,
-    )
-
-
-def describe_training(
-    found: "dict[Choice, list[TrainingEstimate]]", lengths: Sequence[int], plan: Plan
-) -> list[dict[str, Any]]:
-    """The estimates for programs; sizes in bytes."""
-    settings = {
-        **dataclasses.asdict(plan.method), **plan.others, "batch_size": plan.batch_size,
-        "gradient_checkpointing": plan.gradient_checkpointing, "gpus": plan.gpus,
-    }  # fmt: skip
-    return [
-        {"dtype": choice.dtype, "quantize": choice.quantize, "length": length, "settings": settings, **asdict(figures)}
-        for choice, row in found.items()
-        for length, figures in zip(lengths, row, strict=True)
-    ]
-
-
-def print_training(found: "dict[Choice, list[TrainingEstimate]]", lengths: Sequence[int]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
+def _sizes(*sizes: int) -> list[str]:
     from gmask.hardware import format_bytes
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="")
-    table.add_column("form", no_wrap=True)
-    for heading in ("tokens", "weights", "gradi-\nents", "opti-\nmizer", "acti-\nvations", "peak"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for choice, row in found.items():
-        for length, one in zip(lengths, row, strict=True):
-            sizes = (one.weights, one.gradients, one.optimizer, one.activations, one.peak)
-            table.add_row(choice.label, str(length), *map(format_bytes, sizes))
-    Console(markup=False, highlight=False).print(table)
-
-
-def advise_training(peaks: dict[Choice, int], free: int, device: str) -> str:
-    """What fits into the free memory."""
-    from gmask.hardware import format_bytes
-
-    room = f"{format_bytes(free)} are free on {device}"
-    fitting = [choice.label for choice, peak in peaks.items() if peak <= free]
-    if len(fitting) == len(peaks):
-        return f"{room}: all of this fits."
-    if fitting:
-        return f"{room}: fits {'; '.join(fitting)}."
-    return (
-        f"{room}: nothing of this fits, the smallest needs {format_bytes(min(peaks.values()))}; try a smaller "
-        "--batch-size, --gradient-checkpointing, or --method lora or qlora."
-    )
+    return [format_bytes(size) for size in sizes]

@@ -1,6 +1,5 @@
 """``gmask convert``, ``quantize``, ``merge`` and ``info``: folders of models, and the table of published ones."""
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gmask.cli.options import BUNDLED, AsJson, WrittenDtype, output_option, refuse_unknown
+from gmask.cli.options import AsJson, Force, WrittenDtype, find_source, output_option
+from gmask.cli.printing import print_fields, print_json, print_result, print_tabbed, print_table
 from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def convert(
         typer.Option(help="Its number of attention heads, if it is like none of them.", show_default=False),
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder with the vocabulary.", show_default="SOURCE")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is at TARGET.")] = False,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint in another form, and compare every bit of the result with the source."""
@@ -62,17 +62,15 @@ def convert(
         tokenizer=tokenizer and tokenizer.expanduser(),
         force=force,
     )
-    if as_json:
-        print(json.dumps(report.to_dict(), ensure_ascii=False, indent=2))
-    else:
-        print_conversion(report)
+    print_result(report.to_dict(), _conversion_fields(report), as_json=as_json)
+    for note in () if as_json else report.notes:
+        print_fields({"note": note})
 
 
-def print_conversion(report: "ConversionReport") -> None:
-    """Prints a line for each thing that was done, and for each that should be known."""
+def _conversion_fields(report: "ConversionReport") -> dict[str, str]:
     from gmask.hardware import format_bytes
 
-    rows = {
+    return {
         "read": f"{report.source} ({_name_form(report.source_form, report.source_parts)})",
         "written": f"{report.target} ({_name_form(report.form, report.parts)})",
         "parameters": f"{report.parameters:,} in {report.tensors} tensors, {', '.join(report.dtypes)}",
@@ -82,10 +80,6 @@ def print_conversion(report: "ConversionReport") -> None:
         "compared": "every tensor, bit by bit",
         "seconds": f"{report.seconds:.1f}",
     }
-    for name, value in rows.items():
-        print(f"{name:12}{value}")
-    for note in report.notes:
-        print(f"{'note':12}{note}")
 
 
 def _name_form(form: str, parts: int) -> str:
@@ -111,7 +105,7 @@ def quantize(
         Path | None,
         typer.Option(help="Text (.txt, .jsonl, .jsonl.zst) to round by: slower, more accurate.", show_default=False),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is at TARGET.")] = False,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a model with int8 or int4 weights, which loads and runs as any other."""
@@ -125,11 +119,8 @@ def quantize(
     rewrite.check_source(folder, target, form, force=force)
     model = None if calibrate is None else _calibrate(folder, form, calibrate.expanduser())
     report = rewrite.quantize_folder(folder, target, load_tokenizer(folder), form, calibrated=model, force=force)
-    if as_json:
-        print(json.dumps(report.to_dict(), ensure_ascii=False, indent=2))
-        return
     before, after = format_bytes(report.bytes_before), format_bytes(report.bytes_after)
-    rows = {
+    fields = {
         "read": report.source,
         "written": report.target,
         "form": f"{report.form}{', calibrated' if report.calibrated else ''}",
@@ -137,8 +128,7 @@ def quantize(
         "weights": f"{before} before, {after} after",
         "seconds": f"{report.seconds:.1f}",
     }
-    for name, value in rows.items():
-        print(f"{name:12}{value}")
+    print_result(report.to_dict(), fields, as_json=as_json)
 
 
 def _calibrate(folder: Path, form: "QuantizationConfig", text: Path) -> Any:
@@ -178,10 +168,7 @@ def merge(
         dtype=read_dtype(dtype),
         force=force,
     )
-    if as_json:
-        print(json.dumps(report.to_dict(), ensure_ascii=False, indent=2))
-        return
-    rows = {
+    fields = {
         "model": report.source,
         "adapter": report.adapter,
         "written": report.target,
@@ -189,8 +176,7 @@ def merge(
         "weights": f"{format_bytes(report.bytes)}, {report.dtype}",
         "seconds": f"{report.seconds:.1f}",
     }
-    for name, value in rows.items():
-        print(f"{name:12}{value}")
+    print_result(report.to_dict(), fields, as_json=as_json)
 
 
 def info(
@@ -209,34 +195,28 @@ def info(
     if zoo and model is not None:
         raise GmaskError(f"give {model} or --zoo, not both")
     if zoo and as_json:
-        _print_json([describe_family(family) for family in FAMILIES])
+        print_json([describe_family(family) for family in FAMILIES], indent=2)
     elif zoo:
         print_zoo(FAMILIES)
-    elif as_json:
-        _print_json(describe(model or "bundled"))
     else:
-        for name, value in describe(model or "bundled").items():
-            print(f"{name.replace('_', ' '):15} {_as_text(value)}")
+        about = describe_model(model or "bundled")
+        if as_json:
+            print_json(about, indent=2)
+        else:
+            print_fields({name.replace("_", " "): _as_text(value) for name, value in about.items()}, width=16)
 
 
-def describe(name: str) -> dict[str, Any]:
+def describe_model(name: str) -> dict[str, Any]:
     """What the files of a model say about it; of a published one that is not here, what the catalog says.
 
     Raises:
         GmaskError: neither a folder of a model nor a name in the catalog.
     """
-    from gmask.checkpoints.hub import find_cached
-    from gmask.checkpoints.zoo import find_family
-
-    if name in BUNDLED or Path(name).expanduser().exists():
-        return describe_folder(name)
-    family = find_family(name)
-    cached = find_cached(family.hub_names[0] if family and family.hub_names else name)
-    if family is not None:
-        return describe_family(family) | ({"folder": str(cached)} if cached else {})
-    if cached is not None:
-        return describe_folder(str(cached))
-    refuse_unknown(name)
+    source, family = find_source(name)
+    if family is None:
+        assert source is not None
+        return describe_folder(source)
+    return describe_family(family) | ({"folder": source} if source else {})
 
 
 def describe_folder(name: str) -> dict[str, Any]:
@@ -308,7 +288,7 @@ def _compare(checkpoint: "Checkpoint") -> str:
 
 
 def _describe_training_checkpoint(checkpoint: "Checkpoint") -> dict[str, Any]:
-    """Of a checkpoint of the original training code, which tells neither heads nor vocabulary."""
+    """What the shapes of a checkpoint of the original training code say; they imply neither heads nor vocabulary."""
     from gmask.checkpoints.config import read_shape
 
     values, keys = read_shape(checkpoint), checkpoint.keys()
@@ -351,10 +331,6 @@ def read_licence(folder: Path) -> str | None:
     return str(head["license"]) if isinstance(head, dict) and "license" in head else None
 
 
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2))
-
-
 def _as_text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name.replace('_', ' ')} {_as_text(inner)}" for name, inner in value.items()) or "not known"
@@ -378,21 +354,14 @@ README = "https://github.com/THUDM/GLM#pretrained-models"
 def print_zoo(families: "Sequence[Family]") -> None:
     """Prints the table on a terminal, and tab-separated lines elsewhere."""
     if not sys.stdout.isatty():
-        for row in (COLUMNS, *map(table_row, families)):
-            print("\t".join(row))
+        print_tabbed([COLUMNS, *map(table_row, families)])
         return
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="")
-    table.add_column("name\ndownload", overflow="fold")
-    for heading in ("parameters\nmemory", "language\ntokenizer", "objectives", "blanks"):
-        table.add_column(heading, no_wrap=heading != "language\ntokenizer")
-    table.add_column("licence of code\nand weights")
-    for family in families:
-        table.add_row(*terminal_row(family), end_section=True)
-    Console(markup=False, highlight=False).print(table)
+    headings = (
+        "name\ndownload", "parameters\nmemory", "language\ntokenizer", "objectives", "blanks",
+        "licence of code\nand weights",
+    )  # fmt: skip
+    wrapped = (headings[0], headings[2], headings[5])
+    print_table(headings, map(terminal_row, families), wrapped=wrapped, show_lines=True)
 
 
 def table_row(family: "Family") -> tuple[str, ...]:
@@ -454,11 +423,11 @@ def describe_family(family: "Family") -> dict[str, Any]:
         "special_ids": {role.removesuffix("_token_id"): token_id for role, token_id in family.special_ids.items()},
         "memory_bytes": {dtype: family.memory(dtype) for dtype in family.dtypes},
         "licence": {"code": family.code_licence, "weights": family.weights_licence},
-        "to_get_it": tell_how_to_get(family),
+        "to_get_it": how_to_get(family),
     }
 
 
-def tell_how_to_get(family: "Family") -> str:
+def how_to_get(family: "Family") -> str:
     """One sentence: the command that downloads a model, or where its archive is linked."""
     if family.hub_names:
         dtype = family.dtypes[0] if family.bits else family.stored_dtype

@@ -1,24 +1,23 @@
-"""Options that several verbs share, the meaning of what was typed, and how a filled text is printed."""
+"""Options that several verbs share, and the meaning of what was typed."""
 
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
-    from rich.text import Text
+    from transformers import PreTrainedModel
 
-    from gmask.generation.answers import Infilling
-    from gmask.generation.files import FileReport
-    from gmask.generation.infill import Fragment
+    from gmask.checkpoints.zoo import Family
+    from gmask.tokenizers.glm import GLMTokenizer
 
 
-BUNDLED = ("bundled", "bundled-chat")
-"""The models that come with gmask; their names without the import of what loads them."""
+BUNDLED_NAMES = ("bundled", "bundled-chat")
+"""The models that come with gmask. The names stand here so that no verb has to import what loads models for them."""
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 """The addresses that no other machine reaches."""
@@ -27,11 +26,13 @@ DTYPE_NAMES = "float32|bfloat16|float16"
 
 
 def output_option(help: str, *aliases: str, show_default: bool | str = False) -> Any:
-    """The option for where results are written: under one name in all verbs, with a help that says what they are."""
+    """The option ``--output``, which has the same names in all verbs, with a help that says what is written."""
     return typer.Option("--output", *aliases, "-o", help=help, show_default=show_default)
 
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Folder or name of a model, or bundled, or bundled-chat.")]
+ModelName = Annotated[
+    str, typer.Option("--model", "-m", help="Folder or name of a model, or bundled, or bundled-chat.")
+]
 Quantize = Annotated[
     str | None,
     typer.Option(
@@ -41,7 +42,7 @@ Quantize = Annotated[
     ),
 ]
 
-Adapter = Annotated[
+AdapterFolder = Annotated[
     Path | None,
     typer.Option(help="Folder of what was trained for it: LoRA and its like, a prefix, prompts.", show_default=False),
 ]
@@ -60,9 +61,11 @@ WrittenDtype = Annotated[
     typer.Option("--dtype", metavar=DTYPE_NAMES, help="What the weights become.", show_default="as they are stored"),
 ]
 
-Source = Annotated[Path | None, typer.Option("--input", help='File of texts: .jsonl with a "text", or one a line.')]
+InputFile = Annotated[Path | None, typer.Option("--input", help='File of texts: .jsonl with a "text", or one a line.')]
 SkipBadLines = Annotated[bool, typer.Option("--skip-bad-lines", help="Go on after a line that cannot be used.")]
-Output = Annotated[Path | None, output_option("Where the results of --input go, as .jsonl.")]
+OutputFile = Annotated[Path | None, output_option("Where the results of --input go, as .jsonl.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is at TARGET.")]
+Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint of the run, if it has one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON; of texts, an object for each.")]
 Host = Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")]
 Port = Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)]
@@ -93,7 +96,7 @@ def read_files(texts: Sequence[str] | None, source: Path | None, target: Path | 
     return source, target
 
 
-def read_texts(texts: list[str] | None) -> list[str]:
+def texts_or_stdin(texts: list[str] | None) -> list[str]:
     """The texts of the command line, else the lines of standard input.
 
     Raises:
@@ -109,7 +112,7 @@ def read_texts(texts: list[str] | None) -> list[str]:
     return lines
 
 
-def read_pairs(pairs: Sequence[str]) -> dict[str, Any]:
+def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
     """The values of ``--set key=value``, as YAML reads them.
 
     Raises:
@@ -129,13 +132,13 @@ def read_pairs(pairs: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def merge_pairs(pairs: Sequence[str] | None, **options: Any) -> dict[str, Any]:
-    """The values of ``--set``, and of the options that say the same under a name of their own; None: not given.
+def merge_settings(pairs: Sequence[str] | None, **options: Any) -> dict[str, Any]:
+    """The values of ``--set`` together with those of options of their own, such as ``--max-tokens``; None: not given.
 
     Raises:
-        GmaskError: a value that both give, for neither is the one that is meant.
+        GmaskError: a setting that is given in both ways.
     """
-    values = read_pairs(pairs or [])
+    values = parse_settings(pairs or [])
     for name, value in options.items():
         if value is None:
             continue
@@ -153,16 +156,38 @@ def read_candidates(choice: str, *, option: str = "--choices") -> list[str]:
     return candidates
 
 
-def print_report(report: "FileReport", target: Path, *, deed: str) -> None:
-    """Tells on standard error what became of a file."""
-    resumed = f", {report.resumed} of them by an earlier run" if report.resumed else ""
-    skipped = f'; {report.skipped} could not be {deed}, see their "error"' if report.skipped else ""
-    print(f"{target}: {report.lines} lines{resumed}{skipped}", file=sys.stderr)
+def find_source(name: str) -> "tuple[str | None, Family | None]":
+    """The folder of a model and its entry in the catalog, as far as there are any; nothing is fetched.
+
+    Args:
+        name: of a folder, a bundled model, or a published one, which need not be on this machine.
+
+    Returns:
+        What `find_folder` takes, or None for a published model that was not fetched before; the entry, or None.
+
+    Raises:
+        GmaskError: none of these.
+    """
+    from gmask.checkpoints.hub import find_cached
+    from gmask.checkpoints.zoo import find_family
+
+    if name in BUNDLED_NAMES or Path(name).expanduser().exists():
+        return name, None
+    family = find_family(name)
+    cached = find_cached(family.hub_names[0] if family and family.hub_names else name)
+    if family is None and cached is None:
+        raise GmaskError(f"{name}: no such folder, and no published model of that name; gmask info --zoo lists them")
+    return str(cached) if cached else None, family
 
 
-def refuse_unknown(model: str) -> NoReturn:
-    """Raises `GmaskError`: a name that stands for no model."""
-    raise GmaskError(f"{model}: no such folder, and no published model of that name; gmask info --zoo lists them")
+def load_glm(
+    model: str, adapter: Path | None, dtype: str | None, quantize: str | None
+) -> "tuple[PreTrainedModel, GLMTokenizer]":
+    """The model of the options ``--model``, ``--adapter``, ``--dtype`` and ``--quantize``, which must fill blanks."""
+    from gmask.checkpoints.load import load
+    from gmask.models.glm import GLMForConditionalGeneration
+
+    return load(model, dtype=dtype, quantize=quantize, adapter=adapter, model_class=GLMForConditionalGeneration)
 
 
 def base_of(adapter: Path, otherwise: str) -> str:
@@ -170,55 +195,4 @@ def base_of(adapter: Path, otherwise: str) -> str:
     from gmask.checkpoints.adapters import read_adapter
 
     named = read_adapter(adapter.expanduser()).values.get("base_model_name_or_path")
-    return named if named in BUNDLED else otherwise
-
-
-ANSWER_STYLE = "bold green"
-CUT_STYLE = "bold yellow"
-"""Of an answer that was cut at the limit on its tokens."""
-
-
-def print_infilling(infilling: "Infilling") -> None:
-    """Prints a filled text, or several alternatives, each behind its log-probability (of choices: its probability)."""
-    ranked = [infilling, *infilling.alternatives]
-    scores = [""] if len(ranked) == 1 else [f"{found.logprob:.3f}\t" for found in ranked]
-    if infilling.choices and len(ranked) > 1:
-        scores = [f"{found.probability:.4f}\t" for found in infilling.choices.combinations]
-    for score, found in zip(scores, ranked, strict=False):
-        if sys.stdout.isatty():
-            from rich.console import Console
-            from rich.text import Text
-
-            Console(highlight=False).print(Text(score, style="dim") + highlight(found), soft_wrap=True)
-        else:
-            print(score + found.text)
-
-
-def highlight(infilling: "Infilling") -> "Text":
-    """The filled text with its answers in colour."""
-    from rich.text import Text
-
-    text = Text(infilling.text)
-    for blank in infilling.blanks:
-        text.stylize(ANSWER_STYLE if blank.finished else CUT_STYLE, blank.start, blank.end)
-    return text
-
-
-def print_stream(pieces: Sequence[str], fragments: Generator["Fragment", None, "Infilling"]) -> None:
-    """Prints a text on the terminal while its blanks are being filled.
-
-    Args:
-        pieces: what stands before, between and behind the blanks.
-        fragments: as `stream_infill` gives them.
-    """
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    told = 0
-    for fragment in fragments:
-        if fragment.blank >= told:  # the text up to this blank, over blanks whose answers left nothing to see
-            console.out("".join(pieces[told : fragment.blank + 1]), end="", highlight=False)
-            told = fragment.blank + 1
-        console.print(Text(fragment.text, style=ANSWER_STYLE), end="", soft_wrap=True)
-    console.out("".join(pieces[told:]), highlight=False)
+    return named if named in BUNDLED_NAMES else otherwise

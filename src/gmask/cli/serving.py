@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from gmask.cli.options import BUNDLED, LOOPBACK, Adapter, Dtype, Host, Port, Quantize, base_of, read_pairs
+from gmask.cli.options import (
+    BUNDLED_NAMES,
+    LOOPBACK,
+    AdapterFolder,
+    Dtype,
+    Host,
+    Port,
+    Quantize,
+    base_of,
+    parse_settings,
+)
 from gmask.errors import GmaskError, nearest
 from gmask.serving.settings import ServerSettings, called, environment_keys
 
@@ -18,7 +28,7 @@ if TYPE_CHECKING:
     import gradio as gr
 
 
-FILLS, TALKS = BUNDLED
+FILLS, TALKS = BUNDLED_NAMES
 SETTINGS = [field.name for field in fields(ServerSettings) if field.name not in ("api_keys", "log_prompts")]
 """What ``--set`` takes; the other two have an option each."""
 
@@ -68,7 +78,7 @@ def serve(
 ) -> None:
     """Serve a model over HTTP: OpenAI's API, ChatGLM-6B's, and blanks to fill and to score."""
     check_installed()
-    settings = read_settings(model, host, read_keys(api_key_file), log_prompts, read_pairs(pairs or []))
+    settings = read_settings(model, host, read_keys(api_key_file), log_prompts, parse_settings(pairs or []))
     from gmask.checkpoints.load import load
     from gmask.serving.app import create_app, make_server
     from gmask.serving.middleware import log_as_json
@@ -183,7 +193,7 @@ def webui(
     host: Host = "127.0.0.1",
     share: Share = False,
     language: Language = "auto",
-    adapter: Adapter = None,
+    adapter: AdapterFolder = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
 ) -> None:
@@ -194,7 +204,7 @@ def webui(
         raise GmaskError(f"{error.name} is not installed; the page needs pip install 'gmask[webui]'") from error
     from gmask.checkpoints.load import load
 
-    names = (model,) if model else (base_of(adapter, BUNDLED[0]),) if adapter else BUNDLED
+    names = (model,) if model else (base_of(adapter, BUNDLED_NAMES[0]),) if adapter else BUNDLED_NAMES
     with contextlib.ExitStack() as stack:
         backends = []
         for name in names:

@@ -1,6 +1,5 @@
 """``gmask pretrain``, ``finetune``, ``train-tokenizer`` and ``evaluate``."""
 
-import json
 import sys
 import warnings
 from dataclasses import asdict
@@ -9,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gmask.cli.options import Adapter, AsJson, output_option, read_pairs
+from gmask.cli.options import AdapterFolder, AsJson, Resume, output_option, parse_settings
+from gmask.cli.printing import print_json
 from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def pretrain(
             metavar="KEY=VALUE", help="Values to change, such as optimization.steps=8000.", show_default=False
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint of the run, if it has one.")] = True,
+    resume: Resume = True,
 ) -> None:
     """Train a GLM from scratch. A run that was stopped goes on when the same command is given again."""
     from gmask.training.pretrain import run
@@ -43,18 +43,21 @@ def finetune(
             metavar="KEY=VALUE", help="Values to change, such as optimization.epochs=5.", show_default=False
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint of the run, if it has one.")] = True,
+    resume: Resume = True,
     as_json: AsJson = False,
 ) -> None:
     """Tune a model to a task: LoRA, P-tuning or all weights. A run that was stopped goes on with the same command."""
-    import json
     import os
 
     from gmask.training.finetune import read_results, run
 
     folder = run(recipe, overrides or [], resume=resume)
-    if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
-        print(json.dumps({"folder": str(folder), **read_results(folder)}) if as_json else folder)
+    if os.environ.get("RANK", "0") != "0":  # of several processes only the first one prints
+        return
+    if as_json:
+        print_json({"folder": str(folder), **read_results(folder)})
+    else:
+        print(folder)
 
 
 def train_tokenizer(
@@ -120,7 +123,7 @@ def evaluate(
             show_default="the recipe's data.root",
         ),
     ] = None,
-    adapter: Adapter = None,
+    adapter: AdapterFolder = None,
     pairs: Annotated[
         list[str] | None,
         typer.Option(
@@ -184,11 +187,11 @@ def _evaluate_task(
         raise GmaskError("--task needs the records to measure: name their file with --data")
     from gmask.evaluation.harness import run_task
 
-    settings = read_pairs(pairs)
-    with warnings.catch_warnings(record=True) as told:
+    settings = parse_settings(pairs)
+    with warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("always", message="of .* samples", category=UserWarning)
         report = run_task(model, task=task, data=data, adapter=adapter, out=out, settings=settings, tables=not as_json)
-    for warning in told:
+    for warning in caught:
         print("gmask:", warning.message, file=sys.stderr)
     if as_json:
-        print(json.dumps(asdict(report), ensure_ascii=False))
+        print_json(asdict(report))

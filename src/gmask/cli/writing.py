@@ -1,30 +1,37 @@
 """``gmask infill``, ``gmask score``, ``gmask embed`` and ``gmask chat``: texts in, tokens or figures out."""
 
-import json
 import sys
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from gmask.cli.options import (
-    Adapter,
+    AdapterFolder,
     AsJson,
     Dtype,
-    Model,
-    Output,
+    InputFile,
+    ModelName,
+    OutputFile,
     Pairs,
     Quantize,
     SkipBadLines,
-    Source,
     base_of,
-    merge_pairs,
+    load_glm,
+    merge_settings,
     output_option,
-    print_report,
     read_candidates,
     read_files,
-    read_texts,
+    texts_or_stdin,
+)
+from gmask.cli.printing import (
+    print_file_report,
+    print_infilling,
+    print_json,
+    print_stream,
+    print_tabbed,
+    print_table,
 )
 from gmask.errors import GmaskError
 from gmask.generation.settings import Settings
@@ -53,7 +60,7 @@ Alternatives = Annotated[
     typer.Option("-n", "--n", help="Alternatives of a text, best first.", show_default=str(Settings().n)),
 ]
 
-Choices = Annotated[
+Candidates = Annotated[
     list[str] | None,
     typer.Option(help="Candidates of a blank, as 'sunny|rainy'; once for each blank.", show_default=False),
 ]
@@ -65,51 +72,44 @@ AnswerTokens = Annotated[
 
 def infill(
     texts: InfillTexts = None,
-    model: Model = "bundled",
+    model: ModelName = "bundled",
     n: Alternatives = None,
-    choices: Choices = None,
+    choices: Candidates = None,
     max_tokens: AnswerTokens = None,
-    source: Source = None,
-    target: Output = None,
+    source: InputFile = None,
+    target: OutputFile = None,
     skip_bad_lines: SkipBadLines = False,
     as_json: AsJson = False,
-    adapter: Adapter = None,
+    adapter: AdapterFolder = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
     pairs: Pairs = None,
 ) -> None:
     """Fill the blanks of texts, from left to right, each answer with the earlier ones in sight."""
+    from gmask.generation.infill import Infiller
     from gmask.generation.settings import make_settings
 
-    settings = make_settings(merge_pairs(pairs, n=n, max_tokens=max_tokens))
+    settings = make_settings(merge_settings(pairs, n=n, max_tokens=max_tokens))
     candidates = [read_candidates(choice) for choice in choices or []] or None
-    if files := read_files(texts, source, target):
-        _fill_file(_load(model, adapter, dtype, quantize, settings), *files, candidates, skip_bad_lines)
-    elif texts or not sys.stdin.isatty():
-        texts = read_texts(texts)
-        _fill_texts(_load(model, adapter, dtype, quantize, settings), texts, candidates, as_json=as_json)
+    files = read_files(texts, source, target)
+    is_interactive = not files and not texts and sys.stdin.isatty()
+    texts = [] if files or is_interactive else texts_or_stdin(texts)
+    infiller = Infiller(*load_glm(model, adapter, dtype, quantize), settings)
+    if files:
+        _fill_file(infiller, *files, candidates, skip_bad_lines)
+    elif is_interactive:
+        fill_interactively(infiller, candidates, as_json=as_json)
     else:
-        fill_interactively(_load(model, adapter, dtype, quantize, settings), candidates, as_json=as_json)
-
-
-def _load(model: str, adapter: Path | None, dtype: str | None, quantize: str | None, settings: Settings) -> "Infiller":
-    from gmask.checkpoints.load import load
-    from gmask.generation.infill import Infiller
-    from gmask.models.glm import GLMForConditionalGeneration
-
-    loaded = load(model, dtype=dtype, quantize=quantize, adapter=adapter, model_class=GLMForConditionalGeneration)
-    return Infiller(*loaded, settings)
+        _fill_texts(infiller, texts, candidates, as_json=as_json)
 
 
 def _fill_texts(
     infiller: "Infiller", texts: Sequence[str], candidates: list[list[str]] | None, *, as_json: bool
 ) -> None:
-    from gmask.cli.options import print_infilling
-
     filled = infiller.fill(texts, candidates)
     for infilling in filled:
         if as_json:
-            print(json.dumps(infilling.to_dict(), ensure_ascii=False))
+            print_json(infilling.to_dict())
         else:
             print_infilling(infilling)
     cut = sum(not blank.finished for infilling in filled for blank in infilling.blanks)
@@ -125,15 +125,9 @@ def _fill_file(
 ) -> None:
     from gmask.generation.files import fill_file
 
-    report = fill_file(
-        infiller,
-        source,
-        target,
-        choices=candidates,
-        skip_bad_lines=skip_bad_lines,
-        progress=sys.stderr.isatty(),
-    )
-    print_report(report, target, deed="filled")
+    progress = sys.stderr.isatty()
+    report = fill_file(infiller, source, target, choices=candidates, skip_bad_lines=skip_bad_lines, progress=progress)
+    print_file_report(report, target, deed="filled")
 
 
 INFILL_GREETING = "A text with [MASK], [sMASK] or [gMASK], please. Arrow up recalls earlier ones; Ctrl-D ends."
@@ -141,15 +135,33 @@ INFILL_GREETING = "A text with [MASK], [sMASK] or [gMASK], please. Arrow up reca
 
 def fill_interactively(infiller: "Infiller", candidates: list[list[str]] | None, *, as_json: bool) -> None:
     """Fills one text after the other. Ctrl-C drops the current one; Ctrl-D ends."""
+
+    def fill(text: str) -> bool:
+        fill_and_print(infiller, text, candidates, as_json=as_json)
+        return True
+
+    prompt_for_texts(INFILL_GREETING, fill, history="history", read=lambda session: session.prompt("> ").strip())
+
+
+def prompt_for_texts(
+    greeting: str, answer: Callable[[str], bool], *, history: str, read: "Callable[[PromptSession[str]], str]"
+) -> None:
+    """Asks for one text after the other, until ``answer`` returns False or Ctrl-D ends it.
+
+    Args:
+        answer: what is done with a text that is not empty.
+        history: the file where earlier texts are kept.
+        read: asks for a text.
+    """
     from prompt_toolkit import PromptSession
 
-    session: PromptSession[str] = PromptSession(history=open_history(history_file("history")))
-    print(INFILL_GREETING)
+    session: PromptSession[str] = PromptSession(history=open_history(history_file(history)))
+    print(greeting)
     while True:
         try:
-            text = session.prompt("> ").strip()
-            if text:
-                fill_and_print(infiller, text, candidates, as_json=as_json)
+            text = read(session)
+            if text and not answer(text):
+                return
         except GmaskError as error:
             print(f"gmask: {error}")
         except KeyboardInterrupt:
@@ -160,11 +172,10 @@ def fill_interactively(infiller: "Infiller", candidates: list[list[str]] | None,
 
 def fill_and_print(infiller: "Infiller", text: str, candidates: list[list[str]] | None, *, as_json: bool) -> None:
     """Fills one text and prints it; as it is being written where there is only one alternative."""
-    from gmask.cli.options import print_infilling, print_stream
     from gmask.generation.infill import stream_answers
 
     if as_json:
-        print(json.dumps(infiller.fill([text], candidates)[0].to_dict(), ensure_ascii=False))
+        print_json(infiller.fill([text], candidates)[0].to_dict())
     elif candidates or infiller.settings.n > 1 or infiller.settings.beams > 1:
         print_infilling(infiller.fill([text], candidates)[0])
     else:
@@ -172,7 +183,7 @@ def fill_and_print(infiller: "Infiller", text: str, candidates: list[list[str]] 
 
 
 def history_file(name: str) -> Path:
-    """Where earlier texts of one kind are kept."""
+    """The file where earlier texts of one kind are kept."""
     return Path(typer.get_app_dir("gmask")) / name
 
 
@@ -207,7 +218,7 @@ PlainTexts = Annotated[
 ]
 
 Answers = Annotated[str | None, typer.Option(help="The answers to every text, as 'sunny|rainy'.", show_default=False)]
-Normalization = Annotated[
+ScoreName = Annotated[
     str,
     typer.Option(
         metavar="sum|mean|unconditional",
@@ -217,7 +228,7 @@ Normalization = Annotated[
 
 BatchSize = Annotated[int, typer.Option(help="Texts that are read together.")]
 EmbeddedFile = Annotated[Path | None, output_option("Where the vectors of --input go: .npy (float32) or .jsonl.")]
-Pooling = Annotated[
+PoolingName = Annotated[
     str,
     typer.Option(metavar="mean|first|last|mask", help="Of all tokens; of the first, the last, or the first blank."),
 ]
@@ -229,15 +240,15 @@ Truncate = Annotated[bool, typer.Option("--truncate", help="Cut texts that are t
 
 def score(
     texts: BlankedTexts = None,
-    model: Model = "bundled",
+    model: ModelName = "bundled",
     answers: Answers = None,
-    normalization: Normalization = "sum",
-    source: Source = None,
-    target: Output = None,
+    normalization: ScoreName = "sum",
+    source: InputFile = None,
+    target: OutputFile = None,
     batch_size: BatchSize = 16,
     skip_bad_lines: SkipBadLines = False,
     as_json: AsJson = False,
-    adapter: Adapter = None,
+    adapter: AdapterFolder = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
 ) -> None:
@@ -246,33 +257,36 @@ def score(
     A line of a .jsonl file has a "text", its "answers" unless --answers gives them, and perhaps a "label": the right
     answer, or its index from 0.
     """
+    from gmask.generation import score as scoring
+
     candidates = None if answers is None else read_candidates(answers, option="--answers")
-    if files := read_files(texts, source, target):
-        scorer = _load_scorer(model, adapter, dtype, quantize, normalization, batch_size)
+    files = read_files(texts, source, target)
+    if not files and candidates is None:
+        raise GmaskError("there are no answers: give them as --answers 'sunny|rainy'")
+    texts = [] if files else texts_or_stdin(texts)
+    pair = load_glm(model, adapter, dtype, quantize)
+    scorer = scoring.Scorer(*pair, cast(scoring.Normalization, normalization), batch_size)
+    if files:
         _score_file(scorer, *files, candidates, skip_bad_lines)
         return
-    if candidates is None:
-        raise GmaskError("there are no answers: give them as --answers 'sunny|rainy'")
-    texts = read_texts(texts)
-    scorer = _load_scorer(model, adapter, dtype, quantize, normalization, batch_size)
-    for scoring in scorer.score([scorer.read(text, candidates) for text in texts]):
+    for scored in scorer.score([scorer.read(text, candidates or []) for text in texts]):
         if as_json:
-            print(json.dumps(scoring.to_dict(), ensure_ascii=False))
+            print_json(scored.to_dict())
         else:
-            print_scoring(scoring)
+            print_scoring(scored)
 
 
 def embed(
     texts: PlainTexts = None,
-    model: Model = "bundled",
-    pooling: Pooling = "mean",
+    model: ModelName = "bundled",
+    pooling: PoolingName = "mean",
     layer: Layer = -1,
     normalize: Normalize = True,
     truncate: Truncate = False,
-    source: Source = None,
+    source: InputFile = None,
     target: EmbeddedFile = None,
     skip_bad_lines: SkipBadLines = False,
-    adapter: Adapter = None,
+    adapter: AdapterFolder = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
 ) -> None:
@@ -281,37 +295,21 @@ def embed(
     A model that fills blanks was not trained to put like texts near each other: these are features to train on, and
     poor sentence vectors to search with.
     """
-    from gmask.checkpoints.load import load
     from gmask.generation.embed import Embedder, as_floats
-    from gmask.models.glm import GLMForConditionalGeneration
 
     settings: dict[str, Any] = {"pooling": pooling, "layer": layer, "normalize": normalize, "truncate": truncate}
     files = read_files(texts, source, target)
-    texts = [] if files else read_texts(texts)
-    loaded = load(model, dtype=dtype, quantize=quantize, adapter=adapter, model_class=GLMForConditionalGeneration)
-    embedder = Embedder(*loaded, **settings)
+    texts = [] if files else texts_or_stdin(texts)
+    embedder = Embedder(*load_glm(model, adapter, dtype, quantize), **settings)
     if files:
         from gmask.generation.files import embed_file
 
         report = embed_file(embedder, *files, skip_bad_lines=skip_bad_lines, progress=sys.stderr.isatty())
-        print_report(report, files[1], deed="embedded")
+        print_file_report(report, files[1], deed="embedded")
         return
     vectors = embedder.embed([embedder.read(text) for text in texts])
     for text, vector in zip(texts, vectors, strict=True):
-        print(json.dumps({"text": text, "embedding": as_floats(vector)}, ensure_ascii=False))
-
-
-def _load_scorer(
-    model: str, adapter: Path | None, dtype: str | None, quantize: str | None, normalization: str, batch_size: int
-) -> "Scorer":
-    from typing import cast
-
-    from gmask.checkpoints.load import load
-    from gmask.generation import score as scoring
-    from gmask.models.glm import GLMForConditionalGeneration
-
-    loaded = load(model, dtype=dtype, quantize=quantize, adapter=adapter, model_class=GLMForConditionalGeneration)
-    return scoring.Scorer(*loaded, cast(scoring.Normalization, normalization), batch_size)
+        print_json({"text": text, "embedding": as_floats(vector)})
 
 
 def _score_file(
@@ -319,15 +317,9 @@ def _score_file(
 ) -> None:
     from gmask.generation.files import count_correct, score_file
 
-    report = score_file(
-        scorer,
-        source,
-        target,
-        answers=candidates,
-        skip_bad_lines=skip_bad_lines,
-        progress=sys.stderr.isatty(),
-    )
-    print_report(report, target, deed="scored")
+    progress = sys.stderr.isatty()
+    report = score_file(scorer, source, target, answers=candidates, skip_bad_lines=skip_bad_lines, progress=progress)
+    print_file_report(report, target, deed="scored")
     correct, labelled = count_correct(target)
     if labelled:
         print(f"accuracy {correct / labelled:.4f} ({correct} of {labelled})")
@@ -338,24 +330,26 @@ def print_scoring(scoring: "Scoring") -> None:
     ranked = sorted(scoring.answers, key=lambda answer: -answer.score)
     rows = [(answer.text, f"{answer.score:.4f}", f"{answer.probability:.4f}") for answer in ranked]
     if not sys.stdout.isatty():
-        for row in rows:
-            print("\t".join(" ".join(field.split()) for field in (scoring.text, *row)))
+        print_tabbed((scoring.text, *row) for row in rows)
         return
-    from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(scoring.text), title_justify="left", box=None)
-    table.add_column("answer")
-    table.add_column("score", justify="right")
-    table.add_column("probability", justify="right")
-    for index, row in enumerate(rows):
-        table.add_row(*map(Text, row), style="" if index else "bold green")
-    Console(highlight=False).print(table)
+    print_table(
+        ("answer", "score", "probability"),
+        rows,
+        figures=("score", "probability"),
+        wrapped=("answer", "score", "probability"),
+        title=Text(scoring.text),
+        title_justify="left",
+        box=None,
+        pad_edge=True,
+        header_style="table.header",
+        row_styles=["bold green"] + [""] * (len(rows) - 1),
+    )
 
 
 CHAT_GREETING = "A message, please; /help lists the commands, Ctrl-D ends."
-COMMANDS = """\
+CHAT_COMMANDS = """\
 /clear       begin anew (also: clear)
 /undo        take the last round back
 /save FILE   write the conversation to a JSON file
@@ -373,7 +367,7 @@ ContextLength = Annotated[
 ]
 
 ReplyTokens = Annotated[int | None, typer.Option(help="Tokens of a reply.", show_default="half of the context")]
-Talker = Annotated[
+ChatModelName = Annotated[
     str | None,
     typer.Option(
         "--model",
@@ -390,11 +384,11 @@ HistoryFile = Annotated[
 
 def chat(
     texts: Messages = None,
-    model: Talker = None,
+    model: ChatModelName = None,
     context_length: ContextLength = None,
     max_tokens: ReplyTokens = None,
     history: HistoryFile = None,
-    adapter: Adapter = None,
+    adapter: AdapterFolder = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
     pairs: Pairs = None,
@@ -404,40 +398,26 @@ def chat(
     from gmask.generation.chat import Chat
     from gmask.generation.settings import make_settings
 
-    settings = merge_pairs(pairs, max_tokens=max_tokens)
-    make_settings({"max_tokens": sys.maxsize, **settings})  # a mistake is told before the model and its limit are read
+    settings = merge_settings(pairs, max_tokens=max_tokens)
+    make_settings({"max_tokens": sys.maxsize, **settings})  # a mistake is reported before the model is loaded
     chosen = model or (base_of(adapter, "bundled-chat") if adapter else "bundled-chat")
     network, tokenizer = load(chosen, dtype=dtype, quantize=quantize, adapter=adapter)
     conversation = Chat(network, tokenizer, context_length=context_length, **settings)
-    _tell_context(conversation.chatter.context_length, network.config.max_position_embeddings)
+    _note_context(conversation.chatter.context_length, network.config.max_position_embeddings)
     if history is not None:
         conversation.load(history)
     if texts or not sys.stdin.isatty():
-        for text in read_texts(texts):
+        for text in texts_or_stdin(texts):
             reply = conversation.ask(text)
             print(reply.text, flush=True)
-            _tell(reply)
+            _note_limits(reply)
     else:
         converse(conversation)
 
 
 def converse(conversation: "Chat") -> None:
     """Answers one message after the other until the user ends it."""
-    from prompt_toolkit import PromptSession
-
-    session: PromptSession[str] = PromptSession(history=open_history(history_file("chat")))
-    print(CHAT_GREETING)
-    while True:
-        try:
-            text = read_message(session)
-            if text and not answer_message(conversation, text):
-                return
-        except GmaskError as error:
-            print(f"gmask: {error}")
-        except KeyboardInterrupt:
-            print()
-        except EOFError:
-            return
+    prompt_for_texts(CHAT_GREETING, lambda text: answer_message(conversation, text), history="chat", read=read_message)
 
 
 def read_message(session: "PromptSession[str]") -> str:
@@ -450,17 +430,17 @@ def read_message(session: "PromptSession[str]") -> str:
 
 
 def answer_message(conversation: "Chat", text: str) -> bool:
-    """Obeys a command or replies to a message; False if that was the end."""
-    word, _, argument = text.partition(" ")
+    """Runs a command or replies to a message; False if the conversation is to end."""
+    name, _, argument = text.partition(" ")
     if text in ("stop", "/stop", "/exit", "/quit"):
         return False
     if text == "clear":
-        word = "/clear"
-    obey = _commands(conversation).get(word)
-    if obey is not None:
-        print(obey(argument.strip()))
+        name = "/clear"
+    command = _commands(conversation).get(name)
+    if command is not None:
+        print(command(argument.strip()))
     elif text.startswith("/"):
-        raise GmaskError(f"there is no command {word}; /help lists them")
+        raise GmaskError(f"there is no command {name}; /help lists them")
     else:
         print_reply(conversation.stream(text))
     return True
@@ -486,7 +466,7 @@ def _commands(conversation: "Chat") -> dict[str, Callable[[str], str]]:
         conversation.load(Path(name).expanduser())
         return f"{len(conversation.messages)} messages"
 
-    return {"/clear": clear, "/undo": undo, "/save": save, "/load": load, "/help": lambda _: COMMANDS}
+    return {"/clear": clear, "/undo": undo, "/save": save, "/load": load, "/help": lambda _: CHAT_COMMANDS}
 
 
 def print_reply(fragments: Generator[str, None, "Reply"]) -> None:
@@ -496,7 +476,7 @@ def print_reply(fragments: Generator[str, None, "Reply"]) -> None:
             print(next(fragments), end="", flush=True)
     except StopIteration as done:
         print()
-        _tell(done.value)
+        _note_limits(done.value)
     except KeyboardInterrupt:
         fragments.close()
         print(" ...")
@@ -505,7 +485,7 @@ def print_reply(fragments: Generator[str, None, "Reply"]) -> None:
         raise
 
 
-def _tell_context(wanted: int, trained: int) -> None:
+def _note_context(wanted: int, trained: int) -> None:
     if wanted > trained:
         print(
             f"note: a context of {wanted} tokens, but the model was trained on at most {trained}: replies get worse "
@@ -514,7 +494,7 @@ def _tell_context(wanted: int, trained: int) -> None:
         )
 
 
-def _tell(reply: "Reply") -> None:
+def _note_limits(reply: "Reply") -> None:
     if reply.rounds_left_out:
         print(f"note: the oldest {reply.rounds_left_out} round(s) had no room in the context", file=sys.stderr)
     if reply.finish == "length":

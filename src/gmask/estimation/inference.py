@@ -27,7 +27,7 @@ from gmask.quantization.linear import QuantizedLayer
 from gmask.quantization.quantizer import QuantizationConfig, form_of, lay_out
 
 DeviceKind: TypeAlias = Literal["cpu", "cuda", "mps"]
-RUNTIME_BYTES: dict[DeviceKind, int] = {"cpu": 430_000_000, "mps": 430_000_000, "cuda": 500_000_000}
+INFERENCE_RUNTIME_BYTES: dict[DeviceKind, int] = {"cpu": 430_000_000, "mps": 430_000_000, "cuda": 500_000_000}
 """What a process takes beside the model: Python and the imported libraries with the buffers of their kernels, measured
 after `gmask.load` and a forward (torch 2.x, Linux, x86-64); of CUDA, its context on the GPU, which is assumed."""
 
@@ -94,7 +94,7 @@ def estimate_inference(
         weights=weight_bytes(shaped),
         cache=cache_bytes(config, dtype=dtype, context_length=context_length, batch_size=batch_size),
         working=_working_bytes(shaped, dtype=dtype, length=context_length, batch_size=batch_size, kind=device_kind),
-        runtime=RUNTIME_BYTES[device_kind],
+        runtime=INFERENCE_RUNTIME_BYTES[device_kind],
     )
 
 

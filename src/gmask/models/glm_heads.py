@@ -149,7 +149,7 @@ class GLMForSingleTokenCloze(GLMChoiceModel):
             raise ValueError("give target_ids [B, C]: the token of each choice")
         outputs = self.read(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
         states = outputs.last_hidden_state
-        start = find_answers(states, input_ids, attention_mask, sop_token_id=self.config.sop_token_id)
+        start = find_answer_starts(states, input_ids, attention_mask, sop_token_id=self.config.sop_token_id)
         logits = self.lm_head(take_states(states, start)).float().gather(1, target_ids)
         return self.choose(logits, labels, outputs)
 
@@ -226,7 +226,7 @@ class GLMForSequenceClassification(GLMPreTrainedModel):
             if attention_mask is not None and attention_mask.ndim == 2 and not published:
                 return attention_mask.long().argmax(-1)  # a tokenizer may pad on the left
             return torch.zeros(len(states), dtype=torch.long, device=states.device)
-        start = find_answers(states, input_ids, attention_mask, sop_token_id=self.config.sop_token_id)
+        start = find_answer_starts(states, input_ids, attention_mask, sop_token_id=self.config.sop_token_id)
         return start - 1 if self.config.pool_token == "pad" else start
 
 
@@ -247,7 +247,7 @@ def flatten_ragged(values: Ragged, width: int, device: torch.device) -> tuple[Te
     return torch.cat(numbers).to(device), torch.tensor(cells, dtype=torch.long, device=device)
 
 
-def find_answers(
+def find_answer_starts(
     states: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, *, sop_token_id: int | None
 ) -> Tensor:
     """Where the answer of each row starts, ``[B]``.
