@@ -160,6 +160,14 @@ def test_no_file_names_a_place_on_somebodys_machine() -> None:
     assert [str(path.relative_to(ROOT)) for path in text_files if place.search(path.read_text("utf-8"))] == []
 
 
+def test_the_public_names_are_those_of_the_stub() -> None:
+    import gmask
+
+    tree = ast.parse((PACKAGE / "__init__.pyi").read_text("utf-8"))
+    imported = [alias.asname for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert gmask.__all__ == sorted([*map(str, imported), "__version__"])
+
+
 def test_importing_the_package_loads_neither_torch_nor_transformers() -> None:
     done = run_python("import sys, gmask; print({'torch', 'transformers', 'numpy'} & set(sys.modules))")
     assert (done.stdout, done.stderr) == ("set()\n", "")
