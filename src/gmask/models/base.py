@@ -11,8 +11,8 @@ head alike; logits are gathered); norms and position tables are whole in every p
 like the weights that they replace, scales like the rows or columns that share them
 (`WeightQuantizer.update_parallel_plan`); quantized embeddings are whole.
 
-Shape letters: B rows, T positions, K key positions (cached ones first), H hidden size, N heads, D head size, L layers,
-P prefix length.
+Shape letters: B batch rows, T positions, K key positions (cached ones first), H hidden size, N heads, D head size, L
+layers, P prefix length.
 
 Source: Liu et al., "P-Tuning v2", ACL 2022; published code ``PrefixEncoder`` of modeling_chatglm.py.
 """

@@ -1,15 +1,15 @@
 """ChatGLM-6B: configuration, positions, layout of its inputs, model, spreading over devices.
 
-Module names are those of the published checkpoints, so that their keys need no renaming. Every tensor is batch-first;
-the published code is sequence-first inside.
+The forward pass is `PrefixLMModel.forward` (base.py), which calls the methods of `ChatGLMModel`; head and loss are in
+generate.py. Module names are those of the published checkpoints, so that their keys need no renaming. Every tensor is
+batch-first; the published code is sequence-first inside.
 
-Shape letters: B rows, T positions, K key positions (cached ones first), H hidden size, N heads, D head size, L layers,
-P prefix length, V vocabulary.
+Shape letters: B batch rows, T positions, K key positions (cached ones first), H hidden size, N heads, D head size, L
+layers, P prefix length, V vocabulary.
 
-Source: the published modeling_chatglm.py, revision of the 130528-entry vocabulary, ``get_masks``,
-``get_position_ids`` and ``RotaryEmbedding``.
-Source: published modeling_chatglm.py, revision of the 130528-entry vocabulary. Its division of the queries by
-layer + 1, undone after the product, only keeps half precision from overflowing and is left to the kernel.
+Source: published modeling_chatglm.py, revision of the 130528-entry vocabulary; positions as in its ``get_masks``,
+``get_position_ids`` and ``RotaryEmbedding``. Its division of the queries by layer + 1, undone after the product, only
+keeps half precision from overflowing and is left to the kernel.
 """
 
 import math
@@ -33,7 +33,7 @@ from gmask.native import ops as native
 from gmask.quantization.quantizer import QuantizationConfig
 
 PUBLISHED_LAYERS = 28
-"""The published block never learns ``num_layers`` and scales its residual for 28 layers, whatever the depth."""
+"""The published block does not get ``num_layers``: it scales its residual for 28 layers, whatever the depth."""
 
 IMAGE_PARTS = {"eva_config", "qformer_config", "image_length"}
 """Keys of VisualGLM, whose configs have the same ``model_type``, too, and often the same class."""
@@ -49,13 +49,13 @@ class ChatGLMConfig(PreTrainedConfig):
 
     Options that no published config has:
 
-    - ``residual_alpha``, the factor of the normalised residual; sqrt(56) unless stated, as published.
+    - ``residual_alpha``: the factor of the normalised residual; sqrt(56) by default, as published.
     - ``rotary_dtype``: ``"float32"``, or ``"module"`` for tables in the precision of the weights, as published; in half
       precision those are off by up to half a radian near position 2000.
-    - ``rotary_stretch`` divides the places, so that a longer text falls on the angles of a shorter one: 2.0 for twice
-      the ``max_position_embeddings``. Untrained: no published weights were tuned with it, and replies suffer.
-    - ``position_rule``: ``"v1.1"``, or ``"v0"`` for the places that the first published code (vocabulary of 150528)
-      gave, which differ between a pass over a whole text and step-by-step decoding.
+    - ``rotary_stretch`` divides the positions, so that a longer text gets the angles of a shorter one: 2.0 for twice
+      the ``max_position_embeddings``. Untrained: no published weights were tuned with it, and replies get worse.
+    - ``position_rule``: ``"v1.1"``, or ``"v0"`` for the positions of the first published code (vocabulary of 150528),
+      which differ between a pass over a whole text and step-by-step decoding.
     """
 
     model_type = "chatglm"
@@ -102,7 +102,7 @@ class ChatGLMConfig(PreTrainedConfig):
     auto_map: dict[str, Any] = field(default_factory=dict)  # no remote code; trainers read it unasked
 
     complete_published: ClassVar[Callable[[Mapping[str, Any]], dict[str, Any]] | None] = None
-    """Fills in what an early published config leaves out; whoever knows the vocabularies sets it."""
+    """Fills in what an early published config leaves out. `gmask.registration` sets it."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -157,14 +157,14 @@ def derive_chat_layout(
 ) -> Tensor:
     """Reads the layout ``[B, 2, T]`` off the tokens ``[B, T]``.
 
-    The context ends at the first ``<sop>``; what follows answers the first ``[gMASK]``, or the first ``[MASK]`` where
-    there is none, and carries its place. A ``<sop>`` inside the answer is a token like any other.
+    The context ends at the first ``<sop>``. The tokens behind it answer the first ``[gMASK]``, or if there is none the
+    first ``[MASK]``, and have its position. A ``<sop>`` inside the answer is a token like any other.
 
     Args:
-        attention_mask: ``[B, T]``, 0 at padding, which takes no place: a padded row gets the layout of the row alone.
+        attention_mask: ``[B, T]``, 0 at padding, which has no position: a padded row has the layout of the row without.
         sequence_ids: ``[B, T]``, which packed sequence a token belongs to; -1 at padding.
         rule: ``"v0"`` gives what the first published code did in a pass over a whole text: ``[MASK]`` goes before
-            ``[gMASK]``, and the answer to a ``[gMASK]`` counts its places on behind the context.
+            ``[gMASK]``, and the positions of the answer to a ``[gMASK]`` continue those of the context.
 
     Raises:
         ValueError: a sequence without ``<sop>``, or without a ``[gMASK]`` or ``[MASK]``.
@@ -193,9 +193,9 @@ def derive_chat_layout(
     start = before.gather(1, first(is_real).clamp(max=length - 1))
     of_blank = before.gather(1, blank.clamp(max=length - 1))
     moved = (column >= sop) & ((mask < length) if rule == "v0" else True)
-    place = torch.where(moved, of_blank, before[:, :-1]) - start
-    answer_place = (column - sop + 1).clamp(min=0)
-    return torch.stack((place, answer_place), dim=1) * is_real[:, None]
+    context_position = torch.where(moved, of_blank, before[:, :-1]) - start
+    answer_position = (column - sop + 1).clamp(min=0)
+    return torch.stack((context_position, answer_position), dim=1) * is_real[:, None]
 
 
 def inverse_frequencies(rotated: int, device: torch.device | None = None) -> Tensor:
@@ -204,29 +204,30 @@ def inverse_frequencies(rotated: int, device: torch.device | None = None) -> Ten
     return (1.0 / ROTARY_BASE**powers).half().float()
 
 
-def rotary_tables(places: Tensor, frequencies: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[B, 1, T, G, R]`` of the places ``[B, G, T]``.
+def rotary_tables(positions: Tensor, frequencies: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[B, 1, T, G, R]`` for positions ``[B, G, T]``.
 
-    G groups of R channels of a head turn by a place of their own: the place in the context and the one in the answer.
+    Each of the G groups of R channels of a head is rotated by one row of positions: by those in the context, or by
+    those in the answer.
 
     Args:
         frequencies: ``[R / 2]``.
-        dtype: in which places, angles and tables are computed.
+        dtype: in which positions, angles and tables are computed.
     """
-    angles = places.transpose(1, 2)[:, None, :, :, None].to(dtype) * frequencies.to(dtype)
+    angles = positions.transpose(1, 2)[:, None, :, :, None].to(dtype) * frequencies.to(dtype)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
 
 def apply_rotary(states: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns the channels of queries or keys ``[B, N, T, D]`` by the angles of `rotary_tables`."""
+    """Rotates the channels of queries or keys ``[B, N, T, D]`` by the angles of `rotary_tables`."""
     if native.can_rotate(states, tables[0]):
         return native.rotate(states, *tables)
     cos, sin = (table.to(states.dtype) for table in tables)
     groups = states.view(*states.shape[:-1], *cos.shape[-2:])
     left, right = groups.chunk(2, dim=-1)
-    turned: Tensor = groups * cos + torch.cat((-right, left), dim=-1) * sin
-    return turned.flatten(-2)
+    rotated: Tensor = groups * cos + torch.cat((-right, left), dim=-1) * sin
+    return rotated.flatten(-2)
 
 
 def read_chat_layout(
@@ -236,10 +237,10 @@ def read_chat_layout(
     sequence_ids: Tensor | None,
     cache: Cache | None,
 ) -> Tensor:
-    """The layout ``[B, 2, T]`` that the token ids carry.
+    """The layout ``[B, 2, T]`` that the token ids imply.
 
     Raises:
-        ValueError: the ids carry none, or the config does not say which ids are blanks.
+        ValueError: the ids imply none, or the config does not say which ids are blanks.
     """
     if input_ids is None:
         raise ValueError("inputs_embeds carry no layout: pass layout [B, 2, T]")
@@ -370,13 +371,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel, PrefixLMModel):
         return visible_from_published(attention_mask, length, cache)
 
     def rotary_tables(self, layout: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The angles of a layout: two groups of channels, or with 1-D positions one that follows the context alone."""
-        places = layout if self.config.position_encoding_2d else layout[:, :1]
+        """The tables of a layout: for two groups of channels; with 1-D positions for one, by those in the context."""
+        positions = layout if self.config.position_encoding_2d else layout[:, :1]
         if self.config.rotary_stretch != 1:
-            places = places / self.config.rotary_stretch
-        frequencies = inverse_frequencies(self.config.head_dim // places.shape[1], device=layout.device)
+            positions = positions / self.config.rotary_stretch
+        frequencies = inverse_frequencies(self.config.head_dim // positions.shape[1], device=layout.device)
         return rotary_tables(
-            places, frequencies, dtype=dtype if self.config.rotary_dtype == "module" else torch.float32
+            positions, frequencies, dtype=dtype if self.config.rotary_dtype == "module" else torch.float32
         )
 
     def _run_layers(
@@ -412,7 +413,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, PrefixL
         self.post_init()
 
     def tie_weights(self, missing_keys: set[str] | None = None, **kwargs: Any) -> None:
-        """Unless both were stored, and one left out for its wrong shape: `from_pretrained` will refuse it."""
+        """Ties, unless both were stored and one was left out for its wrong shape, which `from_pretrained` reports."""
         ends = {"lm_head.weight": self.lm_head, "transformer.word_embeddings.weight": self.transformer.word_embeddings}
         are_stored = missing_keys is not None and missing_keys.isdisjoint(ends)
         if not are_stored or not any(parameter.is_meta for end in ends.values() for parameter in end.parameters()):
@@ -426,7 +427,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, PrefixL
         self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        if self.config.position_rule == "v0":  # which gave decoded tokens, and them alone, the place of the blank
+        if self.config.position_rule == "v0":  # which gave only decoded tokens the position of the blank
             updated["layout"][:, 0, -1] = (updated["layout"][:, 1] == 0).sum(-1) - 1
         return updated
 
@@ -435,11 +436,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, PrefixL
 
 
 ENDS = ("transformer.word_embeddings", "transformer.final_layernorm", "lm_head")
-"""Before and behind the layers; together on the first device, where the prompt goes and the logits are read."""
+"""The parts before and behind the layers: on the first device, which gets the prompt and returns the logits."""
 
 
 def spread_layers(config: ChatGLMConfig, devices: int) -> dict[str, int]:
-    """A map of a model's parts to the devices 0, 1, ..., as even as can be; `ENDS` count as two layers.
+    """A map of a model's parts to the devices 0, 1, ..., as even as possible; `ENDS` count as two layers.
 
     Source: ``auto_configure_device_map`` in utils.py of THUDM/ChatGLM-6B, whose shares may differ by two layers.
 
@@ -449,8 +450,8 @@ def spread_layers(config: ChatGLMConfig, devices: int) -> dict[str, int]:
     layers = config.num_hidden_layers
     if not 1 <= devices <= layers:
         raise GmaskError(f"{layers} layers cannot be spread over {devices} devices: choose 1 to {layers}")
-    places = dict.fromkeys(ENDS, 0)
+    devices_of = dict.fromkeys(ENDS, 0)
     if config.pre_seq_len is not None:
-        places["transformer.prefix_encoder"] = 0
+        devices_of["transformer.prefix_encoder"] = 0
     share = (layers + 2) / devices
-    return places | {f"transformer.layers.{layer}": int((layer + 2) / share) for layer in range(layers)}
+    return devices_of | {f"transformer.layers.{layer}": int((layer + 2) / share) for layer in range(layers)}

@@ -82,9 +82,9 @@ class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin)
         generation_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> GenerateOutput | Tensor:
-        """transformers' `generate`; the prompt ends with ``<sop>``, and what follows fills the blank that it answers.
+        """transformers' `generate`; a prompt ends with ``<sop>``, and the new tokens fill the blank that it answers.
 
-        Also takes the published forms, of which the layout and the padding are kept: ``position_ids [B, 2, >= S]``,
+        Also takes the published forms, from which the layout and the padding are read: ``position_ids [B, 2, >= S]``,
         GLM's ``generation_attention_mask [B, 1, >= S, >= S]`` (1 = visible) and ChatGLM's boolean ``attention_mask
         [B, 1, S, S]`` (True = hidden).
 
@@ -106,7 +106,7 @@ class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin)
         return output
 
     def _grows_a_cache(self, kwargs: dict[str, Any]) -> bool:
-        """Whether `generate` would make a `DynamicCache`: nothing asks for another, or for none."""
+        """Whether `generate` would make a `DynamicCache`: no other cache is asked for, and one is wanted."""
         config = kwargs.get("generation_config") or self.generation_config
         use_cache, kind = (
             kwargs.get(name, getattr(config, name, None)) for name in ("use_cache", "cache_implementation")
@@ -123,7 +123,7 @@ class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin)
     def _prepare_attention_mask_for_generation(
         self, inputs_tensor: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
     ) -> Tensor:
-        """Only padding on the left counts: in published vocabularies the padding id also ends the context."""
+        """Counts padding on the left only: in published vocabularies the padding id also ends the context."""
         mask: Tensor = super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
         return (mask.cumsum(-1) > 0).long()
 
@@ -193,7 +193,7 @@ class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin)
         return updated
 
     def _prepare_static_cache(self, *args: Any, max_cache_len: int, **kwargs: Any) -> Cache:
-        """Of tokens and prefix."""
+        """A static cache with room for the prefix too."""
         room = max_cache_len + (self.config.pre_seq_len or 0)
         cache: Cache = super()._prepare_static_cache(*args, max_cache_len=room, **kwargs)
         return cache
@@ -201,9 +201,9 @@ class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin)
     def create_masks_for_generate(
         self, attention_mask: Tensor | None = None, past_key_values: Cache | None = None, **kwargs: Any
     ) -> Tensor | None:
-        """The padding mask, as long as a static cache: a compiled step then sees one shape. Forward does the rest.
+        """The padding mask, as long as a static cache, so that a compiled step sees one shape; `forward` does the rest.
 
-        Once the cache holds a prefix, the mask has that in front.
+        Once the cache holds a prefix, the mask has the prefix in front.
         """
         if attention_mask is None or past_key_values is None:
             return attention_mask

@@ -1,9 +1,10 @@
 """GLM (110M to 10B): configuration, layout of its inputs, trained prompt vectors, model.
 
-The vectors have ids of their own, behind the vocabulary: they are read like any token, take places in the layout, and
-are never written.
+Prompt vectors (P-tuning) have ids of their own, behind the vocabulary: they are read like any token, have positions in
+the layout, and are never generated.
 
-Module names are those of the published checkpoints, so that their keys need no renaming.
+The forward pass is `PrefixLMModel.forward` (base.py), which calls the methods of `GLMModel`; head and loss are in
+generate.py. Module names are those of the published checkpoints, so that their keys need no renaming.
 
 Shape letters: B rows, T positions, H hidden size, P vectors or prefix length, K key positions (cached ones first), N
 heads, D head size, L layers, V vocabulary.
@@ -30,7 +31,7 @@ from gmask.models.generate import PrefixLMForConditionalGeneration
 from gmask.models.layout import continues, derive_layout
 
 Network = Literal["lstm", "mlp", "none"]
-"""What trained vectors of P-tuning may come out of."""
+"""The network that computes the prompt vectors of P-tuning from a table; `"none"`: they are the table."""
 
 
 class GLMConfig(PreTrainedConfig):
@@ -40,15 +41,15 @@ class GLMConfig(PreTrainedConfig):
     own names. ``hidden_act`` is ``"gelu"`` (erf) for the published Hugging Face code and ``"gelu_pytorch_tanh"`` for
     the original training code and for models made here.
 
-    The ids of ``<sop>`` and of the blanks are what lets the model read a layout off the token ids; without them a
-    ``layout`` has to be given.
+    With the ids of ``<sop>`` and of the blanks the model reads a layout off the token ids; without them a ``layout``
+    has to be given.
 
-    What tuning adds, and no published config has:
+    Options that tuning adds, and no published config has:
 
-    - ``pre_seq_len`` trained keys and values in front of every layer (P-tuning v2), with ``prefix_projection`` out of a
-      small network.
-    - ``prompt_tokens`` trained vectors that stand in the text for words (P-tuning): ``prompt_ids`` are their ids.
-      ``prompt_encoder`` is the network that they come out of: ``"lstm"``, ``"mlp"``, or ``"none"``.
+    - ``pre_seq_len``: the number of trained keys and values in front of every layer (P-tuning v2); with
+      ``prefix_projection`` a small network computes them.
+    - ``prompt_tokens``: the number of trained vectors that take the place of words (P-tuning); ``prompt_ids`` are their
+      ids, and ``prompt_encoder`` is the network that computes them: ``"lstm"``, ``"mlp"``, or ``"none"``.
     """
 
     model_type = "glm_blank"
@@ -98,7 +99,7 @@ class GLMConfig(PreTrainedConfig):
     auto_map: dict[str, Any] = field(default_factory=dict)  # no remote code; trainers read it unasked
 
     complete_published: ClassVar[Callable[[Mapping[str, Any], str], dict[str, Any]] | None] = None
-    """Fills in what the published config of a folder or hub name leaves out; whoever knows the vocabularies sets it."""
+    """Fills in what the published config of a folder or hub name leaves out. `gmask.registration` sets it."""
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
@@ -124,7 +125,7 @@ class GLMConfig(PreTrainedConfig):
 
     @property
     def position_rows(self) -> int:
-        """Rows of a position table: with two tables, one more than positions, as published; answers start at 1."""
+        """Rows of a position table: with two tables one more than positions, as published, for answers start at 1."""
         return self.max_position_embeddings + int(self.block_position_encoding)
 
     @property
@@ -146,17 +147,17 @@ def read_layout(
     sequence_ids: Tensor | None,
     cache: Cache | None,
 ) -> Tensor:
-    """The layout ``[B, 2, T]`` that the token ids carry; beside a published mask, plain positions, as published.
+    """The layout ``[B, 2, T]`` that the token ids imply; with a published mask, plain positions, as published.
 
     Raises:
-        ValueError: the ids carry none, or the config does not say which ids are blanks.
+        ValueError: the ids imply none, or the config does not say which ids are blanks.
     """
     if input_ids is None:
         raise ValueError("inputs_embeds carry no layout: pass layout [B, 2, T]")
     batch, length = input_ids.shape
     if attention_mask is not None and attention_mask.ndim != 2:
-        place = torch.arange(length, device=input_ids.device).expand(batch, -1)
-        return torch.stack((place, torch.zeros_like(place)), dim=1)
+        positions = torch.arange(length, device=input_ids.device).expand(batch, -1)
+        return torch.stack((positions, torch.zeros_like(positions)), dim=1)
     sop, blanks = config.sop_token_id, config.blank_token_ids
     if sop is None or not blanks:
         raise ValueError("the config has no sop_token_id or blank ids: load with gmask.load, or pass layout [B, 2, T]")
@@ -172,7 +173,7 @@ def read_layout(
 
 
 def check_layout(layout: Tensor, inputs_embeds: Tensor, *, config: GLMConfig) -> None:
-    """Raises `ValueError` for a layout of another shape, or places that the tables do not have."""
+    """Raises `ValueError` for a layout of another shape, or positions that the tables do not have."""
     batch, length, _ = inputs_embeds.shape
     if layout.shape != (batch, 2, length):
         raise ValueError(f"layout is {list(layout.shape)}: for these inputs it must be {[batch, 2, length]}")
@@ -189,7 +190,7 @@ def check_layout(layout: Tensor, inputs_embeds: Tensor, *, config: GLMConfig) ->
 
 
 class PromptEncoder(nn.Module):
-    """P vectors out of a table, and a network that lets each depend on the others (``"lstm"``) or not (``"mlp"``)."""
+    """The prompt vectors: a table, and a network behind it in which they depend on each other (LSTM) or not (MLP)."""
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
@@ -213,7 +214,7 @@ class PromptEncoder(nn.Module):
         return vectors
 
     def embed(self, input_ids: Tensor, words: nn.Module) -> Tensor:
-        """Ids ``[B, T]`` to ``[B, T, H]``: a vector where an id is one of its own, else the word's embedding."""
+        """Ids ``[B, T]`` to ``[B, T, H]``: prompt vectors for ``prompt_ids``, word embeddings for all others."""
         is_prompt = input_ids >= self.first_id
         embedded: Tensor = words(input_ids.masked_fill(is_prompt, 0))
         vectors = self().to(embedded.dtype)[(input_ids - self.first_id).clamp(min=0)]
@@ -221,16 +222,16 @@ class PromptEncoder(nn.Module):
 
 
 def has_prompts(model: PreTrainedModel) -> bool:
-    """Whether a model has such vectors; a ChatGLM has none."""
+    """Whether a model has prompt vectors; a ChatGLM has none."""
     return isinstance(model.config, GLMConfig) and model.config.prompt_tokens > 0
 
 
 def attach_prompts(model: PreTrainedModel, count: int, network: Network) -> PromptEncoder:
-    """Gives a GLM new vectors in float32, in place of those that it may have; the table starts with words.
+    """Gives a GLM new prompt vectors in float32, which replace earlier ones; the table starts as word embeddings.
 
-    The words are drawn from the whole vocabulary, as in the training code, which draws from its first 5000.
+    The words are drawn from the whole vocabulary; the original training code draws them from its first 5000.
     """
-    for config in (model.config, model.base_model.config):  # two, where a head was put on the body of another model
+    for config in (model.config, model.base_model.config):  # two if the body came from another model than the head
         config.prompt_tokens, config.prompt_encoder = count, network
     encoder = PromptEncoder(model.config).to(model.device)
     words = model.get_input_embeddings()
@@ -242,7 +243,7 @@ def attach_prompts(model: PreTrainedModel, count: int, network: Network) -> Prom
 
 
 class ResidualLinear(nn.Linear):
-    """A projection into the residual stream; as published, it starts smaller in deeper models."""
+    """A projection into the residual stream; its initial weights are smaller in deeper models, as published."""
 
 
 class GLMAttention(SelfAttention):
@@ -398,7 +399,7 @@ class GLMModel(GLMPreTrainedModel, PrefixLMModel):
 
 
 class GLMLanguageModel(GLMPreTrainedModel):
-    """GLM and its language-modelling head, tied to the word embeddings: what writing and scoring share."""
+    """GLM and its language-modelling head, tied to the word embeddings: for generation and for scoring."""
 
     _tied_weights_keys = {"lm_head.weight": "glm.word_embeddings.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
@@ -411,7 +412,7 @@ class GLMLanguageModel(GLMPreTrainedModel):
 
 
 class GLMForConditionalGeneration(GLMLanguageModel, PrefixLMForConditionalGeneration):
-    """GLM that writes: logits at every position, and `generate`.
+    """GLM for generation: logits at every position, and `generate`.
 
     ``labels[t]`` is the token that position t must predict (not shifted, as published). Neither -100 nor the padding id
     is scored.

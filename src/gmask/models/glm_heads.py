@@ -1,8 +1,8 @@
-"""GLM's heads: choosing among given answers, and classification.
+"""GLM with heads for tasks: choosing among given answers, and classification.
 
 Scores are computed in float32, and the language-modelling head runs at the scored positions alone.
 
-Shape letters: B rows, C choices of a row, T positions, H hidden size, L labels.
+Shape letters: B batch rows, C choices of a row, T positions, H hidden size, L labels.
 
 Source: published code sunzeyeah/RLHF glm-10B-chinese/modeling_glm.py and THUDM/GLM model/downstream.py.
 """
@@ -19,13 +19,13 @@ from transformers.utils.generic import can_return_tuple
 from gmask.models.glm import GLMConfig, GLMLanguageModel, GLMModel, GLMPreTrainedModel
 
 THUDM_CLASSIFIER_NAMES = {"pool_layer": "dense", "multichoice_head": "out_proj"}
-"""What the layers of the classification head are called in checkpoints of THUDM/GLM, and here."""
+"""Names of the layers of the classification head: in checkpoints of THUDM/GLM, and here."""
 
 Ragged = Sequence[Sequence[Tensor | Sequence[int]]]
 
 
 class GLMChoiceModel(GLMLanguageModel):
-    """GLM that scores given tokens: what the three heads below share."""
+    """GLM that scores given tokens: the base of the three classes below."""
 
     accepts_loss_kwargs = False  # the loss is a mean over rows, not over tokens
 
@@ -79,10 +79,10 @@ class GLMForMultipleChoice(GLMChoiceModel):
         states = outputs.last_hidden_state
         width = max(map(len, choice_ids))
         targets, target_cells = flatten_ragged(choice_ids, width, states.device)
-        places, place_cells = flatten_ragged(choice_indices, width, states.device)
-        if not torch.equal(target_cells, place_cells):
+        positions, position_cells = flatten_ragged(choice_indices, width, states.device)
+        if not torch.equal(target_cells, position_cells):
             raise ValueError("choice_ids and choice_indices differ in the lengths of their choices")
-        scores = self.token_log_probs(states[target_cells // width, places], targets)
+        scores = self.token_log_probs(states[target_cells // width, positions], targets)
         logits = scores.new_zeros(len(states) * width).index_add(0, target_cells, scores).view(-1, width)
         counts = torch.tensor([len(choices) for choices in choice_ids], device=logits.device)
         lacking = torch.arange(width, device=logits.device) >= counts[:, None]
@@ -142,7 +142,7 @@ class GLMForSingleTokenCloze(GLMChoiceModel):
     ) -> MultipleChoiceModelOutput:
         """Logits ``[B, C]`` of the ids ``target_ids [B, C]`` at ``<sop>``; not log-probabilities, as published.
 
-        ``<sop>`` stands at the prefix length if ``attention_mask`` is one, as published, else where the ids say.
+        ``<sop>`` is at the prefix length if ``attention_mask`` is one, as published, else found among the ids.
         ``labels [B]`` are the indices of the right choices.
         """
         if target_ids is None:
@@ -238,7 +238,7 @@ def flatten_choices(input_ids: Tensor | None, *others: Tensor | None) -> tuple[T
 
 
 def flatten_ragged(values: Ragged, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """All numbers ``[n]`` of all choices, and for each the cell ``row * width + choice`` that it belongs to."""
+    """All numbers ``[n]`` of all choices, and for each the index ``row * width + choice`` of its choice."""
     numbers, cells = [torch.zeros(0, dtype=torch.long)], []
     for row, choices in enumerate(values):
         for column, choice in enumerate(choices):
@@ -250,10 +250,9 @@ def flatten_ragged(values: Ragged, width: int, device: torch.device) -> tuple[Te
 def find_answer_starts(
     states: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, *, sop_token_id: int | None
 ) -> Tensor:
-    """Where the answer of each row starts, ``[B]``.
+    """The position ``[B]`` where the answer of each row starts.
 
-    That is at the prefix length if the mask is one, else at the first ``<sop>``, else behind the last token that is not
-    padding.
+    It is the prefix length if the mask is one, else the first ``<sop>``, else the end of the row without padding.
     """
     batch, length, _ = states.shape
     if attention_mask is not None and attention_mask.ndim <= 1:
@@ -271,7 +270,7 @@ def take_states(hidden_states: Tensor, indices: Tensor) -> Tensor:
     """The states ``[B, H]`` at one index a row.
 
     Raises:
-        ValueError: an index behind the row, where ``<sop>`` was expected.
+        ValueError: an index behind the end of the row, for a row without ``<sop>``.
     """
     if hidden_states.is_cpu and bool((indices >= hidden_states.shape[1]).any()):
         raise ValueError("a row has no <sop>, whose state is read: end each text with <sop>")

@@ -1,11 +1,11 @@
-"""Where a token stands and what it may see: the layout, the mask, and packed sequences.
+"""2-D positions and attention masks: the layout, visibility, and packed sequences.
 
-A prefix language model needs two things beside the token ids. The *layout* ``[B, 2, T]`` holds a token's place in the
-context (row 0; an answer token carries the place of the blank that it fills) and its place inside the answer (row 1;
-0 in the context, 1 for ``<sop>``, 2 for the token after it). The *visibility* ``[B, 1, T, K]`` is True where a query
-may attend to a key: the context sees itself in both directions, an answer sees its context and what precedes it.
+A prefix language model needs two things beside the token ids. The *layout* ``[B, 2, T]`` holds each token's position in
+the context (row 0; an answer token has that of the blank which it fills) and its position in the answer (row 1; 0 in
+the context, 1 for ``<sop>``, 2 for the token after it). The *visibility* ``[B, 1, T, K]`` is True where a query may
+attend to a key: the context sees itself in both directions, an answer sees its context and the tokens before it.
 
-Shape letters: B rows, T query positions, K key positions (cached ones first).
+Shape letters: B batch rows, T query positions, K key positions (cached ones first).
 
 Source: Du et al., "GLM: General Language Model Pretraining with Autoregressive Blank Infilling", ACL 2022, section 2.1.
 """
@@ -31,7 +31,7 @@ def derive_layout(
     Args:
         input_ids: ``[B, T]``.
         blank_token_ids: ids of ``[MASK]``, ``[sMASK]``, ``[gMASK]``.
-        attention_mask: ``[B, T]``, 0 at padding, which takes no place: a padded row gets the layout of the row alone.
+        attention_mask: ``[B, T]``, 0 at padding, which has no position: a padded row has the layout of the row without.
         sequence_ids: ``[B, T]``, which packed sequence a token belongs to; -1 at padding. One sequence a row if absent.
 
     Returns:
@@ -49,18 +49,18 @@ def derive_layout(
     in_answer = (sop_count > 0) & is_real
     blank_ids = torch.tensor(list(blank_token_ids), device=input_ids.device)
     is_blank = torch.isin(input_ids, blank_ids) & is_real & ~in_answer
-    place = (_count_within(sequence_ids, is_real) - 1).clamp(min=0)
-    of_blank = place.gather(1, _find_blanks(sequence_ids, is_blank, sop_count, in_answer))
-    context_place = torch.where(in_answer, of_blank, place)
+    position = (_count_within(sequence_ids, is_real) - 1).clamp(min=0)
+    of_blank = position.gather(1, _find_blanks(sequence_ids, is_blank, sop_count, in_answer))
+    context_position = torch.where(in_answer, of_blank, position)
     column = torch.arange(input_ids.shape[1], device=input_ids.device)
     last_sop = torch.where(is_sop, column, torch.zeros_like(input_ids)).cummax(-1).values
-    answer_place = torch.where(in_answer, column - last_sop + 1, torch.zeros_like(input_ids))
-    context_place = torch.where(is_real, context_place, torch.zeros_like(input_ids))
-    return torch.stack((context_place, answer_place), dim=1)
+    answer_position = torch.where(in_answer, column - last_sop + 1, torch.zeros_like(input_ids))
+    context_position = torch.where(is_real, context_position, torch.zeros_like(input_ids))
+    return torch.stack((context_position, answer_position), dim=1)
 
 
 def _count_within(sequence_ids: Tensor, flags: Tensor) -> Tensor:
-    """How many flags ``[B, T]`` stand up to and at each token, counted anew in each packed sequence."""
+    """The number of flags ``[B, T]`` up to and at each token, within its packed sequence."""
     total = flags.long().cumsum(-1)
     starts = torch.ones_like(flags)
     starts[:, 1:] = sequence_ids[:, 1:] != sequence_ids[:, :-1]
@@ -69,9 +69,9 @@ def _count_within(sequence_ids: Tensor, flags: Tensor) -> Tensor:
 
 
 def _find_blanks(sequence_ids: Tensor, is_blank: Tensor, sop_count: Tensor, in_answer: Tensor) -> Tensor:
-    """The column of the blank that each token of an answer fills ``[B, T]``; of no meaning at other tokens.
+    """The column of the blank that each token of an answer fills, ``[B, T]``; undefined at other tokens.
 
-    Blanks get the ascending keys (sequence, rank); an answer looks up the greatest key not above its own.
+    Each blank has the key (sequence, rank), in ascending order; an answer looks up the greatest key not above its own.
 
     Raises:
         ValueError: an answer without a blank before it.
@@ -89,7 +89,7 @@ def _find_blanks(sequence_ids: Tensor, is_blank: Tensor, sop_count: Tensor, in_a
 
 
 def extend_layout(layout: Tensor, new_tokens: int) -> Tensor:
-    """Appends the places of the next ``new_tokens`` answer tokens: same blank, the place in the answer counts on."""
+    """Appends the positions of the next ``new_tokens`` answer tokens: of the same blank, and one further each."""
     steps = torch.arange(1, new_tokens + 1, device=layout.device, dtype=layout.dtype)
     last = layout[:, :, -1:]
     return torch.cat((layout, torch.cat((last[:, :1].expand(-1, -1, new_tokens), last[:, 1:] + steps), dim=1)), dim=-1)
@@ -111,22 +111,22 @@ def visible_keys(
     """The prefix-LM visibility ``[B, 1, T, K]`` (True = visible).
 
     Args:
-        in_context: ``[B, T]`` bool, True where a query stands in the context.
-        key_length: K; a static cache has more room than tokens.
+        in_context: ``[B, T]`` bool, True for queries in the context.
+        key_length: K; in a static cache more than the tokens so far.
         past_length: cached tokens before the first query; all of them are visible unless padded.
         key_padding: ``[B, <=K]``, 0 at padding.
         sequence_ids: ``[B, T]``; packed sequences do not see each other. Only without a cache.
     """
     batch, length = in_context.shape
-    key_place = torch.arange(key_length, device=in_context.device)
-    query_place = torch.arange(length, device=in_context.device) + past_length
-    visible = (key_place[None, :] <= query_place[:, None])[None]  # [1, T, K]
+    key_position = torch.arange(key_length, device=in_context.device)
+    query_position = torch.arange(length, device=in_context.device) + past_length
+    visible = (key_position[None, :] <= query_position[:, None])[None]  # [1, T, K]
     if length > 1:
         context_key = in_context.new_zeros(batch, key_length)
         if isinstance(past_length, int):
             context_key[:, past_length : past_length + length] = in_context
         else:  # a compiled graph must not depend on the value of the cache's length
-            context_key.scatter_(1, query_place.expand(batch, -1), in_context)
+            context_key.scatter_(1, query_position.expand(batch, -1), in_context)
         visible = visible | (in_context[:, :, None] & context_key[:, None, :])
     if sequence_ids is not None:
         visible = visible & (sequence_ids[:, :, None] == sequence_ids[:, None, :])
@@ -147,9 +147,9 @@ def published_mask(attention_mask: Tensor, *, query_length: int, past_length: in
     key_length = past_length + query_length
     if attention_mask.ndim <= 1:
         prefix_length = attention_mask.reshape(-1, 1, 1)
-        key_place = torch.arange(key_length, device=attention_mask.device) - past_length
-        query_place = torch.arange(query_length, device=attention_mask.device)
-        visible = ((key_place <= query_place[:, None]) | (key_place < prefix_length))[:, None]
+        key_position = torch.arange(key_length, device=attention_mask.device) - past_length
+        query_position = torch.arange(query_length, device=attention_mask.device)
+        visible = ((key_position <= query_position[:, None]) | (key_position < prefix_length))[:, None]
     elif attention_mask.ndim == 4:
         visible = attention_mask[:, :, -query_length:, -key_length:].bool()
     else:
@@ -163,7 +163,7 @@ def published_mask(attention_mask: Tensor, *, query_length: int, past_length: in
 def resolve_sequences(
     position_ids: Tensor | None, attention_mask: Tensor | None, sequence_ids: Tensor | None, cache: Cache | None
 ) -> Tensor | None:
-    """The packed sequences of each row: as given, or from 1-D positions that start anew (the way trainers pack).
+    """The packed sequences of each row: as given, or from 1-D positions that restart at 0, as trainers pack.
 
     Raises:
         ValueError: packed rows that continue a cache.
@@ -218,7 +218,7 @@ def build_mask(
 
 
 def _drop_idle(mask: Tensor) -> Tensor | None:
-    """None for a mask that hides nothing: attention is faster without one."""
+    """The mask, or None if it hides nothing: attention is faster without one."""
     if not mask.is_cpu or torch.compiler.is_compiling():
         return mask  # reading values would make the program wait for the device
     hides = ~mask if mask.dtype == torch.bool else mask
@@ -226,16 +226,17 @@ def _drop_idle(mask: Tensor) -> Tensor | None:
 
 
 def continues(cache: Cache | None) -> bool:
-    """Whether tokens have been read before those of this pass."""
+    """Whether the cache holds tokens already."""
     return cache is not None and bool(cache.get_seq_length() > 0)
 
 
 def keep_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """Of ``hidden_states [B, T, H]`` those that logits are wanted of.
+    """The hidden states ``[B, T, H]`` at the positions whose logits are asked for.
 
     Args:
-        logits_to_keep: as in transformers, how many last positions (0 = all) or which ones ``[K]`` of every row; or a
-            boolean mask ``[B, T]``, which gives ``[n, H]`` in row order: training pays for no other position.
+        logits_to_keep: as in transformers, the number of last positions (0 = all), or indices ``[K]`` for every row; or
+            a boolean mask ``[B, T]``, for which ``[n, H]`` is returned in row order, so that training computes no other
+            logits.
     """
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
