@@ -85,7 +85,7 @@ def test_it_is_the_model_quantized_in_memory_by_default_settings(name: str, form
 def test_a_weight_that_passes_in_pieces_gets_the_same_integers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = load(name, quantize="int4", group_size=32)
     for passing in (1, 200, 1000):  # a row, three rows, and a number that divides no weight
-        monkeypatch.setattr(quantizer, "PASSING", passing)
+        monkeypatch.setattr(quantizer, "CHUNK_NUMBERS", passing)
         assert_same(load(name, quantize="int4", group_size=32), whole)
 
 

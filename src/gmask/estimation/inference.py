@@ -1,10 +1,10 @@
-"""Memory of prompts and their answers: the weights, keys and values, and what a forward computes with.
+"""Memory of inference: the weights, keys and values, and the intermediate tensors of a forward pass.
 
-The largest moment is the reading of a whole prompt, in the multilayer perceptron of a block; for quantized weights also
-the first product, which repacks them. What is counted there is what `gmask.models` and `gmask.quantization` hold at
-that moment, line by line; change it with them. Training has other moments: training.py.
+Most memory is taken while a whole prompt is read, in the multilayer perceptron of a block; with quantized weights also
+at the first product, which repacks them. The counts follow the tensors that `gmask.models` and `gmask.quantization`
+hold at that moment, line by line; change them together. The memory of training is in training.py.
 
-Shape letters: B rows, T positions of the context, H hidden size, F width of the perceptron, V vocabulary.
+Shape letters: B batch rows, T positions of the context, H hidden size, F width of the perceptron, V vocabulary.
 """
 
 import math
@@ -28,8 +28,8 @@ from gmask.quantization.quantizer import QuantizationConfig, form_of, lay_out
 
 DeviceKind: TypeAlias = Literal["cpu", "cuda", "mps"]
 INFERENCE_RUNTIME_BYTES: dict[DeviceKind, int] = {"cpu": 430_000_000, "mps": 430_000_000, "cuda": 500_000_000}
-"""What a process takes beside the model: Python and the imported libraries with the buffers of their kernels, measured
-after `gmask.load` and a forward (torch 2.x, Linux, x86-64); of CUDA, its context on the GPU, which is assumed."""
+"""Bytes of a process without the model: Python and the imported libraries with the buffers of their kernels, measured
+after `gmask.load` and a forward (torch 2.x, Linux, x86-64); for CUDA its context on the GPU, which is an assumption."""
 
 BLOCK_STATES = 5
 """Tensors ``[B, T, H]`` that are held while the perceptron of a block runs: the embeddings, the input of the block, its
@@ -48,12 +48,12 @@ class MemoryEstimate:
 
     weights: int
     cache: int  # keys and values
-    working: int  # the largest that is held beside them for a moment
+    working: int  # the most that is held beside them at any moment
     runtime: int  # of the process without a model, or of CUDA's context
 
     @property
     def resident(self) -> int:
-        """What stays between two tokens."""
+        """Bytes that are held between two tokens."""
         return self.weights + self.cache + self.runtime
 
     @property
@@ -72,11 +72,11 @@ def estimate_inference(
 ) -> MemoryEstimate:
     """The memory that a model takes for prompts and answers, without loading it.
 
-    The prompt is taken to fill the context, which is the largest case: a shorter one takes as much for the cache in the
-    end, and less for reading.
+    The prompt is assumed to fill the context, which takes most: a shorter one takes as much for the cache in the end,
+    and less while it is read.
 
     Args:
-        model: its config, or the folder of its weights, of which the config or the shapes are read.
+        model: its config, or the folder of its weights, whose config or shapes are read.
         dtype: of the weights that are not quantized, and of the activations.
         form: of the quantized weights; by default what the config says.
         context_length: tokens of the prompt and its answer together.
@@ -99,7 +99,7 @@ def estimate_inference(
 
 
 def cache_bytes(config: Config, *, dtype: torch.dtype, context_length: int, batch_size: int) -> int:
-    """Bytes of the keys and values of all layers, with the room to grow that each has."""
+    """Bytes of the keys and values of all layers, with the spare positions of each."""
     positions = batch_size * capacity_for(context_length)
     return 2 * config.num_hidden_layers * positions * config.hidden_size * dtype.itemsize
 
@@ -116,7 +116,7 @@ def _check_lengths(config: Config, context_length: int, batch_size: int) -> None
 def _working_bytes(
     model: PreTrainedModel, *, dtype: torch.dtype, length: int, batch_size: int, kind: DeviceKind
 ) -> int:
-    """The largest of what reading the prompt and choosing a token hold for a moment."""
+    """The most that is held at any moment while the prompt is read or a token is chosen."""
     rows = batch_size * length
     mask = batch_size * length**2  # boolean
     block = max(
@@ -127,14 +127,14 @@ def _working_bytes(
 
 
 def _attention_bytes(config: Config, dtype: torch.dtype, batch_size: int, length: int) -> int:
-    """Input, normalised input, embeddings, queries, keys and values, turned ones, and the mask as numbers."""
-    turned = 2 if isinstance(config, ChatGLMConfig) else 0
-    states = 3 + 3 + turned + 1
+    """Input, normalised input, embeddings, queries, keys and values, rotated ones, and the mask as numbers."""
+    rotated = 2 if isinstance(config, ChatGLMConfig) else 0
+    states = 3 + 3 + rotated + 1
     return dtype.itemsize * batch_size * (states * length * config.hidden_size + length**2)
 
 
 def _perceptron_bytes(model: PreTrainedModel, dtype: torch.dtype, rows: int, kind: DeviceKind) -> int:
-    """What is held at its activation function, at its second product, or while that one's weight is being repacked."""
+    """The most at its activation function, at its second product, or while the weight of that is repacked."""
     narrow: int = rows * model.config.hidden_size * dtype.itemsize
     wide: int = rows * model.config.intermediate_size * dtype.itemsize
     second = next(layer for name, layer in model.named_modules() if name.endswith("mlp.dense_4h_to_h"))
@@ -143,7 +143,7 @@ def _perceptron_bytes(model: PreTrainedModel, dtype: torch.dtype, rows: int, kin
 
 
 def _product_bytes(layer: torch.nn.Module, rows: int, dtype: torch.dtype, kind: DeviceKind) -> int:
-    """What the product with a quantized weight needs beside its input and output."""
+    """Bytes of a product with a quantized weight beside its input and output."""
     if not isinstance(layer, QuantizedLayer):
         return 0
     columns = layer.weight.shape[1] * 8 // layer.bits
@@ -156,7 +156,7 @@ def _product_bytes(layer: torch.nn.Module, rows: int, dtype: torch.dtype, kind: 
 
 
 def _repacking_bytes(layer: torch.nn.Module, kind: DeviceKind) -> int:
-    """The second copy of a weight that is being repacked, which the first product does."""
+    """The second copy of a weight while the first product repacks it."""
     return layer.weight.nbytes if isinstance(layer, QuantizedLayer) and _has_kernel(kind) else 0
 
 
@@ -172,14 +172,14 @@ def _choice_bytes(vocabulary: int, dtype: torch.dtype, batch_size: int) -> int:
 
 
 def _has_kernel(kind: DeviceKind) -> bool:
-    """Whether the package's C++ kernel serves, for which weights are repacked."""
+    """Whether the package's C++ kernel is used, for which weights are repacked."""
     return kind == "cpu" and available_paths()[0] not in ("aten", "torch")
 
 
 def read_shape_config(folder: Path) -> Config:
-    """The config of a folder; of a checkpoint of the training code, what its shapes tell.
+    """The config of a folder; of a checkpoint of the training code, the config that its shapes imply.
 
-    Such a checkpoint does not tell the number of attention heads, on which no size depends.
+    They do not imply the number of attention heads, on which no size depends.
 
     Raises:
         GmaskError: as of `gmask.checkpoints.config.read_config`.
@@ -188,7 +188,7 @@ def read_shape_config(folder: Path) -> Config:
 
 
 def config_of_family(family: Family) -> Config:
-    """The config of a published model, by its row of the catalog."""
+    """The config of a published model, by its entry in the catalog."""
     config_class: type[GLMConfig | ChatGLMConfig] = GLMConfig if family.architecture == "glm" else ChatGLMConfig
     stored = {"quantization_bit": family.bits, "quantization_embeddings": family.quantized_embeddings}
     return config_class(

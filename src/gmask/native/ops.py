@@ -149,7 +149,7 @@ HEAD_STEP, MAX_HEAD = 16, 512  # csrc/kernels.h: kHeadStep, csrc/exponential.h: 
 
 
 def can_attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> bool:
-    """Whether `attend` takes these: one query, on the CPU, in float32 or bfloat16, no gradients."""
+    """Whether `attend` takes these tensors: one query, on the CPU, in float32 or bfloat16, no gradients."""
     return (
         query.shape[2] == 1
         and _are_served(query, key, value)
@@ -207,7 +207,7 @@ def attend(
 
 
 def can_gelu(x: Tensor) -> bool:
-    """Whether `gelu` takes these: bfloat16 on the CPU, no gradients."""
+    """Whether `gelu` takes this tensor: bfloat16 on the CPU, no gradients."""
     return x.dtype == torch.bfloat16 and x.is_contiguous() and _are_served(x)
 
 
@@ -223,7 +223,7 @@ def gelu(x: Tensor, *, isa: str | None = None) -> Tensor:
 
 
 def can_rotate(states: Tensor, cosines: Tensor) -> bool:
-    """Whether `rotate` takes these: float32 or bfloat16 on the CPU, float32 tables, no gradients."""
+    """Whether `rotate` takes these tensors: float32 or bfloat16 on the CPU, float32 tables, no gradients."""
     return (
         states.dtype in NUMBER_TYPES
         and states.stride(-1) == 1
@@ -234,7 +234,7 @@ def can_rotate(states: Tensor, cosines: Tensor) -> bool:
 
 
 def rotate(states: Tensor, cosines: Tensor, sines: Tensor, *, isa: str | None = None) -> Tensor:
-    """Rotates channels i and i + R/2 of each group by their angle, in float32, rounded once.
+    """Rotates channels i and i + R/2 of each group by an angle, in float32, rounded once.
 
     Args:
         states: ``[B, N, T, G * R]``.

@@ -1,8 +1,8 @@
 """Products with int8 and int4 weights by torch's own CPU operations.
 
-They take bfloat16 activations only: float32 ones cost a hundred times more, and float16 sums may overflow. A scale a
-row is applied to the output, in float32, with ones in the pack, which is more accurate than the bfloat16 scale of the
-pack; group-wise scales must go into the pack.
+They are used for bfloat16 activations only: float32 ones cost a hundred times more, and float16 sums may overflow. A
+scale per row is applied to the output in float32, and the packed scales are ones, which is more accurate than packed
+bfloat16 scales; group-wise scales have to be packed.
 """
 
 from functools import cache
@@ -26,7 +26,7 @@ def aten_takes(*, bits: int, outputs: int, columns: int, group_size: int | None)
 
 @cache
 def _layout() -> int | None:
-    """The rows whose nibbles lie side by side in torch's int4 layout, which hangs on the CPU; None if it is another."""
+    """The number of rows whose nibbles are adjacent in torch's int4 layout on this CPU; None for an unknown layout."""
     integers = torch.arange(LAYOUT_ROWS * 32).mul(7).remainder(16).sub(8).to(torch.int8).view(LAYOUT_ROWS, 32)
     try:
         packed = pack_aten(pack_int4(integers), bits=4)

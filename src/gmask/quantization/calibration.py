@@ -1,16 +1,16 @@
-"""GPTQ: weights are rounded so that what the layers put out changes least on real text.
+"""GPTQ: weights are rounded so that the outputs of the layers change least on real text.
 
-GPTQ: columns are rounded one after another, and what rounding one of them changes in the layer's output is made up for
-by those that are still to come, by the second moments of the layer's inputs. The result has the same form as without
+Columns are rounded one after another. The error in the layer's output that rounding a column causes is compensated by
+the columns not rounded yet, with the second moments of the layer's inputs. The result has the same form as without
 calibration, and runs as fast.
 
-A ChatGLM reads a context and writes on behind ``[gMASK]``. A GLM also fills in what is missing, so its pieces are of
-the kinds that it was trained on in turn: short spans, longer ones, and all that follows a context. Rounded by one kind
-alone, a GLM loses on the others more than calibration gains.
+The text is cut into pieces. A ChatGLM continues a context behind ``[gMASK]``. A GLM also fills blanks, so its pieces
+take turns among the kinds that it was trained on: short spans, longer ones, and all that follows a context. Rounded by
+one kind alone, a GLM loses more on the others than calibration gains.
 
 Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", ICLR 2023,
-section 3 and algorithm 1; columns in the order of their second
-moments as in the authors' code (``act-order``), with scales that are found beforehand.
+section 3 and algorithm 1; columns in the order of their second moments as in the authors' code (``act-order``), with
+scales that are found beforehand.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,14 +28,14 @@ from gmask.quantization.formats import check_format
 from gmask.quantization.linear import SCALE_DTYPE, QuantEmbedding, QuantLinear
 from gmask.quantization.quantizer import QUANTIZED_LINEARS, ModelType, QuantizationConfig, find_layers, finish
 
-COLUMN_BLOCK = 128  # whose corrections reach the later columns in one product
+COLUMN_BLOCK = 128  # columns whose corrections are applied to the later ones in one product
 DAMPING = 0.01  # of the mean second moment, added to each
 CLIPPINGS = torch.linspace(0.7, 1.15, 19)  # of the scale by which the extreme of a group becomes the lowest integer
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """What the first block is called with."""
+    """The arguments of the first block in one pass."""
 
     hidden_states: Tensor
     others: Mapping[str, Any]
@@ -49,9 +49,9 @@ def calibrate_model(
     group_size: int | None = 128,
     embeddings: bool = False,
 ) -> ModelType:
-    """Quantizes a model in place, block by block, each on what the quantized blocks before it put out.
+    """Quantizes a model in place, block by block, each on the outputs of the quantized blocks before it.
 
-    Beside the model it takes the hidden states of all batches, and K^2 numbers for a layer of K columns.
+    Beside the memory of the model it takes the hidden states of all batches, and K^2 numbers for a layer of K columns.
 
     Args:
         model: a GLM or ChatGLM, with or without a head.
@@ -160,7 +160,7 @@ def round_columns(weight: Tensor, moments: Tensor, *, bits: int, group_size: int
     lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     groups = torch.split(weight, width, dim=1)
     scales = torch.stack([_find_scale(group, lowest, highest) for group in groups], dim=1)
-    # The columns that matter most go first, while there are many others left to make up for them.
+    # The columns that matter most are rounded first, while many others are left to compensate for them.
     order = moments.diagonal().argsort(descending=True)
     weight, factor = weight[:, order], _inverse_factor(moments[order][:, order])
     integers = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
@@ -168,11 +168,11 @@ def round_columns(weight: Tensor, moments: Tensor, *, bits: int, group_size: int
         stop = min(start + COLUMN_BLOCK, columns)
         errors = weight.new_empty(rows, stop - start)
         for column in range(start, stop):
-            place = int(order[column])
-            scale = scales[:, place // width].float()
+            original = int(order[column])
+            scale = scales[:, original // width].float()
             values = weight[:, column]
             rounded = (values / torch.where(scale == 0, 1, scale)).round().clamp_(lowest, highest)
-            integers[:, place] = rounded.to(torch.int8)
+            integers[:, original] = rounded.to(torch.int8)
             error = (values - rounded * scale) / factor[column, column]
             weight[:, column:stop] -= torch.outer(error, factor[column, column:stop])
             errors[:, column - start] = error
@@ -200,10 +200,10 @@ def _inverse_factor(moments: Tensor) -> Tensor:
 
 
 def _find_scale(group: Tensor, lowest: int, highest: int) -> Tensor:
-    """For each row of ``[N, W]``, the scale that keeps the squared error least.
+    """The scale with the least squared error, for each row of ``[N, W]``.
 
-    The integers reach one further below zero than above, so the extreme of a group is put there: by a scale of its
-    opposite sign.
+    The integers reach one further below zero than above, so the extreme of a group becomes the lowest integer: the
+    scale has the opposite sign of the extreme.
     """
     extreme = group.gather(1, group.abs().argmax(dim=1, keepdim=True)) / lowest  # [N, 1]
     best = torch.zeros_like(extreme)
@@ -220,10 +220,10 @@ def _find_scale(group: Tensor, lowest: int, highest: int) -> Tensor:
 PIECE_TOKENS = 256
 PIECES = 256
 SHORT_SPANS = ((1, 6), (2, 13), (3, 20), (4, 27), (6, 40))
-"""Hidden tokens, and those of the text that they are in the middle of; in turn. About 15 of 100, as in pretraining."""
+"""Tokens of a span, and of the stretch of text around it; in turn. About 15 of 100 are hidden, as in pretraining."""
 
 LONG_SPAN, LONG_STRIDE = 24, 120
-SHARES = (0.25, 0.5, 0.75)  # of a piece that is context when the rest is to be written
+SHARES = (0.25, 0.5, 0.75)  # of a piece that is context, when the rest is to be generated
 
 
 def cut_texts(
@@ -234,10 +234,10 @@ def cut_texts(
     length: int = PIECE_TOKENS,
     pieces: int = PIECES,
 ) -> list[dict[str, Tensor]]:
-    """The arguments of ``forward``, a row each, for pieces of the texts.
+    """The arguments of ``forward`` for pieces of the texts, one piece each.
 
     Args:
-        config: the model's, for its kind, its special ids and its number of positions.
+        config: of the model: its architecture, special ids and number of positions are used.
         length: tokens of text in a piece.
         pieces: at most; taken from the texts in their order.
 
@@ -295,9 +295,9 @@ def _lay_out(
         ids.append(mask)
         end = stop
     ids += piece[end:]
-    places, steps = list(range(len(ids))), [0] * len(ids)
-    for place, answer in answers:
+    context_positions, answer_positions = list(range(len(ids))), [0] * len(ids)
+    for blank, answer in answers:
         ids += [config.sop_token_id, *answer]
-        places += [place] * (len(answer) + 1)
-        steps += range(1, len(answer) + 2)
-    return {"input_ids": torch.tensor([ids]), "layout": torch.tensor([[places, steps]])}
+        context_positions += [blank] * (len(answer) + 1)
+        answer_positions += range(1, len(answer) + 2)
+    return {"input_ids": torch.tensor([ids]), "layout": torch.tensor([[context_positions, answer_positions]])}

@@ -7,7 +7,7 @@ Integers are symmetric around zero: ``weight ~ scale * integer``.
 The published format: int8 ``[N, K]``, or int4 ``[N, K/2]`` with column 2j in the high nibble of byte j and 2j+1 in the
 low one, in two's complement; a float16 scale per row (quantization.py of the published ChatGLM-6B).
 
-Shape letters: N output rows, K input columns, G groups of K/G columns that share a scale (1 where a whole row does).
+Shape letters: N output rows, K input columns, G groups of K/G columns that share a scale (1 if a whole row does).
 """
 
 import torch
@@ -24,12 +24,12 @@ GROUP_SIZES = (32, 64, 128)
 def quantize(
     weight: Tensor, bits: int, *, group_size: int | None = None, dtype: torch.dtype = torch.float16
 ) -> tuple[Tensor, Tensor]:
-    """The integers of a weight and their scales, as published where ``group_size`` is None.
+    """The integers of a weight and their scales; as published if ``group_size`` is None.
 
     ``scale = max|w| / (2**(bits-1) - 1)`` and ``integer = round(w / scale)``, halves to even, both in ``dtype``: the
     published checkpoints were made in float16, a float32 model quantized on a CPU got float32 scales. Where the
-    original divides by zero (a row of zeros) or overflows (a scale without enough digits), scale and integers are
-    zero, or the nearest that fit.
+    original divides by zero (a row of zeros) or overflows (a subnormal scale), scale and integers are zero, or the
+    nearest in range.
 
     Args:
         weight: ``[N, K]``, floating point.
@@ -116,12 +116,12 @@ def dequantize(integers: Tensor, scale: Tensor, dtype: torch.dtype = torch.float
 
 
 def pack_blocks(packed: Tensor, bits: int) -> Tensor:
-    """The published ``[N, K * bits / 8]`` in the blocks that the kernels read from start to end.
+    """The published ``[N, K * bits / 8]`` in the blocks that the kernels read sequentially.
 
-    The plain twin of `gmask.native.ops.pack_blocks`; the layout is described in native/csrc/kernels.h.
+    The plain twin of `gmask.native.ops.pack_blocks_native`; the layout is described in native/csrc/kernels.h.
 
     Returns:
-        uint8, ``[N/32, K * bits / 32, 32, 4]``: 32-bit words of a row each; N and K padded to 32.
+        uint8, ``[N/32, K * bits / 32, 32, 4]``: each 32-bit word is of one row; N and K are padded to 32.
     """
     rows, width = packed.shape
     packed = pad(packed, (0, -width % (BLOCK_COLUMNS * bits // 8), 0, -rows % BLOCK_ROWS)).view(torch.uint8)
@@ -144,7 +144,7 @@ def unpack_blocks(blocks: Tensor, bits: int, rows: int, columns: int) -> Tensor:
 
 
 def pack_scale_blocks(scale: Tensor) -> Tensor:
-    """Scales ``[N]`` or ``[N, G]`` as ``[N/32, G, 32]``, beside their blocks."""
+    """Scales ``[N]`` or ``[N, G]`` as ``[N/32, G, 32]``, in the order of the blocks."""
     scale = scale.view(scale.shape[0], -1)
     scale = pad(scale, (0, 0, 0, -scale.shape[0] % BLOCK_ROWS))
     return scale.view(-1, BLOCK_ROWS, scale.shape[1]).transpose(1, 2).contiguous()

@@ -3,8 +3,8 @@
 Paths, fastest first: on CUDA devices Triton's kernels ("triton"); on CPUs the package's C++ kernel with the widest
 instruction set of the machine ("avx512_vnni", "avx512", "neon", "avx2"), torch's own operations ("aten") and the same
 C++ for any CPU ("portable"); plain torch ("torch"), which dequantizes a few rows at a time, wherever nothing else fits.
-``GMASK_MATMUL`` names one of the CPU's to force; "torch" holds for GPUs too. Every path computes the same numbers up to
-rounding, and "avx512_vnni" rounds bfloat16 activations to int8; sums are float32.
+``GMASK_MATMUL`` forces one of the CPU's paths; "torch" is forced on GPUs too. Every path computes the same numbers up
+to rounding; "avx512_vnni" rounds bfloat16 activations to int8. Sums are float32.
 
 Shape letters: formats.py, M rows of activations.
 """
@@ -56,7 +56,7 @@ class PackedWeight:
         return self.data.nbytes + self.scale.nbytes
 
     def unpack(self) -> tuple[Tensor, Tensor]:
-        """The weight and scale that were given to `prepare`, bit for bit."""
+        """The weight and scale that `prepare` was given, bit for bit."""
         if self.path in NATIVE_PATHS:
             weight = unpack_blocks(self.data, self.bits, self.outputs, self.columns)
             return weight, unpack_scale_blocks(self.scale, self.outputs, group_size=self.group_size)
@@ -81,7 +81,7 @@ class PackedWeight:
 
 
 def available_paths(device: torch.device | None = None) -> tuple[str, ...]:
-    """The paths of a device, this machine's CPU by default, the preferred first."""
+    """The paths of a device, by default of this machine's CPU; the fastest first."""
     device = device or torch.device("cpu")
     usable = {"torch", *(("aten", *native.instruction_sets()) if device.type == "cpu" else ())}
     if _triton_kernels(device):
@@ -91,7 +91,7 @@ def available_paths(device: torch.device | None = None) -> tuple[str, ...]:
 
 @cache
 def _triton_kernels(device: torch.device) -> ModuleType | None:
-    """The kernels of a CUDA device, or on the CPU of Triton's interpreter; None where a trial of them fails."""
+    """The kernels of a CUDA device, or of Triton's interpreter on the CPU; None if a trial of them fails."""
     if device.type != ("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"):
         return None
     try:
@@ -107,7 +107,7 @@ def _triton_kernels(device: torch.device) -> ModuleType | None:
 
 
 def describe_path() -> str:
-    """Which path serves on this machine's CPU, for people."""
+    """The path of this machine's CPU, in words."""
     path = _chosen_path() or available_paths()[0]
     if path in NATIVE_PATHS:
         return f"the package's C++ kernel ({path.replace('_', ' ')})"
@@ -121,7 +121,7 @@ def describe_path() -> str:
 
 
 def _chosen_path() -> str | None:
-    """The path that the environment forces."""
+    """The path that the environment variable `PATH_VARIABLE` forces."""
     path = os.environ.get(PATH_VARIABLE) or None
     if path is not None and path not in available_paths():
         raise GmaskError(f"{PATH_VARIABLE}={path}: this machine has {', '.join(available_paths())}")
@@ -131,7 +131,7 @@ def _chosen_path() -> str | None:
 def prepare(
     weight: Tensor, scale: Tensor, *, bits: int, group_size: int | None = None, path: str | None = None
 ) -> PackedWeight:
-    """A weight, repacked without loss for the fastest path of its device.
+    """Repacks a weight without loss for the fastest path of its device.
 
     Args:
         weight: published integers, int8 ``[N, K * bits / 8]`` (`formats.pack`).
@@ -228,7 +228,7 @@ def _multiply(rows: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor
 
 
 def _multiply_in_chunks(x: Tensor, packed: PackedWeight) -> Tensor:
-    """Dequantizes `ROW_CHUNK` rows of the weight, multiplies, and goes on."""
+    """The product, with `ROW_CHUNK` rows of the weight dequantized at a time."""
     y = x.new_empty(x.shape[0], packed.outputs)
     scale = packed.row_scale()
     # A bfloat16 holds the integers exactly, the scaled weights not; a float16 sum of unscaled products may overflow.
@@ -244,7 +244,7 @@ def _multiply_in_chunks(x: Tensor, packed: PackedWeight) -> Tensor:
 
 
 def _multiply_transposed(grad: Tensor, packed: PackedWeight) -> Tensor:
-    """``grad @ dequantized``: what flows back to the activations, summed in float32."""
+    """``grad @ dequantized``: the gradient of the activations, summed in float32."""
     total = grad.new_zeros(grad.shape[0], packed.columns, dtype=torch.promote_types(grad.dtype, torch.float32))
     scale = packed.row_scale()
     for start in range(0, packed.outputs, ROW_CHUNK):

@@ -1,8 +1,8 @@
 """Linear layers and embeddings that keep their weight in int8 or int4.
 
-A layer holds the integers and scales as published, under the published names ``weight`` and ``weight_scale``. The first
-product repacks them for the fastest path of the machine and lets the published form go, so that one copy is held; who
-reads ``weight`` or ``weight_scale``, saves or copies the layer finds the published form again, bit for bit.
+A layer holds integers and scales as published, under the published names ``weight`` and ``weight_scale``. The first
+product repacks them for the fastest path of the machine and drops the published form, so that one copy is held. Reading
+``weight`` or ``weight_scale``, saving or copying the layer restores the published form, bit for bit.
 """
 
 import threading
@@ -23,20 +23,20 @@ _packing = threading.Lock()  # two threads may share a model
 
 @dataclass(frozen=True, slots=True)
 class _Packed:
-    """What hangs on a weight whose numbers are held in the layout of a fast path."""
+    """An attribute of a weight whose numbers are held in the layout of a fast path."""
 
     product: PackedWeight
-    scale: nn.Parameter  # its numbers are held there too
+    scale: nn.Parameter  # its numbers are in `product` too
 
 
 class QuantizedLayer(nn.Module):
-    """A weight ``[N, K]`` as integers and scales, which no cast to another precision touches.
+    """A weight ``[N, K]`` as integers and scales, which casts to another precision leave as they are.
 
     Attributes:
         weight: int8 ``[N, K * bits / 8]``, as `formats.pack` has it.
         weight_scale: float16 (or float32), ``[N]``, or ``[N, K / group_size]``.
         group_size: columns that share a scale; None for all of a row.
-        divided: of the names whose tensor is a share of this process's, how the whole is divided.
+        divided: for each tensor that is this process's share of a larger one, by name: how the whole is divided.
     """
 
     weight: Tensor
@@ -44,7 +44,7 @@ class QuantizedLayer(nn.Module):
     bits: int
     group_size: int | None
     divided: dict[str, dict[str, Any]]
-    _hf_quantized_needs_local_tp = True  # transformers hands the share over, and sums what the shares give
+    _hf_quantized_needs_local_tp = True  # transformers passes the share, and sums the products of the shares
 
     def _set_format(
         self, rows: int, columns: int, bits: int, group_size: int | None, device: torch.device | str | None
@@ -62,7 +62,7 @@ class QuantizedLayer(nn.Module):
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
 
     def take_share(self) -> None:
-        """Of a weight that is divided among processes, keeps the share of this one as an ordinary tensor."""
+        """Keeps this process's share of a weight that is divided among processes, as an ordinary tensor."""
         for name in ("weight", "weight_scale"):
             whole: Any = self._parameters[name]
             if hasattr(whole, "placements"):  # a DTensor, whose module not every build of torch has
@@ -71,11 +71,11 @@ class QuantizedLayer(nn.Module):
                 self._parameters[name] = nn.Parameter(whole.detach().to_local(), requires_grad=False)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight ``[N, K]`` that the integers stand for."""
+        """The weight ``[N, K]``: integers times scales."""
         return dequantize(unpack(self.weight.data, self.bits), self.weight_scale.data, dtype)
 
     def product(self) -> PackedWeight:
-        """The weight in the layout that its device multiplies fastest by; the published form is let go for it."""
+        """The weight in the fastest layout of its device, which replaces the published form."""
         weight: nn.Parameter = self._parameters["weight"]  # type: ignore[assignment]
         packed: _Packed | None = getattr(weight, "packed", None)
         if packed is not None:
@@ -86,14 +86,14 @@ class QuantizedLayer(nn.Module):
                 return now.product
             scale: nn.Parameter = self._parameters["weight_scale"]  # type: ignore[assignment]
             product: PackedWeight = prepare(weight.data, scale.data, bits=self.bits, group_size=self.group_size)
-            is_offloaded = hasattr(self, "_hf_hook")  # accelerate puts other numbers in place before each product
+            is_offloaded = hasattr(self, "_hf_hook")  # accelerate loads the numbers anew before each product
             if product.data.data_ptr() != weight.data_ptr() and not is_offloaded:
                 weight.packed = _Packed(product, scale)  # type: ignore[attr-defined]
                 weight.data, scale.data = _without_numbers(weight), _without_numbers(scale)
             return product
 
     def settle(self) -> None:
-        """Takes numbers on the CPU into memory of their own, in the layout of their product."""
+        """Copies a weight on the CPU into memory of its own, in the layout of its product."""
         weight: nn.Parameter = self._parameters["weight"]  # type: ignore[assignment]
         if not weight.is_cpu:
             return
@@ -103,7 +103,7 @@ class QuantizedLayer(nn.Module):
             weight.data = weight.data.clone()
 
     def _unpack(self) -> None:
-        """Puts the published form back in place."""
+        """Restores the published form."""
         weight = self._parameters.get("weight")
         if getattr(weight, "packed", None) is None:
             return
@@ -135,16 +135,16 @@ class QuantizedLayer(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves everything, casts nothing but the bias."""
+        """Moves everything, but casts only the bias."""
         names = ("weight", "weight_scale")
-        place = fn(torch.empty(0, dtype=torch.int8, device=self._parameters["weight"].device)).device  # type: ignore[union-attr]
-        if any(self._parameters[name].device != place for name in names):  # type: ignore[union-attr]
+        device = fn(torch.empty(0, dtype=torch.int8, device=self._parameters["weight"].device)).device  # type: ignore[union-attr]
+        if any(self._parameters[name].device != device for name in names):  # type: ignore[union-attr]
             self._unpack()
             for name in names:
                 parameter: nn.Parameter = self._parameters[name]  # type: ignore[assignment]
                 moved = fn(parameter.data)
                 if moved.dtype != parameter.dtype:
-                    moved = parameter.data.to(place)
+                    moved = parameter.data.to(device)
                 if torch._has_compatible_shallow_copy_type(parameter.data, moved):
                     parameter.data = moved
                 else:
@@ -159,7 +159,7 @@ class QuantizedLayer(nn.Module):
 
 
 def _without_numbers(parameter: Tensor) -> Tensor:
-    """A tensor of the same shape that takes no room; what reads it without asking the layer finds zeros."""
+    """A tensor of the same shape that takes no memory; code that reads it past the layer's attribute finds zeros."""
     return torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
 
 
@@ -191,7 +191,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     @classmethod
     def like(cls, linear: nn.Linear, *, bits: int, group_size: int | None = None) -> Self:
-        """An empty layer in place of another, whose bias it takes over."""
+        """An empty layer of the same shape as another, with its bias."""
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -226,7 +226,7 @@ class QuantEmbedding(QuantizedLayer, nn.Embedding):
     """An embedding whose table is kept in int8 or int4, and may be shared with the head as the published one is.
 
     Attributes:
-        dtype: of what it returns; casts of the model change it.
+        dtype: of the embeddings that it returns; casts of the model change it.
     """
 
     def __init__(
@@ -252,7 +252,7 @@ class QuantEmbedding(QuantizedLayer, nn.Embedding):
 
     @classmethod
     def like(cls, embedding: nn.Embedding, *, bits: int, group_size: int | None = None) -> Self:
-        """An empty table in place of another."""
+        """An empty table of the same shape as another."""
         layer = cls(
             embedding.num_embeddings,
             embedding.embedding_dim,

@@ -1,8 +1,8 @@
-"""A model gets int8 or int4 weights: in memory, while it is loaded, or from a file that holds them.
+"""Quantizing a model to int8 or int4: in memory, while it is loaded, or from a file of quantized weights.
 
-As published, the four linear layers of every block are quantized, and on demand the word embeddings with the head that
-is tied to them. The quantizer is registered with transformers, whose `from_pretrained` and `save_pretrained` then know
-such models.
+As published, the four linear layers of every block are quantized, and if asked for the word embeddings with the head
+that is tied to them. The quantizer is registered with transformers, so that `from_pretrained` and `save_pretrained`
+handle such models.
 """
 
 import re
@@ -21,7 +21,7 @@ from gmask.errors import GmaskError
 from gmask.quantization.formats import check_form, check_format, pack, quantize
 from gmask.quantization.linear import SCALE_DTYPE, QuantEmbedding, QuantizedLayer, QuantLinear
 
-METHOD = "gmask"  # what a config calls it
+METHOD = "gmask"  # its name in a config
 
 QUANTIZED_LINEARS = re.compile(
     r"(?:^|\.)layers\.\d+\.(?:attention\.(?:query_key_value|dense)|mlp\.(?:dense_h_to_4h|dense_4h_to_h))$"
@@ -29,16 +29,16 @@ QUANTIZED_LINEARS = re.compile(
 """Names of the layers that are quantized, in GLM and ChatGLM."""
 
 NAMES = {"int8": 8, "int4": 4}
-"""Bits, by the names that forms have in `gmask.load` and on the command line."""
+"""Bits by the name of a form, as in `gmask.load` and on the command line."""
 
-PASSING = 2**20  # numbers that are quantized at a time, which takes some 16 bytes for each
+CHUNK_NUMBERS = 2**20  # numbers that are quantized at a time, which takes some 16 bytes for each
 
 ModelType = TypeVar("ModelType", bound=PreTrainedModel)
 
 
 @register_quantization_config(METHOD)
 class QuantizationConfig(QuantizationConfigMixin):
-    """In which form the weights of a model are kept.
+    """The form in which the weights of a model are kept.
 
     Args:
         bits: 4 or 8.
@@ -51,7 +51,7 @@ class QuantizationConfig(QuantizationConfigMixin):
 
     def __init__(
         self, bits: int = 4, group_size: int | None = None, embeddings: bool = False, **others: Any
-    ) -> None:  # others: transformers gives quant_method back
+    ) -> None:  # others: transformers passes quant_method
         check_form(bits, group_size)
         self.quant_method = METHOD
         self.bits, self.group_size, self.embeddings = bits, group_size, embeddings
@@ -62,7 +62,7 @@ class QuantizationConfig(QuantizationConfigMixin):
 
 
 def read_form(name: str | None, group_size: int | None = None) -> QuantizationConfig | None:
-    """The form that a user names, one of `NAMES`; None for None.
+    """The form of a name in `NAMES`; None for None.
 
     Raises:
         GmaskError: another name, a group size that is not supported, or one without a name.
@@ -80,7 +80,7 @@ def form_of(config: Any) -> QuantizationConfig | None:
     """The form of a model's weights by its config; None if they are not quantized.
 
     Raises:
-        GmaskError: they are, in a way that is not ours.
+        GmaskError: weights that were quantized by another method.
     """
     found = getattr(config, "quantization_config", None)
     if found is None or isinstance(found, QuantizationConfig):
@@ -94,9 +94,9 @@ def form_of(config: Any) -> QuantizationConfig | None:
 def quantize_model(
     model: ModelType, *, bits: int, group_size: int | None = None, embeddings: bool = False
 ) -> ModelType:
-    """Quantizes a model in place, layer by layer, so that no more memory is taken than the model has and one layer.
+    """Quantizes a model in place, layer by layer: that takes the memory of the model and of one layer.
 
-    Integers and scales are those of the published checkpoints: computed in float16, whatever the model is in.
+    Integers and scales are those of the published checkpoints: computed in float16, whatever the model's dtype.
 
     Args:
         model: a GLM or ChatGLM, with or without a head.
@@ -127,7 +127,7 @@ def find_layers(model: PreTrainedModel, config: QuantizationConfig) -> list[str]
     """The names of the layers that are to be quantized, the word embeddings last.
 
     Raises:
-        GmaskError: as of `quantize_model`; nothing has been changed then.
+        GmaskError: as of `quantize_model`; the model is unchanged then.
     """
     if any(isinstance(module, QuantizedLayer) for module in model.modules()):
         raise GmaskError("the model is quantized already; load its unquantized weights to quantize it otherwise")
@@ -143,10 +143,10 @@ def find_layers(model: PreTrainedModel, config: QuantizationConfig) -> list[str]
 
 
 def _embedding_names(model: PreTrainedModel) -> list[str]:
-    """Those of the head, if there is one, and of the word embeddings."""
+    """The names of the head, if there is one, and of the word embeddings."""
     wanted = (model.get_output_embeddings(), model.get_input_embeddings())
-    places = {id(module): name for name, module in model.named_modules()}
-    return [places[id(module)] for module in wanted if module is not None]
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names[id(module)] for module in wanted if module is not None]
 
 
 def _tied_head(model: PreTrainedModel) -> str | None:
@@ -157,7 +157,7 @@ def _tied_head(model: PreTrainedModel) -> str | None:
 
 
 def lay_out(model: PreTrainedModel, config: QuantizationConfig) -> None:
-    """Puts empty quantized layers in place, for weights that will be loaded; `finish` when they are."""
+    """Puts empty quantized layers into a model, for weights that are loaded next; then call `finish`."""
     for name in find_layers(model, config):
         layer = model.get_submodule(name)
         form = {"bits": config.bits, "group_size": config.group_size}
@@ -171,13 +171,13 @@ def lay_out(model: PreTrainedModel, config: QuantizationConfig) -> None:
 
 
 def quantize_weight(model: PreTrainedModel, name: str, weight: Tensor) -> dict[str, Tensor]:
-    """What becomes of an unquantized tensor in a model that `lay_out` has prepared: the tensors to load, by name."""
+    """The tensors to load, by name, for a tensor of the unquantized model; `lay_out` has prepared the model."""
     path, _, parameter = name.rpartition(".")
     layer = model.get_submodule(path)
     if not isinstance(layer, QuantizedLayer) or parameter != "weight" or not weight.is_floating_point():
         return {name: weight}
     pieces = []
-    rows = max(1, PASSING // weight.shape[1])
+    rows = max(1, CHUNK_NUMBERS // weight.shape[1])
     for start in range(0, len(weight), rows):
         chunk = weight[start : start + rows]
         integers, scale = quantize(chunk, layer.bits, group_size=layer.group_size, dtype=SCALE_DTYPE)
@@ -187,7 +187,7 @@ def quantize_weight(model: PreTrainedModel, name: str, weight: Tensor) -> dict[s
 
 
 def finish(model: ModelType, config: QuantizationConfig) -> ModelType:
-    """Has a model whose layers are quantized know it, as transformers has it after loading."""
+    """Sets what transformers sets on a model with quantized layers after loading: config, quantizer, ties, flags."""
     for _, layer in quantized_layers(model):
         layer.weight_scale.requires_grad_(False)
         if isinstance(layer, QuantEmbedding):
@@ -201,14 +201,14 @@ def finish(model: ModelType, config: QuantizationConfig) -> ModelType:
 
 
 def settle(model: PreTrainedModel) -> None:
-    """Takes quantized weights on the CPU out of the files that they may be mapped from: `QuantizedLayer.settle`."""
+    """Copies quantized weights on the CPU out of the files that they may be mapped from: `QuantizedLayer.settle`."""
     layers = [layer for _, layer in quantized_layers(model)]
     for layer in sorted(layers, key=lambda layer: isinstance(layer, QuantEmbedding)):  # the head's layout serves both
         layer.settle()
 
 
 def _tie(model: PreTrainedModel) -> None:
-    """Has the head share the integers and scales of the word embeddings."""
+    """Lets the head share the integers and scales of the word embeddings."""
     name = _tied_head(model)
     if name is None:
         return
@@ -235,7 +235,7 @@ class _QuantizeWeight(ConversionOps):
 
 @register_quantizer(METHOD)
 class WeightQuantizer(HfQuantizer):
-    """What transformers' `from_pretrained` and `save_pretrained` ask about quantized weights."""
+    """The quantizer that transformers' `from_pretrained` and `save_pretrained` use."""
 
     quantization_config: QuantizationConfig
     is_qat_trainable = False
@@ -272,7 +272,7 @@ class WeightQuantizer(HfQuantizer):
         return _QuantizeWeight()
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Scales keep the precision that they are stored in."""
+        """The dtype for a loaded tensor; None, which keeps the stored one, for scales."""
         if any(target.endswith("weight_scale") for target in converter.target_patterns):
             return None
         kept: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
@@ -287,10 +287,10 @@ class WeightQuantizer(HfQuantizer):
 
 
 def parallel_rule(name: str) -> str:
-    """What a layer is called in plans of tensor parallelism: with ``*`` for its number."""
+    """The name of a layer in plans of tensor parallelism, with ``*`` for its number."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
-    """Those of a model, by name."""
+    """The quantized layers of a model, with their names."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLayer))

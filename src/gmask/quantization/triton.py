@@ -1,8 +1,8 @@
-"""Products with int8 and int4 weights on CUDA devices, in the published packing as it stands.
+"""Products with int8 and int4 weights on CUDA devices, in the published packing.
 
-A few rows of activations are bound by reading the weight: one kernel takes its integers out of 32-bit words in
-registers and sums in float32. For more rows a second kernel writes out a part of the weight at a time and cuBLAS
-multiplies: from there on the product costs more than that write. Triton compiles both at their first use.
+For a few rows of activations the time is that of reading the weight: one kernel extracts the integers from 32-bit words
+in registers and sums in float32. For more rows, where the product costs more than writing the weight, a second kernel
+dequantizes a part of the weight at a time and cuBLAS multiplies. Triton compiles both at their first use.
 
 Shape letters: formats.py, M rows of activations.
 """
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FEW_ROWS = 16  # of activations; above, each weight is used often enough to be written out for cuBLAS
+FEW_ROWS = 16  # of activations; above, each weight is used often enough to be dequantized for cuBLAS
 ROWS = 8  # of activations a program takes at most: its registers hold no more sums
 SUMS = 32  # activation rows times weight rows of a program
 WORDS = 256  # of a weight row that a program holds at a time, one a thread
