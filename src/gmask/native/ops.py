@@ -78,12 +78,13 @@ def _as_array(strides: Sequence[int]) -> Any:
 
 def _are_served(*tensors: Tensor) -> bool:
     """Whether the library can compute with these: on the CPU, without gradients, and not in a compiled graph."""
-    return (
-        not torch.compiler.is_compiling()
-        and all(x.is_cpu for x in tensors)
-        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
-        and bool(instruction_sets())
-    )
+    if torch.compiler.is_compiling() or not instruction_sets():
+        return False
+    has_gradients = torch.is_grad_enabled()
+    for x in tensors:  # noqa: SIM110 - this runs in each layer for each token, and a generator is slower
+        if not x.is_cpu or (has_gradients and x.requires_grad):
+            return False
+    return True
 
 
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 32  # csrc/kernels.h: kRows, kColumnStep
