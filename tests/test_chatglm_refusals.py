@@ -144,7 +144,7 @@ FAULTS = {
     ),
     "first config, later weights": Fault(
         set_config(vocab_size=20864),
-        r"word_embeddings\.weight has the shape \[864, 64\], but the config asks for \[20864, 64\]; take all files",
+        r"word_embeddings\.weight has the shape \[864, 64\], but the model asks for \[20864, 64\]; take all files",
         (*READS_NUMBERS, "quantize"),
     ),
     "shards of two revisions": Fault(
@@ -189,7 +189,7 @@ FAULTS = {
     ),
     "int4 weights, int8 config": Fault(
         set_config(quantization_bit=8),
-        r"shape \[192, 32\], but the config asks for \[192, 64\]; quantization_bit there says another number of bits",
+        r"shape \[192, 32\], but the model asks for \[192, 64\]; quantization_bit there says another number of bits",
         READS_NUMBERS,
         case=INT4,
     ),
@@ -294,7 +294,7 @@ MISFITS = {
         lambda folder: lose(folder, "dense_4h_to_h.bias", first=True),
         "no: the weights lack transformer.",
     ),
-    "two revisions": (mix_shards, "no: lm_head.weight has the shape [900, 64], but the config asks for [864, 64]"),
+    "two revisions": (mix_shards, "no: lm_head.weight has the shape [900, 64], but the model asks for [864, 64]"),
     "nothing": (lambda folder: None, "yes"),
 }
 

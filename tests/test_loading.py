@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import gmask
 from gmask import hardware
-from gmask.checkpoints.config import read_config
+from gmask.checkpoints.folder import read_config
 from gmask.checkpoints.load import load_model, load_tokenizer
 from gmask.checkpoints.weights import Checkpoint
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
@@ -141,7 +141,7 @@ def test_a_pickle_cannot_run_code(folder: Path) -> None:
         (lambda weights: weights.update(extra=torch.zeros(1)), "unexpected extra"),
         (
             lambda weights: weights.update({"glm.transformer.final_layernorm.bias": torch.zeros(3)}),
-            r"final_layernorm.bias has the shape [3], but the config asks for [32]",
+            r"final_layernorm.bias has the shape [3], but the model asks for [32]",
         ),
     ],
 )

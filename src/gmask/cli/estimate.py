@@ -13,7 +13,7 @@ from gmask.cli.options import BUNDLED, DTYPE_NAMES, AsJson, read_pairs, refuse_u
 from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
-    from gmask.checkpoints.config import Config
+    from gmask.checkpoints.folder import Config
     from gmask.estimation.inference import MemoryEstimate
     from gmask.estimation.training import TrainingEstimate
     from gmask.quantization.quantizer import QuantizationConfig

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError, one_line
-from gmask.files import read_object
+from gmask.files import read_object, refuse_placeholder
 from gmask.tokenizers.chatglm import VOCABULARY_FILE, ChatGLMTokenizer
 from gmask.tokenizers.glm import (
     ADDED_TOKENS,
@@ -86,6 +86,9 @@ def read_tokenizer(folder: Path, *, kind: str | None = None) -> PreTrainedTokeni
         raise GmaskError(f"{folder}: no such folder; name the one that holds the vocabulary files")
     if kind is not None and kind not in TRAINING_TOKENS:
         raise GmaskError(f"{kind}: no such kind of vocabulary; there are {', '.join(TRAINING_TOKENS)}")
+    for path in sorted(folder.iterdir()):
+        if path.name in VOCABULARY_FILES | SETTINGS_FILES:
+            refuse_placeholder(path)
     config = read_object(folder / "tokenizer_config.json", required=False)
     tokenizer_class = _named_class(folder, config)
     if tokenizer_class is None and kind is None and (folder / VOCABULARY_FILE).is_file():

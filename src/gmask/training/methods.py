@@ -31,9 +31,9 @@ from gmask.checkpoints.adapters import (
     require_peft,
     save_adapter,
 )
-from gmask.checkpoints.config import read_config
-from gmask.checkpoints.folder import write_tokenizer
+from gmask.checkpoints.folder import read_config
 from gmask.checkpoints.load import find_folder, load, load_tokenizer
+from gmask.checkpoints.output import write_tokenizer
 from gmask.checkpoints.zoo import architecture_of
 from gmask.errors import GmaskError
 from gmask.hardware import bound_primitive_cache, read_dtype
