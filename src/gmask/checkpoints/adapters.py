@@ -11,8 +11,6 @@ precision of the model.
 
 import copy
 import hashlib
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +26,7 @@ from gmask.checkpoints.tensor_files import PickledFile, SafetensorsFile, TensorF
 from gmask.checkpoints.weights import PREFIX, Checkpoint, open_checkpoint
 from gmask.checkpoints.zoo import architecture_of
 from gmask.errors import GmaskError, one_line
-from gmask.files import read_object
+from gmask.files import read_object, write_json, written
 from gmask.models.base import Mismatch, attach_prefix
 from gmask.models.glm import GLMConfig, Network, attach_prompts, has_prompts
 from gmask.quantization.linear import QuantizedLayer
@@ -371,14 +369,10 @@ def open_weights(folder: Path) -> TensorFile:
 
 def write_adapter(folder: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Writes an adapter into a folder; each of the two files is there as a whole, or as it was before."""
-    folder.mkdir(parents=True, exist_ok=True)
     own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    partial = folder / f".{WEIGHTS}.partial"
-    partial.write_bytes(save(own, metadata={"format": "pt"}))
-    os.replace(partial, folder / WEIGHTS)
-    partial = folder / f".{CONFIG}.partial"
-    partial.write_text(json.dumps(values, ensure_ascii=False, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(partial, folder / CONFIG)
+    with written(folder / WEIGHTS) as draft:
+        draft.write_bytes(save(own, metadata={"format": "pt"}))
+    write_json(folder / CONFIG, values, indent=2, sort_keys=True)
 
 
 def shape_of(config: PreTrainedConfig) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from gmask.checkpoints.tensor_files import SCALES, SafetensorsFile, SafetensorsW
 from gmask.checkpoints.weights import Checkpoint, open_checkpoint, same_bits
 from gmask.checkpoints.zoo import architecture_of
 from gmask.errors import GmaskError
+from gmask.files import read_object, write_json
 from gmask.models.chatglm import ChatGLMConfig
 from gmask.quantization.quantizer import form_of
 from gmask.tokenizers.chatglm import ChatGLMTokenizer, ChatGLMTokenizerV0
@@ -146,7 +146,7 @@ def write_weights(
     if len(shards) > 1:
         size = sum(tensor.nbytes for tensor in plan.values())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
-        write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / "model.safetensors.index.json", index, indent=2)
 
 
 def write_config(config: Config, folder: Path, *, published: bool) -> None:
@@ -169,14 +169,14 @@ def write_config(config: Config, folder: Path, *, published: bool) -> None:
             values |= {"quantization_bit": form.bits, "quantization_embeddings": form.embeddings}
         if not isinstance(config, ChatGLMConfig):
             values = PUBLISHED_ONLY | values | {"model_type": "glm"}
-    write_json(folder / "config.json", values)
+    write_json(folder / "config.json", values, indent=2)
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, published: bool) -> None:
     """Writes the vocabulary and its settings, in the published form with what the published code expects of them."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_object(path)
     left_out = set(OF_THIS_MACHINE)
     if published and isinstance(tokenizer, PublishedVocabulary):
         left_out.update(OF_LATER_VERSIONS)
@@ -186,7 +186,7 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, publish
         values |= {"tokenizer_class": ChatGLMTokenizer.__name__, "num_image_tokens": tokenizer.first_id}
         if isinstance(tokenizer, ChatGLMTokenizerV0):
             values["eop_token"] = values.pop("end_token")
-    write_json(path, {name: value for name, value in values.items() if name not in left_out})
+    write_json(path, {name: value for name, value in values.items() if name not in left_out}, indent=2)
 
 
 def write_rows(rows: Mapping[int, Tensor], folder: Path) -> None:
@@ -219,10 +219,6 @@ def verify_config(folder: Path, config: Config, tokenizer: PreTrainedTokenizerBa
         differing.append("the vocabulary")
     if differing:
         raise GmaskError(f"{differing[0]} was not written as it should be; this is a fault of gmask: report it")
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 EMBEDDING = "word_embeddings.weight"

@@ -1,11 +1,8 @@
 """A folder becomes another: what every rewriting checks, places whole or not at all, and reports."""
 
-import os
-import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,6 +15,7 @@ from gmask.checkpoints.folder import Config, Folder
 from gmask.checkpoints.output import Content, verify_config, verify_weights, write_config, write_tokenizer
 from gmask.checkpoints.weights import RANK_FILE, TRACKERS
 from gmask.errors import GmaskError
+from gmask.files import written_folder
 from gmask.hardware import format_bytes
 
 COMPANIONS = ("README.md", "LICENSE", "MODEL_LICENSE", "generation_config.json")
@@ -90,7 +88,7 @@ def rewrite(
     with folder:
         plan = transform(folder)
         check_space(target, plan.nbytes)
-        with placed_at_last(target) as new:
+        with written_folder(target) as new:
             _fill(plan, new, folder.path)
             files = {
                 path.relative_to(new).as_posix(): path.stat().st_size
@@ -179,47 +177,3 @@ def check_space(target: Path, needed: int) -> None:
 def nearest_folder(path: Path) -> Path:
     """The first of its parents that exists."""
     return next(parent for parent in path.resolve().parents if parent.is_dir())
-
-
-@contextmanager
-def placed_at_last(target: Path) -> Iterator[Path]:
-    """A new folder beside the target, which takes its place once the block is left without an error.
-
-    What is at the target is removed after that; after an error the new folder is.
-    """
-    target = target.absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    mark = secrets.token_hex(4)
-    folder = target.with_name(f".{target.name}.{mark}.partial")
-    folder.mkdir()
-    try:
-        yield folder
-        _replace(target, folder, target.with_name(f".{target.name}.{mark}.replaced"))
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _replace(target: Path, folder: Path, aside: Path) -> None:
-    if not target.exists():
-        folder.rename(target)
-        _sync(target.parent)
-        return
-    target.rename(aside)
-    try:
-        folder.rename(target)
-    except BaseException:
-        aside.rename(target)
-        raise
-    _sync(target.parent)
-    shutil.rmtree(aside)
-
-
-def _sync(folder: Path) -> None:
-    """Has the names in a folder written to the disk, where the system can be asked for it."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -11,7 +11,6 @@ Source: the format description of safetensors; ``torch/serialization.py`` for th
 
 import io
 import json
-import os
 import pickle
 import re
 import struct
@@ -232,7 +231,7 @@ LARGE = 2**30  # from here on an entry of an archive has the long form of its he
 
 
 class TensorWriter:
-    """A file that is being written, in a ``with`` block; whole on the disk once that is left."""
+    """A file that is being written, in a ``with`` block; whole once that is left."""
 
     def __init__(self, path: Path, plan: Mapping[str, Tensor]) -> None:
         self._open = set(plan)
@@ -251,8 +250,6 @@ class TensorWriter:
     def _close(self) -> None:
         assert not self._open, f"{min(self._open)} was planned and not written"
         self._finish()
-        self._file.flush()
-        os.fsync(self._file.fileno())
 
     def _finish(self) -> None:
         """Writes what stands at the end of the file."""
