@@ -159,10 +159,10 @@ def test_our_groups_of_columns_stay_ours(tmp_path: Path) -> None:
 def test_settings_that_the_published_code_does_not_know_are_told(tmp_path: Path) -> None:
     source = publish(tmp_path / "source")
     assert convert(source, tmp_path / "usual", to="huggingface").notes == ()
-    change_config(source, rotary_stretch=2.0)
+    change_config(source, residual_alpha=2.0)
     (note,) = convert(source, tmp_path / "new", to="huggingface").notes
-    assert note.startswith("config.json says rotary_stretch 2, which gmask heeds")
-    assert read_config(tmp_path / "new").rotary_stretch == 2.0
+    assert note.startswith("config.json says residual_alpha 2, which gmask heeds")
+    assert read_config(tmp_path / "new").residual_alpha == 2.0
 
 
 def test_what_has_no_other_form_is_refused(tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from gmask.architectures import architecture_of
 from gmask.checkpoints.tensor_files import PickledFile, SafetensorsFile, TensorFile
 from gmask.checkpoints.weights import PREFIX, Checkpoint, open_checkpoint
-from gmask.checkpoints.zoo import architecture_of
 from gmask.errors import GmaskError, one_line
 from gmask.files import read_object, write_json, written
 from gmask.models.base import Mismatch, attach_prefix

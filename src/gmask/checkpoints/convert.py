@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gmask.architectures import architecture_of
 from gmask.checkpoints.adapters import LAYERS, merge_adapter, read_adapter
 from gmask.checkpoints.folder import HEAD, ROWS_APART, Folder, copies_of
 from gmask.checkpoints.load import check_vocabulary, fill_model, plan_weights, stream_weights
@@ -32,7 +33,7 @@ from gmask.checkpoints.output import (
 from gmask.checkpoints.rewrite import Advance, Plan, Report, rewrite
 from gmask.checkpoints.tensor_files import PickledWriter
 from gmask.checkpoints.weights import TRACKERS, Checkpoint, divide, find_rank_files, rank_file_name, same_bits
-from gmask.checkpoints.zoo import ITEM_BYTES, architecture_of, family_of_shape
+from gmask.checkpoints.zoo import ITEM_BYTES, family_of_shape
 from gmask.errors import GmaskError
 from gmask.hardware import check_room
 from gmask.models.chatglm import ChatGLMConfig
@@ -253,18 +254,12 @@ def _chatglm_content(
     return Content(checkpoint, names | {key: key for key in twins}, dtype, twins=twins)
 
 
-OURS_ALONE = ("residual_alpha", "rotary_stretch")
-"""Settings that change what is computed, and that the published code does not know."""
-
-
 def _tell_unknown(config: ChatGLMConfig) -> list[str]:
-    usual = ChatGLMConfig()
-    found = {name: getattr(config, name) for name in OURS_ALONE}
-    return [
-        f"config.json says {name} {value:g}, which gmask heeds, and which the published code does not know"
-        for name, value in found.items()
-        if value != getattr(usual, name)
-    ]
+    """Of what is computed otherwise than by the published code, which does not know the setting."""
+    alpha = config.residual_alpha
+    if alpha == ChatGLMConfig().residual_alpha:
+        return []
+    return [f"config.json says residual_alpha {alpha:g}, which gmask heeds, and which the published code does not know"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,19 +14,11 @@ from typing import Any, Self, TypeAlias
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gmask.architectures import VISUALGLM, architecture_of, class_of, find_architecture, find_class_name
 from gmask.checkpoints.special_ids import special_ids
 from gmask.checkpoints.tensor_files import SCALES
 from gmask.checkpoints.weights import PREFIX, Checkpoint, bare_name, is_megatron, open_megatron, open_published
-from gmask.checkpoints.zoo import (
-    FAMILIES,
-    Family,
-    architecture_of,
-    class_of,
-    family_of_shape,
-    find_architecture,
-    find_class_name,
-    find_family,
-)
+from gmask.checkpoints.zoo import FAMILIES, Family, family_of_shape, find_family
 from gmask.errors import GmaskError, one_line
 from gmask.files import read_object
 from gmask.models.base import Mismatch
@@ -267,10 +259,7 @@ class Folder:
                 f"adapter={self.path}"
             )
         if any(key.startswith("image_encoder.") for key in mismatch.unexpected):
-            return (
-                "holds an image_encoder, so it is VisualGLM, which gmask does not run; use "
-                "github.com/THUDM/VisualGLM-6B"
-            )
+            return str(VISUALGLM.refusal("image_encoder"))
         if mismatch.lacks_scales and not has_integers:
             return "the weights are not quantized, though config.json says so: take quantization_bit out of it"
         if not mismatch.lacks_scales and any(key.endswith(SCALES) for key in mismatch.unexpected):

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from gmask.architectures import class_of
 from gmask.checkpoints.folder import Config, Folder
-from gmask.checkpoints.zoo import Family, class_of
+from gmask.checkpoints.zoo import Family
 from gmask.errors import GmaskError
 from gmask.models.cache import capacity_for
 from gmask.models.chatglm import ChatGLMConfig

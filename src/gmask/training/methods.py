@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gmask.architectures import architecture_of
 from gmask.checkpoints.adapters import (
     NAME,
     PREFIX_TUNING,
@@ -34,7 +35,6 @@ from gmask.checkpoints.adapters import (
 from gmask.checkpoints.folder import read_config
 from gmask.checkpoints.load import find_folder, load, load_tokenizer
 from gmask.checkpoints.output import write_tokenizer
-from gmask.checkpoints.zoo import architecture_of
 from gmask.errors import GmaskError
 from gmask.hardware import bound_primitive_cache, read_dtype
 from gmask.models.base import attach_prefix
