@@ -14,8 +14,8 @@ PACKAGE = ROOT / "src" / "gmask"
 READMES = ["README.md", "README.zh.md"]
 FOLDERS = ["src", "tests", "benchmarks", "docs", "docker", "recipes", ".ci", ".github"]  # beside the files of the root
 DEFINED_TWICE = {  # to be emptied
-    "Adapter", "BATCH", "BLOCK_COLUMNS", "BLOCK_ROWS", "BUNDLED", "CHATGLM", "CLASSES", "COMMANDS", "Choice",
-    "Choices", "DTYPES", "GLM", "HAN", "IntArray", "Item", "Job", "LANGUAGES", "LARGE", "LINEARS", "Language",
+    "Adapter", "BATCH", "BLOCK_COLUMNS", "BLOCK_ROWS", "BUNDLED", "COMMANDS", "Choice",
+    "Choices", "DTYPES", "HAN", "IntArray", "Item", "Job", "LANGUAGES", "LINEARS", "Language",
     "Limits", "Loss", "MAX_ROWS", "Message", "Model", "Normalization", "Objective", "PREFIX", "Piece", "Plan",
     "Pooling", "Progress", "Question", "READERS", "ROLES", "ROW_CHUNK", "RUNTIME_BYTES", "Rounds", "Row",
     "SETTINGS", "SPELLINGS", "SampleReader", "Source", "UNREADABLE", "Values", "WEIGHTS", "attend", "build", "chat",
@@ -23,7 +23,7 @@ DEFINED_TWICE = {  # to be emptied
     "evaluate", "find_answers", "fingerprint", "gelu", "highlight", "infill", "list_checkpoints", "matmul", "merge",
     "pack", "pack_blocks", "parse_json", "quantize", "read_choices", "read_history", "read_lines", "read_messages",
     "read_pairs", "read_records", "read_rows", "read_texts", "rotate", "router", "run", "score", "score_answers",
-    "train_tokenizer", "write_json",
+    "train_tokenizer",
 }  # fmt: skip
 
 
