@@ -74,7 +74,7 @@ def measure_plain(folder: Path, like: str, dtype: str) -> dict[str, float]:
     import torch
     from safetensors.torch import load_file
 
-    from gmask.checkpoints.config import read_config
+    from gmask.checkpoints.folder import read_config
     from gmask.models.glm import GLMModel
 
     (path,) = (path for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin", ".pt"))

@@ -128,7 +128,7 @@ def tune_glm(setting: Setting, folder: Path) -> None:
 
 def write_glm(shape: Shape, folder: Path) -> None:
     """A GLM with random weights, and the bundled tokenizer."""
-    from gmask.checkpoints.config import read_config
+    from gmask.checkpoints.folder import read_config
     from gmask.checkpoints.load import find_folder, load_tokenizer
     from gmask.models.glm import GLMForConditionalGeneration
 

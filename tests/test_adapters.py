@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import gmask
 from conftest import PAD
 from gmask.checkpoints.adapters import load_adapter, save_adapter
-from gmask.checkpoints.config import read_config
+from gmask.checkpoints.folder import Folder
 from gmask.checkpoints.load import fill_model
 from gmask.cli import app
 from gmask.cli.options import base_of
@@ -55,7 +55,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tupl
 
 
 def fill(base: Path, adapter: Path | None = None, **settings: Any) -> PreTrainedModel:
-    return fill_model(base, read_config(base), device=CPU, adapter=adapter, **settings)
+    return fill_model(Folder(base), device=CPU, adapter=adapter, **settings)
 
 
 @pytest.mark.parametrize("family", BUILDERS)
@@ -270,7 +270,7 @@ def test_a_folder_that_lacks_something_is_refused(tuned, tmp_path: Path, name: s
     del tensors[lost]
     whole = weights.read_bytes()
     save_file(tensors or {"prefix_encoder.x": torch.zeros(1)}, weights)
-    assert "lacks " in refusal(lambda: fill(base, folder))
+    assert "the weights lack " in refusal(lambda: fill(base, folder))
     weights.write_bytes(whole[: len(whole) // 2])
     assert "truncated or damaged" in refusal(lambda: fill(base, folder))
     weights.unlink()

@@ -125,5 +125,5 @@ def test_missing_weights_and_those_of_the_model_with_images_are_named(published:
     index["weight_map"]["image_encoder.vit.weight"] = shard.name
     (published / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     torch.save({**torch.load(shard, weights_only=True), "image_encoder.vit.weight": torch.ones(2)}, shard)
-    with pytest.raises(gmask.GmaskError, match=r"holds an image_encoder, so it is VisualGLM"):
+    with pytest.raises(gmask.GmaskError, match=r"image_encoder belongs to VisualGLM"):
         AutoModel.from_pretrained(published)

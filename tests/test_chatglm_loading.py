@@ -134,7 +134,7 @@ def test_prefixes_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> N
     assert "belongs to a ChatGLM" in load_error("bundled", adapter=prefix)
     write_weights(tmp_path, {"transformer.prefix_encoder.embedding.weight": torch.zeros(8, 24)})
     message = load_error(folder, adapter=tmp_path)
-    assert "is [8, 24], but [8, 512] for this model" in message
+    assert "has the shape [8, 24], but the model asks for [8, 512]" in message
     prefix_key, other = "transformer.prefix_encoder.embedding.weight", "transformer.final_layernorm.bias"
     write_weights(tmp_path, {prefix_key: torch.zeros(8, 512), other: torch.zeros(64)})
     assert f"holds {other}, so it is not a P-tuning prefix" in load_error(folder, adapter=tmp_path)

@@ -130,7 +130,7 @@ FAULTS = {
     "ChatGLM2 or later": Fault(make_later, LATER, READS_WEIGHTS),
     "GLM-4": Fault(
         lambda folder: (folder / CONFIG).write_text('{"model_type": "glm", "architectures": ["GlmForCausalLM"]}'),
-        r"config\.json: model_type 'glm' .* is GLM-4 or later.*AutoModelForCausalLM",
+        r"config\.json: model_type 'glm' .* belongs to GLM-4 or later.*AutoModelForCausalLM",
         ("load", *VERBS),
     ),
     "vocabulary of a later model": Fault(
@@ -144,7 +144,7 @@ FAULTS = {
     ),
     "first config, later weights": Fault(
         set_config(vocab_size=20864),
-        r"word_embeddings\.weight has the shape \[864, 64\], but the config asks for \[20864, 64\]; take all files",
+        r"word_embeddings\.weight has the shape \[864, 64\], but the model asks for \[20864, 64\]; take all files",
         (*READS_NUMBERS, "quantize"),
     ),
     "shards of two revisions": Fault(
@@ -189,7 +189,7 @@ FAULTS = {
     ),
     "int4 weights, int8 config": Fault(
         set_config(quantization_bit=8),
-        r"shape \[192, 32\], but the config asks for \[192, 64\]; quantization_bit there says another number of bits",
+        r"shape \[192, 32\], but the model asks for \[192, 64\]; quantization_bit there says another number of bits",
         READS_NUMBERS,
         case=INT4,
     ),
@@ -208,7 +208,7 @@ FAULTS = {
     ),
     "images, by the weights": Fault(
         hold_images,
-        r"holds an image_encoder, so it is VisualGLM.*use github\.com/THUDM/VisualGLM-6B",
+        r"image_encoder belongs to VisualGLM.*use github\.com/THUDM/VisualGLM-6B",
         (*READS_NUMBERS, "quantize"),
     ),
     "pointer to weights": Fault(put_pointer(SHARD), rf"{SHARD}: a Git LFS pointer.*git lfs pull", READS_WEIGHTS),
@@ -289,12 +289,12 @@ def test_too_little_memory_is_told_with_the_numbers_and_what_needs_less(
 
 
 MISFITS = {
-    "weights of other numbers": (hold_images, "no: holds an image_encoder, so it is VisualGLM"),
+    "weights of other numbers": (hold_images, "no: image_encoder belongs to VisualGLM"),
     "a lost tensor": (
         lambda folder: lose(folder, "dense_4h_to_h.bias", first=True),
         "no: the weights lack transformer.",
     ),
-    "two revisions": (mix_shards, "no: lm_head.weight has the shape [900, 64], but the config asks for [864, 64]"),
+    "two revisions": (mix_shards, "no: lm_head.weight has the shape [900, 64], but the model asks for [864, 64]"),
     "nothing": (lambda folder: None, "yes"),
 }
 

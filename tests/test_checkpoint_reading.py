@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gmask.checkpoints.weights import Checkpoint, divide, is_megatron, open_checkpoint, weight_files
+from gmask.checkpoints.weights import Checkpoint, divide, is_megatron, open_checkpoint
 from gmask.errors import GmaskError
 
 GOLDEN = Path(__file__).parent / "golden" / "thudm-glm-tiny"
@@ -110,8 +110,9 @@ def test_weights_in_the_published_form_come_before_a_trainers_own_files(weights,
     (tmp_path / "latest").write_text("global_step500")  # a transformers Trainer with DeepSpeed leaves this
     save_file(weights, tmp_path / "model.safetensors")
     assert not is_megatron(tmp_path)
-    assert open_checkpoint(tmp_path).layout == "safetensors"
-    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.layout == "safetensors"
+    assert checkpoint.files == [tmp_path / "model.safetensors"]
 
 
 def test_random_states_and_loss_scalers_of_the_training_code_do_not_hinder(

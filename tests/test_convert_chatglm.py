@@ -11,9 +11,9 @@ from transformers import AutoModel, AutoTokenizer
 
 import gmask
 from conversions import assert_same, tensors_of
-from gmask.checkpoints import folder as model_folder
-from gmask.checkpoints.config import read_config
+from gmask.checkpoints import output
 from gmask.checkpoints.convert import ConversionReport, convert
+from gmask.checkpoints.folder import read_config
 from gmask.quantization.quantizer import form_of
 from gmask.tokenizers.chatglm import ChatGLMTokenizer, ChatGLMTokenizerV0
 from test_chatglm_loading import SHARED, change_config, load, make_first_folder, publish
@@ -96,7 +96,7 @@ def test_the_published_form_is_that_of_the_published_folder(case: str, tmp_path:
 def test_files_of_a_part_each_are_read_by_gmask_and_by_transformers(
     case: str, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_folder, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(output, "SHARD_BYTES", 20_000)
     source = publish(tmp_path / "source", case)
     report = convert(source, tmp_path / "new", to=to)
     shards = [name for name in report.files if name.startswith("model-")]
@@ -159,10 +159,10 @@ def test_our_groups_of_columns_stay_ours(tmp_path: Path) -> None:
 def test_settings_that_the_published_code_does_not_know_are_told(tmp_path: Path) -> None:
     source = publish(tmp_path / "source")
     assert convert(source, tmp_path / "usual", to="huggingface").notes == ()
-    change_config(source, rotary_stretch=2.0)
+    change_config(source, residual_alpha=2.0)
     (note,) = convert(source, tmp_path / "new", to="huggingface").notes
-    assert note.startswith("config.json says rotary_stretch 2, which gmask heeds")
-    assert read_config(tmp_path / "new").rotary_stretch == 2.0
+    assert note.startswith("config.json says residual_alpha 2, which gmask heeds")
+    assert read_config(tmp_path / "new").residual_alpha == 2.0
 
 
 def test_what_has_no_other_form_is_refused(tmp_path: Path) -> None:

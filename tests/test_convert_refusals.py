@@ -9,9 +9,9 @@ import torch
 
 from conversions import GOLDEN, RANKS, assert_same, tensors_of, write_checkpoint
 from gmask.checkpoints import tensor_files
-from gmask.checkpoints.config import read_config
 from gmask.checkpoints.convert import convert
-from gmask.checkpoints.folder import OWN_FILES
+from gmask.checkpoints.folder import read_config
+from gmask.checkpoints.rewrite import OWN_FILES
 from gmask.checkpoints.tensor_files import SafetensorsWriter
 from gmask.errors import GmaskError
 from gmask.models.glm import GLMForConditionalGeneration
@@ -89,7 +89,7 @@ def fault(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         if request.param == "while writing":
             monkeypatch.setattr(SafetensorsWriter, "_finish", fail)
         elif request.param == "while reading back":
-            monkeypatch.setattr("gmask.checkpoints.folder.read_tokenizer", fail)
+            monkeypatch.setattr("gmask.checkpoints.output.read_tokenizer", fail)
         elif request.param == "wrong bits":
             real = tensor_files.as_bytes
             monkeypatch.setattr(tensor_files, "as_bytes", lambda tensor: real(-tensor))
@@ -125,7 +125,7 @@ def test_a_conversion_that_fails_leaves_all_as_it_was(fault, exists: bool, folde
         ({"heads": 4, "like": "GLM-Base"}, "not both"),
         ({"heads": 0}, "--heads 0"),
         ({"heads": 5}, "hidden_size 32 is not a multiple of num_attention_heads 5"),
-        ({}, "no published model has its shape: give --like NAME"),
+        ({}, "do not tell which GLM it is; give like=NAME (gmask convert: --like NAME, or --heads with"),
         ({"like": "GLM-Base"}, "but GLM-Base 12 layers of width 768"),
         ({"like": "BERT"}, "no such GLM"),
         (

@@ -14,12 +14,11 @@ PACKAGE = ROOT / "src" / "gmask"
 READMES = ["README.md", "README.zh.md"]
 FOLDERS = ["src", "tests", "benchmarks", "docs", "docker", "recipes", ".ci", ".github"]  # beside the files of the root
 DEFINED_TWICE = {  # to be emptied
-    "BATCH", "CHATGLM", "CLASSES", "Choice", "Choices", "DTYPES", "GLM", "HAN", "IntArray", "Item", "Job", "LANGUAGES",
-    "LARGE", "Language", "Limits", "Loss", "Message", "Model", "Normalization", "Objective", "PREFIX", "Piece",
-    "Progress", "Question", "READERS", "ROLES", "Rounds", "Row", "SETTINGS", "SPELLINGS", "SampleReader", "UNREADABLE",
-    "Values", "WEIGHTS", "build", "choose_sentences", "decode", "describe", "fingerprint", "list_checkpoints", "pack",
-    "parse_json", "read_choices", "read_history", "read_lines", "read_messages", "read_records", "router", "run",
-    "score_answers", "write_json",
+    "BATCH", "Choice", "Choices", "DTYPES", "HAN", "IntArray", "Item", "Job", "LANGUAGES", "Language", "Limits",
+    "Loss", "Message", "Model", "Normalization", "Objective", "PREFIX", "Piece", "Progress", "Question", "READERS",
+    "ROLES", "Rounds", "Row", "SETTINGS", "SPELLINGS", "SampleReader", "UNREADABLE", "Values", "WEIGHTS", "build",
+    "choose_sentences", "decode", "describe", "fingerprint", "list_checkpoints", "pack", "parse_json",
+    "read_choices", "read_history", "read_lines", "read_messages", "read_records", "router", "run", "score_answers",
 }  # fmt: skip
 
 

@@ -172,7 +172,7 @@ def test_every_refusal_is_one_line_that_says_what_to_do(hub: FakeHub, monkeypatc
 @pytest.mark.parametrize("config", [b'{"model_type": "chatglm", "rmsnorm": true}', b'{"model_type": "glm4"}'])
 def test_the_weights_of_another_model_are_not_fetched(hub: FakeHub, config: bytes) -> None:
     hub.add("THUDM/chatglm2-6b", {**FILES, "config.json": config})
-    assert "not a first-generation GLM" in fetch_error("THUDM/chatglm2-6b")
+    assert "not to a first-generation GLM" in fetch_error("THUDM/chatglm2-6b")
     assert "pytorch_model.bin" not in hub.downloads()
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import gmask
 from gmask import hardware
-from gmask.checkpoints.config import read_config
+from gmask.checkpoints.folder import read_config
 from gmask.checkpoints.load import load_model, load_tokenizer
 from gmask.checkpoints.weights import Checkpoint
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
@@ -141,7 +141,7 @@ def test_a_pickle_cannot_run_code(folder: Path) -> None:
         (lambda weights: weights.update(extra=torch.zeros(1)), "unexpected extra"),
         (
             lambda weights: weights.update({"glm.transformer.final_layernorm.bias": torch.zeros(3)}),
-            r"final_layernorm.bias has the shape [3], but the config asks for [32]",
+            r"final_layernorm.bias has the shape [3], but the model asks for [32]",
         ),
     ],
 )
@@ -155,7 +155,7 @@ def test_weights_that_do_not_fit_the_config_are_named(folder: Path, change, name
 def test_a_config_that_is_not_a_glm_is_refused(folder: Path) -> None:
     config = folder / "config.json"
     config.write_text('{"model_type": "glm", "hidden_size": 8}')  # the later GLM-4
-    assert "not a first-generation GLM" in load_error(folder)
+    assert "not to a first-generation GLM" in load_error(folder)
     config.write_text("{")
     assert "not JSON" in load_error(folder)
 
@@ -219,9 +219,12 @@ def test_a_classifier_comes_back_with_its_head(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        (dict(model_type="glm", architectures=["GlmForCausalLM"]), "is GLM-4 or later.*AutoModelForCausalLM"),
-        (dict(model_type="glm4", architectures=["Glm4ForCausalLM"]), "is GLM-4 or later.*AutoModelForCausalLM"),
-        (dict(model_type="chatglm", multi_query_attention=True), "is ChatGLM2, ChatGLM3 or GLM-4-9B"),
+        (dict(model_type="glm", architectures=["GlmForCausalLM"]), "belongs to GLM-4 or later.*AutoModelForCausalLM"),
+        (dict(model_type="glm4", architectures=["Glm4ForCausalLM"]), "belongs to GLM-4 or later.*AutoModelForCausalLM"),
+        (
+            dict(model_type="chatglm", multi_query_attention=True),
+            "attention belongs to ChatGLM2, ChatGLM3 or GLM-4-9B",
+        ),
         (dict(model_type="llama", architectures=["LlamaForCausalLM"]), "'llama' is not a first-generation GLM"),
         (dict(block_position_encoding=True, architectures=["GLMForTables"]), "GLMForTables is not known"),
         ({}, "None is not a first-generation GLM"),

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import gmask
-from gmask.checkpoints import config as checkpoint_config
+from gmask.checkpoints import folder as checkpoint_folder
 from gmask.checkpoints import zoo
-from gmask.checkpoints.config import read_config
-from gmask.checkpoints.load import load_model, load_tokenizer
-from gmask.checkpoints.rewrite import quantize_folder
+from gmask.checkpoints.convert import quantize_folder
+from gmask.checkpoints.folder import read_config
+from gmask.checkpoints.load import load_model
 from gmask.checkpoints.weights import open_checkpoint
 from gmask.models.glm import GLMForConditionalGeneration
 from gmask.models.glm_heads import GLMForSequenceClassification
@@ -43,7 +43,7 @@ def tiny_family(monkeypatch: pytest.MonkeyPatch) -> zoo.Family:
         special_ids=special_ids,
         copied_rows={479: 477},
     )
-    for module in (zoo, checkpoint_config):
+    for module in (zoo, checkpoint_folder):
         monkeypatch.setattr(module, "FAMILIES", (row,))
     return row
 
@@ -74,8 +74,8 @@ def test_a_checkpoint_of_the_training_code_loads_with_a_config_from_its_shapes(
 def test_it_is_quantized_with_the_rows_of_its_special_tokens(
     name: str, tiny_family: zoo.Family, tmp_path: Path
 ) -> None:
-    form, tokenizer = QuantizationConfig(8, embeddings=True), load_tokenizer(SHARED / "hf-glm-tiny" / "model")
-    quantize_folder(THUDM / name, tmp_path / "small", tokenizer, form)
+    form = QuantizationConfig(8, embeddings=True)
+    quantize_folder(THUDM / name, tmp_path / "small", form, tokenizer=SHARED / "hf-glm-tiny" / "model")
     written = load_model(tmp_path / "small", device="cpu").state_dict()
     expected = load_model(THUDM / name, device="cpu").quantize(8, embeddings=True).state_dict()
     assert written.keys() == expected.keys()

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 import gmask
 from gmask.checkpoints import load as checkpoint_load
-from gmask.checkpoints.load import load_model, load_tokenizer
-from gmask.checkpoints.rewrite import quantize_folder
+from gmask.checkpoints.convert import quantize_folder
+from gmask.checkpoints.load import load_model
 from gmask.models.chatglm import ChatGLMForConditionalGeneration
 from gmask.models.glm import GLMForConditionalGeneration
 from gmask.models.glm_heads import GLMForMultipleChoice
@@ -61,7 +61,7 @@ def test_the_model_is_that_of_the_folder_which_gmask_quantize_writes(
     name: str, form: str, group_size: int | None, dtype: str, tmp_path: Path
 ) -> None:
     source, target = SHARED / name / "model", tmp_path / "small"
-    quantize_folder(source, target, load_tokenizer(source), QuantizationConfig(int(form[-1]), group_size))
+    quantize_folder(source, target, QuantizationConfig(int(form[-1]), group_size))
     written = load_model(target, device="cpu", dtype=dtype)
     loaded, tokenizer = gmask.load(source, device="cpu", dtype=dtype, quantize=form, group_size=group_size)
     assert_same(loaded, written)

@@ -9,8 +9,7 @@ from typer.testing import CliRunner
 
 import gmask
 from gmask.checkpoints.adapters import load_adapter, merge_adapter, save_adapter
-from gmask.checkpoints.load import load_tokenizer
-from gmask.checkpoints.rewrite import merge_folder
+from gmask.checkpoints.convert import merge_folder
 from gmask.cli import app
 from gmask.errors import GmaskError
 from gmask.recipes.tuning import MethodSettings
@@ -78,20 +77,19 @@ def test_the_command_writes_a_model_that_needs_no_adapter(folders, tmp_path: Pat
 def test_what_cannot_be_folded_is_refused_before_anything_is_written(folders, tmp_path: Path) -> None:
     folder, adapter = folders
     target = tmp_path / "merged"
-    words = load_tokenizer(folder)
     prefixed, _ = gmask.load(folder, device="cpu")
     apply_method(prefixed, MethodSettings(name="p-tuning-v2", prefix_length=2))
     save_adapter(prefixed, tmp_path / "prefix", base=str(folder))
     with pytest.raises(GmaskError, match="cannot be folded into weights"):
-        merge_folder(folder, tmp_path / "prefix", target, words)
+        merge_folder(folder, tmp_path / "prefix", target)
     quantized = gmask.load(folder, device="cpu", quantize="int8")[0]
     quantized.save_pretrained(tmp_path / "int8")
     with pytest.raises(GmaskError, match="merge into the unquantized model, then gmask quantize"):
-        merge_folder(tmp_path / "int8", adapter, target, words)
+        merge_folder(tmp_path / "int8", adapter, target)
     with pytest.raises(GmaskError, match="no such folder"):
-        merge_folder(folder, tmp_path / "absent", target, words)
+        merge_folder(folder, tmp_path / "absent", target)
     with pytest.raises(GmaskError, match="is what is read"):
-        merge_folder(folder, adapter, adapter, words, force=True)
+        merge_folder(folder, adapter, adapter, force=True)
     assert not target.exists()
 
 

@@ -18,9 +18,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import gmask
-from gmask.checkpoints.convert import convert
+from gmask.checkpoints.convert import convert, quantize_folder
 from gmask.checkpoints.load import load_model
-from gmask.checkpoints.rewrite import quantize_folder
 from gmask.cli.models import quantize as quantize_verb
 from gmask.errors import GmaskError
 from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
@@ -369,4 +368,4 @@ def test_a_target_in_use_and_a_quantized_source_are_refused(tmp_path: Path) -> N
     with pytest.raises(GmaskError, match=r"is quantized \(int4, a scale a row\).* nothing to convert"):
         convert(first, tmp_path / "second")
     with pytest.raises(GmaskError, match="quantized already"):
-        quantize_folder(first, tmp_path / "second", None, QuantizationConfig(8))  # type: ignore[arg-type]
+        quantize_folder(first, tmp_path / "second", QuantizationConfig(8))

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmask.checkpoints.folder import SHARD_BYTES, write_config, write_json
 from gmask.checkpoints.load import load_model
+from gmask.checkpoints.output import SHARD_BYTES, write_config
 from gmask.checkpoints.tensor_files import SafetensorsWriter, plan_shards
+from gmask.files import write_json
 from gmask.generation.answers import Rules
 from gmask.generation.chat import DEFAULTS
 from gmask.generation.decode import Sampling, decode

@@ -11,68 +11,15 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gmask.errors import GmaskError
+from gmask.architectures import ARCHITECTURES, CHATGLM, GLM, Architecture, find_architecture, is_glm
 
 CONFIGS = "transformers.models.auto.configuration_auto"
-
-
-@dataclass(frozen=True, slots=True)
-class Classes:
-    """The classes of one architecture that transformers learns of, each behind the name of its module."""
-
-    config: str
-    model_type: str  # that of the configs which we save
-    models: Mapping[str, tuple[str, str]]  # by Auto class
-    tokenizers: Sequence[tuple[str, str]]  # by the names that published folders call them
-
-    @property
-    def model_names(self) -> set[str]:
-        return {name for _, name in self.models.values()}
-
-    @property
-    def modules(self) -> set[str]:
-        """Those that its models are in."""
-        return {module for module, _ in self.models.values()}
-
-
-GLM, CHATGLM = "gmask.models.glm", "gmask.models.chatglm"
-GLM_HEADS = "gmask.models.glm_heads"
-CLASSES = {
-    GLM: Classes(
-        config="GLMConfig",
-        model_type="glm_blank",
-        models={
-            "AutoModel": (GLM, "GLMModel"),
-            "AutoModelForCausalLM": (GLM, "GLMForConditionalGeneration"),
-            "AutoModelForSeq2SeqLM": (GLM, "GLMForConditionalGeneration"),
-            "AutoModelForMultipleChoice": (GLM_HEADS, "GLMForMultipleChoice"),
-            "AutoModelForSequenceClassification": (GLM_HEADS, "GLMForSequenceClassification"),
-        },
-        tokenizers=[
-            ("gmask.tokenizers.glm", name)
-            for name in (
-                "GLMChineseTokenizer", "GLMGPT2Tokenizer", "GLMBertTokenizer", "GLMRobertaTokenizer", "GLMTokenizer",
-            )
-        ],
-    ),
-    CHATGLM: Classes(
-        config="ChatGLMConfig",
-        model_type="chatglm",
-        models=dict.fromkeys(
-            ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"),
-            (CHATGLM, "ChatGLMForConditionalGeneration"),
-        ),
-        tokenizers=[("gmask.tokenizers.chatglm", name) for name in ("ChatGLMTokenizer", "ChatGLMTokenizerV0")],
-    ),
-}  # fmt: skip
-"""By the module of their config. `AutoModel` gives ChatGLM with its head, as published."""
 
 
 def register() -> None:
@@ -83,10 +30,9 @@ def register() -> None:
     if any(map(_is_ours, sys.meta_path)):
         return
     watched: dict[str, Callable[[], None]] = {CONFIGS: _register_configs}
-    watched |= {home: functools.partial(_register_classes, home) for home in CLASSES}
-    for home, classes in CLASSES.items():
-        for module in sorted(classes.modules - {home}):
-            watched[module] = functools.partial(_register_models, home, module)
+    for architecture in ARCHITECTURES:
+        watched[architecture.heads] = functools.partial(_register_models, architecture, architecture.heads)
+        watched[architecture.home] = functools.partial(_register_classes, architecture)  # may be the same module
     sys.meta_path.insert(0, _AfterImport(watched))
     for name, act in watched.items():
         if name in sys.modules:
@@ -101,14 +47,15 @@ def unregister() -> None:
         configs = sys.modules[CONFIGS].CONFIG_MAPPING._extra_content
         dispatcher = configs.get("glm")
         if dispatcher is not None and hasattr(dispatcher, "displaced"):
-            for classes in CLASSES.values():
-                if _is_ours(configs.get(classes.model_type)):
-                    del configs[classes.model_type]
+            for architecture in ARCHITECTURES:
+                if _is_ours(configs.get(architecture.model_type)):
+                    del configs[architecture.model_type]
             configs.pop("glm")
             if dispatcher.displaced is not None:
                 configs["glm"] = dispatcher.displaced
-    for home in CLASSES.keys() & sys.modules.keys():
-        _unregister_classes(home)
+    for architecture in ARCHITECTURES:
+        if architecture.home in sys.modules:
+            _unregister_classes(architecture)
 
 
 class _AfterImport(MetaPathFinder):
@@ -159,91 +106,80 @@ def _register_configs() -> None:
 
         @classmethod
         def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-            if not _is_published_glm(config_dict):
+            if not is_glm(config_dict):
                 return cls._find_other().from_dict(config_dict, **kwargs)
-            return _config_class(GLM).from_dict(_complete(config_dict, kwargs.get("name_or_path")), **kwargs)
+            return GLM.config_class.from_dict(_complete_glm(config_dict, kwargs.get("name_or_path")), **kwargs)
 
         @classmethod
         def _find_other(cls) -> Any:
             return cls.displaced or importlib.import_module("transformers").GlmConfig
 
-    def stand_in(home: str) -> type[PreTrainedConfig]:
+    def stand_in(architecture: Architecture) -> type[PreTrainedConfig]:
         """What stands for a config class of ours until it is loaded."""
 
         class OnUse(PreTrainedConfig):
-            model_type = CLASSES[home].model_type
+            model_type = architecture.model_type
 
             def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-                return _config_class(home)(*args, **kwargs)
+                return architecture.config_class(*args, **kwargs)
 
             @classmethod
             def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-                return _config_class(home).from_dict(config_dict, **kwargs)
+                return architecture.config_class.from_dict(config_dict, **kwargs)
 
         return OnUse
 
     CONFIG_MAPPING.register("glm", GLMDispatch, exist_ok=True)
-    for home, classes in CLASSES.items():
-        if classes.model_type not in CONFIG_MAPPING:
-            CONFIG_MAPPING.register(classes.model_type, stand_in(home))
+    for architecture in ARCHITECTURES:
+        if architecture.model_type not in CONFIG_MAPPING:
+            CONFIG_MAPPING.register(architecture.model_type, stand_in(architecture))
 
 
-def _is_published_glm(values: Mapping[str, Any]) -> bool:
-    """Whether a config of ``model_type`` glm is one of the first generation, and not GLM-4."""
-    named = set(values.get("architectures") or ())
-    return "block_position_encoding" in values or bool(named & CLASSES[GLM].model_names)
-
-
-def _register_classes(home: str) -> None:
+def _register_classes(architecture: Architecture) -> None:
     """The classes of an architecture, whose config is here; the Auto classes have been loaded with it."""
     import transformers
     from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
 
-    classes, config_class = CLASSES[home], _config_class(home)
-    config_class.complete_published = _complete if home == GLM else _complete_chat
+    config_class = architecture.config_class
+    config_class.complete_published = _complete_glm if architecture is GLM else _complete_chatglm
     _strict_loading().check_source = staticmethod(_check_source)
-    transformers.AutoConfig.register(classes.model_type, config_class, exist_ok=True)
-    _register_models(home, home)
-    for module in sorted(classes.modules - {home}):
-        importlib.import_module(module)  # registers its own, unless it is what is being imported: then when it is done
-    for module, name in classes.tokenizers:
-        REGISTERED_TOKENIZER_CLASSES[name] = _find_class(module, name)
+    transformers.AutoConfig.register(architecture.model_type, config_class, exist_ok=True)
+    _register_models(architecture, architecture.home)
+    importlib.import_module(architecture.heads)  # registers its own, unless it is being imported: then when it is done
+    for name in architecture.tokenizers:
+        REGISTERED_TOKENIZER_CLASSES[name] = _find_class(architecture.tokenizer_home, name)
 
 
-def _register_models(home: str, module: str) -> None:
+def _register_models(architecture: Architecture, module: str) -> None:
     """The models of an architecture that are in one module, which has been loaded."""
     import transformers
 
-    for auto_name, (place, name) in CLASSES[home].models.items():
-        if place != module:
+    for auto_name, name in architecture.auto_classes.items():
+        if architecture.module_of(name) != module:
             continue
-        model_class = _find_class(module, name)
-        getattr(transformers, auto_name).register(_config_class(home), model_class, exist_ok=True)
+        model_class = architecture.find_class(name)
+        getattr(transformers, auto_name).register(architecture.config_class, model_class, exist_ok=True)
         if not hasattr(transformers, name):  # where a config's `architectures` are looked up
             setattr(transformers, name, model_class)
 
 
-def _unregister_classes(home: str) -> None:
+def _unregister_classes(architecture: Architecture) -> None:
     import transformers
     from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
 
-    classes, config_class = CLASSES[home], _config_class(home)
+    config_class = architecture.config_class
     config_class.complete_published = None
     _strict_loading().check_source = None
-    for auto_name, (module, name) in classes.models.items():
+    for auto_name, name in architecture.auto_classes.items():
         getattr(transformers, auto_name)._model_mapping._extra_content.pop(config_class, None)
-        if vars(transformers).get(name) is _find_class(module, name):
+        if vars(transformers).get(name) is architecture.find_class(name):
             delattr(transformers, name)
-    for _, name in classes.tokenizers:
+    for name in architecture.tokenizers:
         REGISTERED_TOKENIZER_CLASSES.pop(name, None)
 
 
 def _find_class(module: str, name: str) -> Any:
     return getattr(importlib.import_module(module), name)
-
-
-def _config_class(home: str) -> Any:
-    return getattr(importlib.import_module(home), CLASSES[home].config)
 
 
 def _strict_loading() -> Any:
@@ -259,29 +195,24 @@ def _check_source(model_class: Any, source: Any, **settings: Any) -> None:
         check_pretrained(folder, model_class, **settings)
 
 
-def _complete_chat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """As `_complete` for the config of a ChatGLM."""
-    from gmask.checkpoints.special_ids import special_ids
-    from gmask.checkpoints.zoo import CHATGLM as ARCHITECTURE
-
-    own = {key: value for key, value in values.items() if key != "auto_map"}
-    return {**own, **special_ids(None, own, ARCHITECTURE)}
-
-
-def _complete(values: Mapping[str, Any], source: str | None) -> dict[str, Any]:
-    """A published config with the special ids that it lacks, and no word of remote code.
+def _complete_glm(values: Mapping[str, Any], source: str | None) -> dict[str, Any]:
+    """A published config with the special ids that it lacks, and without what names remote code.
 
     source: the folder or hub name that it came from.
     """
     from gmask.checkpoints.special_ids import special_ids
 
-    if not _is_published_glm(values):
-        raise GmaskError(
-            f"{source}: a GLM-4, not a first-generation GLM: load it with transformers.AutoModelForCausalLM"
-        )
+    find_architecture(values, str(source))
     own = {key: value for key, value in values.items() if key not in ("auto_map", "model_type")}
-    named = {**own, "name_or_path": source}
-    return {**own, **special_ids(_folder_of(source), named)}
+    return {**own, **special_ids(_folder_of(source), {**own, "name_or_path": source})}
+
+
+def _complete_chatglm(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As `_complete_glm` for the config of a ChatGLM, whose ids no file of its folder tells."""
+    from gmask.checkpoints.special_ids import special_ids
+
+    own = {key: value for key, value in values.items() if key != "auto_map"}
+    return {**own, **special_ids(None, own, CHATGLM)}
 
 
 def _folder_of(source: str | None) -> Path | None:

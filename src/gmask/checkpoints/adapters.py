@@ -11,8 +11,6 @@ precision of the model.
 
 import copy
 import hashlib
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,21 +22,18 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from gmask.architectures import architecture_of
 from gmask.checkpoints.tensor_files import PickledFile, SafetensorsFile, TensorFile
-from gmask.checkpoints.weights import open_checkpoint
-from gmask.checkpoints.zoo import architecture_of
+from gmask.checkpoints.weights import PREFIX, Checkpoint, open_checkpoint
 from gmask.errors import GmaskError, one_line
-from gmask.files import read_object
-from gmask.models.base import attach_prefix
+from gmask.files import read_object, write_json, written
+from gmask.models.base import Mismatch, attach_prefix
 from gmask.models.glm import GLMConfig, Network, attach_prompts, has_prompts
 from gmask.quantization.linear import QuantizedLayer
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-
-PREFIX = "transformer.prefix_encoder."
-"""What P-tuning adds to a ChatGLM; its published checkpoints hold nothing else."""
 
 LANGUAGE_MODELS = ("GLMForConditionalGeneration", "ChatGLMForConditionalGeneration")
 
@@ -74,13 +69,13 @@ class Adapter:
         folder: where it lies.
         kind: PEFT's ``peft_type``: one of `LAYERS`, or `PREFIX_TUNING`, which a published prefix is too; or `PROMPTS`.
         values: of ``adapter_config.json``; of a published prefix, what the shapes tell.
-        shapes: of its tensors, by name.
+        tensors: where they are read from, opened.
     """
 
     folder: Path
     kind: str
     values: Mapping[str, Any]
-    shapes: Mapping[str, torch.Size]
+    tensors: TensorFile | Checkpoint
 
     @property
     def notes(self) -> Mapping[str, Any]:
@@ -96,24 +91,25 @@ class Adapter:
 
     @property
     def is_published_prefix(self) -> bool:
-        return not (self.folder / CONFIG).is_file()
+        return isinstance(self.tensors, Checkpoint)
+
+    @property
+    def names(self) -> list[str]:
+        """Of its tensors."""
+        return self.tensors.keys() if isinstance(self.tensors, Checkpoint) else self.tensors.names()
 
     def whole_parts(self) -> dict[str, str]:
         """Tensors that stand for those of the base model, such as the head of a classifier: their names in both."""
         mark = f".{LAYERS[self.kind]}" if self.kind in LAYERS else ENCODERS[self.kind]
         return {
             name: name.removeprefix(WRAPPER).replace(".base_layer.", ".")
-            for name in self.shapes
+            for name in self.names
             if mark not in name and name != VECTORS
         }
 
     def read(self) -> dict[str, Tensor]:
         """All tensors by name, on the CPU and in memory of their own."""
-        if self.is_published_prefix:
-            with open_checkpoint(self.folder) as checkpoint:
-                return {name: checkpoint.read(name).clone() for name in checkpoint}
-        file = open_weights(self.folder)
-        return {name: file.read(name).clone() for name in file.names()}
+        return {name: self.tensors.read(name).clone() for name in self.names}
 
     def check_base(self, config: PreTrainedConfig, base: Path) -> None:
         """Raises `GmaskError` if it was trained for a model of another shape than that of the folder ``base``."""
@@ -164,15 +160,9 @@ def read_parts(adapter: Adapter, model: PreTrainedModel, tensors: Mapping[str, T
     Raises:
         GmaskError: the model has no place for one.
     """
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     parts = {own: tensors[name] for name, own in adapter.whole_parts().items()}
-    for name, tensor in parts.items():
-        if tensor.shape != shapes.get(name):
-            wanted = f"the shape {list(shapes[name])}" if name in shapes else "no such tensor"
-            raise GmaskError(
-                f"{adapter.folder}: holds {name} {list(tensor.shape)}, but {type(model).__name__} has {wanted}: it was "
-                f"trained for {adapter.model_class or 'another model'}"
-            )
+    own = {name: parameter for name, parameter in model.named_parameters() if name in parts}
+    _compare(adapter, parts, own, trained_for=adapter.model_class)
     return parts
 
 
@@ -264,20 +254,14 @@ def _attach_prompts(
 
 def _find(adapter: Adapter, tensors: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in tensors:
-        raise GmaskError(f"{adapter.folder}: lacks {name}; it is damaged: copy it again")
+        raise _refusal(adapter, Mismatch((name,), (), {}))
     return tensors[name]
 
 
 def _fill(encoder: nn.Module, network: Mapping[str, Tensor], adapter: Adapter, mark: str) -> None:
     """Raises `GmaskError` for tensors that are not those of the encoder."""
-    shapes = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
-    found = {name: tensor.shape for name, tensor in network.items()}
-    if found != shapes:
-        name = min(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
-        stored, wanted = (list(shape) if shape else "absent" for shape in (found.get(name), shapes.get(name)))
-        raise GmaskError(
-            f"{adapter.folder}: {mark}{name} is {stored}, but {wanted} for this model: it was trained for another"
-        )
+    found = {f"{mark}{name}": tensor for name, tensor in network.items()}
+    _compare(adapter, found, {f"{mark}{name}": tensor for name, tensor in encoder.state_dict().items()})
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
             parameter.copy_(network[name])
@@ -369,8 +353,7 @@ def read_adapter(folder: Path) -> Adapter:
         raise GmaskError(
             f"{folder / CONFIG}: {said} none of {', '.join(LAYERS)} and {PREFIX_TUNING}, which gmask reads"
         )
-    file = open_weights(folder)
-    return Adapter(folder, kind, values, {name: file.shape(name) for name in file.names()})
+    return Adapter(folder, kind, values, open_weights(folder))
 
 
 def open_weights(folder: Path) -> TensorFile:
@@ -386,14 +369,10 @@ def open_weights(folder: Path) -> TensorFile:
 
 def write_adapter(folder: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Writes an adapter into a folder; each of the two files is there as a whole, or as it was before."""
-    folder.mkdir(parents=True, exist_ok=True)
     own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    partial = folder / f".{WEIGHTS}.partial"
-    partial.write_bytes(save(own, metadata={"format": "pt"}))
-    os.replace(partial, folder / WEIGHTS)
-    partial = folder / f".{CONFIG}.partial"
-    partial.write_text(json.dumps(values, ensure_ascii=False, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(partial, folder / CONFIG)
+    with written(folder / WEIGHTS) as draft:
+        draft.write_bytes(save(own, metadata={"format": "pt"}))
+    write_json(folder / CONFIG, values, indent=2, sort_keys=True)
 
 
 def shape_of(config: PreTrainedConfig) -> dict[str, Any]:
@@ -414,15 +393,14 @@ def describe_base(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _read_published_prefix(folder: Path) -> Adapter:
-    table = f"{PREFIX}embedding.weight"
-    with open_checkpoint(folder) as checkpoint:
-        others = [key for key in checkpoint if not key.startswith(PREFIX)]
-        if others or table not in checkpoint:
-            held = f"holds {others[0]}" if others else f"has no {table}"
-            raise GmaskError(f"{folder}: {held}, so it is not a P-tuning prefix, and no {CONFIG} makes it an adapter")
-        shapes = {key: checkpoint.shape(key) for key in checkpoint}
-    values = {"num_virtual_tokens": shapes[table][0], "prefix_projection": f"{PREFIX}trans.0.weight" in shapes}
-    return Adapter(folder, PREFIX_TUNING, values, shapes)
+    table, checkpoint = f"{PREFIX}embedding.weight", open_checkpoint(folder)
+    others = [key for key in checkpoint if not key.startswith(PREFIX)]
+    if others or table not in checkpoint:
+        held = f"holds {others[0]}" if others else f"has no {table}"
+        raise GmaskError(f"{folder}: {held}, so it is not a P-tuning prefix, and no {CONFIG} makes it an adapter")
+    projection = f"{PREFIX}trans.0.weight" in checkpoint
+    values = {"num_virtual_tokens": checkpoint.shape(table)[0], "prefix_projection": projection}
+    return Adapter(folder, PREFIX_TUNING, values, checkpoint)
 
 
 NAME = "default"
@@ -494,7 +472,7 @@ def fill_layers(model: PreTrainedModel, adapter: Adapter, tensors: Mapping[str, 
         raise GmaskError(f"{adapter.folder}: cannot be put into this model ({one_line(error)})") from error
     parts = adapter.whole_parts()
     own = {name.removeprefix(WRAPPER): tensor for name, tensor in tensors.items() if name not in parts}
-    _check_tensors(adapter, {name: tensor.shape for name, tensor in layer_tensors(model).items()}, own)
+    _compare(adapter, own, layer_tensors(model))
     peft.set_peft_model_state_dict(model, own, adapter_name=NAME)
 
 
@@ -552,14 +530,20 @@ def fold_layers(model: PreTrainedModel) -> int:
     return len(layers)
 
 
-def _check_tensors(adapter: Adapter, wanted: Mapping[str, torch.Size], found: Mapping[str, Tensor]) -> None:
-    """Raises `GmaskError` for a tensor that lacks, that has no place, or has another shape."""
-    if missing := sorted(wanted.keys() - found.keys()):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise GmaskError(f"{adapter.folder}: lacks {missing[0]}{more}; it was trained for another model, or is damaged")
-    if unknown := sorted(found.keys() - wanted.keys()):
-        raise GmaskError(f"{adapter.folder}: this model has no place for {unknown[0]}: it was trained for another")
-    for name, tensor in found.items():
-        if tensor.shape != wanted[name]:
-            shapes = f"is {list(tensor.shape)}, but {list(wanted[name])} for this model"
-            raise GmaskError(f"{adapter.folder}: {name} {shapes}: it was trained for another")
+def _compare(
+    adapter: Adapter, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, trained_for: str | None = None
+) -> None:
+    """Raises `GmaskError` if tensors of an adapter are not those that a model has a place for.
+
+    trained_for: the class of the model that would have one.
+    """
+    shapes = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (found, wanted))
+    if mismatch := Mismatch.between(*shapes):
+        raise _refusal(adapter, mismatch, trained_for)
+
+
+def _refusal(adapter: Adapter, mismatch: Mismatch, trained_for: str | None = None) -> GmaskError:
+    return GmaskError(
+        f"{adapter.folder}: {mismatch.explain()}; the adapter was trained for {trained_for or 'another model'}, or is "
+        "damaged"
+    )

@@ -1,92 +1,63 @@
-"""A checkpoint of one form becomes one of another: planned beforehand, written tensor by tensor, verified.
+"""The transforms of folders: into another form, into ranks, quantized, or with an adapter merged in.
+
+Each makes a `Plan` of an opened folder, which `rewrite` carries out tensor by tensor.
 
 Source: THUDM/GLM change_mp.py and utils.py.
 """
 
 import re
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gmask.checkpoints.config import (
-    ROWS_APART,
-    SPECIAL_IDS,
-    copies_of,
-    find_row,
-    lacks_config,
-    read_config,
-    read_glm_config,
-    row_of_shape,
-    rows_to_copy,
-)
-from gmask.checkpoints.folder import (
+from gmask.architectures import architecture_of
+from gmask.checkpoints.adapters import LAYERS, merge_adapter, read_adapter
+from gmask.checkpoints.folder import HEAD, ROWS_APART, Folder, copies_of
+from gmask.checkpoints.load import check_vocabulary, fill_model, plan_weights, stream_weights
+from gmask.checkpoints.output import (
     EMBEDDING,
     Content,
-    check_places,
-    check_space,
-    copy_companions,
     dtype_name,
     main_dtype,
-    placed_at_last,
     read_rows,
-    verify,
-    verify_folder,
-    write_config,
     write_rows,
-    write_shards,
-    write_tokenizer,
+    write_weights,
 )
-from gmask.checkpoints.load import HEAD, check_head, check_vocabulary, match_keys, shape_model, shape_stored
+from gmask.checkpoints.rewrite import Advance, Plan, Report, rewrite
 from gmask.checkpoints.tensor_files import PickledWriter
-from gmask.checkpoints.weights import (
-    TRACKERS,
-    Checkpoint,
-    divide,
-    find_rank_files,
-    open_checkpoint,
-    rank_file_name,
-    same_bits,
-)
-from gmask.checkpoints.zoo import ITEM_BYTES, architecture_of, family_of_shape
+from gmask.checkpoints.weights import TRACKERS, Checkpoint, divide, find_rank_files, rank_file_name, same_bits
+from gmask.checkpoints.zoo import ITEM_BYTES, family_of_shape
 from gmask.errors import GmaskError
 from gmask.hardware import check_room
 from gmask.models.chatglm import ChatGLMConfig
 from gmask.models.glm import GLMConfig
 from gmask.models.glm_heads import THUDM_CLASSIFIER_NAMES
-from gmask.quantization.quantizer import form_of
-from gmask.tokenizers.folder import read_tokenizer, require_vocabulary
+from gmask.quantization.quantizer import QuantizationConfig, find_layers, lay_out
 from gmask.tokenizers.glm_published import find_token_id
 
 FORMS = ("gmask", "huggingface", "megatron")
 
 
-@dataclass(frozen=True, slots=True)
-class ConversionReport:
-    """What a conversion did."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversionReport(Report):
+    """What `convert` did."""
 
-    source: str
     source_form: str  # as `Checkpoint.layout`
     source_parts: int
-    target: str
     form: str  # one of FORMS
     parts: int
     tensors: int
     parameters: int
     dtypes: tuple[str, ...]
     files: dict[str, int]  # bytes by name
-    seconds: float
     notes: tuple[str, ...]  # what should be known about the result
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def convert(
@@ -103,11 +74,9 @@ def convert(
 ) -> ConversionReport:
     """Writes a checkpoint anew in another form, tensor by tensor, and reads it back to compare every bit.
 
-    The target appears at once when all is done, or not at all.
-
     Args:
         source: a folder in any form that `open_checkpoint` reads.
-        target: a folder that is not there yet.
+        target: and ``force``: as of `rewrite`.
         to: ``gmask`` (safetensors, config and tokenizer of ours), ``huggingface`` (safetensors, config and names of the
             published folders) or, for a GLM, ``megatron`` (a file for each rank, for the original training code).
         parts: ranks of model parallelism; for ``megatron`` alone.
@@ -115,242 +84,361 @@ def convert(
         like: for a checkpoint of the training code whose shape does not tell, the published model that it is made like.
         heads: for such a checkpoint of another shape, the number of its attention heads.
         tokenizer: the folder with the vocabulary, if it is not beside the weights.
-        force: replaces a checkpoint that is at the target, after the new one is complete.
 
     Raises:
-        GmaskError: unsuitable settings, a bad source, a target that is in use, no room on the disk, in one line.
+        GmaskError: unsuitable settings; as of `rewrite`; weights, config and vocabulary that do not fit, or do not tell
+            the number of heads; what the form has no place for.
     """
-    started = time.monotonic()
-    origin = Origin(like, heads, tokenizer)
-    _check_settings(source, to, parts, dtype, origin)
-    check_places(source, target, force=force, also_read=[tokenizer] if tokenizer else [])
-    with open_checkpoint(source) as checkpoint:
-        if checkpoint.unmapped_bytes:
-            check_room(source, checkpoint.unmapped_bytes, torch.device("cpu"))
-        plan = _plan(checkpoint, origin, getattr(torch, dtype) if dtype else None, to, parts)
-        files = _write(plan, target, source)
-        return _report(plan, target, form=to, parts=parts, files=files, seconds=time.monotonic() - started)
+    folder = Folder(source, like=like, heads=heads, tokenizer=tokenizer)
+    _check_settings(folder, to, parts, dtype, has_tokenizer=tokenizer is not None)
+    wanted = getattr(torch, dtype) if dtype else None
+    if to == "megatron":
+        transform = partial(_plan_ranks, parts=parts, dtype=wanted)
+    else:
+        transform = partial(_plan_folder, published=to == "huggingface", dtype=wanted)
+    return rewrite(folder, target, transform, force=force, also_read=[tokenizer] if tokenizer else [])
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """What the user tells about a source that its files do not."""
-
-    like: str | None = None  # of a checkpoint of the training code: a row of the catalog
-    heads: int | None = None  # ... or the number of its attention heads
-    tokenizer: Path | None = None  # the folder with the vocabulary
-
-
-def _check_settings(source: Path, to: str, parts: int, dtype: str | None, origin: Origin) -> None:
+def _check_settings(folder: Folder, to: str, parts: int, dtype: str | None, *, has_tokenizer: bool) -> None:
     if to not in FORMS:
         raise GmaskError(f"--to {to}: no such form; there are {', '.join(FORMS)}")
     if dtype is not None and dtype not in ITEM_BYTES:
         raise GmaskError(f"--dtype {dtype}: no such dtype; there are {', '.join(ITEM_BYTES)}")
     if parts < 1 or (parts > 1 and to != "megatron"):
         raise GmaskError(f"--parts {parts}: only --to megatron divides weights, among 1 rank or more")
-    if origin.tokenizer is not None and to == "megatron":
+    if has_tokenizer and to == "megatron":
         raise GmaskError("--tokenizer: the training code keeps no vocabulary beside the weights; leave it out")
-    if origin.like is not None and origin.heads is not None:
+    if folder.like is not None and folder.heads is not None:
         raise GmaskError("give --like or --heads, not both: the published model has its number of heads")
-    if origin.heads is not None and origin.heads < 1:
-        raise GmaskError(f"--heads {origin.heads}: give the number of attention heads")
-    if not source.is_dir():
-        raise GmaskError(f"{source}: no such folder; name the one that holds the weights")
-    if (origin.like is not None or origin.heads is not None) and not lacks_config(source):
-        raise GmaskError(f"{source}: has a config.json, which tells its heads; leave out --like and --heads")
+    if folder.heads is not None and folder.heads < 1:
+        raise GmaskError(f"--heads {folder.heads}: give the number of attention heads")
+    if not folder.path.is_dir():
+        raise GmaskError(f"{folder}: no such folder; name the one that holds the weights")
+    if (folder.like is not None or folder.heads is not None) and not folder.lacks_config:
+        raise GmaskError(f"{folder}: has a config.json, which tells its heads; leave out --like and --heads")
 
 
-Advance = Callable[[int], object]
-"""Is told the bytes that were dealt with."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A conversion that only has to be done."""
-
-    content: Content
-    parameters: int  # of the model, whichever way they are kept
-    write: Callable[[Path, Advance], None]  # fills a folder
-    verify: Callable[[Path], None]  # what stands beside the weights
-    notes: list[str] = field(default_factory=list)
-
-
-def _plan(checkpoint: Checkpoint, origin: Origin, dtype: torch.dtype | None, to: str, parts: int) -> Plan:
-    if to == "megatron":
-        return plan_ranks(checkpoint, origin, dtype, parts)
-    is_chat = not lacks_config(checkpoint.folder) and isinstance(read_config(checkpoint.folder), ChatGLMConfig)
-    plan = plan_chat_folder if is_chat else plan_folder
-    return plan(checkpoint, origin, dtype, published=to == "huggingface")
-
-
-def _write(plan: Plan, target: Path, source: Path) -> dict[str, int]:
-    """Puts all files of a plan in their place; returns their bytes by name."""
-    check_space(target, plan.content.nbytes)
-    with placed_at_last(target) as folder:
-        _fill(plan, folder, source)
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-
-
-def _report(
-    plan: Plan, target: Path, *, form: str, parts: int, files: dict[str, int], seconds: float
-) -> ConversionReport:
-    content = plan.content
-    return ConversionReport(
-        source=str(content.checkpoint.folder),
+def _report_conversion(
+    content: Content, form: str, parameters: int, notes: list[str], parts: int = 1
+) -> Callable[..., ConversionReport]:
+    return partial(
+        ConversionReport,
         source_form=content.checkpoint.layout,
         source_parts=content.checkpoint.parallel_size,
-        target=str(target),
         form=form,
         parts=parts,
         tensors=len(content.names),
-        parameters=plan.parameters,
+        parameters=parameters,
         dtypes=tuple(sorted({dtype_name(content.dtype(key)) for key in content})),
-        files=files,
-        seconds=round(seconds, 1),
-        notes=tuple(plan.notes),
+        notes=tuple(notes),
     )
 
 
-def _fill(plan: Plan, folder: Path, source: Path) -> None:
-    """Writes all files of the new folder and reads them back."""
-    total = 2 * plan.content.nbytes
-    with tqdm(total=total, unit="B", unit_scale=True, desc="writing", leave=False, disable=None) as bar:
-        copy_companions(source, folder)
-        plan.write(folder, bar.update)
-        bar.set_description("reading back")
-        verify(plan.content, folder, bar.update)
-        plan.verify(folder)
+def _plan_folder(folder: Folder, *, published: bool, dtype: torch.dtype | None) -> Plan[ConversionReport]:
+    """Plans a folder that transformers reads, in the published form or in ours."""
+    weights, config = _open_weights(folder), folder.config
+    if isinstance(config, GLMConfig):
+        _refuse_quantized(folder)
+    elif published and folder.quantization is not None and folder.quantization.group_size is not None:
+        raise GmaskError(
+            f"{folder}: has {folder.quantization}, and the published form has a scale a row; convert it to gmask"
+        )
+    tokenizer = folder.read_tokenizer(required=isinstance(config, GLMConfig))
+    check_vocabulary(tokenizer, config)
+    notes = _complete_config(folder, tokenizer) if folder.lacks_config else []
+    model = folder.shape_model()
+    names = folder.compare(model)
+    folder.check_head(model)
+    rows: dict[int, Tensor] = {}
+    if isinstance(config, GLMConfig):
+        content, rows, told = _glm_content(folder, config, names, dtype, published=published)
+        notes += told
+    else:
+        content = _chatglm_content(weights, model, names, dtype, published=published)
+        notes += _tell_unknown(config) if published else []
+    config.dtype = main_dtype(content, architecture_of(config).embedding)
+
+    def write(new: Path, advance: Advance) -> None:
+        content.write(new, advance)
+        if rows:
+            write_rows(rows, new)
+
+    parameters = folder.shape_model(quantized=False).num_parameters()
+    report = _report_conversion(content, "huggingface" if published else "gmask", parameters, notes)
+    return Plan(content.nbytes, write, report, config, tokenizer, published, expected=content)
+
+
+def _open_weights(folder: Folder) -> Checkpoint:
+    """The weights; refused if they are in files that fill memory as a whole, and do not fit there."""
+    if folder.weights.unmapped_bytes:
+        check_room(folder.path, folder.weights.unmapped_bytes, torch.device("cpu"))
+    return folder.weights
+
+
+def _refuse_quantized(folder: Folder) -> None:
+    if folder.quantization is not None:
+        raise GmaskError(
+            f"{folder}: is quantized ({folder.quantization}), for which GLM has this form alone: nothing to convert; "
+            "name the folder of the unquantized model"
+        )
+
+
+def _complete_config(folder: Folder, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Gives the config of a checkpoint of the training code the ids of its vocabulary; returns notes."""
+    config, family, heads = folder.config, folder.family, folder.heads
+    for role in architecture_of(config).special_ids:
+        token_id = find_token_id(tokenizer, role)
+        if token_id is not None:
+            setattr(config, role, token_id)
+    if family and heads is None:
+        return [f"made like {family.name}: {family.heads} attention heads, {TANH}"]
+    notes = [f"{heads} attention heads as told, {TANH}"]
+    if family and family.heads != heads:
+        notes.append(f"its shape is that of {family.name}, which has {family.heads} attention heads")
+    return notes
 
 
 TANH, ERF = "gelu_pytorch_tanh", "gelu"
 
 
-def plan_ranks(checkpoint: Checkpoint, origin: Origin, dtype: torch.dtype | None, parts: int) -> Plan:
-    """Plans a checkpoint of the training code.
-
-    Raises:
-        GmaskError: the weights cannot be divided so, or hold what that code has no place for.
-    """
-    notes: list[str] = []
-    keys, heads = checkpoint.keys(), origin.heads
-    bookkeeping = new_bookkeeping(checkpoint, parts)
-    rows: dict[int, Tensor] = {}
-    if lacks_config(checkpoint.folder):
-        family = row_of_shape(checkpoint) if origin.like is None else find_row(checkpoint, origin.like)
-        heads = heads or (family.heads if family else None)
-        content = Content(checkpoint, training_names(checkpoint, keys), dtype)
-    else:
-        config = _read_plain_config(checkpoint.folder)
-        heads, model = config.num_attention_heads, shape_model(checkpoint.folder, config)
-        keys = list(match_keys(checkpoint, model))
-        check_head(checkpoint, model)
-        if not config.tie_word_embeddings:
-            raise GmaskError(
-                f"{checkpoint.folder}: its output head is not the word embedding, which the training code has no place "
-                "for; convert it to gmask"
-            )
-        content = Content(checkpoint, training_names(checkpoint, keys), dtype)
-        rows, is_apart, notes = _rows_for_training(content, config)
-        bookkeeping |= {ROWS_APART: True} if is_apart else {}
-        notes += _training_notes(config)
-    check_divisible(content, parts, heads)
-    content, iteration = content.with_rows(rows), find_iteration(checkpoint)
-
-    def write(folder: Path, advance: Advance) -> None:
-        write_ranks(content, folder, parts=parts, iteration=iteration, bookkeeping=bookkeeping, advance=advance)
-
-    return Plan(content, content.numbers, write, lambda folder: None, notes)
-
-
-def plan_folder(checkpoint: Checkpoint, origin: Origin, dtype: torch.dtype | None, *, published: bool) -> Plan:
-    """Plans a folder that transformers reads, in the published form or in ours.
-
-    Raises:
-        GmaskError: nothing tells the number of heads or the vocabulary; weights, config and vocabulary do not fit.
-    """
-    if lacks_config(checkpoint.folder):
-        config, tokenizer, notes = _read_training_config(checkpoint, origin)
-        copied = rows_to_copy(checkpoint, config, origin.like)
-    else:
-        config, notes, copied = _read_plain_config(checkpoint.folder), [], {}
-        tokenizer = _read_vocabulary(checkpoint.folder, origin.tokenizer, None)
-        check_vocabulary(tokenizer, config)
-    model = shape_model(checkpoint.folder, config)
-    names = match_keys(checkpoint, model)
-    check_head(checkpoint, model)
+def _glm_content(
+    folder: Folder, config: GLMConfig, names: Mapping[str, str], dtype: torch.dtype | None, *, published: bool
+) -> tuple[Content, dict[int, Tensor], list[str]]:
+    """The tensors of a GLM, rows of the word embedding to keep for the way back to training, and notes."""
     if published and not config.tie_word_embeddings:
         raise GmaskError(
-            f"{checkpoint.folder}: its output head is not the word embedding, which the published form has no place "
-            "for; convert it to gmask"
+            f"{folder}: its output head is not the word embedding, which the published form has no place for; convert "
+            "it to gmask"
         )
     if published and not any(key for key in names if not key.startswith(("word_embeddings.", "transformer."))):
         names = {key: key for key in names}
-    content = Content(checkpoint, names, dtype)
-    config.dtype = content.dtype(EMBEDDING)
-    replaced = read_rows(checkpoint.folder, content)
-    if copied:
+    content, notes = Content(folder.weights, names, dtype), []
+    replaced = read_rows(folder.path, content)
+    if copied := folder.copied_rows():
         old, new = content.read_rows(list(copied)), content.read_rows(list(copied.values()))
         content = content.with_rows({row: new[source] for row, source in copied.items()})
         replaced = {row: old[row] for row, source in copied.items() if not same_bits(old[row], new[source])}
-        notes += [_tell_copied(row, source) for row, source in copied.items()]
+        notes = [
+            f"row {row} of the word embedding, [gMASK], is a copy of row {source}, which was [gMASK] in training"
+            for row, source in copied.items()
+        ]
     if published and config.hidden_act != ERF:
         notes.append(
             f"config.json says hidden_act {config.hidden_act}, which gmask heeds; the published code computes the erf "
             "form of GELU whatever stands there"
         )
-
-    def write(folder: Path, advance: Advance) -> None:
-        write_shards(content, folder, advance)
-        if replaced:
-            write_rows(replaced, folder)
-        write_tokenizer(tokenizer, folder, published=published)
-        write_config(config, folder, published=published)
-
-    return Plan(content, content.numbers, write, lambda folder: verify_folder(folder, config, tokenizer), notes)
+    return content, replaced, notes
 
 
-def _read_plain_config(folder: Path) -> GLMConfig:
-    """The config of a GLM that is not quantized."""
-    config = read_glm_config(folder)
-    if form := form_of(config):
-        raise GmaskError(
-            f"{folder}: is quantized ({form}), for which GLM has this form alone: nothing to convert; name the folder "
-            "of the unquantized model"
-        )
-    return config
+def _chatglm_content(
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    taken: Mapping[str, str],
+    dtype: torch.dtype | None,
+    *,
+    published: bool,
+) -> Content:
+    """The tensors of a ChatGLM; integers and scales stay as they are.
+
+    Our form holds what the model takes. The published one holds all that the source does, and a head beside the
+    embedding that it equals, without which the published code would start with a random one.
+    """
+    positions = {name: position for position, name in enumerate(model.state_dict())}  # scales behind their integers
+    names = {key: taken[key] for key in sorted(taken, key=lambda key: positions[taken[key]])}
+    if not published:
+        return Content(checkpoint, names, dtype)
+    names |= {key: checkpoint.stored_name(key) for key in sorted(checkpoint) if key not in names}
+    embedding = architecture_of(model.config).embedding
+    tied = {HEAD: embedding, f"{HEAD}_scale": f"{embedding}_scale"} if model.config.tie_word_embeddings else {}
+    twins = {head: key for head, key in tied.items() if key in checkpoint and head not in checkpoint}
+    return Content(checkpoint, names | {key: key for key in twins}, dtype, twins=twins)
 
 
-def _read_training_config(
-    checkpoint: Checkpoint, origin: Origin
-) -> tuple[GLMConfig, PreTrainedTokenizerBase, list[str]]:
-    """The config of a checkpoint of the training code with the ids of its vocabulary, which is returned too."""
-    folder, heads = checkpoint.folder, origin.heads
-    family = row_of_shape(checkpoint) if origin.like is None else find_row(checkpoint, origin.like)
-    if family is None and heads is None:
-        raise GmaskError(
-            f"{folder}: no published model has its shape: give --like NAME (gmask info --zoo lists them), or --heads "
-            "with the number of attention heads"
-        )
-    tokenizer = _read_vocabulary(folder, origin.tokenizer, family.tokenizer if family and heads is None else None)
-    config = read_glm_config(folder, origin.like, heads)
+def _tell_unknown(config: ChatGLMConfig) -> list[str]:
+    """Of what is computed otherwise than by the published code, which does not know the setting."""
+    alpha = config.residual_alpha
+    if alpha == ChatGLMConfig().residual_alpha:
+        return []
+    return [f"config.json says residual_alpha {alpha:g}, which gmask heeds, and which the published code does not know"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizationReport(Report):
+    """What `quantize_folder` did."""
+
+    form: str
+    layers: int  # quantized
+    calibrated: bool
+    bytes_before: int  # of all weights
+    bytes_after: int
+
+
+def quantize_folder(
+    source: Path,
+    target: Path,
+    form: QuantizationConfig,
+    *,
+    tokenizer: Path | None = None,
+    calibrate: Callable[[], PreTrainedModel] | None = None,
+    force: bool = False,
+) -> QuantizationReport:
+    """Writes a model anew in a quantized form, with its config and tokenizer.
+
+    Without calibration tensors go one by one from file to file, so no more memory is taken than the largest needs.
+
+    Args:
+        source: a folder in any form.
+        target: and ``force``: as of `rewrite`.
+        tokenizer: the folder with the vocabulary, if it is not beside the weights.
+        calibrate: makes the model of the source, quantized in the form, once all is checked; by default its weights are
+            rounded as published.
+
+    Raises:
+        GmaskError: as of `rewrite`; a source that is quantized already, a vocabulary or a form that does not fit it.
+    """
+    transform = partial(_plan_quantized, form=form, calibrate=calibrate)
+    return rewrite(Folder(source, tokenizer=tokenizer), target, transform, force=force)
+
+
+def _plan_quantized(
+    folder: Folder, form: QuantizationConfig, calibrate: Callable[[], PreTrainedModel] | None
+) -> Plan[QuantizationReport]:
+    config = folder.config
+    if folder.quantization is not None:
+        raise GmaskError(f"{folder}: is quantized already; name the folder of the unquantized model")
+    weights, model = _open_weights(folder), folder.shape_model()
+    layers = len(find_layers(model, form))
+    tokenizer = folder.read_tokenizer()
     check_vocabulary(tokenizer, config)
-    for role in SPECIAL_IDS:
-        token_id = find_token_id(tokenizer, role)
-        if token_id is not None:
-            setattr(config, role, token_id)
-    if family and heads is None:
-        return config, tokenizer, [f"made like {family.name}: {family.heads} attention heads, {TANH}"]
-    notes = [f"{heads} attention heads as told, {TANH}"]
-    if family and family.heads != heads:
-        notes.append(f"its shape is that of {family.name}, which has {family.heads} attention heads")
-    return config, tokenizer, notes
+    names = folder.compare(model)
+    folder.check_head(model)
+    lay_out(model, form)
+    plan = plan_weights(model, {names[key]: weights.dtype(key) for key in names})
+    before = sum(weights.shape(key).numel() * weights.dtype(key).itemsize for key in names)
+    after = sum(tensor.nbytes for tensor in plan.values())
+    config.quantization_config, config.dtype = form, weights.dtype(architecture_of(config).embedding)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        if calibrate is None:
+            yield from stream_weights(folder, model, names)
+        else:
+            state = calibrate().state_dict()
+            yield from ((name, state[name].cpu().to(meta.dtype)) for name, meta in plan.items())
+
+    def write(new: Path, advance: Advance) -> None:
+        write_weights(new, plan, tensors(), advance)
+
+    def report(files: Mapping[str, int], **common: Any) -> QuantizationReport:
+        return QuantizationReport(
+            **common,
+            form=str(form),
+            layers=layers,
+            calibrated=calibrate is not None,
+            bytes_before=before,
+            bytes_after=after,
+        )
+
+    return Plan(after, write, report, config, tokenizer)
 
 
-def _read_vocabulary(folder: Path, elsewhere: Path | None, kind: str | None) -> PreTrainedTokenizerBase:
-    if elsewhere is None:
-        require_vocabulary(folder, kind)
-    return read_tokenizer(elsewhere or folder, kind=kind)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeReport(Report):
+    """What `merge_folder` did."""
+
+    adapter: str
+    layers: int  # whose weights were changed
+    dtype: str
+    bytes: int  # of all weights
+
+
+def merge_folder(
+    source: Path, adapter: Path, target: Path, *, dtype: torch.dtype | None = None, force: bool = False
+) -> MergeReport:
+    """Writes a model whose weights an adapter was folded into, with its config and tokenizer.
+
+    Every layer is computed in float32, and rounded once to the precision that is written.
+
+    Args:
+        adapter: the folder of LoRA, DoRA, AdaLoRA or IA3.
+        target: and ``force``: as of `rewrite`.
+        dtype: of the weights in the target; by default that of the source.
+
+    Raises:
+        GmaskError: as of `rewrite`; a quantized source; an adapter that no weights can stand for, or that is not for
+            this model; a vocabulary that does not fit.
+    """
+    transform = partial(_plan_merge, adapter=adapter, dtype=dtype)
+    return rewrite(Folder(source), target, transform, force=force, also_read=[adapter])
+
+
+def _plan_merge(folder: Folder, adapter: Path, dtype: torch.dtype | None) -> Plan[MergeReport]:
+    config = folder.config
+    if folder.quantization is not None:
+        raise GmaskError(
+            f"{folder}: holds integers, into which nothing can be folded: merge into the unquantized model, then "
+            "gmask quantize the result"
+        )
+    if read_adapter(adapter).kind not in LAYERS:
+        raise GmaskError(
+            f"{adapter}: a prefix and trained vectors cannot be folded into weights: name the folder as adapter= or "
+            "--adapter beside the model"
+        )
+    tokenizer = folder.read_tokenizer()
+    check_vocabulary(tokenizer, config)
+    stored = folder.weights.dtype(architecture_of(config).embedding)
+    written = dtype or stored
+    finest = torch.promote_types(stored, written)  # so that the result is rounded once
+    model = fill_model(folder, device=torch.device("cpu"), dtype=finest, adapter=adapter)
+    layers = merge_adapter(model)
+    model.to(written)
+    config.architectures, config.dtype = [type(model).__name__], written
+    tied = model.all_tied_weights_keys
+    tensors = {name: tensor for name, tensor in sorted(model.state_dict().items()) if name not in tied}
+    size = sum(tensor.nbytes for tensor in tensors.values())
+
+    def write(new: Path, advance: Advance) -> None:
+        if model.can_generate():
+            model.generation_config.save_pretrained(new)
+        write_weights(new, tensors, tensors.items(), advance)
+
+    def report(files: Mapping[str, int], **common: Any) -> MergeReport:
+        return MergeReport(**common, adapter=str(adapter), layers=layers, dtype=dtype_name(written), bytes=size)
+
+    return Plan(size, write, report, config, tokenizer)
+
+
+def _plan_ranks(folder: Folder, *, parts: int, dtype: torch.dtype | None) -> Plan[ConversionReport]:
+    """Plans a checkpoint of the training code."""
+    weights = _open_weights(folder)
+    bookkeeping = new_bookkeeping(weights, parts)
+    rows: dict[int, Tensor] = {}
+    notes: list[str] = []
+    if folder.lacks_config:
+        heads = folder.heads or (folder.family.heads if folder.family else None)
+        content = Content(weights, training_names(weights, weights.keys()), dtype)
+    else:
+        config = folder.glm_config
+        _refuse_quantized(folder)
+        heads, model = config.num_attention_heads, folder.shape_model()
+        keys = list(folder.compare(model))
+        folder.check_head(model)
+        if not config.tie_word_embeddings:
+            raise GmaskError(
+                f"{folder}: its output head is not the word embedding, which the training code has no place for; "
+                "convert it to gmask"
+            )
+        content = Content(weights, training_names(weights, keys), dtype)
+        rows, is_apart, notes = _rows_for_training(content, config)
+        bookkeeping |= {ROWS_APART: True} if is_apart else {}
+        notes += _training_notes(config)
+    check_divisible(content, parts, heads)
+    content, iteration = content.with_rows(rows), find_iteration(weights)
+
+    def write(new: Path, advance: Advance) -> None:
+        write_ranks(content, new, parts=parts, iteration=iteration, bookkeeping=bookkeeping, advance=advance)
+
+    report = _report_conversion(content, "megatron", content.numbers, notes, parts)
+    return Plan(content.nbytes, write, report, expected=content)
 
 
 def _rows_for_training(content: Content, config: GLMConfig) -> tuple[dict[int, Tensor], bool, list[str]]:
@@ -375,10 +463,6 @@ def _rows_for_training(content: Content, config: GLMConfig) -> tuple[dict[int, T
     return {}, True, ["[gMASK] has a row of its own: start the training code with --fix-command-token"]
 
 
-def _tell_copied(row: int, source: int) -> str:
-    return f"row {row} of the word embedding, [gMASK], is a copy of row {source}, which was [gMASK] in training"
-
-
 def _training_notes(config: GLMConfig) -> list[str]:
     notes = [
         f"the training code stores neither the vocabulary nor the number of heads, {config.num_attention_heads}: keep "
@@ -387,72 +471,6 @@ def _training_notes(config: GLMConfig) -> list[str]:
     if config.hidden_act != TANH:
         notes.append(f"the source computes {config.hidden_act}, the training code {TANH}: answers differ slightly")
     return notes
-
-
-OURS_ALONE = ("residual_alpha", "rotary_stretch")
-"""Settings that change what is computed, and that the published code does not know."""
-
-
-def plan_chat_folder(checkpoint: Checkpoint, origin: Origin, dtype: torch.dtype | None, *, published: bool) -> Plan:
-    """Plans a folder of safetensors, in the published form or in ours; integers and scales stay as they are.
-
-    Ours holds what the model takes. The published one holds all that the source does, and a head beside the embedding
-    that it equals, without which the published code would start with a random one.
-
-    Raises:
-        GmaskError: weights, config and vocabulary do not fit; integers that the published form has no place for.
-    """
-    config = read_config(checkpoint.folder)
-    assert isinstance(config, ChatGLMConfig)
-    form = form_of(config)
-    if published and form is not None and form.group_size is not None:
-        raise GmaskError(
-            f"{checkpoint.folder}: has {form}, and the published form has a scale a row; convert it to gmask"
-        )
-    tokenizer = read_tokenizer(origin.tokenizer or checkpoint.folder)
-    check_vocabulary(tokenizer, config)
-    model = shape_stored(checkpoint.folder, config)
-    content = _choose_content(checkpoint, model, dtype, published=published)
-    config.dtype = main_dtype(content, architecture_of(config).embedding)
-
-    def write(folder: Path, advance: Advance) -> None:
-        write_shards(content, folder, advance)
-        write_tokenizer(tokenizer, folder, published=published)
-        write_config(config, folder, published=published)
-
-    return Plan(
-        content,
-        shape_model(checkpoint.folder, config).num_parameters(),
-        write,
-        lambda folder: verify_folder(folder, config, tokenizer),
-        _tell_unknown(config) if published else [],
-    )
-
-
-def _choose_content(
-    checkpoint: Checkpoint, model: PreTrainedModel, dtype: torch.dtype | None, *, published: bool
-) -> Content:
-    taken = match_keys(checkpoint, model)
-    check_head(checkpoint, model)
-    places = {name: place for place, name in enumerate(model.state_dict())}  # scales behind their integers
-    names = {key: taken[key] for key in sorted(taken, key=lambda key: places[taken[key]])}
-    if not published:
-        return Content(checkpoint, names, dtype)
-    names |= {key: checkpoint.stored_name(key) for key in sorted(checkpoint) if key not in names}
-    embedding = architecture_of(model.config).embedding
-    tied = {HEAD: embedding, f"{HEAD}_scale": f"{embedding}_scale"} if model.config.tie_word_embeddings else {}
-    twins = {head: key for head, key in tied.items() if key in checkpoint and head not in checkpoint}
-    return Content(checkpoint, names | {key: key for key in twins}, dtype, twins=twins)
-
-
-def _tell_unknown(config: ChatGLMConfig) -> list[str]:
-    usual = ChatGLMConfig()
-    found = {name: getattr(config, name) for name in OURS_ALONE}
-    return [
-        f"config.json says {name} {value:g}, which gmask heeds, and which the published code does not know"
-        for name, value in found.items()
-        if value != getattr(usual, name)
-    ]
 
 
 KEPT = frozenset({

@@ -1,391 +1,347 @@
-"""A model folder is written: its weights, config and tokenizer, whole or not at all."""
+"""The folder of a model, opened once: its config, special ids, weights and tokenizer, and whether they fit together.
 
-import json
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from fnmatch import fnmatch
+Of a checkpoint of the training code, which stores no config, shapes tell all but the number of heads and the
+vocabulary; the table of published models knows these.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self, TypeAlias
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gmask.checkpoints.config import Config, read_config
-from gmask.checkpoints.tensor_files import SCALES, SafetensorsFile, SafetensorsWriter, plan_shards
-from gmask.checkpoints.weights import RANK_FILE, TRACKERS, Checkpoint, open_checkpoint, same_bits
-from gmask.checkpoints.zoo import architecture_of
-from gmask.errors import GmaskError
-from gmask.hardware import format_bytes
+from gmask.architectures import VISUALGLM, architecture_of, class_of, find_architecture, find_class_name
+from gmask.checkpoints.special_ids import special_ids
+from gmask.checkpoints.tensor_files import SCALES
+from gmask.checkpoints.weights import PREFIX, Checkpoint, bare_name, is_megatron, open_megatron, open_published
+from gmask.checkpoints.zoo import FAMILIES, Family, family_of_shape, find_family
+from gmask.errors import GmaskError, one_line
+from gmask.files import read_object
+from gmask.models.base import Mismatch
 from gmask.models.chatglm import ChatGLMConfig
-from gmask.quantization.quantizer import form_of
-from gmask.tokenizers.chatglm import ChatGLMTokenizer, ChatGLMTokenizerV0
-from gmask.tokenizers.folder import read_tokenizer
-from gmask.tokenizers.glm import PublishedVocabulary
+from gmask.models.glm import GLMConfig
+from gmask.quantization.quantizer import QuantizationConfig, form_of, lay_out
+from gmask.tokenizers.folder import read_tokenizer, require_vocabulary
 
-SHARD_BYTES = 5 * 10**9
-COMPANIONS = ("README.md", "LICENSE", "MODEL_LICENSE", "generation_config.json")
-"""Files that go along with the weights: they say whose these are, and how answers are drawn."""
+Config: TypeAlias = GLMConfig | ChatGLMConfig
 
-ROWS_FILE = "training_rows.safetensors"
-"""Rows of the word embedding that the training checkpoint had where the model has copies of others, by their number."""
+HEAD = "lm_head.weight"
 
-PUBLISHED_ONLY = {
-    "attention_scale": 1.0, "checkpoint_activations": False, "checkpoint_num_layers": 1, "output_predict": True,
-    "parallel_output": True, "relative_encoding": False, "spell_func": "lstm", "spell_length": None,
-}  # fmt: skip
-"""What published configs state beside what ours does. Source: configuration_glm.py of THUDM/glm-large-chinese."""
-
-CHECKED = (
-    "architectures", "hidden_act", "num_attention_heads", "num_hidden_layers", "pool_token", "position_rule",
-    "pre_seq_len", "residual_alpha",
-)  # fmt: skip
-"""Values of a config that are read back, beside the special ids; either kind of model has some of them."""
-
-OF_THIS_MACHINE = ("local_files_only", "is_local", "name_or_path")
-OF_LATER_VERSIONS = ("added_tokens_decoder", "backend")
-"""Settings of a tokenizer that say nothing about it, and those that the published code does not know."""
+ROWS_APART = "fix_command_token"
+"""The entry of a checkpoint that `gmask convert` made, if tokens that the training code took for one have rows of their
+own: the training code then needs its option of this name."""
 
 
-class Content:
-    """The tensors of a checkpoint as another is to have them; each is read when it is asked for.
+class Folder:
+    """The folder of a model in any form. Each file is read when it is first asked for, and what it says is kept.
 
     Args:
-        checkpoint: where they come from.
-        names: of those that are wanted, by bare name: what they are called in the new files.
-        dtype: what they become, but for integers and their scales; None to keep what each has.
-        rows: rows of the word embedding to put in the place of those that are there.
-        twins: tensors that the checkpoint lacks, by bare name, and the bare name of the one that each equals.
+        path: where it lies.
+        like: of a checkpoint of the training code, the published model that it is made like.
+        heads: of such a checkpoint, the number of attention heads, in place of ``like``; special ids are then left out.
+        tokenizer: the folder with the vocabulary, if it is not beside the weights.
+        config: in place of the one that the folder holds.
     """
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
-        names: Mapping[str, str],
-        dtype: torch.dtype | None = None,
-        rows: Mapping[int, Tensor] | None = None,
-        twins: Mapping[str, str] | None = None,
+        path: Path,
+        *,
+        like: str | None = None,
+        heads: int | None = None,
+        tokenizer: Path | None = None,
+        config: Config | None = None,
     ) -> None:
-        self.checkpoint = checkpoint
-        self.names = dict(names)
-        self.twins = dict(twins or {})
-        self._dtype = dtype
-        self._rows = dict(rows or {})
+        self.path = path
+        self.like = like
+        self.heads = heads
+        self._vocabulary = tokenizer
+        self._given_config = config
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+    def __str__(self) -> str:
+        return str(self.path)
 
-    def dtype(self, key: str) -> torch.dtype:
-        stored = self.checkpoint.dtype(self._source(key))
-        is_kept = not stored.is_floating_point or key.endswith(SCALES)
-        return stored if is_kept or self._dtype is None else self._dtype
+    def __enter__(self) -> Self:
+        return self
 
-    def plan(self, key: str) -> Tensor:
-        """The shape and dtype of a tensor, without numbers."""
-        return torch.empty(self.checkpoint.shape(self._source(key)), dtype=self.dtype(key), device="meta")
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if "weights" in vars(self):
+            self.weights.close()
+
+    @cached_property
+    def has_config(self) -> bool:
+        return (self.path / "config.json").is_file()
+
+    @cached_property
+    def is_megatron(self) -> bool:
+        """Whether it is a checkpoint of the training code (Megatron, DeepSpeed); such a one may have a config, too."""
+        return is_megatron(self.path)
 
     @property
-    def nbytes(self) -> int:
-        return sum(self.plan(key).nbytes for key in self)
+    def lacks_config(self) -> bool:
+        """Whether the config has to be inferred from shapes and the table of published models."""
+        return not self.has_config and self.is_megatron
 
-    @property
-    def numbers(self) -> int:
-        """How many there are, those of integers that are packed counted as they lie there."""
-        return sum(self.plan(key).numel() for key in self)
+    @cached_property
+    def weights(self) -> Checkpoint:
+        """The weights, mapped and unread; errors as of `open_checkpoint`."""
+        return open_megatron(self.path) if self.is_megatron else open_published(self.path)
 
-    def read(self, key: str) -> Tensor:
-        """A tensor, which may be a view of its file.
+    @cached_property
+    def config(self) -> Config:
+        """The config, with the special ids that a published one leaves out.
 
         Raises:
-            GmaskError: the new dtype is too small for a number.
+            GmaskError: no JSON, or the config of another architecture; nothing that tells the number of heads.
         """
-        stored = self.checkpoint.read(self._source(key))
-        tensor = stored.to(self.dtype(key))
-        if has_overflown(stored, tensor):
+        if self._given_config is not None:
+            return self._given_config
+        if self.lacks_config:
+            return _make_config(self._infer_config(), self.path, self.path)
+        path = self.path / "config.json"
+        return _make_config(read_object(path), path, self.path)
+
+    @property
+    def glm_config(self) -> GLMConfig:
+        """The config, for what only a GLM can be used for.
+
+        Raises:
+            GmaskError: also for a ChatGLM.
+        """
+        if not isinstance(self.config, GLMConfig):
             raise GmaskError(
-                f"{self.checkpoint.folder}: {key} has numbers beyond the range of {dtype_name(tensor.dtype)}; choose "
-                "bfloat16 or float32"
+                f"{self.path}: is a ChatGLM, which the training code of GLM does not know; convert it to gmask or "
+                "huggingface"
             )
-        if key == EMBEDDING and self._rows:
-            tensor = tensor.clone()
-            for row, values in self._rows.items():
-                tensor[row] = values
-        return tensor
+        return self.config
 
-    def read_rows(self, rows: list[int]) -> dict[int, Tensor]:
-        """Copies of rows of the word embedding, in its new dtype."""
-        embedding = self.read(EMBEDDING)
-        return {row: embedding[row].clone() for row in rows}
+    @property
+    def quantization(self) -> QuantizationConfig | None:
+        """The form of its integers; None for weights that are not quantized."""
+        return form_of(self.config)
 
-    def with_rows(self, rows: Mapping[int, Tensor]) -> "Content":
-        """The same, but for rows of the word embedding."""
-        return Content(self.checkpoint, self.names, self._dtype, rows, self.twins)
+    @cached_property
+    def family(self) -> Family | None:
+        """The published model that a GLM is an instance of: the one named ``like``, else the one of its shape.
 
-    def _source(self, key: str) -> str:
-        return self.twins.get(key, key)
+        Raises:
+            GmaskError: no such name, or a model of another shape; weights that are not those of a GLM.
+        """
+        shape = read_shape(self.weights)
+        layers, width = shape["num_hidden_layers"], shape["hidden_size"]
+        if self.like is None:
+            return family_of_shape(
+                layers=layers,
+                hidden_size=width,
+                vocab_size=shape["vocab_size"],
+                positions=shape["max_position_embeddings"],
+            )
+        family = find_family(self.like)
+        if family is None or family.architecture != "glm":
+            raise GmaskError(f"like={self.like!r}: no such GLM; there are {_names_of_glms()}")
+        if (family.layers, family.hidden_size) != (layers, width):
+            wanted = f"{family.layers} layers of width {family.hidden_size}"
+            raise GmaskError(f"{self.path}: has {layers} layers of width {width}, but {family.name} {wanted}")
+        return family
 
+    def _require_family(self) -> Family:
+        if self.family is None:
+            shape = read_shape(self.weights)
+            raise GmaskError(
+                f"{self.path}: {shape['num_hidden_layers']} layers of width {shape['hidden_size']}, "
+                f"{shape['vocab_size']} tokens and {shape['max_position_embeddings']} positions do not tell which GLM "
+                "it is; give like=NAME (gmask convert: --like NAME, or --heads with the number of attention heads), "
+                f"one of {_names_of_glms()}"
+            )
+        return self.family
 
-def write_shards(content: Content, folder: Path, advance: Callable[[int], object]) -> None:
-    """Writes the weights as safetensors, in several files and an index if they are large.
+    def _infer_config(self) -> dict[str, Any]:
+        """The values of a config for a checkpoint of the training code.
 
-    Args:
-        advance: is told the bytes that were written.
-    """
-    plan = {content.names[key]: content.plan(key) for key in content}
-    keys = {name: key for key, name in content.names.items()}
-    shards = plan_shards(plan, SHARD_BYTES)
-    for file, shard in shards.items():
-        with SafetensorsWriter(folder / file, shard) as writer:
-            for name in shard:
-                writer.write(name, content.read(keys[name]))
-                advance(shard[name].nbytes)
-    write_index(shards, folder)
-
-
-def write_index(shards: Mapping[str, Mapping[str, Tensor]], folder: Path) -> None:
-    """Writes which of several files holds which tensor; one file needs no index.
-
-    Args:
-        shards: what each file holds, by its name; the tensors may be without numbers.
-    """
-    if len(shards) > 1:
-        places = {name: file for file, shard in shards.items() for name in shard}
-        size = sum(tensor.nbytes for shard in shards.values() for tensor in shard.values())
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-        write_json(folder / "model.safetensors.index.json", index)
-
-
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copies those of `COMPANIONS` that are there into the folder of the new weights."""
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-
-
-def write_config(config: Config, folder: Path, *, published: bool) -> None:
-    """Writes ``config.json``; where the published form has no name for a value, it stands under ours."""
-    values = json.loads(config.to_json_string())
-    values.pop("auto_map", None)
-    if published:
-        architecture = architecture_of(config)
-        aliases = {
-            ours: theirs for theirs, ours in config.attribute_map.items() if ours not in architecture.special_ids
+        The activation is the tanh form of GELU, as in the training code. A checkpoint with the layers of a classifier
+        is one for sequence classification.
+        """
+        family = self._require_family() if self.heads is None else None
+        values = {
+            **(family.special_ids if family else {}),
+            **read_shape(self.weights),
+            "num_attention_heads": family.heads if family else self.heads,
+            "hidden_act": "gelu_pytorch_tanh",
         }
-        values = {aliases.get(name, name): value for name, value in values.items()}
-        values["torch_dtype"] = values.pop("dtype")
-        values.pop("transformers_version", None)
-        if values["architectures"] == [architecture.classes[0]]:
-            values["architectures"] = [architecture.body]
-        form = form_of(config)
-        if form is not None:
-            del values["quantization_config"]
-            values |= {"quantization_bit": form.bits, "quantization_embeddings": form.embeddings}
-        if not isinstance(config, ChatGLMConfig):
-            values = PUBLISHED_ONLY | values | {"model_type": "glm"}
-    write_json(folder / "config.json", values)
+        if "out_proj.weight" in self.weights:
+            values |= {
+                "architectures": ["GLMForSequenceClassification"],
+                "num_labels": self.weights.shape("out_proj.weight")[0],
+            }
+        return values
+
+    def copied_rows(self) -> Mapping[int, int]:
+        """Rows of the word embedding that the Hugging Face form takes from others: ``{to: from}``.
+
+        GLM-10B-Chinese was trained with one id for ``[gMASK]`` and the end token. Its Hugging Face form, whose ids we
+        take, has two, and a copy of the row.
+        """
+        if not self.lacks_config or self.family is None or self.weights.bookkeeping.get(ROWS_APART):
+            return {}
+        return copies_of(self.family, self.config)
+
+    def read_tokenizer(self, *, required: bool = False) -> PreTrainedTokenizerBase:
+        """The tokenizer, read anew.
+
+        Args:
+            required: whether a folder without any vocabulary is to be told where one may come from, as a checkpoint of
+                the training code always is.
+
+        Raises:
+            GmaskError: no vocabulary there, or a damaged one.
+        """
+        kind = self._require_family().tokenizer if self.lacks_config and self.heads is None else None
+        if self._vocabulary is None and (required or self.is_megatron):
+            require_vocabulary(self.path, kind)
+        return read_tokenizer(self._vocabulary or self.path, kind=kind)
+
+    def shape_model(
+        self, model_class: type[PreTrainedModel] | None = None, *, quantized: bool = True
+    ) -> PreTrainedModel:
+        """The model without numbers, as its weights are stored; by default of the class that the config names.
+
+        Args:
+            quantized: if False, as it was before it was quantized.
+
+        Raises:
+            GmaskError: a class or a form that is not for this kind of model.
+        """
+        chosen = model_class or class_of(self.config)
+        if not issubclass(chosen.config_class, type(self.config)):
+            if isinstance(self.config, ChatGLMConfig):
+                raise GmaskError(f"{self}: is a ChatGLM, which has no blanks to fill: use `gmask chat` or model.chat")
+            raise GmaskError(f"{self}: is a GLM, and {chosen.__name__} is not for one")
+        with torch.device("meta"):  # shapes alone: the weights come from the files
+            model: PreTrainedModel = chosen(self.config)
+        if quantized and self.quantization is not None:
+            lay_out(model, self.quantization)
+        return model
+
+    def compare(self, model: PreTrainedModel, elsewhere: Collection[str] = ()) -> dict[str, str]:
+        """For each tensor of the weights that a model takes, its name in the model.
+
+        Args:
+            elsewhere: bare names of tensors that the model has from elsewhere, or does without.
+
+        Raises:
+            GmaskError: the model lacks a tensor, has no place for one, or has another shape for one.
+        """
+        weights, state = self.weights, model.state_dict()
+        own = {bare_name(name): name for name in state}
+        unread = model._keys_to_ignore_on_load_unexpected or []
+        skipped = {*elsewhere, *(key for key in weights if any(re.search(pattern, key) for pattern in unread))}
+        if model.config.tie_word_embeddings:
+            skipped |= {HEAD, f"{HEAD}_scale"}
+        # What may be absent is compared where both have it: a tied head that was stored has to have the right shape.
+        stored = {key: weights.shape(key) for key in weights if key in own or key not in skipped}
+        wanted = {key: state[name].shape for key, name in own.items() if key in weights or key not in skipped}
+        if mismatch := Mismatch.between(stored, wanted):
+            taken = {key for key in weights if key not in skipped}
+            raise GmaskError(f"{self.path}: {self._explain(mismatch, model, taken)}")
+        return {key: own[key] for key in weights if key not in skipped}
+
+    def _explain(self, mismatch: Mismatch, model: PreTrainedModel, taken: Collection[str]) -> str:
+        has_integers = any(self.weights.dtype(key) == torch.int8 for key in self.weights)
+        if taken and all(key.startswith(PREFIX) for key in taken):
+            return (
+                "holds no more than a P-tuning prefix: load the model that it was trained for, with "
+                f"adapter={self.path}"
+            )
+        if any(key.startswith("image_encoder.") for key in mismatch.unexpected):
+            return str(VISUALGLM.refusal("image_encoder"))
+        if mismatch.lacks_scales and not has_integers:
+            return "the weights are not quantized, though config.json says so: take quantization_bit out of it"
+        if not mismatch.lacks_scales and any(key.endswith(SCALES) for key in mismatch.unexpected):
+            return (
+                "holds quantized weights, where config.json says nothing of it; take all files from one revision, or "
+                "name the folder of the unquantized model"
+            )
+        told = mismatch.explain_for(model)
+        if mismatch.missing or mismatch.unexpected:
+            return told
+        key = next(iter(mismatch.shapes))
+        if key.endswith(("word_embeddings.weight", HEAD)):
+            return f"{told}; take all files from one revision"
+        is_integer = self.weights.dtype(key) == torch.int8
+        return told + "; quantization_bit there says another number of bits than the weights have" * is_integer
+
+    def check_head(self, model: PreTrainedModel) -> None:
+        """Raises `GmaskError` if a head that the config ties to the embedding was stored, and differs from it."""
+        embedding = architecture_of(model.config).embedding
+        for head, twin in ((HEAD, embedding), (f"{HEAD}_scale", f"{embedding}_scale")):
+            if not model.config.tie_word_embeddings or head not in self.weights or twin not in self.weights:
+                continue
+            if not torch.equal(self.weights.read(head), self.weights.read(twin)):
+                raise GmaskError(
+                    f"{self.path}: {head} differs from {twin}, though config.json ties them; "
+                    "set tie_word_embeddings to false there to use it"
+                )
 
 
-def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, published: bool) -> None:
-    """Writes the vocabulary and its settings, in the published form with what the published code expects of them."""
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
-    left_out = set(OF_THIS_MACHINE)
-    if published and isinstance(tokenizer, PublishedVocabulary):
-        left_out.update(OF_LATER_VERSIONS)
-        values |= {"additional_special_tokens": values.pop("extra_special_tokens"), "use_fast": False}
-    elif published and isinstance(tokenizer, ChatGLMTokenizer):
-        left_out.update(OF_LATER_VERSIONS)
-        values |= {"tokenizer_class": ChatGLMTokenizer.__name__, "num_image_tokens": tokenizer.first_id}
-        if isinstance(tokenizer, ChatGLMTokenizerV0):
-            values["eop_token"] = values.pop("end_token")
-    write_json(path, {name: value for name, value in values.items() if name not in left_out})
+def read_config(path: Path, like: str | None = None, heads: int | None = None) -> Config:
+    """The config of a folder that is opened for it alone; arguments and errors as of `Folder`."""
+    with Folder(path, like=like, heads=heads) as folder:
+        return folder.config
 
 
-def write_rows(rows: Mapping[int, Tensor], folder: Path) -> None:
-    """Writes rows of the word embedding into `ROWS_FILE`, for the way back to a training checkpoint."""
-    with SafetensorsWriter(folder / ROWS_FILE, {str(row): values.to("meta") for row, values in rows.items()}) as writer:
-        for row, values in rows.items():
-            writer.write(str(row), values)
+def _make_config(values: dict[str, Any], source: Path, folder: Path) -> Config:
+    """A config of ours; ``source`` is blamed for wrong values."""
+    values.pop("auto_map", None)  # names remote code
+    architecture = find_architecture(values, source)
+    values["architectures"] = [find_class_name(values, source)]
+    if any(values.get(role) is None for role in architecture.special_ids):
+        values |= special_ids(folder, values, architecture)
+    config_class = architecture.config_class
+    try:
+        config: Config = config_class.from_dict({**values, "model_type": config_class.model_type})
+    except (TypeError, ValueError) as error:
+        raise GmaskError(f"{source}: {one_line(error)}") from error
+    for role in architecture.special_ids:
+        token_id = getattr(config, role)
+        if isinstance(token_id, int) and token_id >= config.vocab_size:
+            raise GmaskError(f"{source}: {role} {token_id} is beyond the vocab_size of {config.vocab_size}")
+    config.name_or_path = str(folder)
+    return config
 
 
-def read_rows(folder: Path, content: Content) -> dict[int, Tensor]:
-    """The rows that `write_rows` wrote into a folder, if they fit the content; none without such a file."""
-    if not (folder / ROWS_FILE).is_file():
-        return {}
-    file = SafetensorsFile(folder / ROWS_FILE)
-    vocab_size, hidden_size = content.checkpoint.shape(EMBEDDING)
-    for name in file.names():
-        if not name.isdecimal() or int(name) >= vocab_size or file.shape(name) != torch.Size([hidden_size]):
-            raise GmaskError(f"{file.path}: does not belong to the weights beside it; remove it")
-    return {int(name): file.read(name).to(content.dtype(EMBEDDING)) for name in file.names()}
-
-
-def verify_folder(folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises `GmaskError` if config or vocabulary are not read back as they were written."""
-    found, words = read_config(folder), read_tokenizer(folder)
-    names = (*CHECKED, *architecture_of(config).special_ids)
-    differing = [name for name in names if getattr(found, name, None) != getattr(config, name, None)]
-    if str(form_of(found)) != str(form_of(config)):
-        differing.append("quantization_config")
-    if type(words) is not type(tokenizer) or words.get_vocab() != tokenizer.get_vocab():
-        differing.append("the vocabulary")
-    if differing:
-        raise GmaskError(f"{differing[0]} was not written as it should be; this is a fault of gmask: report it")
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-EMBEDDING = "word_embeddings.weight"
-PIECE = 2**22  # numbers that are looked at together
-
-
-def verify(content: Content, folder: Path, advance: Callable[[int], object]) -> None:
-    """Compares the weights of a folder with what it should hold, bit by bit.
-
-    Args:
-        advance: is told the bytes that were compared.
+def read_shape(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The settings of a config that the shapes of a GLM tell: all but the number of heads.
 
     Raises:
-        GmaskError: they differ.
+        GmaskError: the weights are not those of a GLM.
     """
-    with open_checkpoint(folder) as written:
-        if differing := set(written) ^ set(content):
-            raise GmaskError(f"{min(differing)} was not written as it should be; this is a fault of gmask: report it")
-        for key in content:
-            tensor = content.read(key)
-            if written.stored_name(key) != content.names[key] or not same_bits(written.read(key), tensor):
-                raise GmaskError(f"{key} is not on the disk as it was written; check the disk, and try again")
-            advance(tensor.nbytes)
+    found = set(checkpoint)
+    needed = ("word_embeddings.weight", "transformer.position_embeddings.weight")
+    for key in needed:
+        if key not in found:
+            raise GmaskError(f"{checkpoint.folder}: has no {key}, so it is not a checkpoint of a GLM")
+    layers = {int(match[1]) for key in found if (match := re.match(r"transformer\.layers\.(\d+)\.", key))}
+    vocab_size, hidden_size = checkpoint.shape(needed[0])
+    has_two_tables = "transformer.block_position_embeddings.weight" in found
+    return {
+        "num_hidden_layers": len(layers),
+        "hidden_size": hidden_size,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": checkpoint.shape(needed[1])[0] - int(has_two_tables),
+        "block_position_encoding": has_two_tables,
+    }
 
 
-def has_overflown(stored: Tensor, tensor: Tensor) -> bool:
-    """Whether finite numbers have become infinite in a smaller dtype."""
-    if tensor.dtype == stored.dtype or torch.finfo(tensor.dtype).max >= torch.finfo(stored.dtype).max:
-        return False
-    pieces = zip(torch.split(stored.reshape(-1), PIECE), torch.split(tensor.reshape(-1), PIECE), strict=True)
-    return any(not torch.equal(before.isfinite(), after.isfinite()) for before, after in pieces)
+def copies_of(family: Family, config: Config) -> dict[int, int]:
+    """`Family.copied_rows` that a model of this config has: those of its own ``[gMASK]``."""
+    return {row: source for row, source in family.copied_rows.items() if row == config.gmask_token_id}
 
 
-def main_dtype(weights: Checkpoint | Content, embedding: str) -> torch.dtype:
-    """The dtype that a model of these weights computes in: of its embedding, or of the first floats.
-
-    Args:
-        embedding: the bare name of the word embedding.
-    """
-    keys = [embedding, *(key for key in weights if not key.endswith(SCALES))]
-    return next(weights.dtype(key) for key in keys if weights.dtype(key).is_floating_point)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-OWN_FILES = (
-    "*.safetensors", "pytorch_model*.bin", "*.json", "*.model", "merges.txt", "vocab.txt", "README.md", "LICENSE",
-    "MODEL_LICENSE", ".gitattributes", *TRACKERS,
-)  # fmt: skip
-"""What may be lost when a checkpoint is replaced; a folder that holds anything else is left alone."""
-
-
-def check_places(source: Path, target: Path, *, force: bool, also_read: Sequence[Path] = ()) -> None:
-    """Raises `GmaskError` if a folder cannot be written without harm to others, or to what is there.
-
-    Args:
-        source: is converted.
-        target: does not exist, or is empty; with ``force``, may also hold a checkpoint, and nothing else.
-        also_read: folders that are read beside the source.
-    """
-    place = target.resolve()
-    for folder in (source, *also_read):
-        real = folder.resolve()
-        if real == place:
-            raise GmaskError(f"{target}: is what is read; name another folder for the result")
-        if place.is_relative_to(real):
-            raise GmaskError(f"{target}: lies in {folder}, which is read; name a folder outside it")
-        if real.is_relative_to(place):
-            raise GmaskError(f"{target}: holds {folder}, which is read; name another folder for the result")
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise GmaskError(f"{target}: is a file or a link; name a new folder")
-    if not target.exists() or not any(target.iterdir()):
-        return
-    if not force:
-        raise GmaskError(f"{target}: exists; name a new folder, or use --force to replace it")
-    if foreign := _find_foreign(target):
-        raise GmaskError(
-            f"{target}: holds {foreign.name}, which is no part of a checkpoint; move it away, or remove {target}"
-        )
-
-
-def _find_foreign(folder: Path) -> Path | None:
-    """Something in a folder that is no part of one checkpoint."""
-    iterations = [path for path in folder.iterdir() if path.is_dir()]
-    for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            inner = list(path.iterdir())
-            if len(iterations) > 1 or not inner or not all(RANK_FILE.fullmatch(entry.name) for entry in inner):
-                return path
-        elif not RANK_FILE.fullmatch(path.name) and not any(fnmatch(path.name, pattern) for pattern in OWN_FILES):
-            return path
-    return None
-
-
-def check_space(target: Path, needed: int) -> None:
-    """Raises `GmaskError`, with the numbers, if the disk has no room for ``needed`` bytes more."""
-    free = shutil.disk_usage(nearest_folder(target)).free
-    if needed > free:
-        raise GmaskError(f"{target}: needs {format_bytes(needed)} of the disk, {format_bytes(free)} are free")
-
-
-def nearest_folder(path: Path) -> Path:
-    """The first of its parents that exists."""
-    return next(parent for parent in path.resolve().parents if parent.is_dir())
-
-
-@contextmanager
-def placed_at_last(target: Path) -> Iterator[Path]:
-    """A new folder beside the target, which takes its place once the block is left without an error.
-
-    What is at the target is removed after that; after an error the new folder is.
-    """
-    target = target.absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    mark = secrets.token_hex(4)
-    folder = target.with_name(f".{target.name}.{mark}.partial")
-    folder.mkdir()
-    try:
-        yield folder
-        _replace(target, folder, target.with_name(f".{target.name}.{mark}.replaced"))
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _replace(target: Path, folder: Path, aside: Path) -> None:
-    if not target.exists():
-        folder.rename(target)
-        _sync(target.parent)
-        return
-    target.rename(aside)
-    try:
-        folder.rename(target)
-    except BaseException:
-        aside.rename(target)
-        raise
-    _sync(target.parent)
-    shutil.rmtree(aside)
-
-
-def _sync(folder: Path) -> None:
-    """Has the names in a folder written to the disk, where the system can be asked for it."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _names_of_glms() -> str:
+    return ", ".join(family.name for family in FAMILIES if family.architecture == "glm")

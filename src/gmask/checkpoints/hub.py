@@ -9,8 +9,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from gmask.architectures import find_architecture
 from gmask.checkpoints.zoo import find_family
 from gmask.errors import GmaskError, one_line
+from gmask.files import read_object
 
 DESCRIPTIONS = ("*.json", "*.model", "merges.txt", "vocab.txt")
 WEIGHTS = {"safetensors": "model*.safetensors", "bin": "pytorch_model*.bin"}
@@ -115,12 +117,9 @@ def _list_files(repository: str, folder: Path) -> list[str]:
 
 def _refuse_other(folder: Path, repository: str) -> None:
     """Raises `GmaskError` if its config is not that of a GLM of the first generation: before gigabytes are fetched."""
-    from gmask.checkpoints.zoo import find_architecture  # needs torch, as the download does not
-    from gmask.files import read_object
-
     values = read_object(folder / "config.json", required=False)
     if values:
-        find_architecture(values, Path(repository))
+        find_architecture(values, repository)
 
 
 def _explain(error: Exception, repository: str, revision: str | None) -> str:

@@ -2,8 +2,7 @@
 
 import copy
 import importlib.util
-import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, overload
 
@@ -12,14 +11,15 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from gmask.checkpoints.adapters import PREFIX, PREFIX_TUNING, Adapter, attach, read_adapter, read_parts
-from gmask.checkpoints.config import Config, lacks_config, read_config
-from gmask.checkpoints.folder import main_dtype
+from gmask.architectures import architecture_of
+from gmask.checkpoints.adapters import PREFIX_TUNING, Adapter, attach, read_adapter, read_parts
+from gmask.checkpoints.folder import Config, Folder
+from gmask.checkpoints.hub import fetch, looks_like_hub_name
+from gmask.checkpoints.output import main_dtype
 from gmask.checkpoints.tensor_files import SCALES
-from gmask.checkpoints.weights import WEIGHT_FILES, Checkpoint, bare_name, is_megatron, open_checkpoint
-from gmask.checkpoints.zoo import architecture_of, class_of
+from gmask.checkpoints.weights import Checkpoint, bare_name, holds_published
+from gmask.checkpoints.zoo import find_family
 from gmask.errors import GmaskError
-from gmask.files import refuse_placeholder
 from gmask.hardware import (
     best_device,
     bfloat16_slowdown,
@@ -35,13 +35,11 @@ from gmask.models.glm import GLMForConditionalGeneration
 from gmask.quantization.quantizer import (
     QuantizationConfig,
     finish,
-    form_of,
     lay_out,
     quantize_weight,
     read_form,
     settle,
 )
-from gmask.tokenizers.folder import SETTINGS_FILES, VOCABULARY_FILES, read_tokenizer, require_vocabulary
 from gmask.tokenizers.glm_published import find_token_id
 
 BUNDLED = Path(__file__).parents[1] / "pretrained"
@@ -138,56 +136,59 @@ def load(
         GmaskError: no such model; a missing, damaged, dangerous or unsuitable file, which is named; too little memory.
     """
     wanted, form = read_dtype(dtype), read_form(quantize, group_size)
-    folder = find_folder(name, revision)
-    config = read_config(folder, like)
-    words = load_tokenizer(folder if tokenizer is None else Path(tokenizer).expanduser(), kind=_find_kind(folder, like))
-    check_vocabulary(words, config)
-    model = fill_model(
-        folder,
-        config,
-        device=torch.device(device or best_device()),
-        dtype=wanted,
-        form=form,
-        adapter=None if adapter is None else Path(adapter).expanduser(),
-        like=like,
-        model_class=model_class,
-    )
+    vocabulary = None if tokenizer is None else Path(tokenizer).expanduser()
+    with open_folder(name, revision, like=like, tokenizer=vocabulary) as folder:
+        config = folder.config
+        words = folder.read_tokenizer()
+        check_vocabulary(words, config)
+        model = fill_model(
+            folder,
+            device=torch.device(device or best_device()),
+            dtype=wanted,
+            form=form,
+            adapter=None if adapter is None else Path(adapter).expanduser(),
+            model_class=model_class,
+        )
     return model, words
 
 
-def find_folder(name: str | Path, revision: str | None = None) -> Path:
-    """The folder that a name stands for; that of a published model is downloaded first, if need be.
+def open_folder(
+    name: str | Path, revision: str | None = None, *, like: str | None = None, tokenizer: Path | None = None
+) -> Folder:
+    """The opened folder that a name stands for; that of a published model is downloaded first, if need be.
+
+    Args:
+        like: and ``tokenizer``: as of `Folder`.
 
     Raises:
         GmaskError: there is none, or it holds no model.
     """
-    folder = BUNDLED_MODELS.get(str(name)) or Path(name).expanduser()
-    if revision is not None and (name in BUNDLED_MODELS or folder.exists()):
+    path = BUNDLED_MODELS.get(str(name)) or Path(name).expanduser()
+    if revision is not None and (name in BUNDLED_MODELS or path.exists()):
         raise GmaskError(f"{name}: is a folder of this machine, which has no revision {revision}")
-    if (folder / "config.json").is_file():
+    folder = Folder(path, like=like, tokenizer=tokenizer)
+    if folder.has_config:
         return folder
     if name in BUNDLED_MODELS:
         raise GmaskError(
             "this installation lacks the bundled model: install gmask again, or name the folder of another model"
         )
-    if folder.is_dir():
-        if is_megatron(folder):
+    if path.is_dir():
+        if folder.is_megatron:
             return folder
-        if (folder / "config.json").exists():
-            raise GmaskError(f"{folder / 'config.json'}: is a folder, where a file is expected")
-        raise GmaskError(f"{folder}: no config.json there, so it is not the folder of a model")
-    if folder.exists():
-        raise GmaskError(f"{folder}: is a file; name the folder of a model")
-    return _fetch(str(name), revision)
-
-
-def _fetch(name: str, revision: str | None) -> Path:
-    from gmask.checkpoints.hub import fetch, looks_like_hub_name
-    from gmask.checkpoints.zoo import find_family  # parses a table, which the bundled model needs not wait for
-
-    if looks_like_hub_name(name) or find_family(name):
-        return fetch(name, revision=revision)
+        if (path / "config.json").exists():
+            raise GmaskError(f"{path / 'config.json'}: is a folder, where a file is expected")
+        raise GmaskError(f"{path}: no config.json there, so it is not the folder of a model")
+    if path.exists():
+        raise GmaskError(f"{path}: is a file; name the folder of a model")
+    if looks_like_hub_name(str(name)) or find_family(str(name)):
+        return Folder(fetch(str(name), revision=revision), like=like, tokenizer=tokenizer)
     raise GmaskError(f"{name}: no such folder; name the folder of a model, a published model, or bundled")
+
+
+def find_folder(name: str | Path, revision: str | None = None) -> Path:
+    """The path alone of `open_folder`."""
+    return open_folder(name, revision).path
 
 
 def load_model(
@@ -201,15 +202,14 @@ def load_model(
     model_class: type[PreTrainedModel] | None = None,
 ) -> Any:
     """The model alone, in evaluation mode; arguments and errors as in `load`."""
-    return fill_model(
-        folder,
-        read_config(folder, like),
-        device=torch.device(device or best_device()),
-        dtype=read_dtype(dtype),
-        form=read_form(quantize, group_size),
-        like=like,
-        model_class=model_class,
-    )
+    with Folder(folder, like=like) as opened:
+        return fill_model(
+            opened,
+            device=torch.device(device or best_device()),
+            dtype=read_dtype(dtype),
+            form=read_form(quantize, group_size),
+            model_class=model_class,
+        )
 
 
 def load_model_on_gpus(
@@ -230,8 +230,8 @@ def load_model_on_gpus(
     Raises:
         GmaskError: fewer GPUs, or not a ChatGLM; else as of `load`.
     """
-    folder = find_folder(checkpoint_path)
-    config = read_config(folder)
+    folder = open_folder(checkpoint_path)
+    config = folder.config
     if not isinstance(config, ChatGLMConfig):
         raise GmaskError(f"{folder}: is not a ChatGLM; from_pretrained(FOLDER, device_map='auto') spreads other models")
     if importlib.util.find_spec("accelerate") is None:
@@ -242,38 +242,20 @@ def load_model_on_gpus(
         device_map = spread_layers(config, num_gpus)
     settings: dict[str, Any] = {"dtype": torch.float16, "config": config, **kwargs}
     model: ChatGLMForConditionalGeneration = ChatGLMForConditionalGeneration.from_pretrained(
-        folder, device_map=dict(device_map), **settings
+        folder.path, device_map=dict(device_map), **settings
     )
     model.eval()
     return model
 
 
-def load_tokenizer(folder: Path, *, kind: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder.
-
-    Args:
-        kind: of its vocabulary, as the catalog calls it, for files that do not say.
 
     Raises:
         GmaskError: no vocabulary there, or a damaged one.
     """
-    if folder.is_dir():
-        for path in sorted(folder.iterdir()):
-            if path.name in VOCABULARY_FILES | SETTINGS_FILES:
-                refuse_placeholder(path)
-        if is_megatron(folder):
-            require_vocabulary(folder, kind)
-    return read_tokenizer(folder, kind=kind)
-
-
-def _find_kind(folder: Path, like: str | None) -> str | None:
-    """The vocabulary of a checkpoint of the training code, by the catalog; None where files say it."""
-    if not lacks_config(folder):
-        return None
-    from gmask.checkpoints.config import find_row
-
-    with open_checkpoint(folder) as checkpoint:
-        return find_row(checkpoint, like).tokenizer
+    with Folder(folder) as opened:
+        return opened.read_tokenizer()
 
 
 LARGE = 3_000_000_000
@@ -283,14 +265,12 @@ DENSE = torch.contiguous_format
 
 
 def fill_model(
-    folder: Path,
-    config: Config,
+    folder: Folder,
     *,
     device: torch.device,
     dtype: torch.dtype | None = None,
     form: QuantizationConfig | None = None,
     adapter: Path | None = None,
-    like: str | None = None,
     model_class: type[PreTrainedModel] | None = None,
 ) -> PreTrainedModel:
     """The model of a folder in evaluation mode, filled tensor by tensor; arguments and errors as of `gmask.load`.
@@ -298,74 +278,52 @@ def fill_model(
     form: in which the weights are to be kept, if the folder does not hold quantized ones.
     """
     bound_primitive_cache()
-    held = None if adapter is None else _choose_adapter(adapter, folder, config)
+    config, stored_form = folder.config, folder.quantization
+    held = None if adapter is None else _choose_adapter(adapter, folder)
     named = None if held is None else held.model_class
-    model = shape_model(folder, config, model_class=model_class or _find_class(config, named))
+    model = folder.shape_model(model_class or _find_class(config, named), quantized=False)
     numbers = sum(parameter.numel() for parameter in model.parameters())
-    stored_form = form_of(config)
     if stored_form is not None:
         _check_form(folder, stored_form, form)
         form = stored_form
         lay_out(model, form)
     tensors = {} if held is None else held.read()
     parts = {} if held is None else read_parts(held, model, tensors)
-    with open_checkpoint(folder) as checkpoint:
-        elsewhere = {bare_name(name) for name in parts}
-        if held is not None and held.kind == PREFIX_TUNING:  # in place of one that the folder may hold
-            elsewhere |= {key for key in checkpoint if "prefix_encoder." in key}
-        names = match_keys(checkpoint, model, elsewhere=elsewhere)
-        if form is not None and stored_form is None:
-            lay_out(model, form)
-        wanted = dtype or _default_dtype(checkpoint, config, device, numbers)
-        plan = plan_weights(model, {name: _place_dtype(checkpoint, key, wanted) for key, name in names.items()})
-        check_memory(checkpoint, plan, device)
-        weights = {
-            # Integers are packed straight out of the file, below.
-            name: tensor.to(device, plan[name].dtype, copy=tensor.dtype != torch.int8, memory_format=DENSE)
-            for name, tensor in stream_weights(checkpoint, model, names, like=like, verb="loading")
-        }
-        check_head(checkpoint, model)
-        weights |= {name: tensor.to(device) for name, tensor in parts.items()}
-        model.load_state_dict(weights, strict=False, assign=True)  # strict already, but for the tied head
-        model.tie_weights()
-        if form is not None:
-            finish(model, form)
-        if held is not None:
-            attach(model, held, tensors)
-        if form is not None:
-            settle(model)
+    elsewhere = {bare_name(name) for name in parts}
+    if held is not None and held.kind == PREFIX_TUNING:  # in place of one that the folder may hold
+        elsewhere |= {key for key in folder.weights if "prefix_encoder." in key}
+    names = folder.compare(model, elsewhere)
+    if form is not None and stored_form is None:
+        lay_out(model, form)
+    wanted = dtype or _default_dtype(folder, device, numbers)
+    plan = plan_weights(model, {name: _place_dtype(folder.weights, key, wanted) for key, name in names.items()})
+    check_memory(folder.weights, plan, device)
+    weights = {
+        # Integers are packed straight out of the file, below.
+        name: tensor.to(device, plan[name].dtype, copy=tensor.dtype != torch.int8, memory_format=DENSE)
+        for name, tensor in stream_weights(folder, model, names, label=f"loading {folder.path.name}")
+    }
+    folder.check_head(model)
+    weights |= {name: tensor.to(device) for name, tensor in parts.items()}
+    model.load_state_dict(weights, strict=False, assign=True)  # strict already, but for the tied head
+    model.tie_weights()
+    if form is not None:
+        finish(model, form)
+    if held is not None:
+        attach(model, held, tensors)
+    if form is not None:
+        settle(model)
     return model.eval()
 
 
-def shape_model(
-    folder: Path,
-    config: Config,
-    *,
-    model_class: type[PreTrainedModel] | None = None,
-) -> PreTrainedModel:
-    """The model of a config, unquantized and without numbers.
-
-    Raises:
-        GmaskError: a class that is not for this kind of model.
-    """
-    chosen = model_class or class_of(config)
-    if not issubclass(chosen.config_class, type(config)):
-        if isinstance(config, ChatGLMConfig):
-            raise GmaskError(f"{folder}: is a ChatGLM, which has no blanks to fill: use `gmask chat` or model.chat")
-        raise GmaskError(f"{folder}: is a GLM, and {chosen.__name__} is not for one")
-    with torch.device("meta"):  # shapes alone: the weights come from the files
-        model: PreTrainedModel = chosen(config)
-    return model
-
-
-def _choose_adapter(adapter: Path, folder: Path, config: Config) -> Adapter:
-    """The adapter of a folder, and a config without what it brings in place of the model's own.
+def _choose_adapter(path: Path, folder: Folder) -> Adapter:
+    """The adapter of a path; what it brings in place of the model's own is taken out of the config of the folder.
 
     Raises:
         GmaskError: no adapter there, or one for another model.
     """
-    held = read_adapter(adapter)
-    held.check_base(config, folder)
+    held, config = read_adapter(path), folder.config
+    held.check_base(config, folder.path)
     if held.kind == PREFIX_TUNING:
         config.pre_seq_len = None
     if "num_labels" in held.notes:
@@ -394,21 +352,20 @@ def plan_weights(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> d
 
 
 def stream_weights(
-    checkpoint: Checkpoint, model: PreTrainedModel, names: Mapping[str, str], *, verb: str, like: str | None = None
+    folder: Folder, model: PreTrainedModel, names: Mapping[str, str], *, label: str | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a model by name, one after the other, those quantized that `lay_out` has prepared it for.
 
     The others are in their stored dtype, and may be views of the file: copy them.
 
     Args:
-        names: of `match_keys`.
-        verb: what is being done, for the progress bar.
-        like: as of `gmask.load`.
+        names: of `Folder.compare`.
+        label: of a progress bar; None for none.
     """
-    rows = _rows_to_copy(checkpoint, model, like)
-    label = f"{verb} {checkpoint.folder.name}"
-    for key, name in tqdm(names.items(), desc=label, delay=3, leave=False, disable=None):
-        tensor = checkpoint.read(key)
+    rows = folder.copied_rows()
+    bar = tqdm(names.items(), desc=label, delay=3, leave=False, disable=None if label else True)
+    for key, name in bar:
+        tensor = folder.weights.read(key)
         if rows and key == "word_embeddings.weight":
             tensor = tensor.clone()
             for row, source in rows.items():
@@ -416,16 +373,7 @@ def stream_weights(
         yield from quantize_weight(model, name, tensor).items()
 
 
-def _rows_to_copy(checkpoint: Checkpoint, model: PreTrainedModel, like: str | None) -> Mapping[int, int]:
-    """Rows of the embedding that special tokens have in the published form, where the training code had one row."""
-    if not lacks_config(checkpoint.folder):
-        return {}
-    from gmask.checkpoints.config import rows_to_copy  # parses a table, which others need not wait for
-
-    return rows_to_copy(checkpoint, model.config, like)
-
-
-def _check_form(folder: Path, stored: QuantizationConfig, wanted: QuantizationConfig | None) -> None:
+def _check_form(folder: Folder, stored: QuantizationConfig, wanted: QuantizationConfig | None) -> None:
     """Raises `GmaskError` if a folder holds integers of another form than is asked for.
 
     A form without a group size leaves it open, and whether the embeddings are quantized is never asked.
@@ -436,10 +384,10 @@ def _check_form(folder: Path, stored: QuantizationConfig, wanted: QuantizationCo
         raise GmaskError(f"{folder}: is quantized already ({stored}); for {wanted}, quantize the original model")
 
 
-def _default_dtype(checkpoint: Checkpoint, config: Config, device: torch.device, numbers: int) -> torch.dtype:
+def _default_dtype(folder: Folder, device: torch.device, numbers: int) -> torch.dtype:
     if device.type == "cpu":
         return torch.bfloat16 if numbers > LARGE else torch.float32
-    return main_dtype(checkpoint, architecture_of(config).embedding)
+    return main_dtype(folder.weights, architecture_of(folder.config).embedding)
 
 
 def _place_dtype(checkpoint: Checkpoint, key: str, wanted: torch.dtype) -> torch.dtype:
@@ -472,9 +420,6 @@ def check_memory(checkpoint: Checkpoint, plan: Mapping[str, Tensor], device: tor
     check_room(checkpoint.folder, needed + extra, device, advice="; ".join(advice))
 
 
-HEAD = "lm_head.weight"
-
-
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
     """Raises `GmaskError` if a tokenizer cannot be that of a model."""
     source = tokenizer.name_or_path or "the tokenizer"
@@ -493,102 +438,32 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Config) -> None
             )
 
 
-def match_keys(checkpoint: Checkpoint, model: PreTrainedModel, elsewhere: Collection[str] = ()) -> dict[str, str]:
-    """For each tensor of a checkpoint that a model takes, its name in the model.
-
-    Args:
-        elsewhere: bare names of tensors that the model has from another checkpoint.
-
-    Raises:
-        GmaskError: the model lacks a tensor, has no place for one, or has another shape for one.
-    """
-    state = model.state_dict()
-    own = {bare_name(key): key for key in state}
-    skipped = {HEAD, f"{HEAD}_scale"} if model.config.tie_word_embeddings else set()
-    unread = model._keys_to_ignore_on_load_unexpected or []
-    skipped |= {key for key in checkpoint if any(re.search(pattern, key) for pattern in unread)}
-    expected = own.keys() - skipped - set(elsewhere)
-    found = set(checkpoint) - skipped - set(elsewhere)
-    if expected != found:
-        if found and all(key.startswith(PREFIX) for key in found):
-            raise GmaskError(
-                f"{checkpoint.folder}: holds no more than a P-tuning prefix: load the model that it was trained for, "
-                f"with adapter={checkpoint.folder}"
-            )
-        raise GmaskError(f"{checkpoint.folder}: {_explain_keys(checkpoint, expected - found, found - expected, model)}")
-    for key in checkpoint:
-        if key in own and checkpoint.shape(key) != state[own[key]].shape:
-            shapes = f"{list(checkpoint.shape(key))}, but the config asks for {list(state[own[key]].shape)}"
-            if key.endswith(("word_embeddings.weight", HEAD)):
-                shapes += "; take all files from one revision"
-            elif checkpoint.dtype(key) == torch.int8:
-                shapes += "; quantization_bit there says another number of bits than the weights have"
-            raise GmaskError(f"{checkpoint.folder}: {checkpoint.stored_name(key)} has the shape {shapes}")
-    return {key: own[key] for key in checkpoint if key in expected}
-
-
-def _explain_keys(
-    checkpoint: Checkpoint, missing: Collection[str], unexpected: Collection[str], model: PreTrainedModel
-) -> str:
-    if any(key.startswith("image_encoder.") for key in unexpected):
-        return "holds an image_encoder, so it is VisualGLM, which gmask does not run; use github.com/THUDM/VisualGLM-6B"
-    if scales := [key for key in missing if key.endswith(SCALES)]:
-        if not any(checkpoint.dtype(key) == torch.int8 for key in checkpoint):
-            return "the weights are not quantized, though config.json says so: take quantization_bit out of it"
-        return f"the weights lack their scales ({min(scales)} ...); download the model again, or quantize it anew"
-    if any(key.endswith(SCALES) for key in unexpected):
-        return (
-            "holds quantized weights, where config.json says nothing of it; take all files from one revision, or name "
-            "the folder of the unquantized model"
-        )
-    fault, keys = ("lack", missing) if missing else ("hold the unexpected", unexpected)
-    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    return (
-        f"the weights {fault} {', '.join(sorted(keys)[:3])}{more}; they do not fit the config, or are not those of "
-        f"{type(model).__name__}"
-    )
-
-
-def check_head(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-    """Raises `GmaskError` if a head that the config ties to the embedding was stored, and differs from it."""
-    embedding = architecture_of(model.config).embedding
-    for head, twin in ((HEAD, embedding), (f"{HEAD}_scale", f"{embedding}_scale")):
-        if not model.config.tie_word_embeddings or head not in checkpoint or twin not in checkpoint:
-            continue
-        if not torch.equal(checkpoint.read(head), checkpoint.read(twin)):
-            raise GmaskError(
-                f"{checkpoint.folder}: {head} differs from {twin}, though config.json ties them; "
-                "set tie_word_embeddings to false there to use it"
-            )
-
-
-def check_pretrained(folder: Path, model_class: Any, *, config: Any = None, **settings: Any) -> None:
+def check_pretrained(path: Path, model_class: Any, *, config: Any = None, **settings: Any) -> None:
     """`check_folder` for what `from_pretrained` is given; nothing for a folder without weights, which that refuses.
 
     Args:
         settings: the keywords of `from_pretrained`, those for the config among them.
     """
-    if not any((folder / name).exists() for name in WEIGHT_FILES):
+    if not holds_published(path):
         return
     dtype = settings.pop("dtype", None) or settings.pop("torch_dtype", None)
     placed = {name: settings.pop(name, None) for name in PLACEMENTS}
     form = placed.pop("quantization_config")
     is_ours = form is None or isinstance(form, QuantizationConfig)
     if not isinstance(config, PreTrainedConfig):
-        config = model_class.config_class.from_pretrained(config or folder, **settings)
-    check_folder(
-        folder,
-        copy.deepcopy(config),  # a model leaves marks in its config
-        model_class,
-        dtype=getattr(torch, dtype, None) if isinstance(dtype, str) else dtype,
-        form=form if is_ours else None,
-        on_cpu=is_ours and all(value is None for value in placed.values()),
-    )
+        config = model_class.config_class.from_pretrained(config or path, **settings)
+    with Folder(path, config=copy.deepcopy(config)) as folder:  # a model leaves marks in its config
+        check_folder(
+            folder,
+            model_class,
+            dtype=getattr(torch, dtype, None) if isinstance(dtype, str) else dtype,
+            form=form if is_ours else None,
+            on_cpu=is_ours and all(value is None for value in placed.values()),
+        )
 
 
 def check_folder(
-    folder: Path,
-    config: Config,
+    folder: Folder,
     model_class: type[PreTrainedModel],
     *,
     dtype: torch.dtype | None = None,
@@ -603,32 +478,18 @@ def check_folder(
         form: what they are to be quantized to while they are loaded.
         on_cpu: whether they all go into the memory of the CPU, which is asked for room.
     """
-    is_body = model_class.__name__ == architecture_of(config).body
-    with open_checkpoint(folder) as checkpoint:
-        model = shape_stored(folder, config, None if is_body else model_class)
-        elsewhere = _new_parts(checkpoint, model) | (_outside_body(checkpoint, model) if is_body else set())
-        match_keys(checkpoint, model, elsewhere=elsewhere)
-        if not is_body:
-            check_head(checkpoint, model)
-        if on_cpu:
-            if form is not None and form_of(config) is None:
-                lay_out(model, form)
-            wanted = dtype or config.dtype or torch.float32
-            plan = plan_weights(model, {name: wanted for name in model.state_dict() if not name.endswith(SCALES)})
-            check_memory(checkpoint, plan, torch.device("cpu"))
-
-
-def shape_stored(folder: Path, config: Config, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
-    """The model of a folder without numbers, as its weights are stored; by default of the class that the config names.
-
-    Raises:
-        GmaskError: a class or a form that is not for this kind of model.
-    """
-    model = shape_model(folder, config, model_class=model_class)
-    form = form_of(config)
-    if form is not None:
-        lay_out(model, form)
-    return model
+    weights = folder.weights
+    is_body = model_class.__name__ == architecture_of(folder.config).body
+    model = folder.shape_model(None if is_body else model_class)
+    folder.compare(model, _new_parts(weights, model) | (_outside_body(weights, model) if is_body else set()))
+    if not is_body:
+        folder.check_head(model)
+    if on_cpu:
+        if form is not None and folder.quantization is None:
+            lay_out(model, form)
+        wanted = dtype or folder.config.dtype or torch.float32
+        plan = plan_weights(model, {name: wanted for name in model.state_dict() if not name.endswith(SCALES)})
+        check_memory(weights, plan, torch.device("cpu"))
 
 
 def _new_parts(checkpoint: Checkpoint, model: Any) -> set[str]:

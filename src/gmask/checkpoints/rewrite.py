@@ -1,213 +1,179 @@
-"""A folder becomes another of its kind: an adapter merged in, or weights quantized."""
+"""A folder becomes another: what every rewriting checks, places whole or not at all, and reports."""
 
+import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeAlias, TypeVar
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from gmask.checkpoints.adapters import LAYERS, merge_adapter, read_adapter
-from gmask.checkpoints.config import read_config
-from gmask.checkpoints.folder import (
-    SHARD_BYTES,
-    check_places,
-    check_space,
-    copy_companions,
-    dtype_name,
-    placed_at_last,
-    write_config,
-    write_index,
-    write_tokenizer,
-)
-from gmask.checkpoints.load import (
-    check_head,
-    check_vocabulary,
-    fill_model,
-    match_keys,
-    plan_weights,
-    shape_model,
-    stream_weights,
-)
-from gmask.checkpoints.tensor_files import SafetensorsWriter, plan_shards
-from gmask.checkpoints.weights import open_checkpoint
-from gmask.checkpoints.zoo import architecture_of
+from gmask.checkpoints.folder import Config, Folder
+from gmask.checkpoints.output import Content, verify_config, verify_weights, write_config, write_tokenizer
+from gmask.checkpoints.weights import RANK_FILE, TRACKERS
 from gmask.errors import GmaskError
-from gmask.quantization.quantizer import QuantizationConfig, find_layers, form_of, lay_out
+from gmask.files import written_folder
+from gmask.hardware import format_bytes
+
+COMPANIONS = ("README.md", "LICENSE", "MODEL_LICENSE", "generation_config.json")
+"""Files that go along with the weights: they say whose these are, and how answers are drawn."""
+
+Advance: TypeAlias = Callable[[int], object]
+"""Is told the bytes that were dealt with."""
 
 
-@dataclass(frozen=True, slots=True)
-class MergeReport:
-    """What was written."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What was done."""
 
     source: str
-    adapter: str
     target: str
-    layers: int  # whose weights were changed
-    dtype: str
-    bytes: int  # of all weights
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def merge_folder(
-    source: Path,
-    adapter: Path,
-    target: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    dtype: torch.dtype | None = None,
-    force: bool = False,
-) -> MergeReport:
-    """Writes a model whose weights an adapter was folded into, with its config and tokenizer; the source stays.
-
-    Every layer is computed in float32, and rounded once to the precision that is written. The target appears at once
-    when all is done, or not at all.
-
-    Args:
-        adapter: the folder of LoRA, DoRA, AdaLoRA or IA3.
-        dtype: of the weights in the target; by default that of the source.
-        force: replaces a checkpoint that is at the target, after the new one is complete.
-
-    Raises:
-        GmaskError: a quantized source; an adapter that no weights can stand for, or that is not for this model; a
-            vocabulary that does not fit; a target that is in use; no room on the disk.
-    """
-    started = time.monotonic()
-    check_places(source, target, force=force, also_read=[adapter])
-    config = read_config(source)
-    check_vocabulary(tokenizer, config)
-    if form_of(config) is not None:
-        raise GmaskError(
-            f"{source}: holds integers, into which nothing can be folded: merge into the unquantized model, then "
-            "gmask quantize the result"
-        )
-    if read_adapter(adapter).kind not in LAYERS:
-        raise GmaskError(
-            f"{adapter}: a prefix and trained vectors cannot be folded into weights: name the folder as adapter= or "
-            "--adapter beside the model"
-        )
-    with open_checkpoint(source) as checkpoint:
-        stored = checkpoint.dtype(architecture_of(config).embedding)
-    dtype = dtype or stored
-    finest = torch.promote_types(stored, dtype)  # so that the result is rounded once
-    model = fill_model(source, config, device=torch.device("cpu"), dtype=finest, adapter=adapter)
-    layers = merge_adapter(model)
-    model.to(dtype)
-    size = sum(parameter.nbytes for parameter in model.parameters())
-    check_space(target, size)
-    with placed_at_last(target) as folder:
-        _write_merged(model, folder, source, tokenizer)
-    seconds = round(time.monotonic() - started, 1)
-    return MergeReport(str(source), str(adapter), str(target), layers, dtype_name(dtype), size, seconds)
-
-
-def _write_merged(model: PreTrainedModel, folder: Path, source: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
-    write_tokenizer(tokenizer, folder, published=False)
-    copy_companions(source, folder)
+R = TypeVar("R", bound=Report)
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizationReport:
-    """What was written."""
+class Plan(Generic[R]):
+    """What a transform makes of a folder: all is known, and nothing is written yet.
 
-    source: str
-    target: str
-    form: str
-    layers: int  # quantized
-    calibrated: bool
-    bytes_before: int  # of all weights
-    bytes_after: int
-    seconds: float
+    Attributes:
+        nbytes: of the new weights.
+        write: writes the weights into a folder.
+        report: what was done, of the fields of `Report` and the bytes of all ``files`` by name.
+        config: of the new folder; None for a form that keeps none.
+        tokenizer: of the new folder; None for a form that keeps none.
+        published: whether config and tokenizer are written in the published form.
+        expected: what the new weights are read back and compared with, bit by bit.
+    """
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    nbytes: int
+    write: Callable[[Path, Advance], None]
+    report: Callable[..., R]
+    config: Config | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    published: bool = False
+    expected: Content | None = None
 
 
-def check_source(source: Path, target: Path, form: QuantizationConfig, *, force: bool) -> None:
-    """Raises `GmaskError` for what would keep `quantize_folder` from its work, before that begins."""
-    check_places(source, target, force=force)
-    find_layers(_shape(source), form)
-
-
-def quantize_folder(
-    source: Path,
+def rewrite(
+    folder: Folder,
     target: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    form: QuantizationConfig,
+    transform: Callable[[Folder], Plan[R]],
     *,
-    calibrated: PreTrainedModel | None = None,
     force: bool = False,
-) -> QuantizationReport:
-    """Writes a model anew in a quantized form, with its config and tokenizer; the source stays as it is.
+    also_read: Sequence[Path] = (),
+) -> R:
+    """Writes a folder anew as a transform plans it; the source stays as it is.
 
-    Without calibration tensors go one by one from file to file, so no more memory is taken than the largest needs. The
-    target appears at once when all is done, or not at all.
+    The target appears at once when all is done, or not at all.
 
     Args:
-        calibrated: the model of the source, quantized in the form; by default its weights are rounded as published.
+        target: a folder that is not there yet.
         force: replaces a checkpoint that is at the target, after the new one is complete.
+        also_read: folders that the transform reads beside the source.
 
     Raises:
-        GmaskError: a source that cannot be read or is quantized already, a vocabulary or a form that does not fit it,
-            a target that is in use, no room on the disk.
+        GmaskError: a target that is in use, no room on the disk; a source that the transform refuses.
     """
     started = time.monotonic()
-    check_source(source, target, form, force=force)
-    with open_checkpoint(source) as checkpoint:
-        model = _shape(source)
-        check_vocabulary(tokenizer, model.config)
-        names = match_keys(checkpoint, model)
-        check_head(checkpoint, model)
-        layers = len(find_layers(model, form))
-        lay_out(model, form)
-        stored = {names[key]: checkpoint.dtype(key) for key in names}
-        dtype = checkpoint.dtype(architecture_of(model.config).embedding)
-        plan = plan_weights(model, stored)
-        before = sum(checkpoint.shape(key).numel() * checkpoint.dtype(key).itemsize for key in names)
-        after = sum(tensor.nbytes for tensor in plan.values())
-        check_space(target, after)
-        with placed_at_last(target) as folder:
-            if calibrated is None:
-                pieces = stream_weights(checkpoint, model, names, verb="quantizing")
-            else:
-                state = calibrated.state_dict()
-                pieces = ((name, state[name].cpu().to(meta.dtype)) for name, meta in plan.items())
-            _write_quantized(folder, plan, pieces)
-            copy_companions(source, folder)
-            model.config.quantization_config, model.config.dtype = form, dtype
-            write_config(model.config, folder, published=False)
-            write_tokenizer(tokenizer, folder, published=False)
+    check_target(folder.path, target, force=force, also_read=also_read)
+    with folder:
+        plan = transform(folder)
+        check_space(target, plan.nbytes)
+        with written_folder(target) as new:
+            _fill(plan, new, folder.path)
+            files = {
+                path.relative_to(new).as_posix(): path.stat().st_size
+                for path in sorted(new.rglob("*"))
+                if path.is_file()
+            }
     seconds = round(time.monotonic() - started, 1)
-    return QuantizationReport(
-        str(source), str(target), str(form), layers, calibrated is not None, before, after, seconds
-    )
+    return plan.report(source=str(folder), target=str(target), files=files, seconds=seconds)
 
 
-def _shape(folder: Path) -> PreTrainedModel:
-    """The model of a folder, without numbers.
+def _fill(plan: Plan[R], folder: Path, source: Path) -> None:
+    """Writes all files of the new folder, and reads them back."""
+    passes = 1 if plan.expected is None else 2
+    with tqdm(total=passes * plan.nbytes, unit="B", unit_scale=True, desc="writing", leave=False, disable=None) as bar:
+        plan.write(folder, bar.update)
+        for name in COMPANIONS:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        if plan.tokenizer is not None:
+            write_tokenizer(plan.tokenizer, folder, published=plan.published)
+        if plan.config is not None:
+            write_config(plan.config, folder, published=plan.published)
+        bar.set_description("reading back")
+        if plan.expected is not None:
+            verify_weights(plan.expected, folder, bar.update)
+        if plan.config is not None and plan.tokenizer is not None:
+            verify_config(folder, plan.config, plan.tokenizer)
 
-    Raises:
-        GmaskError: the folder holds no model, or one that is quantized already.
+
+OWN_FILES = (
+    "*.safetensors", "pytorch_model*.bin", "*.json", "*.model", "merges.txt", "vocab.txt", "README.md", "LICENSE",
+    "MODEL_LICENSE", ".gitattributes", *TRACKERS,
+)  # fmt: skip
+"""What may be lost when a checkpoint is replaced; a folder that holds anything else is left alone."""
+
+
+def check_target(source: Path, target: Path, *, force: bool, also_read: Sequence[Path] = ()) -> None:
+    """Raises `GmaskError` if a folder cannot be written without harm to others, or to what is there.
+
+    Args:
+        source: is converted.
+        target: does not exist, or is empty; with ``force``, may also hold a checkpoint, and nothing else.
+        also_read: folders that are read beside the source.
     """
-    config = read_config(folder)
-    if getattr(config, "quantization_config", None) is not None:
-        raise GmaskError(f"{folder}: is quantized already; name the folder of the unquantized model")
-    return shape_model(folder, config)
+    place = target.resolve()
+    for folder in (source, *also_read):
+        real = folder.resolve()
+        if real == place:
+            raise GmaskError(f"{target}: is what is read; name another folder for the result")
+        if place.is_relative_to(real):
+            raise GmaskError(f"{target}: lies in {folder}, which is read; name a folder outside it")
+        if real.is_relative_to(place):
+            raise GmaskError(f"{target}: holds {folder}, which is read; name another folder for the result")
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise GmaskError(f"{target}: is a file or a link; name a new folder")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    if not force:
+        raise GmaskError(f"{target}: exists; name a new folder, or use --force to replace it")
+    if foreign := _find_foreign(target):
+        raise GmaskError(
+            f"{target}: holds {foreign.name}, which is no part of a checkpoint; move it away, or remove {target}"
+        )
 
 
-def _write_quantized(folder: Path, plan: Mapping[str, Tensor], pieces: Iterator[tuple[str, Tensor]]) -> None:
-    shards = plan_shards(plan, SHARD_BYTES)
-    places = {name: file for file, shard in shards.items() for name in shard}
-    with ExitStack() as stack:
-        writers = {file: stack.enter_context(SafetensorsWriter(folder / file, shard)) for file, shard in shards.items()}
-        for name, tensor in pieces:
-            writers[places[name]].write(name, tensor)
-    write_index(shards, folder)
+def _find_foreign(folder: Path) -> Path | None:
+    """Something in a folder that is no part of one checkpoint."""
+    iterations = [path for path in folder.iterdir() if path.is_dir()]
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            inner = list(path.iterdir())
+            if len(iterations) > 1 or not inner or not all(RANK_FILE.fullmatch(entry.name) for entry in inner):
+                return path
+        elif not RANK_FILE.fullmatch(path.name) and not any(fnmatch(path.name, pattern) for pattern in OWN_FILES):
+            return path
+    return None
+
+
+def check_space(target: Path, needed: int) -> None:
+    """Raises `GmaskError`, with the numbers, if the disk has no room for ``needed`` bytes more."""
+    free = shutil.disk_usage(nearest_folder(target)).free
+    if needed > free:
+        raise GmaskError(f"{target}: needs {format_bytes(needed)} of the disk, {format_bytes(free)} are free")
+
+
+def nearest_folder(path: Path) -> Path:
+    """The first of its parents that exists."""
+    return next(parent for parent in path.resolve().parents if parent.is_dir())

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gmask.checkpoints.zoo import CHATGLM, FAMILIES, GLM, Architecture, Family, family_of_shape, find_family
+from gmask.architectures import CHATGLM, GLM, Architecture
+from gmask.checkpoints.zoo import FAMILIES, Family, family_of_shape, find_family
 from gmask.errors import GmaskError
 from gmask.files import read_object
 
@@ -18,14 +19,6 @@ SPELLINGS = {
     "gmask_token_id": ("[gMASK]",),
 }
 """The ids that a model needs, by their names in a config, and how the published vocabularies spell their tokens."""
-
-TOKENIZER_CLASSES = {
-    "GLMChineseTokenizer": "chinese",
-    "GLMGPT2Tokenizer": "gpt2",
-    "GLMBertTokenizer": "bert",
-    "GLMRobertaTokenizer": "roberta",
-}
-"""Published tokenizer classes, and what the catalog calls them."""
 
 
 def special_ids(folder: Path | None, values: Mapping[str, Any], architecture: Architecture = GLM) -> dict[str, int]:
@@ -120,8 +113,8 @@ def _find_row(values: Mapping[str, Any], settings: Mapping[str, Any]) -> Family 
         family = find_family(name) if isinstance(name, str) else None
         if family and family.vocab_size == values.get("vocab_size"):
             return family
-    kind = TOKENIZER_CLASSES.get(str(settings.get("tokenizer_class")))
-    for family in FAMILIES:
+    kind = GLM.tokenizers.get(str(settings.get("tokenizer_class")))
+    for family in FAMILIES if kind else ():
         if family.tokenizer == kind and family.vocab_size == values.get("vocab_size"):
             return family
     return _row_of_shape(values)

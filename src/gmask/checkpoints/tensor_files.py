@@ -6,19 +6,17 @@ runs code: each is read with ``weights_only=True``.
 A file to write is planned with tensors on the meta device, which have shapes and no numbers, and takes as much memory
 as the tensor that is being written. Tensors may come in any order.
 
-Source: the format description of safetensors; ``torch/serialization.py`` for the archives of `torch.save`.
+Source: the format description of safetensors; ``torch/serialization.py`` for the archives of `torch.save`; PKWARE's
+APPNOTE.TXT 4.3.9 and 4.3.12 for their checksums.
 """
 
-import io
 import json
-import os
 import pickle
 import re
 import struct
 import zipfile
-from collections import OrderedDict
+import zlib
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -227,38 +225,34 @@ def _is_data(value: Any, depth: int = 20) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-ALIGNMENT = 64  # of tensors in an archive, so that they can be mapped; as torch.save has it
-LARGE = 2**30  # from here on an entry of an archive has the long form of its header
-
-
 class TensorWriter:
-    """A file that is being written, in a ``with`` block; whole on the disk once that is left."""
+    """A file that is being filled, in a ``with`` block; whole once that is left.
 
-    def __init__(self, path: Path, plan: Mapping[str, Tensor]) -> None:
+    Args:
+        path: of a file in which all but the numbers has been written.
+        plan: all that will come, by name and without numbers.
+        offsets: where each tensor's numbers begin.
+    """
+
+    def __init__(self, path: Path, plan: Mapping[str, Tensor], offsets: Mapping[str, int]) -> None:
+        self.path = path
         self._open = set(plan)
         self._plan = plan
-        self._file = path.open("wb")
+        self._offsets = offsets
+        self._file = path.open("r+b")
 
     def write(self, name: str, tensor: Tensor) -> None:
         planned = self._plan[name]
         assert (tensor.shape, tensor.dtype) == (planned.shape, planned.dtype), f"{name} is not as planned"
         self._open.remove(name)
+        self._file.seek(self._offsets[name])
         self._put(name, as_bytes(tensor))
 
     def _put(self, name: str, data: memoryview) -> None:
-        raise NotImplementedError
-
-    def _close(self) -> None:
-        assert not self._open, f"{min(self._open)} was planned and not written"
-        self._finish()
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._file.write(data)
 
     def _finish(self) -> None:
-        """Writes what stands at the end of the file."""
-
-    def _abandon(self) -> None:
-        """Lets go what would write to the file later."""
+        """Writes what depends on all tensors."""
 
     def __enter__(self) -> Self:
         return self
@@ -266,120 +260,79 @@ class TensorWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        with self._file:
             if error is None:
-                self._close()
-        finally:
-            with suppress(OSError, ValueError):
-                self._abandon()
-            self._file.close()
+                assert not self._open, f"{min(self._open)} was planned and not written"
+                self._finish()
 
 
 class SafetensorsWriter(TensorWriter):
     """A file in the safetensors format: the length of a JSON header in 8 bytes, the header, the numbers."""
 
     def __init__(self, path: Path, plan: Mapping[str, Tensor]) -> None:
-        super().__init__(path, plan)
         names = {dtype: name for name, dtype in (DTYPES | INTEGERS).items()}
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
         end = 0
-        self._offsets: dict[str, int] = {}
+        starts: dict[str, int] = {}
         for name in sorted(plan, key=lambda name: -plan[name].itemsize):  # none lies across the grid of its dtype
-            start, end = end, end + plan[name].nbytes
+            starts[name], end = end, end + plan[name].nbytes
             header[name] = {
                 "dtype": names[plan[name].dtype],
                 "shape": list(plan[name].shape),
-                "data_offsets": [start, end],
+                "data_offsets": [starts[name], end],
             }
-            self._offsets[name] = start
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._file.write(struct.pack("<Q", len(text)) + text)
-        self._start = 8 + len(text)
-
-    def _put(self, name: str, data: memoryview) -> None:
-        self._file.seek(self._start + self._offsets[name])
-        self._file.write(data)
+        path.write_bytes(struct.pack("<Q", len(text)) + text)
+        super().__init__(path, plan, {name: 8 + len(text) + start for name, start in starts.items()})
 
 
 class PickledWriter(TensorWriter):
     """A file as `torch.save` makes it, of an object with the tensors by name in its entry ``module``.
 
+    `torch.save` writes the archive itself, with gaps where the numbers belong.
+
     Args:
-        others: its other entries, plain data and tensors, which are written at once.
+        others: its other entries, plain data.
     """
 
     def __init__(self, path: Path, plan: Mapping[str, Tensor], others: Mapping[str, Any]) -> None:
-        super().__init__(path, plan)
-        self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
-        self._folder = path.stem
-        buffer = io.BytesIO()
-        pickler = _Pickler(buffer)
-        pickler.dump({**others, WEIGHTS_ENTRY: dict(plan)})
-        self._put_entry("data.pkl", memoryview(buffer.getbuffer()))
-        self._put_entry("byteorder", memoryview(b"little"))
-        self._numbers = {name: pickler.numbers[id(tensor)] for name, tensor in plan.items()}
-        for number, tensor in enumerate(pickler.tensors):
-            if not tensor.is_meta:
-                self._put_entry(f"data/{number}", as_bytes(tensor))
+        from torch._subclasses.fake_tensor import FakeTensorMode  # loads sympy, which nothing else here needs
+
+        assert _is_data(others), "tensors beside the weights would become zeros"
+        with FakeTensorMode():  # tensors that say they are on the CPU and take no memory
+            tensors = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in plan.items()}
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save({**others, WEIGHTS_ENTRY: tensors}, path)
+        archive: Any = torch._C.PyTorchFileReader(str(path))
+        offsets = {name: archive.get_record_offset(f"data/{number}") for number, name in enumerate(plan)}
+        super().__init__(path, plan, offsets)
+        self._checksums: dict[str, int] = {}
 
     def _put(self, name: str, data: memoryview) -> None:
-        self._put_entry(f"data/{self._numbers[name]}", data)
-
-    def _put_entry(self, name: str, data: memoryview) -> None:
-        entry = zipfile.ZipInfo(f"{self._folder}/{name}")
-        is_large = len(data) >= LARGE
-        header = 30 + len(entry.filename) + (20 if is_large else 0) + 4
-        gap = -(self._file.tell() + header) % ALIGNMENT
-        entry.extra = struct.pack("<2sH", b"FB", gap) + bytes(gap)
-        with self._archive.open(entry, "w", force_zip64=is_large) as file:
-            file.write(data)
+        super()._put(name, data)
+        self._checksums[name] = zlib.crc32(data)
 
     def _finish(self) -> None:
-        self._put_entry("version", memoryview(b"3\n"))
-        self._archive.close()
-
-    def _abandon(self) -> None:
-        self._archive.close()
-
-
-class _Storage:
-    """Stands in a pickle for the numbers of a tensor, which lie in an entry of their own."""
-
-    def __init__(self, number: int, tensor: Tensor) -> None:
-        self.number, self.tensor = number, tensor
-
-
-class _Pickler(pickle.Pickler):
-    """Pickles tensors as `torch.save` does, those without numbers too."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, protocol=2)  # that of torch.save; the training code's Python reads it
-        self.tensors: list[Tensor] = []
-        self.numbers: dict[int, int] = {}  # places in the list, by identity
-
-    def reducer_override(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return NotImplemented
-        number = self.numbers.setdefault(id(value), len(self.tensors))
-        self.tensors.append(value)
-        strides = torch.empty(value.shape, device="meta").stride()
-        storage = _Storage(number, value)
-        return torch._utils._rebuild_tensor_v2, (storage, 0, tuple(value.shape), strides, False, OrderedDict())
-
-    def persistent_id(self, value: Any) -> Any:
-        if not isinstance(value, _Storage):
-            return None
-        storage_class = getattr(torch, STORAGES[value.tensor.dtype])
-        return ("storage", storage_class, str(value.number), "cpu", value.tensor.numel())
+        """Puts the checksums into the archive, for zip tools: torch writes 0 for a gap, and never looks at them."""
+        with zipfile.ZipFile(self.path) as archive:
+            entry = archive.start_dir
+            paths = [info.filename for info in archive.infolist()]
+        checksums = {f"data/{number}": self._checksums[name] for number, name in enumerate(self._plan)}
+        for name in self._plan:
+            self._file.seek(self._offsets[name] + self._plan[name].nbytes + 4)  # behind the data, and a signature
+            self._file.write(struct.pack("<I", self._checksums[name]))
+        for path in paths:  # of the directory at the end of the archive
+            self._file.seek(entry)
+            lengths = struct.unpack_from("<3H", self._file.read(DIRECTORY_ENTRY), 28)
+            if (checksum := checksums.get(path.partition("/")[2])) is not None:
+                self._file.seek(entry + 16)
+                self._file.write(struct.pack("<I", checksum))
+            entry += DIRECTORY_ENTRY + sum(lengths)
 
 
-STORAGES = {
-    torch.float64: "DoubleStorage", torch.float32: "FloatStorage", torch.float16: "HalfStorage",
-    torch.bfloat16: "BFloat16Storage", torch.int64: "LongStorage", torch.int32: "IntStorage",
-    torch.int16: "ShortStorage", torch.int8: "CharStorage", torch.uint8: "ByteStorage", torch.bool: "BoolStorage",
-}  # fmt: skip
-"""What `torch.save` calls the numbers of a dtype."""
+DIRECTORY_ENTRY = 46
+"""Bytes of an entry in the directory of a zip archive, before its name, its extra fields and its comment."""
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -30,6 +30,9 @@ WEIGHT_FILES = (
 )
 """Where weights may lie, in the order of preference; an index names the files that they are spread over."""
 
+PREFIX = "transformer.prefix_encoder."
+"""What P-tuning adds to a ChatGLM; its published checkpoints hold nothing else."""
+
 Layout: TypeAlias = Literal["safetensors", "bin", "megatron"]
 Place: TypeAlias = tuple[TensorFile, str]
 """A file, and the name of a tensor in it."""
@@ -100,10 +103,15 @@ class Checkpoint:
         return parts[0] if len(parts) == 1 else merge(key, parts)
 
     @property
+    def files(self) -> list[Path]:
+        """Those that hold the weights."""
+        return sorted({file.path for parts in self._places.values() for file, _ in parts})
+
+    @property
     def unmapped_bytes(self) -> int:
         """Bytes of the files that fill memory as a whole when they are read (written before PyTorch 1.6)."""
-        files = {file.path: file for parts in self._places.values() for file, _ in parts}
-        return sum(path.stat().st_size for path, file in files.items() if not file.is_mapped)
+        files = {file.path for parts in self._places.values() for file, _ in parts if not file.is_mapped}
+        return sum(path.stat().st_size for path in files)
 
     def close(self) -> None:
         """Lets the files go."""
@@ -126,12 +134,34 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         GmaskError: no weights; a missing, damaged or dangerous file, which is named; files that do not fit together.
     """
-    if is_megatron(folder):
-        ranks = open_ranks(find_rank_files(folder))
-        keys = {name: [(rank, name) for rank in ranks] for name in ranks[0].names()}
-        return Checkpoint(folder, "megatron", _under_bare_names(folder, keys), ranks[0].others)
-    index = _read_index(folder)
-    files = [_open_file(path) for path in weight_files(folder)]
+    return open_megatron(folder) if is_megatron(folder) else open_published(folder)
+
+
+def is_megatron(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint of the training code, and no weights in the Hugging Face form beside it."""
+    if holds_published(folder):
+        return False
+    return find_tracker(folder) is not None or holds_ranks(folder)
+
+
+def holds_published(folder: Path) -> bool:
+    """Whether a folder holds weights in the Hugging Face form."""
+    return any((folder / name).exists() for name in WEIGHT_FILES)
+
+
+def open_megatron(folder: Path) -> Checkpoint:
+    """`open_checkpoint` for the files of the training code."""
+    ranks = open_ranks(find_rank_files(folder))
+    keys = {name: [(rank, name) for rank in ranks] for name in ranks[0].names()}
+    return Checkpoint(folder, "megatron", _under_bare_names(folder, keys), ranks[0].others)
+
+
+def open_published(folder: Path) -> Checkpoint:
+    """`open_checkpoint` for the Hugging Face form."""
+    path = _find_weights(folder)
+    index = _read_index(path) if path.suffix == ".json" else None
+    names = [path.name] if index is None else sorted(set(index.values()))
+    files = [_open_file(folder / name) for name in names]
     if index is not None:
         _check_shards(files, index)
     places: dict[str, list[Place]] = {}
@@ -140,27 +170,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             places[name] = [(file, name)]
     layout: Layout = "safetensors" if files[0].path.suffix == ".safetensors" else "bin"
     return Checkpoint(folder, layout, _under_bare_names(folder, places))
-
-
-def is_megatron(folder: Path) -> bool:
-    """Whether a folder holds a checkpoint of the training code, and no weights in the Hugging Face form beside it."""
-    if any((folder / name).exists() for name in WEIGHT_FILES):
-        return False
-    return find_tracker(folder) is not None or holds_ranks(folder)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights of a folder.
-
-    Raises:
-        GmaskError: there are none, one that is named is missing, or an index points elsewhere.
-    """
-    if is_megatron(folder):
-        return find_rank_files(folder)
-    index = _read_index(folder)
-    if index is not None:
-        return [folder / name for name in sorted(set(index.values()))]
-    return [_find_weights(folder)]
 
 
 def _find_weights(folder: Path) -> Path:
@@ -174,15 +183,13 @@ def _find_weights(folder: Path) -> Path:
     return found
 
 
-def _read_index(folder: Path) -> dict[str, str] | None:
-    """Names of tensors and of the files that hold them; None if the weights are in one file.
+def _read_index(path: Path) -> dict[str, str]:
+    """Names of tensors and of the files that hold them.
 
     Raises:
         GmaskError: a damaged index, or one that names a file elsewhere.
     """
-    path = _find_weights(folder)
-    if path.suffix != ".json":
-        return None
+    folder = path.parent
     index = read_object(path).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise GmaskError(f"{path}: has no weight_map; download or copy it again")

@@ -11,7 +11,7 @@ from gmask.cli.printing import print_json, print_table
 from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
-    from gmask.checkpoints.config import Config
+    from gmask.checkpoints.folder import Config
     from gmask.estimation.inference import MemoryEstimate
     from gmask.estimation.training import TrainingEstimate
     from gmask.quantization.quantizer import QuantizationConfig

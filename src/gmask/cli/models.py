@@ -1,5 +1,6 @@
 """``gmask convert``, ``quantize``, ``merge`` and ``info``: folders of models, and the table of published ones."""
 
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from gmask.errors import GmaskError
 
 if TYPE_CHECKING:
     from gmask.checkpoints.convert import ConversionReport
+    from gmask.checkpoints.folder import Folder
     from gmask.checkpoints.weights import Checkpoint
     from gmask.checkpoints.zoo import Family
     from gmask.quantization.quantizer import QuantizationConfig
@@ -109,16 +111,14 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Write a model with int8 or int4 weights, which loads and runs as any other."""
-    from gmask.checkpoints import rewrite
-    from gmask.checkpoints.load import find_folder, load_tokenizer
+    from gmask.checkpoints.convert import quantize_folder
+    from gmask.checkpoints.load import find_folder
     from gmask.hardware import format_bytes
     from gmask.quantization.quantizer import QuantizationConfig
 
-    form = QuantizationConfig(bits, group_size, embeddings)
-    folder, target = find_folder(source), target.expanduser()
-    rewrite.check_source(folder, target, form, force=force)
-    model = None if calibrate is None else _calibrate(folder, form, calibrate.expanduser())
-    report = rewrite.quantize_folder(folder, target, load_tokenizer(folder), form, calibrated=model, force=force)
+    form, folder = QuantizationConfig(bits, group_size, embeddings), find_folder(source)
+    rounded = None if calibrate is None else functools.partial(_calibrate, folder, form, calibrate.expanduser())
+    report = quantize_folder(folder, target.expanduser(), form, calibrate=rounded, force=force)
     before, after = format_bytes(report.bytes_before), format_bytes(report.bytes_after)
     fields = {
         "read": report.source,
@@ -155,18 +155,12 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Fold an adapter into the weights of its model, and write that as a model of its own."""
-    from gmask.checkpoints.load import find_folder, load_tokenizer
-    from gmask.checkpoints.rewrite import merge_folder
+    from gmask.checkpoints.convert import merge_folder
+    from gmask.checkpoints.load import find_folder
     from gmask.hardware import format_bytes, read_dtype
 
-    folder = find_folder(source)
     report = merge_folder(
-        folder,
-        adapter.expanduser(),
-        target.expanduser(),
-        load_tokenizer(folder),
-        dtype=read_dtype(dtype),
-        force=force,
+        find_folder(source), adapter.expanduser(), target.expanduser(), dtype=read_dtype(dtype), force=force
     )
     fields = {
         "model": report.source,
@@ -221,17 +215,16 @@ def describe_model(name: str) -> dict[str, Any]:
 
 def describe_folder(name: str) -> dict[str, Any]:
     """What the files of a model say about it; the headers of the weights are read, not the weights."""
-    from gmask.checkpoints.load import find_folder
-    from gmask.checkpoints.weights import open_checkpoint, weight_files
+    from gmask.checkpoints.load import open_folder
 
-    folder = find_folder(name)
-    with open_checkpoint(folder) as checkpoint:
-        if checkpoint.layout == "megatron" and not (folder / "config.json").is_file():
+    with open_folder(name) as folder:
+        checkpoint = folder.weights
+        if folder.lacks_config:
             about = _describe_training_checkpoint(checkpoint)
         else:
             about = _describe_config(folder)
-            about["weights_fit"] = _compare(checkpoint)
-        keys = checkpoint.keys()
+            about["weights_fit"] = _compare(folder)
+        keys, files = checkpoint.keys(), checkpoint.files
         stored = sorted({str(checkpoint.dtype(key)).removeprefix("torch.") for key in keys})
         form = {"form": checkpoint.layout, "parallel_size": checkpoint.parallel_size, "stored_as": stored}
     count = about["parameters"]
@@ -240,22 +233,14 @@ def describe_folder(name: str) -> dict[str, Any]:
         "folder": str(folder),
         **form,
         **about,
-        "files_bytes": sum(path.stat().st_size for path in weight_files(folder)),
+        "files_bytes": sum(path.stat().st_size for path in files),
         "memory_bytes": {"float32": 4 * count, "bfloat16": 2 * count},
-        "licence": read_licence(folder),
+        "licence": read_licence(folder.path),
     }
 
 
-def _describe_config(folder: Path) -> dict[str, Any]:
-    import torch
-
-    from gmask.checkpoints.config import read_config
-    from gmask.checkpoints.zoo import class_of
-
-    config = read_config(folder)
-    model_class = class_of(config)
-    with torch.device("meta"):
-        count = model_class(config).num_parameters()
+def _describe_config(folder: "Folder") -> dict[str, Any]:
+    config, model = folder.config, folder.shape_model(quantized=False)
     shape = {
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
@@ -266,30 +251,27 @@ def _describe_config(folder: Path) -> dict[str, Any]:
     }
     roles = ("pad", "eos", "sop", "eop", "mask", "smask", "gmask")
     return {
-        "kind": model_class.__name__,
+        "kind": type(model).__name__,
         "same_shape_as": _names_of_shape(shape),
-        "parameters": count,
+        "parameters": model.num_parameters(),
         "shape": shape,
         "special_ids": {role: getattr(config, f"{role}_token_id", None) for role in roles},
     }
 
 
-def _compare(checkpoint: "Checkpoint") -> str:
+def _compare(folder: "Folder") -> str:
     """Whether names and shapes of the weights are those that the config asks for, or what is wrong with them."""
-    from gmask.checkpoints.config import read_config
-    from gmask.checkpoints.load import match_keys, shape_stored
-
-    model = shape_stored(checkpoint.folder, read_config(checkpoint.folder))
+    model = folder.shape_model()
     try:
-        match_keys(checkpoint, model)
+        folder.compare(model)
     except GmaskError as error:
-        return str(error).replace(f"{checkpoint.folder}: ", "no: ", 1)
+        return str(error).replace(f"{folder}: ", "no: ", 1)
     return "yes"
 
 
 def _describe_training_checkpoint(checkpoint: "Checkpoint") -> dict[str, Any]:
     """What the shapes of a checkpoint of the original training code say; they imply neither heads nor vocabulary."""
-    from gmask.checkpoints.config import read_shape
+    from gmask.checkpoints.folder import read_shape
 
     values, keys = read_shape(checkpoint), checkpoint.keys()
     shape = {

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gmask.checkpoints.config import Config, lacks_config, read_config
-from gmask.checkpoints.zoo import Family, class_of
+from gmask.architectures import class_of
+from gmask.checkpoints.folder import Config, Folder
+from gmask.checkpoints.zoo import Family
 from gmask.errors import GmaskError
 from gmask.models.cache import capacity_for
 from gmask.models.chatglm import ChatGLMConfig
@@ -182,9 +183,10 @@ def read_shape_config(folder: Path) -> Config:
     They do not imply the number of attention heads, on which no size depends.
 
     Raises:
-        GmaskError: as of `gmask.checkpoints.config.read_config`.
+        GmaskError: as of `gmask.checkpoints.folder.Folder`.
     """
-    return read_config(folder, heads=1 if lacks_config(folder) else None)
+    with Folder(folder, heads=1) as opened:  # a folder with a config says more than this
+        return opened.config
 
 
 def config_of_family(family: Family) -> Config:

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gmask.checkpoints.config import Config
+from gmask.checkpoints.folder import Config
 from gmask.checkpoints.load import find_folder
 from gmask.errors import GmaskError
 from gmask.estimation.inference import DeviceKind, read_shape_config, shape_at, weight_bytes

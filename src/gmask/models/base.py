@@ -18,7 +18,8 @@ Source: Liu et al., "P-Tuning v2", ACL 2022; published code ``PrefixEncoder`` of
 """
 
 import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
@@ -233,6 +234,61 @@ class QuantizingMixin:
             super()._init_weights(module)  # type: ignore[misc]
 
 
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """How the tensors of a file differ from those that are wanted."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    shapes: Mapping[str, tuple[Sequence[int], Sequence[int]]]  # stored and wanted, by name
+
+    @classmethod
+    def of(
+        cls,
+        missing: Collection[str],
+        unexpected: Collection[str],
+        shapes: Mapping[str, tuple[Sequence[int], Sequence[int]]],
+    ) -> "Mismatch | None":
+        """None if nothing differs."""
+        differs = missing or unexpected or shapes
+        return cls(tuple(sorted(missing)), tuple(sorted(unexpected)), shapes) if differs else None
+
+    @classmethod
+    def between(cls, stored: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> "Mismatch | None":
+        """Of two sets of shapes, by name; None if they are the same."""
+        shapes = {
+            name: (shape, wanted[name]) for name, shape in stored.items() if name in wanted and shape != wanted[name]
+        }
+        return cls.of(wanted.keys() - stored.keys(), stored.keys() - wanted.keys(), shapes)
+
+    @property
+    def lacks_scales(self) -> bool:
+        return any(name.endswith("weight_scale") for name in self.missing)
+
+    def explain(self) -> str:
+        """The first difference."""
+        if self.lacks_scales:
+            scale = next(name for name in self.missing if name.endswith("weight_scale"))
+            return f"the weights lack their scales ({scale} ...); download the model again, or quantize it anew"
+        if self.missing:
+            return f"the weights lack {_name_some(self.missing)}"
+        if self.unexpected:
+            return f"the weights hold the unexpected {_name_some(self.unexpected)}"
+        name, (stored, wanted) = next(iter(self.shapes.items()))
+        return f"{name} has the shape {list(stored)}, but the model asks for {list(wanted)}"
+
+    def explain_for(self, model: PreTrainedModel) -> str:
+        """The first difference from a model, and what one of names may come from."""
+        if self.lacks_scales or not (self.missing or self.unexpected):
+            return self.explain()
+        return f"{self.explain()}; they do not fit the config, or are not those of {type(model).__name__}"
+
+
+def _name_some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
 UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError)
 PLACEMENTS = ("device_map", "distributed_config", "gguf_file", "quantization_config", "tp_plan", "tp_size")
 """Keywords of `from_pretrained` that put weights on other devices than the CPU, or load other weights than floats."""
@@ -314,21 +370,9 @@ def _check(model: Any, info: Mapping[str, Any], source: Any) -> None:
     else:
         parts = (prefix, *(f"{name}." for name, _ in model.named_children()))
         unexpected = {key for key in unexpected if key.startswith(parts)}
-    scales = {key for key in missing if key.endswith(".weight_scale")}
-    if scales:
-        raise GmaskError(
-            f"{source}: the weights lack their scales ({_name_some(scales)}), so the integers mean nothing; download "
-            "the whole model again, or quantize it anew"
-        )
-    if missing:
-        raise GmaskError(f"{source}: the weights lack {_name_some(missing)}; they do not fit config.json")
-    if unexpected:
-        raise GmaskError(
-            f"{source}: the weights hold the unexpected {_name_some(unexpected)}; they do not fit config.json, "
-            f"or belong to another class than {type(model).__name__}"
-        )
-    for key, stored, wanted in sorted(info["mismatched_keys"]):
-        raise GmaskError(f"{source}: {key} has the shape {list(stored)}, but config.json asks for {list(wanted)}")
+    shapes = {key: (stored, wanted) for key, stored, wanted in sorted(info["mismatched_keys"])}
+    if mismatch := Mismatch.of(missing, unexpected, shapes):
+        raise GmaskError(f"{source}: {mismatch.explain_for(model)}")
 
 
 def _explain(source: Any, error: Exception) -> None:
@@ -345,12 +389,6 @@ def _explain(source: Any, error: Exception) -> None:
     if isinstance(error, UNREADABLE):
         reason = one_line(error)
         raise GmaskError(f"{folder}: the weights cannot be read, download or copy them again ({reason})") from error
-
-
-def _name_some(keys: Iterable[str]) -> str:
-    named = sorted(keys)
-    more = f" and {len(named) - 3} more" if len(named) > 3 else ""
-    return ", ".join(named[:3]) + more
 
 
 class PrefixLMPreTrainedModel(StrictLoadingMixin, QuantizingMixin, PreTrainedModel):

@@ -24,6 +24,7 @@ from transformers import Cache, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
+from gmask.architectures import refuse_other_chatglm
 from gmask.errors import GmaskError
 from gmask.models.base import PrefixEncoder, PrefixLMModel, PrefixLMPreTrainedModel, SelfAttention, run_blocks
 from gmask.models.chatglm_chat import ChatMixin
@@ -34,12 +35,6 @@ from gmask.quantization.quantizer import QuantizationConfig
 
 PUBLISHED_LAYERS = 28
 """The published block does not get ``num_layers``: it scales its residual for 28 layers, whatever the depth."""
-
-IMAGE_PARTS = {"eva_config", "qformer_config", "image_length"}
-"""Keys of VisualGLM, whose configs have the same ``model_type``, too, and often the same class."""
-
-LATER_GENERATIONS = {"multi_query_attention", "padded_vocab_size", "rmsnorm"}
-"""Keys of ChatGLM2, ChatGLM3 and GLM-4-9b, whose configs have the same ``model_type``."""
 
 
 class ChatGLMConfig(PreTrainedConfig):
@@ -52,8 +47,6 @@ class ChatGLMConfig(PreTrainedConfig):
     - ``residual_alpha``: the factor of the normalised residual; sqrt(56) by default, as published.
     - ``rotary_dtype``: ``"float32"``, or ``"module"`` for tables in the precision of the weights, as published; in half
       precision those are off by up to half a radian near position 2000.
-    - ``rotary_stretch`` divides the positions, so that a longer text gets the angles of a shorter one: 2.0 for twice
-      the ``max_position_embeddings``. Untrained: no published weights were tuned with it, and replies get worse.
     - ``position_rule``: ``"v1.1"``, or ``"v0"`` for the positions of the first published code (vocabulary of 150528),
       which differ between a pass over a whole text and step-by-step decoding.
     """
@@ -86,7 +79,6 @@ class ChatGLMConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     position_encoding_2d: bool = True
     rotary_dtype: str = "float32"
-    rotary_stretch: float = 1.0
     position_rule: str = "v1.1"
     residual_alpha: float = math.sqrt(2 * PUBLISHED_LAYERS)
     initializer_range: float = 0.02
@@ -111,27 +103,15 @@ class ChatGLMConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs: Any) -> None:
-        later = LATER_GENERATIONS & kwargs.keys()
-        if later:
-            raise GmaskError(
-                f"{min(later)} belongs to ChatGLM2, ChatGLM3 or GLM-4-9B, which gmask does not run: call "
-                "gmask.registration.unregister(), and transformers loads them with trust_remote_code=True"
-            )
-        images = {key for key in IMAGE_PARTS & kwargs.keys() if kwargs[key] not in (None, 0)}
-        images |= {name for name in self.architectures or () if name.endswith("WithImage")}
-        if images:
-            raise GmaskError(
-                f"{min(images)} belongs to VisualGLM, which reads images too and which gmask does not run: use "
-                "github.com/THUDM/VisualGLM-6B"
-            )
+        refuse_other_chatglm({"architectures": self.architectures, **kwargs})
         quarters = 4 * self.num_attention_heads  # two rotary groups of channels, each of which turns in pairs
         if self.hidden_size % quarters:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {quarters}, 4 * num_attention_heads")
         for name, known in (("rotary_dtype", ("float32", "module")), ("position_rule", ("v1.1", "v0"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
-        if not self.rotary_stretch > 0:
-            raise ValueError(f"rotary_stretch {self.rotary_stretch} is not above 0")
+        if kwargs.pop("rotary_stretch", 1) != 1:  # which earlier versions of gmask knew; no weights were tuned with it
+            raise ValueError("rotary_stretch is not supported any more: take it out of the config")
         bits, with_embeddings = kwargs.pop("quantization_bit", 0), kwargs.pop("quantization_embeddings", False)
         if bits:  # a published checkpoint of integers
             kwargs["quantization_config"] = QuantizationConfig(bits, embeddings=with_embeddings).to_dict()
@@ -373,8 +353,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel, PrefixLMModel):
     def rotary_tables(self, layout: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The tables of a layout: for two groups of channels; with 1-D positions for one, by those in the context."""
         positions = layout if self.config.position_encoding_2d else layout[:, :1]
-        if self.config.rotary_stretch != 1:
-            positions = positions / self.config.rotary_stretch
         frequencies = inverse_frequencies(self.config.head_dim // positions.shape[1], device=layout.device)
         return rotary_tables(
             positions, frequencies, dtype=dtype if self.config.rotary_dtype == "module" else torch.float32

@@ -21,6 +21,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizer
 
+from gmask.architectures import LATER_CHATGLM
 from gmask.errors import GmaskError
 from gmask.files import LFS_POINTER
 
@@ -93,8 +94,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if vocab_file is None:
             source = kwargs.get("name_or_path", "the folder")
             raise GmaskError(
-                f"{source}: lacks {VOCABULARY_FILE}, the vocabulary of ChatGLM-6B: copy it there; ChatGLM2 and later "
-                "need their own code, and gmask.registration.unregister() before it"
+                f"{source}: lacks {VOCABULARY_FILE}, the vocabulary of ChatGLM-6B: copy it there; if it is "
+                f"{LATER_CHATGLM.name}, {LATER_CHATGLM.remedy}"
             )
         self.vocab_file = str(vocab_file)
         self.pieces = self.read_vocabulary(self.vocab_file)
@@ -224,8 +225,8 @@ def read_pieces(path: str) -> SentencePieceProcessor:
         raise GmaskError(f"{path}: not a SentencePiece model; download it again") from error
     if pieces.piece_to_id(LINE_END) == pieces.unk_id():
         raise GmaskError(
-            f"{path}: not the vocabulary of ChatGLM-6B, {VOCABULARY_FILE}, but that of another model; ChatGLM2 and "
-            "later need their own code, and gmask.registration.unregister() before it"
+            f"{path}: not the vocabulary of ChatGLM-6B, {VOCABULARY_FILE}, but that of another model; if it is "
+            f"{LATER_CHATGLM.name}, {LATER_CHATGLM.remedy}"
         )
     return pieces
 

@@ -5,31 +5,20 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from gmask.architectures import CHATGLM, GLM
 from gmask.errors import GmaskError, one_line
-from gmask.files import read_object
+from gmask.files import read_object, refuse_placeholder
+from gmask.tokenizers import glm
 from gmask.tokenizers.chatglm import VOCABULARY_FILE, ChatGLMTokenizer
-from gmask.tokenizers.glm import (
-    ADDED_TOKENS,
-    GLMBertTokenizer,
-    GLMChineseTokenizer,
-    GLMGPT2Tokenizer,
-    GLMRobertaTokenizer,
-    GLMTokenizer,
-    read_ids,
-)
+from gmask.tokenizers.glm import ADDED_TOKENS, GLMTokenizer, read_ids
 from gmask.tokenizers.glm_special import TRAINING_TOKENS
 
-CLASSES: dict[str, type[Any]] = {
-    "chinese": GLMChineseTokenizer,
-    "gpt2": GLMGPT2Tokenizer,
-    "bert": GLMBertTokenizer,
-    "roberta": GLMRobertaTokenizer,
-}
-"""By kind of vocabulary, as the catalog calls it."""
+CLASSES: dict[str, type[Any]] = {kind: getattr(glm, name) for name, kind in GLM.tokenizers.items() if kind}
+"""By kind of vocabulary, as the table of published models calls it."""
 
 CLASS_NAMES: dict[str, type[Any]] = {
     **{tokenizer_class.__name__: tokenizer_class for tokenizer_class in CLASSES.values()},
-    **dict.fromkeys(("ChatGLMTokenizer", "ChatGLMTokenizerV0"), ChatGLMTokenizer),
+    **dict.fromkeys(CHATGLM.tokenizers, ChatGLMTokenizer),
     **dict.fromkeys(("GLMTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend"), GLMTokenizer),
 }
 """What ``tokenizer_class`` may say in ``tokenizer_config.json``."""
@@ -86,6 +75,9 @@ def read_tokenizer(folder: Path, *, kind: str | None = None) -> PreTrainedTokeni
         raise GmaskError(f"{folder}: no such folder; name the one that holds the vocabulary files")
     if kind is not None and kind not in TRAINING_TOKENS:
         raise GmaskError(f"{kind}: no such kind of vocabulary; there are {', '.join(TRAINING_TOKENS)}")
+    for path in sorted(folder.iterdir()):
+        if path.name in VOCABULARY_FILES | SETTINGS_FILES:
+            refuse_placeholder(path)
     config = read_object(folder / "tokenizer_config.json", required=False)
     tokenizer_class = _named_class(folder, config)
     if tokenizer_class is None and kind is None and (folder / VOCABULARY_FILE).is_file():

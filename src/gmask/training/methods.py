@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gmask.architectures import architecture_of
 from gmask.checkpoints.adapters import (
     NAME,
     PREFIX_TUNING,
@@ -31,10 +32,9 @@ from gmask.checkpoints.adapters import (
     require_peft,
     save_adapter,
 )
-from gmask.checkpoints.config import read_config
-from gmask.checkpoints.folder import write_tokenizer
+from gmask.checkpoints.folder import read_config
 from gmask.checkpoints.load import find_folder, load, load_tokenizer
-from gmask.checkpoints.zoo import architecture_of
+from gmask.checkpoints.output import write_tokenizer
 from gmask.errors import GmaskError
 from gmask.hardware import bound_primitive_cache, read_dtype
 from gmask.models.base import attach_prefix
