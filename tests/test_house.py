@@ -26,7 +26,7 @@ def project_files(*suffixes: str) -> Iterator[Path]:
     """The project's own text files: those of the root and of FOLDERS, caches left out."""
     folders = (path for name in FOLDERS for path in sorted((ROOT / name).rglob("*")))
     for path in [*sorted(ROOT.iterdir()), *folders]:
-        if path.is_file() and path.suffix in suffixes and "__pycache__" not in path.parts:
+        if path.is_file() and path.suffix in suffixes and not {"__pycache__", ".git"} & set(path.parts):
             yield path
 
 
