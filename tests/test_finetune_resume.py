@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from gmask.errors import GmaskError
-from gmask.training import finetune, run_folder
+from gmask.training import finetune, loop, run_folder
 from gmask.training.loop import Loop
 from tuning_data import CHAT, CLOZE_TASK, SENTIMENT, read_log, read_losses, write_lines, write_recipe
 
@@ -54,9 +54,22 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["adalora", "p-tuning-v2", "full"])
-def test_any_method_resumes_bit_for_bit(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_recipe(tmp_path, method={"name": method}, optimization={"steps": 10, "save_every": 4, "batch_size": 2})
+@pytest.mark.parametrize(
+    ("method", "trainer"),
+    [
+        ("adalora", {}),
+        ("p-tuning-v2", {}),
+        ("full", {}),
+        ("full", {"optim": "adafactor"}),  # keeps numbers beside its tensors
+        ("lora", {"optim": "rmsprop", "optim_args": "momentum=0.9"}),
+    ],
+    ids=["adalora", "p-tuning-v2", "full", "adafactor", "rmsprop"],
+)
+def test_any_method_and_optimizer_resumes_bit_for_bit(
+    tmp_path: Path, method: str, trainer: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimization = {"steps": 10, "save_every": 4, "batch_size": 2, "trainer": trainer}
+    path = write_recipe(tmp_path, method={"name": method}, optimization=optimization)
     finetune.run(path, [f"run.out={tmp_path / 'whole'}"])
     honest = Loop.step
 
@@ -72,6 +85,22 @@ def test_any_method_resumes_bit_for_bit(tmp_path: Path, method: str, monkeypatch
     torch.rand(100)  # whatever happened to the random state since
     finetune.run(path, [f"run.out={tmp_path / 'stopped'}"])
     assert read_losses(tmp_path / "stopped") == read_losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_sharded_run_resumes_bit_for_bit_from_the_files_of_accelerate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "is_sharded", lambda accelerator: True)
+    path = write_recipe(tmp_path, method=DROPOUT)
+    finetune.run(path, [f"run.out={tmp_path / 'whole'}"])
+    stopped = tmp_path / "stopped"
+    finetune.run(path, [f"run.out={stopped}"])
+    for left in ("results.json", "checkpoint-00000004/training.json"):
+        (stopped / left).unlink()  # as if it had been killed after its second step
+    assert (stopped / "checkpoint-00000002" / "sharded").is_dir()
+    finetune.run(path, [f"run.out={stopped}"])
+    assert read_losses(stopped) == read_losses(tmp_path / "whole")
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:

@@ -85,6 +85,27 @@ def test_a_run_ends_with_a_model_folder_and_a_log(recipe_path: Path, tmp_path: P
     assert any((tmp_path / "out" / "tensorboard").iterdir())
 
 
+def test_trackers_are_given_the_numbers_of_the_log(tmp_path: Path) -> None:
+    class Tracker:
+        def __init__(self) -> None:
+            self.seen: list[tuple[int | str, dict[str, float]]] = []
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            self.seen.append((step, values))
+
+        def finish(self) -> None:
+            self.seen.append(("finished", {}))
+
+    blanks = {"English": {"top1": 0.5, "nats": 4.0}}
+    record = {"step": 3, "loss": 1.5, "validation": {"toy": {"token": 2.5}}, "blanks": blanks}
+    with run_folder.MetricsLog(tmp_path, after_step=0, trackers=[tracker := Tracker()]) as log:
+        log.add(record)
+    scalars = {
+        "training/loss": 1.5, "validation_token/toy": 2.5, "blanks_top1/English": 0.5, "blanks_nats/English": 4.0,
+    }  # fmt: skip
+    assert tracker.seen == [(3, scalars), ("finished", {})]
+
+
 def test_twenty_documents_are_learnt(recipe_path: Path, tmp_path: Path) -> None:
     settings = [
         *NO_DROPOUT,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.tracking import get_available_trackers  # type: ignore[import-untyped]
 from accelerate.utils import (  # type: ignore[import-untyped]
     DistributedDataParallelKwargs,
     DistributedType,
@@ -125,6 +126,9 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
     }
     accumulation = {**(configured["gradient_accumulation_kwargs"] or {}), "num_steps": 1}
     sharding = args.fsdp_plugin_args
+    trackers = [name for name in args.report_to if name != "tensorboard"]  # whose files every run writes
+    if missing := set(trackers) - {str(tracker) for tracker in get_available_trackers()}:
+        raise GmaskError(f"optimization.trainer.report_to: {', '.join(sorted(missing))} is not installed")
     try:
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
@@ -134,7 +138,7 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
             parallelism_config=args.parallelism_config,
             dynamo_plugin=TorchDynamoPlugin(backend=args.torch_compile_backend, mode=args.torch_compile_mode),
             kwargs_handlers=[DistributedDataParallelKwargs(**ddp)],
-            log_with=[name for name in args.report_to if name != "tensorboard"] or None,  # which every run writes
+            log_with=trackers or None,
         )
     except (ValueError, TypeError, ImportError) as error:
         raise GmaskError(f"optimization.trainer: {one_line(error)}") from error

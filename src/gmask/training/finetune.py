@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import enable_full_determinism, logging, set_seed
@@ -21,7 +22,7 @@ from gmask.config import to_yaml
 from gmask.errors import GmaskError
 from gmask.estimation.training import describe_memory
 from gmask.evaluation.harness import Evaluation
-from gmask.files import write_json
+from gmask.files import write_json, write_text, written_folder
 from gmask.generation.settings import make_settings
 from gmask.generation.text import PROMPT
 from gmask.hardware import describe_training_dtype
@@ -37,8 +38,8 @@ from gmask.training.accelerator import (
     named_dtype,
     training_arguments,
 )
-from gmask.training.examples import BatchOrder, Splits, hash_file, read_splits, steps_of
-from gmask.training.loop import Batch, Loop, Schedule, StepData, StepResult, unsharded
+from gmask.training.examples import Batch, BatchOrder, Splits, hash_file, read_splits, steps_of
+from gmask.training.loop import Loop, Schedule, StepData, StepResult, unsharded
 from gmask.training.losses import Encoded, Objective, count_items, examples_of
 from gmask.training.measure import (
     Forgetting,
@@ -47,7 +48,6 @@ from gmask.training.measure import (
     load_measure,
     measure,
     read_general_set,
-    save_measure,
 )
 from gmask.training.methods import choose_trainable, load_tuned_model, peak_memory, save_tuned_model
 from gmask.training.report import TuningResults, format_metric, metric_rows, render_tuning_card
@@ -59,8 +59,6 @@ from gmask.training.run_folder import (
     draw_curves,
     last_checkpoint,
     read_records,
-    write_folder,
-    write_tensors,
 )
 
 RECIPE_FILE = "recipe.yaml"
@@ -322,7 +320,7 @@ class Finetuning:
         return f"({', '.join(names[:8])}{more})"
 
     def save_weights(self, folder: Path) -> None:
-        write_tensors(self.loop.trained_weights(), folder / TRAINED_FILE)
+        save_file(self.loop.trained_weights(), folder / TRAINED_FILE)
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -358,9 +356,8 @@ class Finetuning:
         self.start.show(self.console, self.tokenizer)
 
     def _write_start(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / RECIPE_FILE).write_text(self.recipe.to_yaml(), "utf-8")
-        (self.out / TASK_FILE).write_text(to_yaml(self.task), "utf-8")
+        write_text(self.out / RECIPE_FILE, self.recipe.to_yaml())
+        write_text(self.out / TASK_FILE, to_yaml(self.task))
         write_json(self.out / FILES_FILE, self._hashes())
         with (self.out / START_FILE).open("w", encoding="utf-8") as file:
             self.start.show(Console(file=file, width=120), self.tokenizer)
@@ -384,7 +381,7 @@ class Finetuning:
             return load_measure(path)
         found = self._measure_general()
         if self.is_main:
-            save_measure(found, path)
+            write_json(path, dataclasses.asdict(found), indent=None)
         return found
 
     # What a run leaves
@@ -427,10 +424,11 @@ class Finetuning:
             if found[last].predictions:
                 write_predictions(self.out / "predictions.jsonl", found[last].predictions, samples)
         if forgetting:
-            (self.out / "forgetting.md").write_text(forgetting.to_markdown(), "utf-8")
+            write_text(self.out / "forgetting.md", forgetting.to_markdown())
         draw_curves(results.records, self.out / CURVES_FILE)
-        (self.out / "README.md").write_text(render_tuning_card(results), "utf-8")
-        write_folder(self.export, self._fill_export, kept="the run, to be resumed,")
+        write_text(self.out / "README.md", render_tuning_card(results))
+        with written_folder(self.export, kept="the run, to be resumed,") as folder:
+            self._fill_export(folder)
         write_json(self.out / RESULTS_FILE, results.to_dict())
         if found:
             self.console.print(metric_rows(results).to_rich(f"{self.task.name}, {self.recipe.method.name}"))

@@ -6,8 +6,9 @@ are divided once by the number of labelled tokens in all of them.
 """
 
 import math
+import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,21 +28,23 @@ from transformers import PreTrainedModel
 
 from gmask.errors import GmaskError
 from gmask.training.accelerator import is_sharded
+from gmask.training.examples import Batch
 from gmask.training.methods import RankSchedule
 from gmask.training.run_folder import (
     BEST_FILE,
     MetricsLog,
     Progress,
+    average_tensors,
     last_checkpoint,
+    optimizer_state,
     random_state,
     read_checkpoint,
     read_tensors,
-    save_checkpoint,
     set_random_state,
+    write_state,
     write_tensors,
+    written_checkpoint,
 )
-
-Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,35 +90,27 @@ class Run(Protocol):
 
     def data(self, step: int) -> Iterator[StepData]:
         """What this process learns from in the steps after ``step``; it depends on the seed and on nothing else."""
-        ...
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The sum of a batch's losses. The model is as accelerate prepared it."""
-        ...
 
     def learning_rate(self, step: int) -> float:
         """Of a step, counted from 0."""
-        ...
 
     def record(self, result: StepResult) -> dict[str, Any]:
         """A step's line in the log."""
-        ...
 
     def validate(self) -> dict[str, Any]:
         """What a validation adds to it."""
-        ...
 
     def describe(self, data: StepData) -> str:
         """Names the rows or samples of a step."""
-        ...
 
     def save_weights(self, folder: Path) -> None:
         """Writes what trains into a checkpoint; the first process alone is asked."""
-        ...
 
     def state(self) -> dict[str, Any]:
         """What else a checkpoint keeps, ready for JSON."""
-        ...
 
 
 class Loop:
@@ -303,20 +298,20 @@ class Loop:
         if self.is_sharded:
             self.accelerator.save_state(str(parts))
         if self.accelerator.is_main_process:
-            save_checkpoint(
-                self.out,
-                self.progress,
-                self.run.state(),
-                weights=None if self.is_sharded else self.run.save_weights,
-                sharded=parts if self.is_sharded else None,
-                model=self.bare_model,
-                optimizers=[] if self.is_sharded else self.bare_optimizers,
-                average=self.average,
-                ranks=self.ranks,
-                randoms=randoms,
-                keep_last=self.schedule.keep_last,
-                keep=self.schedule.keep,
-            )
+            schedule = self.schedule
+            with written_checkpoint(self.out, step, keep_last=schedule.keep_last, keep=schedule.keep) as folder:
+                if self.is_sharded:
+                    os.replace(parts, folder / "sharded")
+                else:
+                    self.run.save_weights(folder)
+                tensors, numbers = optimizer_state(self.bare_model, [] if self.is_sharded else self.bare_optimizers)
+                tensors |= average_tensors(self.average)
+                if self.ranks is not None:
+                    tensors |= {f"ranks.{name}": value for name, value in self.ranks.state().items()}
+                for process, random in enumerate(randoms):
+                    suffix = f".{process}" if process else ""
+                    tensors |= {f"random.{name}{suffix}": value for name, value in random.items()}
+                write_state(folder, self.progress, self.run.state(), tensors, numbers)
         self.accelerator.wait_for_everyone()
 
     def restore(self) -> dict[str, Any]:

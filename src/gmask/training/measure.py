@@ -4,7 +4,7 @@ import contextlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -210,12 +210,6 @@ def measure(general: GeneralSet, measurer: Measurer, *, answers: int) -> General
         reply_loss=measurer.loss("chat", general.prompts) if general.prompts else None,
         answers=[prediction.texts[0] for prediction in measurer.predict("chat", asked)] if asked else [],
     )
-
-
-def save_measure(found: GeneralMeasure, path: Path) -> None:
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(json.dumps(asdict(found), ensure_ascii=False), "utf-8")
-    draft.replace(path)
 
 
 def load_measure(path: Path) -> GeneralMeasure:

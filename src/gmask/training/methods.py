@@ -394,8 +394,6 @@ def save_tuned_model(
         else:
             model.to(read_dtype(recipe.model.dtype) or dtype).save_pretrained(folder)
         write_tokenizer(tokenizer, folder, published=False)
-    for path in folder.iterdir():
-        path.chmod(0o644)  # safetensors' own would keep other users out
 
 
 def peak_memory(device: torch.device) -> int:

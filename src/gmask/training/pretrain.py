@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from gmask.errors import GmaskError
+from gmask.files import write_text, written_folder
 from gmask.hardware import bound_primitive_cache, cpu_instructions, describe_training_dtype, training_dtype
 from gmask.infilling.blanks import InfillingExample
 from gmask.infilling.collator import collate
@@ -32,7 +33,8 @@ from gmask.recipes.pretraining import OptimizationSettings, Recipe, load_recipe,
 from gmask.training.accelerator import find_device, make_accelerator, make_arguments
 from gmask.training.blank_validation import BlankValidation, choose_blanks, measure_blanks
 from gmask.training.corpus_rows import RowStream, TokenSource, open_sources, validation_rows
-from gmask.training.loop import Batch, Loop, Schedule, StepData, StepResult
+from gmask.training.examples import Batch
+from gmask.training.loop import Loop, Schedule, StepData, StepResult
 from gmask.training.run_folder import (
     CURVES_FILE,
     LOG_FILE,
@@ -40,7 +42,6 @@ from gmask.training.run_folder import (
     draw_curves,
     last_checkpoint,
     read_records,
-    write_folder,
 )
 from gmask.training.tokenizer import train_from_sources
 
@@ -169,8 +170,7 @@ class Pretraining:
             state = self.loop.restore()
             self._continue(checkpoint, self.loop.progress, state["stream"])
         self.loop.progress.arithmetic = self._arithmetic()
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "recipe.yaml").write_text(self.recipe.to_yaml(), "utf-8")
+        write_text(self.out / "recipe.yaml", self.recipe.to_yaml())
         self.loop.fit()
         draw_curves(read_records(self.out / LOG_FILE), self.out / CURVES_FILE)
         return self.export()
@@ -338,18 +338,13 @@ class Pretraining:
 
     def export(self) -> Path:
         """Writes ``out/model``: bfloat16 weights, configuration, tokenizer and the curves."""
-
-        def fill(folder: Path) -> None:
+        with written_folder(self.out / "model", kept="the run, to be resumed,") as folder:
             self.final_model.to(torch.bfloat16).save_pretrained(folder)
             for name in ("tokenizer.json", "tokenizer_config.json"):
                 (folder / name).write_bytes((self.tokenizer_folder / name).read_bytes())
             for name in (CURVES_FILE, LOG_FILE):
                 (folder / name).write_bytes((self.out / name).read_bytes())
             (folder / "recipe.yaml").write_text(self.recipe.without_places().to_yaml(), "utf-8")
-            for path in folder.iterdir():
-                path.chmod(0o644)  # safetensors' own would keep other users out
-
-        write_folder(self.out / "model", fill, kept="the run, to be resumed,")
         return self.out / "model"
 
 

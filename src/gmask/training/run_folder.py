@@ -10,10 +10,8 @@ run keeps accelerate's own files in ``sharded`` instead of weights and moments.
 import dataclasses
 import json
 import logging
-import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -32,12 +30,13 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
+from gmask.files import remove_drafts, write_json_lines, written, written_folder
 from gmask.infilling.blanks import NOT_SCORED
 from gmask.infilling.objectives import OBJECTIVES
 from gmask.recipes.tuning import TuningRecipe
 from gmask.tasks.task import Task
 from gmask.training.examples import Example, Truncated
-from gmask.training.methods import RankSchedule, TrainableTable
+from gmask.training.methods import TrainableTable
 
 logger = logging.getLogger(__name__)
 PREFIX = "checkpoint-"
@@ -46,6 +45,7 @@ TENSORS_FILE = "training.safetensors"
 TRAINED_FILE = "trained.safetensors"
 MODEL_FILE = "model.safetensors"
 BEST_FILE = "best.safetensors"
+KEPT_ON_ERROR = "the last complete checkpoint"
 LOG_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
 OPTIMIZER_KEYS: Mapping[type[Optimizer], tuple[str, ...]] = {
@@ -53,6 +53,9 @@ OPTIMIZER_KEYS: Mapping[type[Optimizer], tuple[str, ...]] = {
     torch.optim.Muon: ("momentum_buffer",),
 }
 """What these keep of a parameter: without it a checkpoint is of another optimizer."""
+
+OTHERS = ("average", "ranks", "random")
+"""The first words of tensors in a checkpoint that are no optimizer's."""
 
 
 @dataclass
@@ -70,62 +73,6 @@ class Progress:
     arithmetic: str = ""  # the type of a pass and the instructions of the machine: with others a run is not bit-exact
 
 
-# Whole or not at all
-
-
-@contextmanager
-def refuse_full_disk(path: Path, *, kept: str = "the last complete checkpoint") -> Iterator[None]:
-    """Turns what goes wrong in writing a file or a folder into one line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise GmaskError(f"{path}: cannot be written ({reason}); {kept} is kept") from error
-
-
-def write_folder(folder: Path, fill: Callable[[Path], None], *, kept: str = "the last complete checkpoint") -> None:
-    """Has ``fill`` write a draft beside ``folder`` and puts it in its place; a full disk leaves the old one.
-
-    Raises:
-        GmaskError: it cannot be written, with what is ``kept``.
-    """
-    draft = None
-    try:
-        with refuse_full_disk(folder, kept=kept):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-            draft.chmod(0o755)
-            fill(draft)
-            old = folder.with_name(f".{folder.name}-old")
-            if folder.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                os.replace(folder, old)
-            os.replace(draft, folder)
-            shutil.rmtree(old, ignore_errors=True)
-    finally:
-        if draft is not None:
-            shutil.rmtree(draft, ignore_errors=True)
-
-
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes a file of tensors, whole or not at all. Raises `GmaskError` if it cannot be written."""
-    draft = path.with_name(f".{path.name}")
-    try:
-        with refuse_full_disk(path):
-            save_file(tensors, draft)
-            draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file. Raises `GmaskError` if it is damaged."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise GmaskError(f"{path}: damaged ({error}); delete its folder to resume from before") from error
-
-
 # Checkpoints
 
 
@@ -139,52 +86,56 @@ def last_checkpoint(out: Path) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def save_checkpoint(
-    out: Path,
-    progress: Progress,
-    state: Mapping[str, Any],
-    *,
-    weights: Callable[[Path], None] | None,
-    sharded: Path | None,
-    model: PreTrainedModel,
-    optimizers: Sequence[Optimizer],
-    average: AveragedModel | None,
-    ranks: RankSchedule | None,
-    randoms: Sequence[Mapping[str, Tensor]],
-    keep_last: int,
-    keep: int | None = None,
-) -> None:
-    """Writes ``out/checkpoint-STEP`` and removes all but the last ``keep_last`` and that of the step ``keep``.
+@contextmanager
+def written_checkpoint(out: Path, step: int, *, keep_last: int, keep: int | None = None) -> Iterator[Path]:
+    """A draft of ``out/checkpoint-STEP`` to fill; then all but the last ``keep_last`` and that of ``keep`` are removed.
 
-    Args:
-        state: what the run keeps beside its progress, ready for JSON.
-        weights: writes them into the folder; of a sharded run, whose files are in ``sharded``, None.
-        randoms: the random state of every process.
+    Raises:
+        GmaskError: it cannot be written.
     """
-    tensors, numbers = optimizer_state(model, optimizers)
-    tensors |= _average_tensors(average)
-    if ranks is not None:
-        tensors |= {f"ranks.{name}": value.contiguous() for name, value in ranks.state().items()}
-    for process, random in enumerate(randoms):
-        tensors |= {f"random.{name}{f'.{process}' if process else ''}": value for name, value in random.items()}
-    values = {"step": progress.step, "progress": {**dataclasses.asdict(progress), **state}, "optimizers": numbers}
-
-    def fill(folder: Path) -> None:
-        if weights is not None:
-            weights(folder)
-        if sharded is not None:
-            os.replace(sharded, folder / "sharded")
-        save_file(tensors, folder / TENSORS_FILE)
-        (folder / STATE_FILE).write_text(json.dumps(values), encoding="utf-8")
-
-    write_folder(out / f"{PREFIX}{progress.step:08d}", fill)
+    folder = out / f"{PREFIX}{step:08d}"
+    remove_drafts(folder)
+    with written_folder(folder, kept=KEPT_ON_ERROR) as draft:
+        yield draft
     for old in list_checkpoints(out)[:-keep_last]:
         if keep is None or old.name != f"{PREFIX}{keep:08d}":
             shutil.rmtree(old, ignore_errors=True)
 
 
+def write_state(
+    folder: Path,
+    progress: Progress,
+    state: Mapping[str, Any],
+    tensors: dict[str, Tensor],
+    numbers: Mapping[str, Any],
+) -> None:
+    """Writes a checkpoint's files beside its weights.
+
+    Args:
+        state: what the run keeps beside its progress, ready for JSON.
+        numbers: of the optimizers, as of `optimizer_state`.
+    """
+    save_file(tensors, folder / TENSORS_FILE)
+    values = {"step": progress.step, "progress": {**dataclasses.asdict(progress), **state}, "optimizers": numbers}
+    (folder / STATE_FILE).write_text(json.dumps(values), encoding="utf-8")
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Raises `GmaskError` if the file cannot be written."""
+    with written(path, kept=KEPT_ON_ERROR) as draft:
+        save_file(tensors, draft)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file. Raises `GmaskError` if it is damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise GmaskError(f"{path}: damaged ({error}); delete its folder to resume from before") from error
+
+
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class RunCheckpoint:
     """A checkpoint that was read; each part is loaded in place."""
 
     folder: Path
@@ -219,12 +170,10 @@ class Checkpoint:
     def load_optimizers(self, model: PreTrainedModel, optimizers: Sequence[Optimizer]) -> None:
         """Raises `GmaskError` where the checkpoint is of other optimizers."""
         found: dict[str, dict[str, Any]] = {}
-        for full_name, tensor in self.tensors.items():
+        for full_name, value in {**self.tensors, **self.numbers.get("state", {})}.items():
             key, _, name = full_name.partition(".")
-            found.setdefault(name, {})[key] = tensor
-        for full_name, value in self.numbers.get("state", {}).items():
-            key, _, name = full_name.partition(".")
-            found.setdefault(name, {})[key] = value
+            if key not in OTHERS:
+                found.setdefault(name, {})[key] = value
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         groups = self.numbers.get("groups", [])
         for number, optimizer in enumerate(optimizers):
@@ -259,7 +208,7 @@ class Checkpoint:
         set_random_state({name: state for name, state in states.items() if state is not None})
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path) -> RunCheckpoint:
     """Reads a checkpoint, also one that an earlier version of gmask wrote in pretraining.
 
     Raises:
@@ -275,7 +224,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     known = {field.name for field in dataclasses.fields(Progress)}
     progress = Progress(**{name: value for name, value in values["progress"].items() if name in known})
     state = {name: value for name, value in values["progress"].items() if name not in known}
-    return Checkpoint(folder, progress, state, weights, tensors, values.get("optimizers", {}))
+    return RunCheckpoint(folder, progress, state, weights, tensors, values.get("optimizers", {}))
 
 
 def optimizer_state(
@@ -314,7 +263,7 @@ def _changed(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
     }
 
 
-def _average_tensors(average: AveragedModel | None) -> dict[str, Tensor]:
+def average_tensors(average: AveragedModel | None) -> dict[str, Tensor]:
     if average is None:
         return {}
     weights = {f"average.{name}": parameter.detach() for name, parameter in average.module.named_parameters()}
@@ -351,10 +300,7 @@ class MetricsLog:
             trackers: of accelerate, which are given the same numbers.
         """
         self.path = out / LOG_FILE
-        kept = [record for record in read_records(self.path) if record["step"] <= after_step]
-        draft = self.path.with_suffix(".draft")
-        draft.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        draft.replace(self.path)
+        write_json_lines(self.path, [record for record in read_records(self.path) if record["step"] <= after_step])
         self.file = self.path.open("a", encoding="utf-8")
         self.board, self.trackers = _open_board(out, after_step), trackers
 
@@ -373,7 +319,7 @@ class MetricsLog:
     def add(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
-        scalars, step = dict(flatten(record)), record["step"]
+        scalars, step = dict(flatten_record(record)), record["step"]
         if self.board is not None:
             for name, value in scalars.items():
                 self.board.add_scalar(name, value, step)
@@ -381,7 +327,7 @@ class MetricsLog:
             tracker.log(scalars, step=step)
 
 
-def flatten(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def flatten_record(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """The numbers of a record by the names that they have in TensorBoard."""
     for name, value in record.items():
         if name not in ("step", "validation", "blanks"):
@@ -448,10 +394,9 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
         panel.legend()
     _draw_rates(panels[-1], positions, records)
     panels[-1].set_xlabel("tokens seen (millions)" if axis == "tokens" else "steps")
-    draft = path.with_name(f".{path.name}")
-    figure.savefig(draft, dpi=120, format="png")
+    with written(path) as draft:
+        figure.savefig(draft, dpi=120, format="png")
     plt.close(figure)
-    draft.replace(path)
     return path
 
 
