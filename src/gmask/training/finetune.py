@@ -41,14 +41,7 @@ from gmask.training.accelerator import (
 from gmask.training.examples import Batch, BatchOrder, Splits, hash_file, read_splits, steps_of
 from gmask.training.loop import Loop, Schedule, StepData, StepResult, unsharded
 from gmask.training.losses import Encoded, Objective, count_items, examples_of
-from gmask.training.measure import (
-    Forgetting,
-    GeneralMeasure,
-    Measurer,
-    load_measure,
-    measure,
-    read_general_set,
-)
+from gmask.training.measure import Forgetting, GeneralMeasure, Measurer, load_measure, measure, read_general_set
 from gmask.training.methods import choose_trainable, load_tuned_model, peak_memory, save_tuned_model
 from gmask.training.report import TuningResults, format_metric, metric_rows, render_tuning_card
 from gmask.training.run_folder import (

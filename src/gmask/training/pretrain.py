@@ -35,14 +35,7 @@ from gmask.training.blank_validation import BlankValidation, choose_blanks, meas
 from gmask.training.corpus_rows import RowStream, TokenSource, open_sources, validation_rows
 from gmask.training.examples import Batch
 from gmask.training.loop import Loop, Schedule, StepData, StepResult
-from gmask.training.run_folder import (
-    CURVES_FILE,
-    LOG_FILE,
-    Progress,
-    draw_curves,
-    last_checkpoint,
-    read_records,
-)
+from gmask.training.run_folder import CURVES_FILE, LOG_FILE, Progress, draw_curves, last_checkpoint, read_records
 from gmask.training.tokenizer import train_from_sources
 
 VOCABULARY_MULTIPLE = 128  # rows of the embedding, as published: even tiles for the matrix kernels
