@@ -118,26 +118,27 @@ def read_texts(path: Path) -> Iterator[str]:
 def tune(recipe_path: str, overrides: list[str]) -> None:
     """Runs a recipe, writes its costs beside its results, and keeps the numbers alone."""
     import peft  # noqa: F401 - part of what is imported, whether a method needs it or not
-    from transformers import TrainerCallback, trainer
 
     from gmask.tasks.metrics import evaluate
     from gmask.tasks.records import Prediction, Sample
     from gmask.training import finetune
+    from gmask.training.loop import Loop
 
     for text in ("一", "one"):  # loads the libraries and dictionaries of the metrics
         evaluate(["rouge-1", "bleu-4", "sacrebleu"], [Prediction(texts=(text,))], [Sample(answers=(text,))])
     imported = peak_bytes()
     costs = {"cpu_seconds": 0.0, "peak_bytes": 0}
 
-    class StepMeter(TrainerCallback):
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.started = time.process_time()
+    honest = Loop.step
 
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            costs["cpu_seconds"] += time.process_time() - self.started
-            costs["peak_bytes"] = peak_bytes() - imported
+    def step(self: Loop, *args: Any, **kwargs: Any) -> Any:
+        started = time.process_time()
+        result = honest(self, *args, **kwargs)
+        costs["cpu_seconds"] += time.process_time() - started
+        costs["peak_bytes"] = peak_bytes() - imported
+        return result
 
-    trainer.DEFAULT_CALLBACKS.append(StepMeter)
+    Loop.step = step  # type: ignore[method-assign]
     export = finetune.run(recipe_path, overrides)
     costs["saved_bytes"] = (next(export.glob("*model.safetensors"))).stat().st_size
     (export.parent / "costs.json").write_text(json.dumps(costs), "utf-8")
@@ -155,8 +156,8 @@ def measure_untuned(recipe_path: str, overrides: list[str]) -> None:
     from gmask.recipes.tuning import load_tuning_recipe
     from gmask.tasks.records import write_predictions
     from gmask.tasks.task import read_task
+    from gmask.training.accelerator import make_accelerator, training_arguments
     from gmask.training.examples import read_splits
-    from gmask.training.loop import training_arguments
     from gmask.training.measure import Measurer
 
     recipe = load_tuning_recipe(recipe_path, overrides)
@@ -170,15 +171,15 @@ def measure_untuned(recipe_path: str, overrides: list[str]) -> None:
         recipe.data,
         settings=make_settings(recipe.decoding),
         batch_size=recipe.optimization.batch_size,
-        args=training_arguments(recipe),
+        accelerator=make_accelerator(training_arguments(recipe)),
         dtype=torch.float32,
     )
     samples = read_splits(task, recipe.data, seed=0).validation
-    metrics, predictions = measurer.measure(samples)
+    found = measurer.measure(samples)
     out = Path(recipe.run.out)
     out.mkdir(parents=True, exist_ok=True)
-    write_predictions(out / "predictions.jsonl", predictions, samples)
-    results = {"metrics": {"validation": metrics}, "trainable_parameters": 0}
+    write_predictions(out / "predictions.jsonl", found.predictions, samples)
+    results = {"metrics": {"validation": found.scores}, "trainable_parameters": 0}
     (out / "results.json").write_text(json.dumps(results), "utf-8")
     (out / "costs.json").write_text("{}", "utf-8")
 

@@ -18,7 +18,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,20 +68,20 @@ class Setting:
 def serve_measurements(setting: Setting, folder: Path) -> None:
     """A line in is a number of steps to time, a line out what was measured."""
     import torch
-    from transformers import TrainerCallback, logging, trainer
+    from transformers import logging
 
     logging.set_verbosity_error()
     torch.set_num_threads(setting.threads)
     torch.manual_seed(0)
     batch = SHAPES[setting.shape].batch
 
-    class Turns(TrainerCallback):
+    class Turns:
         """Stops at the end of a step until more are asked for."""
 
         def __init__(self) -> None:
             self.asked, self.left, self.started, self.started_cpu = 0, WARM_UP, 0.0, 0.0
 
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        def end_step(self) -> None:
             self.left -= 1
             if self.left:
                 return
@@ -104,8 +104,7 @@ def serve_measurements(setting: Setting, folder: Path) -> None:
             self.asked = self.left = int(line)
             self.started, self.started_cpu = time.perf_counter(), time.process_time()
 
-    trainer.DEFAULT_CALLBACKS.append(Turns)
-    (tune_glm if setting.system == "glm" else tune_gpt2)(setting, folder)
+    (tune_glm if setting.system == "glm" else tune_gpt2)(setting, folder, Turns().end_step)
 
 
 def peak_bytes() -> int:
@@ -117,9 +116,18 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
 
-def tune_glm(setting: Setting, folder: Path) -> None:
+def tune_glm(setting: Setting, folder: Path, end_step: Callable[[], None]) -> None:
     from gmask.training import finetune
+    from gmask.training.loop import Loop
 
+    honest = Loop.step
+
+    def step(self: Loop, *args: Any, **kwargs: Any) -> Any:
+        if self.progress.step:
+            end_step()  # the one before, with its line in the log
+        return honest(self, *args, **kwargs)
+
+    Loop.step = step  # type: ignore[method-assign]
     write_glm(SHAPES[setting.shape], folder / "model")
     write_samples(folder / "train.jsonl")
     (folder / "recipe.yaml").write_text(json.dumps(make_recipe(setting, folder)))  # JSON is YAML
@@ -175,10 +183,14 @@ def make_recipe(setting: Setting, folder: Path) -> dict[str, Any]:
     }
 
 
-def tune_gpt2(setting: Setting, folder: Path) -> None:
+def tune_gpt2(setting: Setting, folder: Path, end_step: Callable[[], None]) -> None:
     import peft
     import torch
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class EndsSteps(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            end_step()
 
     shape = SHAPES[setting.shape]
     model = make_gpt2(
@@ -212,7 +224,7 @@ def tune_gpt2(setting: Setting, folder: Path) -> None:
         report_to="none",
     )
     rows: Any = [{"input_ids": row, "labels": target} for row, target in zip(ids, labels, strict=True)]
-    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[EndsSteps()]).train()
 
 
 # The near end

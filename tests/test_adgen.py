@@ -16,7 +16,8 @@ from gmask.recipes.tuning import load_tuning_recipe
 from gmask.tasks.metrics import evaluate
 from gmask.tasks.records import read_records
 from gmask.tasks.task import load_task
-from gmask.training import finetune, loop
+from gmask.training import finetune
+from gmask.training.loop import Loop
 from test_chatglm_chat import VOCABULARY, needs_vocabulary
 from tuning_data import read_log, read_losses, write_lines
 
@@ -120,14 +121,14 @@ def test_bleu_and_rouge_are_those_of_what_was_written(folder: Path, adapter: Pat
 
 
 def test_a_stopped_run_resumes_exactly(folder: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = loop.TuningTrainer._record
+    honest = Loop.step
 
-    def stop(self: loop.TuningTrainer, *args: Any) -> dict[str, Any]:
-        if self.state.global_step == STOP:
+    def stop(self: Loop, *args: Any, **kwargs: Any) -> Any:
+        if self.progress.step == STOP:
             raise KeyboardInterrupt
-        return honest(self, *args)
+        return honest(self, *args, **kwargs)
 
-    monkeypatch.setattr(loop.TuningTrainer, "_record", stop)
+    monkeypatch.setattr(Loop, "step", stop)
     with pytest.raises(KeyboardInterrupt):
         tune(folder, folder / "stopped")
     monkeypatch.undo()

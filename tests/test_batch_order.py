@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gmask.errors import GmaskError
-from gmask.training.loop import BatchOrder, steps_of
+from gmask.training.examples import BatchOrder, steps_of
 
 
 @settings(deadline=None)  # the first example loads modules
@@ -37,6 +37,8 @@ def test_processes_share_the_steps_of_one(
         batches = list(one)
         assert len(batches) == len(one)
         assert all(1 <= len(batch) <= batch_size for batch in batches)
+        for step in (1, 4, 7):
+            assert list(one.after(step)) == batches[step * one.passes :], "a run can be entered at any step"
 
 
 def samples_by_step(order: BatchOrder) -> list[list[int]]:

@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 
 import gmask
 from gmask.errors import GmaskError
-from gmask.evaluation.harness import run_task
+from gmask.evaluation.harness import Evaluation, run_task
 from gmask.models.glm_heads import GLMForSequenceClassification
 from gmask.tasks.task import load_task
-from gmask.training import finetune, loop
+from gmask.training import finetune
 from gmask.training import losses as training_losses
 from gmask.training import measure as training_measure
+from gmask.training.run_folder import list_checkpoints
 from tuning_data import CHAT, CLOZE_TASK, SENTIMENT, read_log, read_losses, write_recipe
 
 TASKS: dict[str, tuple[Any, list[dict[str, Any]]]] = {
@@ -197,10 +198,10 @@ def test_the_best_weights_are_kept_and_worse_ones_end_the_run(tmp_path: Path, mo
     told = iter([40.0, 60.0, 50.0, 60.0, 55.0, 99.0])
     seen: list[dict[str, torch.Tensor]] = []
 
-    def measure(self: training_measure.Measurer, samples: Any) -> Any:
+    def measure(self: training_measure.Measurer, samples: Any, **kwargs: Any) -> Evaluation:
         weights = {name: tensor.detach().clone() for name, tensor in self.model.named_parameters()}
         seen.append(weights)
-        return {"loss": 1.0, "accuracy": next(told)}, []
+        return Evaluation([], {"loss": 1.0, "accuracy": next(told)}, {})
 
     monkeypatch.setattr(training_measure.Measurer, "measure", measure)
     folder = finetune.run(
@@ -261,7 +262,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
         finetune.run(write_recipe(tmp_path))
     (batch,) = torch.load(tmp_path / "out" / "bad-batch-00000003.pt")
     assert len(batch["samples"]) == len(batch["input_ids"]) == 4
-    assert [folder.name for folder in loop.list_checkpoints(tmp_path / "out")] == ["checkpoint-00000002"]
+    assert [folder.name for folder in list_checkpoints(tmp_path / "out")] == ["checkpoint-00000002"]
 
 
 @pytest.mark.parametrize(
@@ -307,6 +308,9 @@ def test_a_batch_without_a_supervised_token_is_refused(tmp_path: Path, monkeypat
         ("optimization.trainer.label_smoothing_factor=0.1", "has no effect on a run"),
         ("optimization.trainer.learning_rate=1", "set optimization.learning_rate instead"),
         ("optimization.trainer.optim=nonsense", "nonsense"),
+        ("optimization.trainer.optim=adamw_bnb_8bit", "bitsandbytes"),
+        ("optimization.trainer.report_to=abacus", "report_to: abacus is not installed"),
+        ("optimization.trainer.deepspeed=ds.json", "eepspeed"),
         ("run.device=tpu", "choose cpu, cuda or mps"),
         ("data.max_source=100000", "positions"),
         ("optimization.trainer.fsdp=full_shard", "fsdp"),

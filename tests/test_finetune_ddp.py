@@ -62,7 +62,7 @@ def test_a_run_of_two_processes_resumes_exactly(tmp_path: Path) -> None:
     assert whole.returncode == 0, whole.stderr[-4000:]
     again = tmp_path / "again"
     assert run_in_two(path, f"run.out={again}").returncode == 0
-    for left in ("results.json", "checkpoint-00000004/trainer_state.json"):
+    for left in ("results.json", "checkpoint-00000004/training.json"):
         (again / left).unlink()  # as if it had been killed after its second step
     resumed = run_in_two(path, f"run.out={again}")
     assert resumed.returncode == 0, resumed.stderr[-4000:]

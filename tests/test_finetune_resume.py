@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ import yaml
 from safetensors.torch import load_file
 
 from gmask.errors import GmaskError
-from gmask.training import finetune, loop
+from gmask.training import finetune, loop, run_folder
+from gmask.training.loop import Loop
 from tuning_data import CHAT, CLOZE_TASK, SENTIMENT, read_log, read_losses, write_lines, write_recipe
 
 DROPOUT = {"name": "lora", "rank": 4, "dropout": 0.3}  # draws random numbers at every step
@@ -52,24 +54,53 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["adalora", "p-tuning-v2", "full"])
-def test_any_method_resumes_bit_for_bit(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_recipe(tmp_path, method={"name": method}, optimization={"steps": 10, "save_every": 4, "batch_size": 2})
+@pytest.mark.parametrize(
+    ("method", "trainer"),
+    [
+        ("adalora", {}),
+        ("p-tuning-v2", {}),
+        ("full", {}),
+        ("full", {"optim": "adafactor"}),  # keeps numbers beside its tensors
+        ("lora", {"optim": "rmsprop", "optim_args": "momentum=0.9"}),
+    ],
+    ids=["adalora", "p-tuning-v2", "full", "adafactor", "rmsprop"],
+)
+def test_any_method_and_optimizer_resumes_bit_for_bit(
+    tmp_path: Path, method: str, trainer: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimization = {"steps": 10, "save_every": 4, "batch_size": 2, "trainer": trainer}
+    path = write_recipe(tmp_path, method={"name": method}, optimization=optimization)
     finetune.run(path, [f"run.out={tmp_path / 'whole'}"])
-    honest = loop.TuningTrainer._record
+    honest = Loop.step
 
-    def stop_at_six(self: loop.TuningTrainer, *args: float | None) -> dict[str, float]:
-        if self.state.global_step == 6:
+    def stop_at_six(self: Loop, *args: Any, **kwargs: Any) -> Any:
+        if self.progress.step == 5:
             raise KeyboardInterrupt
-        return honest(self, *args)
+        return honest(self, *args, **kwargs)
 
-    monkeypatch.setattr(loop.TuningTrainer, "_record", stop_at_six)
+    monkeypatch.setattr(Loop, "step", stop_at_six)
     with pytest.raises(KeyboardInterrupt):
         finetune.run(path, [f"run.out={tmp_path / 'stopped'}"])
     monkeypatch.undo()
     torch.rand(100)  # whatever happened to the random state since
     finetune.run(path, [f"run.out={tmp_path / 'stopped'}"])
     assert read_losses(tmp_path / "stopped") == read_losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_sharded_run_resumes_bit_for_bit_from_the_files_of_accelerate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "is_sharded", lambda accelerator: True)
+    path = write_recipe(tmp_path, method=DROPOUT)
+    finetune.run(path, [f"run.out={tmp_path / 'whole'}"])
+    stopped = tmp_path / "stopped"
+    finetune.run(path, [f"run.out={stopped}"])
+    for left in ("results.json", "checkpoint-00000004/training.json"):
+        (stopped / left).unlink()  # as if it had been killed after its second step
+    assert (stopped / "checkpoint-00000002" / "sharded").is_dir()
+    finetune.run(path, [f"run.out={stopped}"])
+    assert read_losses(stopped) == read_losses(tmp_path / "whole")
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
@@ -97,7 +128,7 @@ def test_a_task_that_was_changed_is_not_resumed_nor_a_finished_run_taken_for_ano
     task.write_text(yaml.safe_dump(CLOZE_TASK, sort_keys=False), "utf-8")
     path = write_recipe(tmp_path, task=str(task))
     finetune.run(path)
-    for checkpoint in loop.list_checkpoints(tmp_path / "out"):  # to save room
+    for checkpoint in run_folder.list_checkpoints(tmp_path / "out"):  # to save room
         shutil.rmtree(checkpoint)
     with pytest.raises(GmaskError, match=r"another recipe: run\.seed differs"):
         finetune.run(path, ["run.seed=3"])
@@ -112,7 +143,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     finetune.run(path)
     weights = tmp_path / "out" / "checkpoint-00000004" / "trained.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(GmaskError, match=r"checkpoint-00000004/trained\.safetensors: damaged"):
+    with pytest.raises(GmaskError, match=r"checkpoint-00000004: damaged .* delete it"):
         finetune.run(path)
 
 
@@ -122,10 +153,10 @@ def test_a_checkpoint_that_was_cut_short_is_not_taken_for_one(tmp_path: Path, mo
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(loop, "save_file", full)
+    monkeypatch.setattr(run_folder, "save_file", full)
     with pytest.raises(GmaskError, match=r"cannot be written .*No space left on device"):
         finetune.run(path)
-    assert loop.list_checkpoints(tmp_path / "out") == []
+    assert run_folder.list_checkpoints(tmp_path / "out") == []
     monkeypatch.undo()
     finetune.run(path)
     assert [one[0] for one in read_losses(tmp_path / "out")] == [1, 2, 3, 4]

@@ -22,6 +22,7 @@ from gmask.errors import GmaskError
 from gmask.models.glm import GLMForConditionalGeneration
 from gmask.recipes.pretraining import load_recipe
 from gmask.training import pretrain, run_folder
+from gmask.training.loop import Loop
 from gmask.training.run_folder import read_records
 
 SENTENCES = [
@@ -84,6 +85,27 @@ def test_a_run_ends_with_a_model_folder_and_a_log(recipe_path: Path, tmp_path: P
     assert any((tmp_path / "out" / "tensorboard").iterdir())
 
 
+def test_trackers_are_given_the_numbers_of_the_log(tmp_path: Path) -> None:
+    class Tracker:
+        def __init__(self) -> None:
+            self.seen: list[tuple[int | str, dict[str, float]]] = []
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            self.seen.append((step, values))
+
+        def finish(self) -> None:
+            self.seen.append(("finished", {}))
+
+    blanks = {"English": {"top1": 0.5, "nats": 4.0}}
+    record = {"step": 3, "loss": 1.5, "validation": {"toy": {"token": 2.5}}, "blanks": blanks}
+    with run_folder.MetricsLog(tmp_path, after_step=0, trackers=[tracker := Tracker()]) as log:
+        log.add(record)
+    scalars = {
+        "training/loss": 1.5, "validation_token/toy": 2.5, "blanks_top1/English": 0.5, "blanks_nats/English": 4.0,
+    }  # fmt: skip
+    assert tracker.seen == [(3, scalars), ("finished", {})]
+
+
 def test_twenty_documents_are_learnt(recipe_path: Path, tmp_path: Path) -> None:
     settings = [
         *NO_DROPOUT,
@@ -126,18 +148,18 @@ def test_a_run_with_dropout_resumes_bit_for_bit(
 ) -> None:
     dropout = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
     pretrain.run(str(recipe_path), [*dropout, f"run.out={tmp_path / 'whole'}"])
-    step = pretrain.Pretraining._step
+    step = Loop.step
 
-    def stop_at_six(self: pretrain.Pretraining) -> dict[str, Any]:
+    def stop_at_six(self: Loop, *args: Any, **kwargs: Any) -> Any:
         if self.progress.step == 6:
             raise KeyboardInterrupt
-        return step(self)
+        return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(pretrain.Pretraining, "_step", stop_at_six)
+    monkeypatch.setattr(Loop, "step", stop_at_six)
     overrides = [*dropout, f"run.out={tmp_path / 'stopped'}"]
     with pytest.raises(KeyboardInterrupt):
         pretrain.run(str(recipe_path), overrides)
-    monkeypatch.setattr(pretrain.Pretraining, "_step", step)
+    monkeypatch.setattr(Loop, "step", step)
     torch.rand(100)  # whatever happened to the random state since
     pretrain.run(str(recipe_path), overrides)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
@@ -167,8 +189,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch_named(
     monkeypatch.setattr(GLMForConditionalGeneration, "token_losses", poisoned)
     with pytest.raises(GmaskError, match=r"step 6: the loss is nan .* rows 20 to 23 are kept in .*bad-batch-00000006"):
         pretrain.run(str(recipe_path))
-    batch = load_file(tmp_path / "out" / "bad-batch-00000006.safetensors")
-    assert batch["input_ids"].shape == (4, 64)
+    batches = torch.load(tmp_path / "out" / "bad-batch-00000006.pt")
+    assert [batch["rows"] for batch in batches] == [[20, 21], [22, 23]]
+    assert all(batch["input_ids"].shape == (2, 64) for batch in batches)
     assert [folder.name for folder in run_folder.list_checkpoints(tmp_path / "out")] == ["checkpoint-00000004"]
 
 
@@ -190,6 +213,25 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     monkeypatch.undo()
     pretrain.run(str(recipe_path))
     assert losses(tmp_path / "out")[-1][0] == 16
+
+
+def test_a_run_of_an_earlier_version_goes_on_as_it_would_have(tmp_path: Path) -> None:
+    """The folder holds the first half of a run with Muon, a moving average and a decay, and the log of the whole."""
+    folder = Path(__file__).parent / "golden" / "pretraining-run"
+    for name in ("checkpoint-00000004", "tokenizer"):
+        shutil.copytree(folder / name, tmp_path / "out" / name)
+    places = [f"run.out={tmp_path / 'out'}", f"data.root={folder}", f"data.cache={tmp_path / 'cache'}"]
+    pretrain.run(str(folder / "recipe.yaml"), places)
+    expected = [record for record in read_records(folder / "log.jsonl") if record["step"] > 4]
+    found = read_records(tmp_path / "out" / "metrics.jsonl")
+    for old, new in zip(expected, found, strict=True):
+        assert old.keys() == new.keys()
+        assert {"tokens", "labelled_tokens", "learning_rate"} <= old.keys()
+        for name in old.keys() - {"seconds", "tokens_per_second", "validation"}:
+            assert new[name] == pytest.approx(old[name], rel=1e-4), name
+        assert new.get("validation", {}).get("toy", {}) == pytest.approx(
+            old.get("validation", {}).get("toy", {}), rel=1e-4
+        )
 
 
 def test_a_damaged_checkpoint_is_named(recipe_path: Path, tmp_path: Path) -> None:
@@ -223,7 +265,7 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine(recipe_path: Path) 
 
 def test_norms_and_biases_do_not_decay(recipe_path: Path) -> None:
     training = pretrain.Pretraining(load_recipe(recipe_path))
-    decaying, free = training.optimizers[0].param_groups
+    decaying, free = training.loop.bare_optimizers[0].param_groups
     assert decaying["weight_decay"] > 0
     assert free["weight_decay"] == 0
     names = {id(parameter): name for name, parameter in training.model.named_parameters()}
@@ -256,7 +298,7 @@ def test_a_constant_rate_falls_in_a_line_at_the_end(recipe_path: Path) -> None:
 
 def test_muon_takes_the_matrices_of_the_layers_and_embeddings_need_not_decay(recipe_path: Path) -> None:
     training = pretrain.Pretraining(load_recipe(recipe_path, NEW_KEYS))
-    adamw, muon = training.optimizers
+    adamw, muon = training.loop.bare_optimizers
     names = {id(parameter): name for name, parameter in training.model.named_parameters()}
     with_muon = {names[id(p)] for group in muon.param_groups for p in group["params"]}
     assert with_muon == {n for n in names.values() if ".layers." in n and n.endswith("weight") and "norm" not in n}
@@ -272,16 +314,16 @@ def test_a_run_with_muon_average_and_decay_resumes_bit_for_bit(
     recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
     whole = pretrain.run(str(recipe_path), [*NEW_KEYS, f"run.out={tmp_path / 'whole'}"])
-    step = pretrain.Pretraining._step
+    step = Loop.step
 
-    def stop_there(self: pretrain.Pretraining) -> dict[str, Any]:
+    def stop_there(self: Loop, *args: Any, **kwargs: Any) -> Any:
         if self.progress.step == stop:
             raise KeyboardInterrupt
-        return step(self)
+        return step(self, *args, **kwargs)
 
     overrides = [*NEW_KEYS, "run.save_every=2", f"run.out={tmp_path / 'stopped'}"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pretrain.Pretraining, "_step", stop_there)
+        patch.setattr(Loop, "step", stop_there)
         pretrain.run(str(recipe_path), overrides)
     stopped = pretrain.run(str(recipe_path), overrides)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
@@ -292,8 +334,9 @@ def test_a_run_with_muon_average_and_decay_resumes_bit_for_bit(
 def test_the_average_of_the_weights_is_exported(recipe_path: Path) -> None:
     training = pretrain.Pretraining(load_recipe(recipe_path, ["optimization.ema=0.5", "optimization.steps=2"]))
     average: dict[str, torch.Tensor] = {}
+    data = training.data(0)
     for _ in range(2):
-        training._step()
+        training.loop.step(next(data), started=0.0)
         for name, parameter in training.model.named_parameters():
             value = parameter.detach().clone()
             average[name] = torch.lerp(average[name], value, 0.5) if name in average else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +17,9 @@ from gmask.files import write_json
 from gmask.generation.predict import predict
 from gmask.generation.settings import make_settings
 from gmask.recipes.tuning import TuningRecipe, find_tuning_recipe
-from gmask.tasks.metrics import Rows, check_metrics, evaluate, is_answered, predict_majority
-from gmask.tasks.records import Sample, TaskKind, Truncation, read_records, write_predictions
+from gmask.tasks.metrics import Rows, check_metrics, is_answered, predict_majority
+from gmask.tasks.metrics import evaluate as measure
+from gmask.tasks.records import Prediction, Sample, TaskKind, Truncation, read_records, write_predictions
 from gmask.tasks.task import Task, load_task
 
 
@@ -27,6 +28,42 @@ class Limits(TypedDict):
 
     max_source: int | None
     truncation: Truncation
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a model made of samples. Scores are in per cent, a loss in nats; there are none without answers."""
+
+    predictions: Sequence[Prediction]
+    scores: Mapping[str, float]
+    majority: Mapping[str, float]  # of the most frequent label; empty where there is none
+
+
+def evaluate(
+    task: Task,
+    samples: Sequence[Sample],
+    *,
+    predict: Callable[[Sequence[Sample]], Sequence[Prediction]],
+    loss: Callable[[Sequence[Sample]], float] | None = None,
+    known: Sequence[Sample] = (),
+) -> Evaluation:
+    """Asks a model, and measures its answers by the metrics of a task, beside the majority baseline.
+
+    Args:
+        predict: gives a prediction for each sample.
+        loss: of the samples; it stands among the scores as ``loss``.
+        known: samples whose most frequent label is the baseline's answer.
+    """
+    has_answers = all(is_answered(sample, task.kind) for sample in samples)
+    predictions = predict(samples) if task.metrics or not has_answers else []
+    if not has_answers:
+        return Evaluation(predictions, {}, {})
+    scores = {} if loss is None else {"loss": loss(samples)}
+    if task.metrics:
+        scores |= measure(task.metrics, predictions, samples, language=task.language)
+    baseline = predict_majority(known, samples)
+    majority = {} if baseline is None else measure(task.metrics, baseline, samples, language=task.language)
+    return Evaluation(predictions, scores, majority)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,24 +124,29 @@ def run_task(
     console = Console(stderr=not tables)
     make_settings(settings or {})  # a mistake in them is told before a model is fetched
     plan, samples = _read_samples(task, data, limit)
-    is_measured = _has_answers(plan, samples)
+    _check_answers(plan, samples)
     recipe = find_tuning_recipe(Path(adapter).expanduser() if adapter else find_folder(model))
     decoding = make_settings({**(recipe.written if recipe else {}), **(settings or {})})
     limits = _choose_limits(recipe, max_source, truncation)
     network, tokenizer = load(model, adapter=adapter, device=device)
     with tqdm(total=len(samples), unit="sample", disable=not console.is_terminal, leave=False) as bar:
-        predictions = predict(
-            network,
-            tokenizer,
-            plan.kind,
-            samples,
-            settings=decoding,
-            batch_size=batch_size,
-            on_progress=bar.update,
-            **limits,
-        )
-    if out is not None:
-        write_predictions(Path(out) / "predictions.jsonl", predictions, samples)
+
+        def ask(samples: Sequence[Sample]) -> Sequence[Prediction]:
+            predictions = predict(
+                network,
+                tokenizer,
+                plan.kind,
+                samples,
+                settings=decoding,
+                batch_size=batch_size,
+                on_progress=bar.update,
+                **limits,
+            )
+            if out is not None:
+                write_predictions(Path(out) / "predictions.jsonl", predictions, samples)
+            return predictions
+
+        found = evaluate(plan, samples, predict=ask, known=samples)
     report = TaskReport(
         task=plan.name,
         kind=plan.kind,
@@ -113,8 +155,8 @@ def run_task(
         data=data,
         samples=len(samples),
         settings=asdict(decoding) | limits | {"batch_size": batch_size, "limit": limit},
-        scores=evaluate(plan.metrics, predictions, samples, language=plan.language) if is_measured else {},
-        majority=_measure_majority(plan, samples) if is_measured else {},
+        scores=found.scores,
+        majority=found.majority,
         versions={name: version(name) for name in ("gmask", "torch", "transformers")},
     )
     if out is not None:
@@ -144,11 +186,6 @@ def _read_samples(task: str, data: str, limit: int | None) -> tuple[Task, list[S
     return plan, plan.samples(read_records(data, limit=limit), require_answers=False)
 
 
-def _measure_majority(plan: Task, samples: Sequence[Sample]) -> Mapping[str, float]:
-    baseline = predict_majority(samples, samples)
-    return {} if baseline is None else evaluate(plan.metrics, baseline, samples, language=plan.language)
-
-
 def _choose_limits(recipe: TuningRecipe | None, max_source: int | None, truncation: Truncation | None) -> Limits:
     tuned = recipe.data if recipe else None
     return Limits(
@@ -157,15 +194,11 @@ def _choose_limits(recipe: TuningRecipe | None, max_source: int | None, truncati
     )
 
 
-def _has_answers(plan: Task, samples: Sequence[Sample]) -> bool:
-    """Whether the answers of all samples are known, and can be measured; False if none is.
-
-    Raises:
-        GmaskError: some have an answer and others not, or a metric does not fit.
-    """
+def _check_answers(plan: Task, samples: Sequence[Sample]) -> None:
+    """Raises `GmaskError` if some samples have an answer and others not, or a metric does not fit."""
     unanswered = [sample for sample in samples if not is_answered(sample, plan.kind)]
     if len(unanswered) == len(samples):
-        return False
+        return
     if unanswered:
         first = unanswered[0]
         raise GmaskError(
@@ -173,4 +206,3 @@ def _has_answers(plan: Task, samples: Sequence[Sample]) -> bool:
             f"{len(samples)}: evaluate those with an answer and those without apart"
         )
     check_metrics(plan.metrics, samples[0], plan.kind)
-    return True

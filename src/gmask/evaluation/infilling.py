@@ -34,6 +34,7 @@ from gmask.evaluation.counting import (
 )
 from gmask.evaluation.model_card import Card, render_card
 from gmask.evaluation.report import print_evaluation
+from gmask.files import write_json, write_text
 from gmask.generation.infill import infill
 from gmask.infilling.blanks import NOT_SCORED, BlankTokens, InfillingExample, IntArray
 from gmask.infilling.collator import collate
@@ -86,7 +87,7 @@ def run(
     if tables:
         print_evaluation(evaluation, console)
     written = Path(out or folder) / "evaluation.json"
-    _write_text(written, json.dumps(evaluation, ensure_ascii=False, indent=1) + "\n")
+    write_json(written, evaluation)
     if card:
         facts = Card(
             evaluation=evaluation,
@@ -97,7 +98,7 @@ def run(
             origins=origins,
             hardware=hardware,
         )
-        _write_text(Path(card), render_card(facts))
+        write_text(card, render_card(facts))
     return written
 
 
@@ -142,14 +143,6 @@ def _read_yaml(path: Path) -> Any:
         raise GmaskError(f"{path}: cannot be read ({error.strerror})") from error
     except yaml.YAMLError as error:
         raise GmaskError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
-
-
-def _write_text(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise GmaskError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -6,8 +6,6 @@ import hashlib
 import json
 import logging
 import math
-import shutil
-import tempfile
 import zlib
 from array import array
 from collections import deque
@@ -23,6 +21,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from gmask.errors import GmaskError
+from gmask.files import write_json, written_folder
 from gmask.infilling.blanks import BlankTokens, InfillingExample, IntArray
 from gmask.infilling.objectives import Mixture, Objective
 from gmask.tasks.records import Source, find_files, read_texts
@@ -115,23 +114,10 @@ def build_cache(
         if {key: meta.get(key) for key in made_from} == made_from:
             return _open_cache(folder, meta)
         logger.warning("%s: the tokenizer or the texts have changed; tokenising them again", folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=".tokenising-", dir=folder.parent))
-        draft.chmod(0o755)
-    except OSError as error:
-        raise GmaskError(f"{folder}: cannot be written ({error.strerror})") from error
-    try:
+    with written_folder(folder) as draft:
         counts = _tokenise(files, tokenizer, draft, name=name, skip_bad_lines=skip_bad_lines, progress=progress)
         meta = made_from | counts
-        (draft / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        draft.rename(folder)
-    except OSError as error:  # a full disk above all
-        raise GmaskError(f"{folder}: cannot be written ({error.strerror}); free some space") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        write_json(draft / "meta.json", meta, indent=2)
     return _open_cache(folder, meta)
 
 

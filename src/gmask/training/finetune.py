@@ -1,56 +1,58 @@
-"""A model is tuned to a task, and judged by cross-validation where the recipe asks for it.
-
-`run` is the whole of it: recipe, samples, model, method, training, the best weights, predictions, report.
+"""Fine-tuning: a recipe's task, samples, model and method, driven by the loop of `gmask.training.loop`; and
+cross-validation where the recipe asks for it.
 """
 
 import dataclasses
 import hashlib
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import enable_full_determinism, logging, set_seed
 
 from gmask.config import to_yaml
 from gmask.errors import GmaskError
 from gmask.estimation.training import describe_memory
-from gmask.files import write_json
+from gmask.evaluation.harness import Evaluation
+from gmask.files import write_json, write_text, written_folder
 from gmask.generation.settings import make_settings
 from gmask.generation.text import PROMPT
 from gmask.hardware import describe_training_dtype
 from gmask.recipes.tuning import USUAL_RATES, TuningRecipe, differing_keys, hint_learning_rate, load_tuning_recipe
-from gmask.tasks.metrics import Rows, is_answered, predict_majority
-from gmask.tasks.metrics import evaluate as measure_predictions
-from gmask.tasks.records import Prediction, Sample, write_predictions
+from gmask.tasks.metrics import Rows
+from gmask.tasks.records import Sample, write_predictions
 from gmask.tasks.task import Task, read_task
-from gmask.training.examples import Splits, hash_file, read_splits
-from gmask.training.loop import (
-    BatchOrder,
-    Schedule,
-    TuningTrainer,
+from gmask.training.accelerator import (
     forward_dtype,
-    last_checkpoint,
+    make_accelerator,
+    make_learning_rate,
+    make_optimizer,
     named_dtype,
-    steps_of,
     training_arguments,
-    unsharded,
 )
-from gmask.training.losses import Encoded, Objective, examples_of
-from gmask.training.measure import (
-    Forgetting,
-    GeneralMeasure,
-    Measurer,
-    load_measure,
-    measure,
-    read_general_set,
-    save_measure,
-)
+from gmask.training.examples import Batch, BatchOrder, Splits, hash_file, read_splits, steps_of
+from gmask.training.loop import Loop, Schedule, StepData, StepResult, unsharded
+from gmask.training.losses import Encoded, Objective, count_items, examples_of
+from gmask.training.measure import Forgetting, GeneralMeasure, Measurer, load_measure, measure, read_general_set
 from gmask.training.methods import choose_trainable, load_tuned_model, peak_memory, save_tuned_model
-from gmask.training.report import TuningResults, draw_tuning_curves, format_metric, metric_rows, render_tuning_card
-from gmask.training.run_folder import Start, read_records, write_folder
+from gmask.training.report import TuningResults, format_metric, metric_rows, render_tuning_card
+from gmask.training.run_folder import (
+    CURVES_FILE,
+    LOG_FILE,
+    TRAINED_FILE,
+    Start,
+    draw_curves,
+    last_checkpoint,
+    read_records,
+)
 
 RECIPE_FILE = "recipe.yaml"
 TASK_FILE = "task.yaml"
@@ -99,18 +101,11 @@ def _run_folds(recipe: TuningRecipe, *, resume: bool) -> Path:
     return out
 
 
-@dataclasses.dataclass
-class Measured:
-    """What the final weights were found to do, by split; predictions of the last split alone."""
-
-    metrics: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    majority: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    predictions: Sequence[Prediction] = ()
-    samples: Sequence[Sample] = ()
-
-
 class Finetuning:
     """One run of a recipe, in this process; under torchrun each process makes its own."""
+
+    name, unit = "tuning", "samples"
+    advice = "start again in another run.out, with a lower optimization.learning_rate"
 
     def __init__(self, recipe: TuningRecipe, *, resume: bool = True) -> None:
         """Reads what is cheap to read, so that a mistake is told before a model is loaded."""
@@ -126,7 +121,9 @@ class Finetuning:
         self.splits: Splits = read_splits(self.task, recipe.data, seed=recipe.run.seed)
         self._check_folder(resume=resume)
         self.args = training_arguments(self.recipe)
-        self.is_main = self.args.process_index == 0
+        self.accelerator = make_accelerator(self.args)
+        self.device = self.args.device
+        self.is_main = self.accelerator.is_main_process
         self.console = Console(stderr=True, quiet=not self.is_main)
 
     @property
@@ -143,18 +140,21 @@ class Finetuning:
         if self.is_finished:
             self.console.print(f"{self.out} holds this run, finished", highlight=False)
             return self.export
-        device = self.args.device
         self.console.print(
-            describe_training_dtype(named_dtype(self.recipe, device.type), device), highlight=False, markup=False
+            describe_training_dtype(named_dtype(self.recipe, self.device.type), self.device),
+            highlight=False,
+            markup=False,
         )
-        self.model, self.tokenizer = load_tuned_model(self.recipe, self.task, self.args.device)
-        trainer = self._make_trainer()
+        self.model, self.tokenizer = load_tuned_model(self.recipe, self.task, self.device)
+        steps = self._prepare()
         if self.is_main:
             self._write_start()
         before = self._measure_before()
-        trainer.fit()
-        trainer.load_best()
-        self._report(trainer, before)
+        self.loop = self._make_loop(steps)
+        self.loop.restore()
+        self.loop.fit()
+        self.loop.load_best()
+        self._report(before)
         return self.export
 
     def _check_prompts(self) -> None:
@@ -190,19 +190,19 @@ class Finetuning:
             hashes["forgetting.texts"] = hash_file(Path(self.recipe.data.place(texts)))
         return hashes
 
-    def _make_trainer(self) -> TuningTrainer:
-        """The trainer, with all that it needs; shows what the run is about to do."""
+    def _prepare(self) -> int:
+        """Makes the model ready and the samples, and shows what the run is about to do; returns the number of steps."""
         recipe, optimization = self.recipe, self.recipe.optimization
         per_step = optimization.batch_size * optimization.accumulation
         steps = optimization.steps or steps_of(
             optimization.epochs or 0, len(self.splits.train), samples_per_step=per_step
         )
-        trainable = choose_trainable(self.model, recipe, steps=steps)
-        objective = Objective(self.tokenizer, self.model.config, self.task.kind, recipe.data)
-        encoded = objective.encode(self.splits.train)
+        self.trainable = choose_trainable(self.model, recipe, steps=steps)
+        self.objective = Objective(self.tokenizer, self.model.config, self.task.kind, recipe.data)
+        self.encoded = self.objective.encode(self.splits.train)
         if optimization.steps is None:  # now that it is known how many rows the samples make
-            steps = steps_of(optimization.epochs or 0, len(encoded.items), samples_per_step=per_step)
-        self.trainable, self.truncated = trainable, objective.encoder.truncated
+            steps = steps_of(optimization.epochs or 0, len(self.encoded.items), samples_per_step=per_step)
+        self.truncated = self.objective.encoder.truncated
         self.measurer = Measurer(
             self.model,
             self.tokenizer,
@@ -210,36 +210,115 @@ class Finetuning:
             recipe.data,
             settings=self.settings,
             batch_size=optimization.batch_size,
-            args=self.args,
-            dtype=forward_dtype(recipe, self.args.device.type),
+            accelerator=self.accelerator,
+            dtype=forward_dtype(recipe, self.device.type),
         )
-        self._show_start(objective, encoded, steps)
-        validation = self.splits.validation[: recipe.data.validation_limit]
-        return TuningTrainer(
+        self._show_start(self.objective, self.encoded, steps)
+        self.order = BatchOrder(
+            self.encoded.lengths,
+            steps=steps,
+            batch_size=optimization.batch_size,
+            accumulation=optimization.accumulation,
+            seed=recipe.run.seed,
+            length_grouped=optimization.length_grouped,
+            processes=self.accelerator.num_processes,
+            process=self.accelerator.process_index,
+        )
+        self.learning_rate = make_learning_rate(self.args, steps=steps)
+        self.validation = self.splits.validation[: recipe.data.validation_limit]
+        self.evaluate_every = optimization.evaluate_every or max(1, steps // 10)
+        logging.set_verbosity(self.args.get_process_log_level())
+        (enable_full_determinism if recipe.run.deterministic else set_seed)(recipe.run.seed)
+        return steps
+
+    def _make_loop(self, steps: int) -> Loop:
+        optimization = self.recipe.optimization
+        if self.args.report_to:
+            self.accelerator.init_trackers("gmask", config=self.recipe.to_dict())
+        return Loop(
+            self,
             self.model,
-            self.args,
-            objective=objective,
-            encoded=encoded,
-            order=BatchOrder(
-                encoded.lengths,
-                steps=steps,
-                batch_size=optimization.batch_size,
-                accumulation=optimization.accumulation,
-                seed=recipe.run.seed,
-                length_grouped=optimization.length_grouped,
-                processes=self.args.world_size,
-                process=self.args.process_index,
-            ),
-            validate=(lambda: self.measurer.measure(validation)[0]) if validation else None,
+            [make_optimizer(self.model, self.args, steps=steps)],
+            accelerator=self.accelerator,
+            out=self.out,
             schedule=Schedule(
-                log_every=recipe.run.log_every,
+                steps=steps,
+                validate_every=self.evaluate_every if self.validation else steps,
+                log_every=self.recipe.run.log_every,
                 save_every=optimization.save_every or max(1, min(100, steps // 10)),
                 keep_last=optimization.keep_last,
-                evaluate_every=optimization.evaluate_every or max(1, steps // 10),
-                early_stop=optimization.early_stop,
-                best=self.task.best,
             ),
+            clip_norm=optimization.clip_norm,
+            empty_cache_every=self.args.torch_empty_cache_steps,
         )
+
+    # What the loop asks
+
+    def data(self, step: int) -> Iterator[StepData]:
+        passes = iter(
+            DataLoader(
+                range(len(self.encoded.items)),  # type: ignore[arg-type]  # numbers, which `_collate` makes a batch of
+                batch_sampler=self.order.after(step),
+                collate_fn=self._collate,
+                pin_memory=self.args.dataloader_pin_memory and self.device.type == "cuda",
+            )
+        )
+        return (self._join(list(islice(passes, self.order.passes))) for _ in range(step, self.order.steps))
+
+    def _collate(self, numbers: list[int]) -> tuple[list[int], Batch]:
+        return numbers, self.objective.collate([self.encoded.items[number] for number in numbers])
+
+    def _join(self, passes: Sequence[tuple[list[int], Batch]]) -> StepData:
+        batches = [batch for _, batch in passes]
+        return StepData(
+            batches,
+            numbers=[numbers for numbers, _ in passes],
+            labelled=sum(count_items(batch) for batch in batches),
+        )
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        total, _ = self.objective.loss(model, batch)
+        return total
+
+    def record(self, result: StepResult) -> dict[str, Any]:
+        now, samples = self.loop.progress, self.order.samples_per_step
+        return {
+            "step": now.step,
+            "epoch": now.step * samples / len(self.encoded.items),
+            "loss": result.loss,
+            "learning_rate": result.learning_rate,
+            "gradient_norm": result.gradient_norm,
+            "supervised_tokens": result.labelled,
+            "all_supervised_tokens": now.labelled,
+            "samples_per_second": samples / result.seconds,
+            "seconds": now.seconds,
+        }
+
+    def validate(self) -> dict[str, Any]:
+        """Loss and metrics; keeps the weights if they are the best so far, and decides on an early stop."""
+        if not self.validation:
+            return {}
+        scores = self.measurer.measure(self.validation).scores
+        now, value, early_stop = self.loop.progress, scores[self.task.best], self.recipe.optimization.early_stop
+        sign = -1 if self.task.best == "loss" else 1
+        if now.best_value is None or sign * value > sign * now.best_value:
+            self.loop.save_best(value)
+        evaluations = (now.step - (now.best_step or 0)) / self.evaluate_every
+        now.stopped = early_stop is not None and evaluations >= early_stop
+        return {"validation": {"validation": dict(scores)}}
+
+    def describe(self, data: StepData) -> str:
+        names = [self.encoded.describe(number) for numbers in data.numbers for number in numbers]
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        return f"({', '.join(names[:8])}{more})"
+
+    def save_weights(self, folder: Path) -> None:
+        save_file(self.loop.trained_weights(), folder / TRAINED_FILE)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    # What a run shows before it starts
 
     def _show_start(self, objective: Objective, encoded: Encoded, steps: int) -> None:
         recipe = self.recipe
@@ -250,8 +329,8 @@ class Finetuning:
             self.model,
             length=max(encoded.lengths),
             labelled=max(encoded.labelled),
-            processes=self.args.world_size,
-            device=self.args.device,
+            processes=self.accelerator.num_processes,
+            device=self.device,
             dtype=self.measurer.dtype,
         )
         self.start = Start(
@@ -264,15 +343,14 @@ class Finetuning:
             samples=len(self.splits.train),
             dropped=self.splits.dropped,
             steps=steps,
-            processes=self.args.world_size,
+            processes=self.accelerator.num_processes,
             advice=[line for line in (memory, hint_learning_rate(recipe.method.name, rate)) if line],
         )
         self.start.show(self.console, self.tokenizer)
 
     def _write_start(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / RECIPE_FILE).write_text(self.recipe.to_yaml(), "utf-8")
-        (self.out / TASK_FILE).write_text(to_yaml(self.task), "utf-8")
+        write_text(self.out / RECIPE_FILE, self.recipe.to_yaml())
+        write_text(self.out / TASK_FILE, to_yaml(self.task))
         write_json(self.out / FILES_FILE, self._hashes())
         with (self.out / START_FILE).open("w", encoding="utf-8") as file:
             self.start.show(Console(file=file, width=120), self.tokenizer)
@@ -296,76 +374,65 @@ class Finetuning:
             return load_measure(path)
         found = self._measure_general()
         if self.is_main:
-            save_measure(found, path)
+            write_json(path, dataclasses.asdict(found), indent=None)
         return found
 
     # What a run leaves
 
-    def _report(self, trainer: TuningTrainer, before: GeneralMeasure | None) -> None:
+    def _report(self, before: GeneralMeasure | None) -> None:
         """Measures the best weights on all samples, all processes together; the first one writes what is left."""
-        measured = Measured()
+        found: dict[str, Evaluation] = {}
         for split, samples in (("validation", self.splits.validation), ("test", self.splits.test)):
             if samples:
-                measured.metrics[split], measured.predictions = self._measure_split(samples)
+                found[split] = self.measurer.measure(samples, known=self.splits.train)
                 for cut in self.measurer.cuts:
                     self.console.print(f"{split}: {cut}", highlight=False, soft_wrap=True)
-                measured.majority[split] = self._measure_majority(samples)
-                measured.samples = samples
         forgetting = None if before is None else self._compare(before)
         with unsharded(self.model):
             if self.is_main:
-                self._write_results(trainer, measured, forgetting)
-        trainer.accelerator.wait_for_everyone()
+                self._write_results(found, forgetting)
+        self.accelerator.wait_for_everyone()
 
-    def _write_results(self, trainer: TuningTrainer, measured: Measured, forgetting: Forgetting | None) -> None:
+    def _write_results(self, found: Mapping[str, Evaluation], forgetting: Forgetting | None) -> None:
         """Everything that is left; the weights last but for results.json, which says that the run is finished."""
-        cut = self.truncated
+        cut, now = self.truncated, self.loop.progress
         results = TuningResults(
             recipe=self.recipe,
             task=self.task,
             files=self.splits.files,
             trainable_parameters=self.trainable.trainable,
             parameters=self.trainable.total,
-            records=read_records(self.out / "metrics.jsonl"),
-            metrics=measured.metrics,
-            majority=measured.majority,
-            best_step=trainer.progress.best_step,
-            stopped_early=trainer.progress.stopped,
+            records=read_records(self.out / LOG_FILE),
+            metrics={split: one.scores for split, one in found.items()},
+            majority={split: one.majority for split, one in found.items()},
+            best_step=now.best_step,
+            stopped_early=now.stopped,
             truncated={"cut": cut.sources, "shortened": cut.targets, "dropped": self.splits.dropped},
-            peak_memory_bytes=peak_memory(self.args.device),
+            peak_memory_bytes=peak_memory(self.device),
             forgetting=forgetting,
         )
-        if measured.predictions:
-            write_predictions(self.out / "predictions.jsonl", measured.predictions, measured.samples)
+        if found:
+            last = list(found)[-1]
+            samples: Sequence[Sample] = self.splits.test if last == "test" else self.splits.validation
+            if found[last].predictions:
+                write_predictions(self.out / "predictions.jsonl", found[last].predictions, samples)
         if forgetting:
-            (self.out / "forgetting.md").write_text(forgetting.to_markdown(), "utf-8")
-        draw_tuning_curves(results.records, self.out / "curves.png")
-        (self.out / "README.md").write_text(render_tuning_card(results), "utf-8")
-        write_folder(self.export, self._fill_export, kept="the run, to be resumed,")
+            write_text(self.out / "forgetting.md", forgetting.to_markdown())
+        draw_curves(results.records, self.out / CURVES_FILE)
+        write_text(self.out / "README.md", render_tuning_card(results))
+        with written_folder(self.export, kept="the run, to be resumed,") as folder:
+            self._fill_export(folder)
         write_json(self.out / RESULTS_FILE, results.to_dict())
-        if measured.metrics:
+        if found:
             self.console.print(metric_rows(results).to_rich(f"{self.task.name}, {self.recipe.method.name}"))
 
     def _fill_export(self, folder: Path) -> None:
-        dtype = forward_dtype(self.recipe, self.args.device.type)
+        dtype = forward_dtype(self.recipe, self.device.type)
         save_tuned_model(self.model, self.tokenizer, self.recipe, folder, dtype=dtype)
-        for name in ("README.md", "curves.png", "metrics.jsonl"):
+        for name in ("README.md", CURVES_FILE, LOG_FILE):
             (folder / name).write_bytes((self.out / name).read_bytes())
         (folder / TASK_FILE).write_text(to_yaml(self.task), "utf-8")
         (folder / RECIPE_FILE).write_text(self.recipe.without_places().to_yaml(), "utf-8")
-
-    def _measure_split(self, samples: Sequence[Sample]) -> tuple[dict[str, float], list[Prediction]]:
-        """Metrics and predictions; predictions alone of samples whose answers are not known."""
-        if all(is_answered(sample, self.task.kind) for sample in samples):
-            return self.measurer.measure(samples)
-        return {}, self.measurer.predict(self.task.kind, samples)
-
-    def _measure_majority(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """The metrics of the label that is most frequent in the training samples."""
-        baseline = predict_majority(self.splits.train, samples)
-        if baseline is None or not all(is_answered(sample, self.task.kind) for sample in samples):
-            return {}
-        return measure_predictions(self.task.metrics, baseline, samples, language=self.task.language)
 
     def _compare(self, before: GeneralMeasure) -> Forgetting:
         general = read_general_set(self.recipe.forgetting, self.recipe.data.place)

@@ -22,7 +22,7 @@ from gmask.infilling.blanks import NOT_SCORED
 from gmask.models.glm import GLMConfig
 from gmask.recipes.tuning import TuningDataSettings
 from gmask.tasks.records import CHOICES, LABELLED, Sample, TaskKind
-from gmask.training.examples import Batch, Example, Row, SampleEncoder, find_collator, pack
+from gmask.training.examples import Example, Row, SampleEncoder, find_collator, pack
 
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], tuple[Tensor, int]]
 Normalization = Literal["sum", "mean"]
@@ -180,7 +180,7 @@ class Objective:
         return Encoded(rows, [[origins[id(example)] for example in row] for row in rows])
 
 
-def count_items(batch: Batch) -> int:
+def count_items(batch: Mapping[str, Tensor]) -> int:
     """By how many its loss is divided: labelled tokens, or samples where candidates or classes are compared."""
     return len(batch["choice"]) if "choice" in batch else int((batch["labels"] != NOT_SCORED).sum())
 

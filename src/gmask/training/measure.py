@@ -4,19 +4,21 @@ import contextlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.utils import gather_object  # type: ignore[import-untyped]
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
+from gmask.evaluation.harness import Evaluation, evaluate
 from gmask.generation.predict import predict
 from gmask.generation.settings import Settings
 from gmask.recipes.tuning import ForgettingSettings, TuningDataSettings
-from gmask.tasks.metrics import Rows, evaluate
+from gmask.tasks.metrics import Rows
 from gmask.tasks.records import Prediction, Record, Sample, TaskKind, read_records
 from gmask.tasks.task import Task
 from gmask.training.loop import unsharded
@@ -35,7 +37,7 @@ class Measurer:
         *,
         settings: Settings,
         batch_size: int,
-        args: TrainingArguments,
+        accelerator: Accelerator,
         dtype: torch.dtype,
     ) -> None:
         """
@@ -45,16 +47,18 @@ class Measurer:
             dtype: what the forward pass computes in.
         """
         self.model, self.tokenizer, self.task, self.data = model, tokenizer, task, data
-        self.settings, self.batch_size, self.args, self.dtype = settings, batch_size, args, dtype
+        self.settings, self.batch_size, self.accelerator, self.dtype = settings, batch_size, accelerator, dtype
         self.cuts: list[str] = []  # what was told of the samples that were predicted last
 
-    def measure(self, samples: Sequence[Sample]) -> tuple[dict[str, float], list[Prediction]]:
-        """The loss and the metrics of the task, and the predictions that they are of."""
-        predictions = self.predict(self.task.kind, samples) if self.task.metrics else []
-        metrics = {"loss": self.loss(self.task.kind, samples)}
-        if self.task.metrics:
-            metrics |= evaluate(self.task.metrics, predictions, samples, language=self.task.language)
-        return metrics, predictions
+    def measure(self, samples: Sequence[Sample], *, known: Sequence[Sample] = ()) -> Evaluation:
+        """As `evaluate`, with the loss among the scores; ``known``: the samples that were learnt from."""
+        return evaluate(
+            self.task,
+            samples,
+            predict=lambda asked: self.predict(self.task.kind, asked),
+            loss=lambda answered: self.loss(self.task.kind, answered),
+            known=known,
+        )
 
     def predict(self, kind: TaskKind, samples: Sequence[Sample]) -> list[Prediction]:
         """A prediction for each sample, in their order."""
@@ -83,7 +87,7 @@ class Measurer:
             for start in range(0, len(items), self.batch_size):
                 batch = objective.collate(items[start : start + self.batch_size])
                 found, _ = objective.loss(
-                    self.model, {name: value.to(self.args.device) for name, value in batch.items()}
+                    self.model, {name: value.to(self.accelerator.device) for name, value in batch.items()}
                 )
                 total, count = total + float(found), count + count_items(batch)
         sums = self._collect([(total, count)])
@@ -96,19 +100,19 @@ class Measurer:
         was_training = self.model.training
         self.model.eval()
         mixes = len({parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()}) > 1
-        enabled = self.dtype == torch.bfloat16 and (mixes or self.args.device.type != "cpu")
+        enabled = self.dtype == torch.bfloat16 and (mixes or self.accelerator.device.type != "cpu")
         try:
-            with torch.autocast(self.args.device.type, torch.bfloat16, enabled=enabled), unsharded(self.model):
+            with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled), unsharded(self.model):
                 yield
         finally:
             self.model.train(was_training)
 
     def _share(self, samples: Sequence[Sample]) -> Sequence[Sample]:
-        return samples[self.args.process_index :: self.args.world_size]
+        return samples[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def _collect(self, found: list[Any]) -> list[Any]:
         """The parts of all processes in the order that `_share` took them from; in every process."""
-        if self.args.world_size == 1:
+        if self.accelerator.num_processes == 1:
             return found
         parts: list[list[Any]] = gather_object([found])
         return [part[index] for index in range(len(parts[0])) for part in parts if index < len(part)]
@@ -206,12 +210,6 @@ def measure(general: GeneralSet, measurer: Measurer, *, answers: int) -> General
         reply_loss=measurer.loss("chat", general.prompts) if general.prompts else None,
         answers=[prediction.texts[0] for prediction in measurer.predict("chat", asked)] if asked else [],
     )
-
-
-def save_measure(found: GeneralMeasure, path: Path) -> None:
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(json.dumps(asdict(found), ensure_ascii=False), "utf-8")
-    draft.replace(path)
 
 
 def load_measure(path: Path) -> GeneralMeasure:

@@ -233,21 +233,24 @@ class RankSchedule:
         if pattern:
             self.config.rank_pattern = pattern
 
-    def state(self) -> dict[str, Any]:
-        """What has been learnt of the ranks."""
+    def state(self) -> dict[str, Tensor]:
+        """What has been learnt of the ranks, as ``KIND.NAME``."""
         allocator = self._allocator
-        return {
-            "importance": allocator.ipt,
-            "average": allocator.exp_avg_ipt,
-            "uncertainty": allocator.exp_avg_unc,
-            "ranks": self.config.rank_pattern,
-        }
+        learnt = {"importance": allocator.ipt, "average": allocator.exp_avg_ipt, "uncertainty": allocator.exp_avg_unc}
+        state = {f"{kind}.{name}": value for kind, values in learnt.items() for name, value in values.items()}
+        pattern = self.config.rank_pattern or {}
+        return state | {f"kept.{name}": torch.tensor(kept) for name, kept in pattern.items()}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Tensor]) -> None:
         """Goes on from the `state` of another run."""
+        kinds: dict[str, dict[str, Tensor]] = {"importance": {}, "average": {}, "uncertainty": {}, "kept": {}}
+        for full_name, value in state.items():
+            kind, _, name = full_name.partition(".")
+            kinds[kind][name] = value.to(self.model.device)
         allocator = self._allocator
-        allocator.ipt, allocator.exp_avg_ipt = dict(state["importance"]), dict(state["average"])
-        allocator.exp_avg_unc, self.config.rank_pattern = dict(state["uncertainty"]), state["ranks"]
+        allocator.ipt, allocator.exp_avg_ipt = kinds["importance"], kinds["average"]
+        allocator.exp_avg_unc = kinds["uncertainty"]
+        self.config.rank_pattern = {name: kept.tolist() for name, kept in kinds["kept"].items()} or None
 
 
 def _train_weights(model: PreTrainedModel, *, with_embeddings: bool) -> None:
@@ -391,8 +394,6 @@ def save_tuned_model(
         else:
             model.to(read_dtype(recipe.model.dtype) or dtype).save_pretrained(folder)
         write_tokenizer(tokenizer, folder, published=False)
-    for path in folder.iterdir():
-        path.chmod(0o644)  # safetensors' own would keep other users out
 
 
 def peak_memory(device: torch.device) -> int:

@@ -1,7 +1,4 @@
-"""A GLM is pretrained on one machine.
-
-`run` is the whole of it: recipe, tokenizer, token cache, model, loop, checkpoints, report. The loop accumulates the
-gradients of a step's passes; the loss is the mean over all labelled tokens of the step, whatever pass they fall into.
+"""Pretraining: a recipe's tokenizer, rows, model and optimizers, driven by the loop of `gmask.training.loop`.
 
 With random position tables every head first looks everywhere at once, and a run of some ten million tokens may end
 before a head has found the words beside a blank. So the tables start as sinusoids, in which a step of one place is the
@@ -12,32 +9,33 @@ The idea is that of mimetic initialisation (Trockman and Kolter, "Mimetic Initia
 ICML 2023), with a chosen neighbour in place of the token itself.
 """
 
-import dataclasses
 import math
+import os
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from gmask.errors import GmaskError
-from gmask.hardware import best_device, bound_primitive_cache, cpu_instructions, describe_training_dtype, training_dtype
+from gmask.files import write_text, written_folder
+from gmask.hardware import bound_primitive_cache, cpu_instructions, describe_training_dtype, training_dtype
 from gmask.infilling.blanks import InfillingExample
 from gmask.infilling.collator import collate
 from gmask.infilling.objectives import OBJECTIVES, Objective
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from gmask.recipes.pretraining import OptimizationSettings, Recipe, load_recipe, make_mixture
+from gmask.training.accelerator import find_device, make_accelerator, make_arguments
 from gmask.training.blank_validation import BlankValidation, choose_blanks, measure_blanks
 from gmask.training.corpus_rows import RowStream, TokenSource, open_sources, validation_rows
-from gmask.training.run_folder import MetricsLog, list_checkpoints, load_checkpoint, save_checkpoint, write_folder
+from gmask.training.examples import Batch
+from gmask.training.loop import Loop, Schedule, StepData, StepResult
+from gmask.training.run_folder import CURVES_FILE, LOG_FILE, Progress, draw_curves, last_checkpoint, read_records
 from gmask.training.tokenizer import train_from_sources
 
 VOCABULARY_MULTIPLE = 128  # rows of the embedding, as published: even tiles for the matrix kernels
@@ -52,31 +50,20 @@ def run(recipe_path: str, overrides: Sequence[str] = (), *, resume: bool = True)
     return Pretraining(load_recipe(recipe_path, overrides)).train(resume=resume)
 
 
-@dataclass
-class Progress:
-    """Where a run stands; saved with each checkpoint."""
-
-    step: int = 0
-    tokens: int = 0  # real ones, seen by the model
-    labelled: int = 0
-    seconds: float = 0.0
-    decay_start: int | None = None  # the step at which the learning rate begins to fall, once it has begun
-    arithmetic: str = ""  # the type of a pass and the instructions of the machine: with others a run is not bit-exact
-
-
-@dataclass
 class Pretraining:
-    """One run of a recipe. What `__post_init__` makes from it is the same in every process that runs it."""
+    """One run of a recipe. What it is made of is the same in every process that runs it."""
 
-    recipe: Recipe
-    progress: Progress = field(default_factory=Progress)
+    name, unit, advice = "pretraining", "rows", "lower optimization.learning_rate and resume"
 
-    def __post_init__(self) -> None:
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
         settings = self.recipe.run
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.out = Path(settings.out)
-        self.device = torch.device(settings.device or best_device())
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise GmaskError("pretraining runs in one process as yet: start it without torchrun")
+        self.device = torch.device(find_device(settings.device))
         self.dtype = training_dtype(self.recipe.optimization.dtype, self.device)
         bound_primitive_cache()
         torch.manual_seed(settings.seed)
@@ -105,7 +92,8 @@ class Pretraining:
             start_with_neighbours(self.model)
         if self.recipe.optimization.gradient_checkpointing:
             self.model.activation_checkpointing_enable()
-        self.model.to(self.device)
+        accelerator = make_accelerator(make_arguments(settings.out, device=self.device.type, dtype=self.dtype))
+        self.model.to(accelerator.device)
         cache = {"cache": data.cache, "skip_bad_lines": data.skip_bad_lines}
         self.train_sources = open_sources(sources, tokenizer, split="train", **cache)  # type: ignore[arg-type]
         self.validation_sources = open_sources(sources, tokenizer, split="validation", **cache)  # type: ignore[arg-type]
@@ -118,11 +106,27 @@ class Pretraining:
             seed=settings.seed,
             max_piece=self.max_piece,
         )
-        self.optimizers = make_optimizers(self.model, self.recipe.optimization)
         self.average: AveragedModel | None = None
         if self.recipe.optimization.ema is not None:
             update = get_ema_multi_avg_fn(self.recipe.optimization.ema)  # type: ignore[no-untyped-call]
             self.average = AveragedModel(self.model, multi_avg_fn=update)
+        self.loop = Loop(
+            self,
+            self.model,
+            make_optimizers(self.model, self.recipe.optimization),
+            accelerator=accelerator,
+            out=self.out,
+            schedule=Schedule(
+                steps=self.recipe.optimization.steps,
+                validate_every=settings.validate_every,
+                log_every=settings.log_every,
+                save_every=settings.save_every,
+                keep_last=settings.keep_last,
+                keep=self.recipe.decay_start,  # from there the run can be made longer
+            ),
+            clip_norm=self.recipe.optimization.clip_norm,
+            average=self.average,
+        )
         self.blanks: BlankValidation | None = None
         if settings.validation_sentences:
             self.blanks = choose_blanks(
@@ -151,89 +155,77 @@ class Pretraining:
 
     def train(self, *, resume: bool = True) -> Path:
         """Runs the steps that are left and exports the model."""
-        settings = self.recipe.run
-        checkpoints = list_checkpoints(self.out)
-        if checkpoints and not resume:
+        checkpoint = last_checkpoint(self.out)
+        if checkpoint is not None and not resume:
             raise GmaskError(f"{self.out} holds a run already: resume it, or choose another run.out")
         tqdm.write(describe_training_dtype(self.recipe.optimization.dtype, self.device), file=sys.stderr)
-        if checkpoints:
-            self._restore(checkpoints[-1])
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "recipe.yaml").write_text(self.recipe.to_yaml(), "utf-8")
-        steps = self.recipe.optimization.steps
-        self.model.train()
-        with (
-            MetricsLog(self.out, after_step=self.progress.step) as log,
-            _progress_bar(self.progress.step, steps) as bar,
-        ):
-            while self.progress.step < steps:
-                record = self._step()
-                step = self.progress.step
-                last = step == steps
-                if step % settings.validate_every == 0 or last:
-                    record["validation"] = self.validate()
-                    if self.blanks is not None:
-                        record["blanks"] = self.validate_blanks(self.blanks)
-                        tqdm.write(f"step {step}: {describe_blanks(record['blanks'])}", file=sys.stderr)
-                if step % settings.log_every == 0 or last or "validation" in record:
-                    log.add(record)
-                if step % settings.save_every == 0 or last:
-                    self._save()
-                bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s")
-                bar.update()
-            log.draw_curves()
+        if checkpoint is not None:
+            state = self.loop.restore()
+            self._continue(checkpoint, self.loop.progress, state["stream"])
+        self.loop.progress.arithmetic = self._arithmetic()
+        write_text(self.out / "recipe.yaml", self.recipe.to_yaml())
+        self.loop.fit()
+        draw_curves(read_records(self.out / LOG_FILE), self.out / CURVES_FILE)
         return self.export()
 
-    def _step(self) -> dict[str, Any]:
-        """One optimizer step; returns its record for the log."""
-        started = time.monotonic()
-        optimization = self.recipe.optimization
-        if self.progress.step == self.recipe.decay_start:
-            self._begin_decay()
-        rows = [self.stream.next_row() for _ in range(optimization.rows_per_step)]
-        batches = list(self._batches(rows))
-        labelled = sum(int((batch["labels"] != -100).sum()) for batch in batches)
-        rate = learning_rate(self.progress.step, self.recipe)
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            group["lr"] = rate
-        losses = []
-        for batch in batches:
-            loss = self._losses(batch).sum() / labelled
-            loss.backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optimization.clip_norm)
-        mean, norm_value = float(torch.stack(losses).sum()), float(norm)
-        if not (math.isfinite(mean) and math.isfinite(norm_value)):
-            self._refuse(batches, mean, norm_value)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        if self.average is not None:
-            self.average.update_parameters(self.model)
-        tokens = sum(int((batch["sequence_ids"] >= 0).sum()) for batch in batches)
-        seconds = time.monotonic() - started
-        now = self.progress
-        self.progress = dataclasses.replace(
-            now,
-            step=now.step + 1,
-            tokens=now.tokens + tokens,
-            labelled=now.labelled + labelled,
-            seconds=now.seconds + seconds,
-        )
+    # What the loop asks
+
+    def data(self, step: int) -> Iterator[StepData]:
+        """The stream gives its rows in turn, and stands where the run does."""
+        while True:
+            if self.loop.progress.step == self.recipe.decay_start:
+                self._begin_decay()
+            first = self.stream.row
+            rows = [self.stream.next_row() for _ in range(self.recipe.optimization.rows_per_step)]
+            batches = list(self._batches(rows))
+            numbers = iter(range(first, self.stream.row))
+            yield StepData(
+                batches,
+                numbers=[[next(numbers) for _ in batch["input_ids"]] for batch in batches],
+                labelled=sum(int((batch["labels"] != -100).sum()) for batch in batches),
+                tokens=sum(int((batch["sequence_ids"] >= 0).sum()) for batch in batches),
+            )
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self._losses(batch).sum()
+
+    def learning_rate(self, step: int) -> float:
+        return learning_rate(step, self.recipe)
+
+    def record(self, result: StepResult) -> dict[str, Any]:
+        now = self.loop.progress
         return {
-            "step": self.progress.step,
-            "loss": mean,
-            "learning_rate": rate,
-            "gradient_norm": norm_value,
-            "tokens": self.progress.tokens,
-            "labelled_tokens": self.progress.labelled,
-            "tokens_per_second": tokens / seconds,
-            "seconds": self.progress.seconds,
+            "step": now.step,
+            "loss": result.loss,
+            "learning_rate": result.learning_rate,
+            "gradient_norm": result.gradient_norm,
+            "tokens": now.tokens,
+            "labelled_tokens": now.labelled,
+            "tokens_per_second": result.tokens / result.seconds,
+            "seconds": now.seconds,
         }
+
+    def validate(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"validation": self.validate_sources()}
+        if self.blanks is not None:
+            found["blanks"] = self.validate_blanks(self.blanks)
+            tqdm.write(f"step {self.loop.progress.step}: {describe_blanks(found['blanks'])}", file=sys.stderr)
+        return found
+
+    def describe(self, data: StepData) -> str:
+        return f"{data.numbers[0][0]} to {data.numbers[-1][-1]}"
+
+    def save_weights(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+
+    def state(self) -> dict[str, Any]:
+        return {"stream": self.stream.state_dict()}
+
+    # The parts of a step and of a validation
 
     def _begin_decay(self) -> None:
         """From here on the learning rate falls, and the rows are those of the recipe's section ``decay``."""
-        self.progress = dataclasses.replace(self.progress, decay_start=self.progress.step)
+        self.loop.progress.decay_start = self.recipe.decay_start
         self.stream.mixture = self.decay_mixture
         self.stream.row_length = self.recipe.decay.row_length or self.recipe.data.row_length
         longest = self.recipe.data.max_piece or self.stream.row_length
@@ -252,27 +244,14 @@ class Pretraining:
                 pad_id=self.special.pad,
             )
 
-    def _losses(self, batch: dict[str, Tensor], model: GLMForConditionalGeneration | None = None) -> Tensor:
-        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        with self._autocast():
+    def _losses(self, batch: Batch, model: GLMForConditionalGeneration | None = None) -> Tensor:
+        """Of every label; the batch is on the device."""
+        with self.loop.accelerator.autocast():
             losses: Tensor = (model or self.model).token_losses(**batch)
         return losses
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
-
-    def _refuse(self, batches: Sequence[dict[str, Tensor]], loss: float, norm: float) -> None:
-        step = self.progress.step + 1
-        path = self.out / f"bad-batch-{step:08d}.safetensors"
-        save_file({name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}, path)
-        rows = self.recipe.optimization.rows_per_step
-        raise GmaskError(
-            f"step {step}: the loss is {loss} and the gradient's norm {norm}; its rows {self.stream.row - rows} to "
-            f"{self.stream.row - 1} are kept in {path}; lower optimization.learning_rate and resume"
-        )
-
     @torch.no_grad()
-    def validate(self) -> dict[str, dict[str, float]]:
+    def validate_sources(self) -> dict[str, dict[str, float]]:
         """Mean loss in nats of every source and objective, on rows that never change."""
         self.final_model.eval()
         losses: dict[str, dict[str, float]] = {}
@@ -289,7 +268,7 @@ class Pretraining:
     def validate_blanks(self, blanks: BlankValidation) -> dict[str, dict[str, float]]:
         """How often, and how surely, the first token of a hidden word or character is found; by language and kind."""
         self.final_model.eval()
-        with self._autocast():
+        with self.loop.accelerator.autocast():
             found = measure_blanks(self.final_model, blanks, pad_id=self.special.pad)
         self.final_model.train()
         return found
@@ -311,27 +290,20 @@ class Pretraining:
             max_piece=self.max_piece,
         )
         batches = self._batches(rows, self.recipe.data.row_length)
-        losses = torch.cat([self._losses(batch, self.final_model) for batch in batches])
+        losses = torch.cat(
+            [
+                self._losses({name: tensor.to(self.device) for name, tensor in batch.items()}, self.final_model)
+                for batch in batches
+            ]
+        )
         return float(losses.mean())
 
-    def _save(self) -> None:
-        self.progress = dataclasses.replace(self.progress, arithmetic=self._arithmetic())
-        progress = {**vars(self.progress), "stream": self.stream.state_dict()}
-        save_checkpoint(
-            self.out,
-            self.progress.step,
-            self.model,
-            self.optimizers,
-            progress,
-            average=self.average,
-            keep_last=self.recipe.run.keep_last,
-            keep=self.recipe.decay_start,  # from there the run can be made longer
-        )
+    def _continue(self, checkpoint: Path, progress: Progress, stream: dict[str, Any]) -> None:
+        """Goes on with the rows where the checkpoint was made.
 
-    def _restore(self, checkpoint: Path) -> None:
-        state = load_checkpoint(checkpoint, self.model, self.optimizers, self.average)
-        stream = state.progress.pop("stream")
-        progress = Progress(**state.progress)
+        Raises:
+            GmaskError: by this recipe the learning rate falls from another step; the texts have changed.
+        """
         if progress.decay_start is not None:
             if progress.decay_start != self.recipe.decay_start:
                 raise GmaskError(
@@ -346,7 +318,6 @@ class Pretraining:
                 "raise optimization.steps"
             )
         self.stream.load_state_dict(stream)
-        self.progress = progress
         if progress.arithmetic and progress.arithmetic != self._arithmetic():
             tqdm.write(
                 f"warning: {checkpoint} was made with {progress.arithmetic}, and this is {self._arithmetic()}: the run "
@@ -360,18 +331,13 @@ class Pretraining:
 
     def export(self) -> Path:
         """Writes ``out/model``: bfloat16 weights, configuration, tokenizer and the curves."""
-
-        def fill(folder: Path) -> None:
+        with written_folder(self.out / "model", kept="the run, to be resumed,") as folder:
             self.final_model.to(torch.bfloat16).save_pretrained(folder)
             for name in ("tokenizer.json", "tokenizer_config.json"):
                 (folder / name).write_bytes((self.tokenizer_folder / name).read_bytes())
-            for name in ("curves.png", "metrics.jsonl"):
+            for name in (CURVES_FILE, LOG_FILE):
                 (folder / name).write_bytes((self.out / name).read_bytes())
             (folder / "recipe.yaml").write_text(self.recipe.without_places().to_yaml(), "utf-8")
-            for path in folder.iterdir():
-                path.chmod(0o644)  # safetensors' own would keep other users out
-
-        write_folder(self.out / "model", fill, kept="the run, to be resumed,")
         return self.out / "model"
 
 
@@ -424,10 +390,6 @@ def describe_blanks(found: Mapping[str, Mapping[str, float]]) -> str:
     languages = {group: values for group, values in found.items() if "," not in group}
     parts = [f"{name} {values['top1']:.1%}, {values['nats']:.2f} nats" for name, values in languages.items()]
     return f"first token of one-unit blanks: {'; '.join(parts)}"
-
-
-def _progress_bar(done: int, steps: int) -> Any:
-    return tqdm(initial=done, total=steps, unit="step", desc="pretraining", dynamic_ncols=True)
 
 
 CONTEXT_OFFSETS = (-1, 1, -2, 2)  # places from the blank, or from a token of the context itself

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,7 +11,6 @@ from gmask.tasks.metrics import Rows
 from gmask.tasks.task import Task
 from gmask.training.examples import DataFile
 from gmask.training.measure import Forgetting
-from gmask.training.run_folder import draw_rates, save_picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,40 +70,6 @@ def metric_rows(results: TuningResults) -> Rows:
 
 def format_metric(name: str, value: float) -> str:
     return f"{value:.4f}" if name == "loss" else f"{value:.2f}"
-
-
-def draw_tuning_curves(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Draws the losses, the metrics if there are any, and the learning rate with the gradient norm, over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    validated = [(r["step"], r["validation"]["validation"]) for r in records if "validation" in r]
-    names = [name for name in (validated[0][1] if validated else {}) if name != "loss"]
-    ratios = [3, 2, 1] if names else [3, 1]
-    figure, panels = plt.subplots(
-        len(ratios), 1, figsize=(9, 2.4 * len(ratios) + 1.5), sharex=True, height_ratios=ratios, layout="constrained"
-    )
-    steps = [record["step"] for record in records]
-    losses, rates = panels[0], panels[-1]
-    losses.plot(steps, [record["loss"] for record in records], color="0.7", linewidth=1, label="training")
-    marks = {"marker": "o", "markersize": 3}
-    if validated:
-        losses.plot(
-            [step for step, _ in validated], [found["loss"] for _, found in validated], label="validation", **marks
-        )
-    losses.set_ylabel("loss (nats)")
-    for name in names:
-        panels[1].plot([step for step, _ in validated], [found[name] for _, found in validated], label=name, **marks)
-    if names:
-        panels[1].set_ylabel("validation, %")
-    for panel in panels[:-1]:
-        panel.grid(alpha=0.3)
-        panel.legend()
-    draw_rates(rates, steps, records)
-    rates.set_xlabel("steps")
-    return save_picture(figure, path)
 
 
 def render_tuning_card(results: TuningResults) -> str:

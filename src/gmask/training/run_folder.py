@@ -1,13 +1,18 @@
 """The folder of a run: checkpoints written whole or not at all, the log of metrics, curves, what a run shows before it
 starts.
+
+A checkpoint holds what trains (``trained.safetensors``, or ``model.safetensors`` in a folder that loads like any model
+folder), ``training.safetensors`` (the optimizers' moments as ``exp_avg.NAME`` and so on, the moving average of the
+weights as ``average.NAME``, adalora's ranks, random states) and ``training.json`` (`Progress` and numbers). A sharded
+run keeps accelerate's own files in ``sharded`` instead of weights and moments.
 """
 
+import dataclasses
 import json
 import logging
-import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -20,12 +25,14 @@ from rich.text import Text
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
+from gmask.files import remove_drafts, write_json_lines, written, written_folder
 from gmask.infilling.blanks import NOT_SCORED
-from gmask.models.glm import GLMForConditionalGeneration
+from gmask.infilling.objectives import OBJECTIVES
 from gmask.recipes.tuning import TuningRecipe
 from gmask.tasks.task import Task
 from gmask.training.examples import Example, Truncated
@@ -33,171 +40,252 @@ from gmask.training.methods import TrainableTable
 
 logger = logging.getLogger(__name__)
 PREFIX = "checkpoint-"
-ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
-MUON_STATE = ("momentum_buffer",)
+STATE_FILE = "training.json"
+TENSORS_FILE = "training.safetensors"
+TRAINED_FILE = "trained.safetensors"
+MODEL_FILE = "model.safetensors"
+BEST_FILE = "best.safetensors"
+KEPT_ON_ERROR = "the last complete checkpoint"
+LOG_FILE = "metrics.jsonl"
+CURVES_FILE = "curves.png"
+OPTIMIZER_KEYS: Mapping[type[Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
+    torch.optim.Muon: ("momentum_buffer",),
+}
+"""What these keep of a parameter: without it a checkpoint is of another optimizer."""
+
+OTHERS = ("average", "ranks", "random")
+"""The first words of tensors in a checkpoint that are no optimizer's."""
 
 
-@dataclass(frozen=True)
-class TrainingState:
-    """A checkpoint read back, but for the weights, which are loaded into the model in place."""
+@dataclass
+class Progress:
+    """Where a run stands; saved with each checkpoint."""
 
-    step: int
-    progress: dict[str, Any]  # what the caller saved with it
+    step: int = 0
+    tokens: int = 0  # real ones, seen by the model
+    labelled: int = 0  # tokens, or samples, that something was learnt from
+    seconds: float = 0.0
+    decay_start: int | None = None  # the step at which pretraining's last part begins, once it has begun
+    best_step: int | None = None
+    best_value: float | None = None
+    stopped: bool = False  # early
+    arithmetic: str = ""  # the type of a pass and the instructions of the machine: with others a run is not bit-exact
 
 
-def write_folder(folder: Path, fill: Callable[[Path], None], *, kept: str = "the last complete checkpoint") -> None:
-    """Has ``fill`` write a draft beside ``folder`` and puts it in its place; a full disk leaves the old one.
+# Checkpoints
+
+
+def list_checkpoints(out: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(folder for folder in out.glob(f"{PREFIX}*") if (folder / STATE_FILE).is_file())
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    checkpoints = list_checkpoints(out)
+    return checkpoints[-1] if checkpoints else None
+
+
+@contextmanager
+def written_checkpoint(out: Path, step: int, *, keep_last: int, keep: int | None = None) -> Iterator[Path]:
+    """A draft of ``out/checkpoint-STEP`` to fill; then all but the last ``keep_last`` and that of ``keep`` are removed.
 
     Raises:
-        GmaskError: it cannot be written, with what is ``kept``.
+        GmaskError: it cannot be written.
     """
-    draft = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        draft.chmod(0o755)
-        fill(draft)
-        old = folder.with_name(f".{folder.name}-old")
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(folder, old)
-        os.replace(draft, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise GmaskError(f"{folder}: cannot be written ({reason}); {kept} is kept") from error
-    finally:
-        if draft is not None:
-            shutil.rmtree(draft, ignore_errors=True)
-
-
-def save_checkpoint(
-    out: Path,
-    step: int,
-    model: GLMForConditionalGeneration,
-    optimizers: Sequence[torch.optim.Optimizer],
-    progress: dict[str, Any],
-    *,
-    average: AveragedModel | None = None,
-    keep_last: int,
-    keep: int | None = None,
-) -> None:
-    """Writes ``out/checkpoint-STEP`` and removes all but the last ``keep_last`` and that of the step ``keep``.
-
-    The folder loads like any model folder; beside the float32 weights it holds the optimizers' moments, the moving
-    average of the weights and the random state (training.safetensors) and ``progress`` (training.json).
-    """
-
-    def fill(folder: Path) -> None:
-        model.save_pretrained(folder)
-        tensors = _optimizer_tensors(model, optimizers) | _average_tensors(average) | _random_state()
-        save_file(tensors, folder / "training.safetensors")
-        (folder / "training.json").write_text(json.dumps({"step": step, "progress": progress}), encoding="utf-8")
-
-    write_folder(out / f"{PREFIX}{step:08d}", fill)
+    folder = out / f"{PREFIX}{step:08d}"
+    remove_drafts(folder)
+    with written_folder(folder, kept=KEPT_ON_ERROR) as draft:
+        yield draft
     for old in list_checkpoints(out)[:-keep_last]:
         if keep is None or old.name != f"{PREFIX}{keep:08d}":
             shutil.rmtree(old, ignore_errors=True)
 
 
-def list_checkpoints(out: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(folder for folder in out.glob(f"{PREFIX}*") if (folder / "training.json").is_file())
-
-
-def load_checkpoint(
+def write_state(
     folder: Path,
-    model: GLMForConditionalGeneration,
-    optimizers: Sequence[torch.optim.Optimizer],
-    average: AveragedModel | None = None,
-) -> TrainingState:
-    """Loads weights, moments, moving average and random state in place.
+    progress: Progress,
+    state: Mapping[str, Any],
+    tensors: dict[str, Tensor],
+    numbers: Mapping[str, Any],
+) -> None:
+    """Writes a checkpoint's files beside its weights.
+
+    Args:
+        state: what the run keeps beside its progress, ready for JSON.
+        numbers: of the optimizers, as of `optimizer_state`.
+    """
+    save_file(tensors, folder / TENSORS_FILE)
+    values = {"step": progress.step, "progress": {**dataclasses.asdict(progress), **state}, "optimizers": numbers}
+    (folder / STATE_FILE).write_text(json.dumps(values), encoding="utf-8")
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Raises `GmaskError` if the file cannot be written."""
+    with written(path, kept=KEPT_ON_ERROR) as draft:
+        save_file(tensors, draft)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file. Raises `GmaskError` if it is damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise GmaskError(f"{path}: damaged ({error}); delete its folder to resume from before") from error
+
+
+@dataclass(frozen=True, slots=True)
+class RunCheckpoint:
+    """A checkpoint that was read; each part is loaded in place."""
+
+    folder: Path
+    progress: Progress
+    state: dict[str, Any]  # what the run kept beside it
+    weights: Mapping[str, Tensor]  # on the CPU, as all tensors
+    tensors: Mapping[str, Tensor]
+    numbers: Mapping[str, Any]  # of the optimizers, as of `optimizer_state`
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with a prefix, without it."""
+        return {
+            name.removeprefix(f"{prefix}."): tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith(f"{prefix}.")
+        }
+
+    def load_weights(self, model: PreTrainedModel) -> None:
+        """Raises `GmaskError` for a model of another shape."""
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if changed := sorted(
+            name for name in trained if trained[name].shape != self.weights.get(name, torch.empty(0)).shape
+        ):
+            raise GmaskError(
+                f"{self.folder}: the recipe's model has another shape than this run's ({changed[0]}); "
+                "choose another run.out"
+            )
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(self.weights[name])
+
+    def load_optimizers(self, model: PreTrainedModel, optimizers: Sequence[Optimizer]) -> None:
+        """Raises `GmaskError` where the checkpoint is of other optimizers."""
+        found: dict[str, dict[str, Any]] = {}
+        for full_name, value in {**self.tensors, **self.numbers.get("state", {})}.items():
+            key, _, name = full_name.partition(".")
+            if key not in OTHERS:
+                found.setdefault(name, {})[key] = value
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        groups = self.numbers.get("groups", [])
+        for number, optimizer in enumerate(optimizers):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            states = {index: found.get(names[id(p)], {}) for index, p in enumerate(parameters)}
+            for index, kept in states.items():
+                lacking = [key for key in OPTIMIZER_KEYS.get(type(optimizer), ()) if kept and key not in kept]
+                if lacking:
+                    raise GmaskError(
+                        f"{self.folder}: has no {lacking[0]} of {names[id(parameters[index])]}, so its run had another "
+                        "optimization.optimizer; set it as it was, or choose another run.out"
+                    )
+            whole = optimizer.state_dict()
+            whole["state"] = {index: kept for index, kept in states.items() if kept}
+            for group, changed in zip(whole["param_groups"], groups[number] if groups else (), strict=False):
+                group.update(changed)
+            optimizer.load_state_dict(whole)
+
+    def load_average(self, average: AveragedModel) -> None:
+        """A run that had no average so far begins it with its weights."""
+        if "average_count" not in self.tensors:
+            return
+        with torch.no_grad():
+            for name, parameter in average.module.named_parameters():
+                parameter.copy_(self.tensors[f"average.{name}"])
+            average.get_buffer("n_averaged").copy_(self.tensors["average_count"])
+
+    def load_random_state(self, process: int) -> None:
+        """That of one process; a run of fewer processes has none for it, and goes on otherwise than it would have."""
+        suffix = f".{process}" if process else ""
+        states = {name: self.tensors.get(f"random.{name}{suffix}") for name in ("cpu", "cuda")}
+        set_random_state({name: state for name, state in states.items() if state is not None})
+
+
+def read_checkpoint(folder: Path) -> RunCheckpoint:
+    """Reads a checkpoint, also one that an earlier version of gmask wrote in pretraining.
 
     Raises:
-        GmaskError: a damaged file, or a model or an optimizer of another kind.
+        GmaskError: a damaged file.
     """
     try:
-        weights = load_file(folder / "model.safetensors")
-        tensors = load_file(folder / "training.safetensors")
-        state = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        paths = [path for name in (MODEL_FILE, TRAINED_FILE) if (path := folder / name).is_file()]
+        weights = {name: tensor for path in paths for name, tensor in load_file(path).items()}
+        tensors = load_file(folder / TENSORS_FILE)
+        values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, SafetensorError) as error:
         raise GmaskError(f"{folder}: damaged ({error}); delete it to resume from the checkpoint before") from error
-    parameters = dict(model.named_parameters())
-    if changed := sorted(
-        name for name in parameters if parameters[name].shape != weights.get(name, torch.empty(0)).shape
-    ):
-        raise GmaskError(
-            f"{folder}: the recipe's model has another shape than this run's ({changed[0]}); choose another run.out"
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    _restore_optimizers(folder, model, optimizers, tensors)
-    if average is not None:
-        _restore_average(average, tensors)
-    torch.set_rng_state(tensors["random.cpu"])
-    if torch.cuda.is_available() and "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"])
-    return TrainingState(step=state["step"], progress=state["progress"])
+    known = {field.name for field in dataclasses.fields(Progress)}
+    progress = Progress(**{name: value for name, value in values["progress"].items() if name in known})
+    state = {name: value for name, value in values["progress"].items() if name not in known}
+    return RunCheckpoint(folder, progress, state, weights, tensors, values.get("optimizers", {}))
 
 
-def _optimizer_tensors(
-    model: GLMForConditionalGeneration, optimizers: Sequence[torch.optim.Optimizer]
-) -> dict[str, Tensor]:
-    """What the optimizers remember of each parameter, as ``exp_avg.NAME`` and so on."""
+def optimizer_state(
+    model: PreTrainedModel, optimizers: Sequence[Optimizer]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What optimizers keep of each parameter: tensors, and the numbers beside them, as ``KEY.NAME``.
+
+    The numbers hold under ``groups`` also what an optimizer changes in its groups, such as an estimate of the learning
+    rate; what a recipe sets there may be set otherwise when the run is resumed.
+    """
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    stored = set[int]()
+    for optimizer in optimizers:
+        for name, parameter in model.named_parameters():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, PLAIN):
+                    numbers[f"{key}.{name}"] = value
+                elif isinstance(value, Tensor):
+                    # A file of tensors takes no storage twice, and 8-bit optimizers share their tables.
+                    tensors[f"{key}.{name}"] = value.clone() if value.data_ptr() in stored else value.contiguous()
+                    stored.add(value.data_ptr())
+    groups = [[_changed(group, optimizer.defaults) for group in optimizer.param_groups] for optimizer in optimizers]
+    return tensors, {"state": numbers, "groups": groups}
+
+
+PLAIN = (bool, int, float, str, type(None))
+OF_RECIPE = ("params", "lr", "initial_lr", "betas", "weight_decay")
+
+
+def _changed(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        f"{key}.{name}": value.contiguous()
-        for optimizer in optimizers
-        for name, parameter in model.named_parameters()
-        if parameter in optimizer.state
-        for key, value in optimizer.state[parameter].items()
+        key: value
+        for key, value in group.items()
+        if key not in OF_RECIPE and isinstance(value, PLAIN) and value != defaults.get(key)
     }
 
 
-def _restore_optimizers(
-    folder: Path,
-    model: GLMForConditionalGeneration,
-    optimizers: Sequence[torch.optim.Optimizer],
-    tensors: dict[str, Tensor],
-) -> None:
-    for optimizer in optimizers:
-        keys = MUON_STATE if isinstance(optimizer, torch.optim.Muon) else ADAMW_STATE
-        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for name, parameter in model.named_parameters():
-            if id(parameter) not in own:
-                continue
-            if lacking := [key for key in keys if f"{key}.{name}" not in tensors]:
-                raise GmaskError(
-                    f"{folder}: has no {lacking[0]} of {name}, so its run had another optimization.optimizer; "
-                    "set it as it was, or choose another run.out"
-                )
-            optimizer.state[parameter] = {
-                key: tensors[f"{key}.{name}"].to("cpu" if key == "step" else parameter.device) for key in keys
-            }
-
-
-def _average_tensors(average: AveragedModel | None) -> dict[str, Tensor]:
+def average_tensors(average: AveragedModel | None) -> dict[str, Tensor]:
     if average is None:
         return {}
     weights = {f"average.{name}": parameter.detach() for name, parameter in average.module.named_parameters()}
     return weights | {"average_count": average.get_buffer("n_averaged")}
 
 
-def _restore_average(average: AveragedModel, tensors: dict[str, Tensor]) -> None:
-    """A run that had no average so far begins it with its weights."""
-    if "average_count" not in tensors:
-        return
-    with torch.no_grad():
-        for name, parameter in average.module.named_parameters():
-            parameter.copy_(tensors[f"average.{name}"])
-        average.get_buffer("n_averaged").copy_(tensors["average_count"])
-
-
-def _random_state() -> dict[str, Tensor]:
-    state = {"random.cpu": torch.get_rng_state()}
+def random_state() -> dict[str, Tensor]:
+    """That of this process, on the CPU and the GPU."""
+    state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        state["random.cuda"] = torch.cuda.get_rng_state()
+        state["cuda"] = torch.cuda.get_rng_state()
     return state
+
+
+def set_random_state(state: Mapping[str, Tensor]) -> None:
+    if "cpu" in state:
+        torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+# The log
 
 
 class MetricsLog:
@@ -206,14 +294,15 @@ class MetricsLog:
     A resumed run forgets the records after its checkpoint and writes them anew.
     """
 
-    def __init__(self, out: Path, *, after_step: int) -> None:
-        self.path = out / "metrics.jsonl"
-        kept = [record for record in read_records(self.path) if record["step"] <= after_step]
-        draft = self.path.with_suffix(".draft")
-        draft.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        draft.replace(self.path)
+    def __init__(self, out: Path, *, after_step: int, trackers: Sequence[Any] = ()) -> None:
+        """
+        Args:
+            trackers: of accelerate, which are given the same numbers.
+        """
+        self.path = out / LOG_FILE
+        write_json_lines(self.path, [record for record in read_records(self.path) if record["step"] <= after_step])
         self.file = self.path.open("a", encoding="utf-8")
-        self.board = _open_board(out, after_step)
+        self.board, self.trackers = _open_board(out, after_step), trackers
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -224,25 +313,31 @@ class MetricsLog:
         self.file.close()
         if self.board is not None:
             self.board.close()
+        for tracker in self.trackers:
+            tracker.finish()
 
     def add(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
-        if self.board is None:
-            return
-        for name, value in record.items():
-            if name not in ("step", "validation", "blanks"):
-                self.board.add_scalar(f"training/{name}", value, record["step"])
-        for source, losses in record.get("validation", {}).items():
-            for objective, loss in losses.items():
-                self.board.add_scalar(f"validation_{objective}/{source}", loss, record["step"])
-        for group, values in record.get("blanks", {}).items():
-            for name in ("top1", "nats"):
-                self.board.add_scalar(f"blanks_{name}/{group}", values[name], record["step"])
+        scalars, step = dict(flatten_record(record)), record["step"]
+        if self.board is not None:
+            for name, value in scalars.items():
+                self.board.add_scalar(name, value, step)
+        for tracker in self.trackers:
+            tracker.log(scalars, step=step)
 
-    def draw_curves(self) -> Path:
-        """Draws curves.png from the whole log."""
-        return draw_curves(read_records(self.path), self.path.with_name("curves.png"))
+
+def flatten_record(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of a record by the names that they have in TensorBoard."""
+    for name, value in record.items():
+        if name not in ("step", "validation", "blanks"):
+            yield f"training/{name}", value
+    for source, found in record.get("validation", {}).items():
+        for name, value in found.items():
+            yield f"validation_{name}/{source}", value
+    for group, found in record.get("blanks", {}).items():
+        for name in ("top1", "nats"):
+            yield f"blanks_{name}/{group}", found[name]
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -258,57 +353,59 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def draw_curves(records: list[dict[str, Any]], path: Path) -> Path:
-    """Draws training loss, mean validation loss of each objective, learning rate and gradient norm over tokens."""
+LOSSES = ("loss", *OBJECTIVES)
+"""Names of validation losses, in nats; what else is validated is a metric in per cent."""
+
+
+def draw_curves(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Draws the losses, the metrics of a task if there are any, and the learning rate with the gradient norm.
+
+    They are drawn over the tokens seen where those are counted, else over the steps. A validation of several sources is
+    drawn as their mean.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    millions = [record["tokens"] / 1e6 for record in records]
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 7), sharex=True, height_ratios=[3, 1], layout="constrained")
-    top.plot(millions, [record["loss"] for record in records], color="0.7", linewidth=1, label="training")
-    validated = [record for record in records if "validation" in record]
-    objectives = sorted({name for record in validated for losses in record["validation"].values() for name in losses})
-    for objective in objectives:
-        means = [_mean([losses[objective] for losses in record["validation"].values()]) for record in validated]
-        top.plot(
-            [record["tokens"] / 1e6 for record in validated],
-            means,
-            marker="o",
-            markersize=3,
-            label=f"validation, {objective}",
-        )
-    top.set_ylabel("loss (nats per labelled token)")
-    top.grid(alpha=0.3)
-    top.legend()
-    draw_rates(bottom, millions, records)
-    bottom.set_xlabel("tokens seen (millions)")
-    return save_picture(figure, path)
-
-
-def draw_rates(panel: Any, places: Sequence[float], records: Sequence[Mapping[str, Any]]) -> None:
-    """Draws learning rate and gradient norm of the records over their places."""
-    panel.plot(places, [record["learning_rate"] for record in records], color="tab:blue")
-    panel.set_ylabel("learning rate", color="tab:blue")
-    norms = panel.twinx()
-    norms.plot(places, [record["gradient_norm"] for record in records], color="tab:orange", alpha=0.6, linewidth=1)
-    norms.set_ylabel("gradient norm", color="tab:orange")
-
-
-def save_picture(figure: Any, path: Path) -> Path:
-    """Writes a figure, whole or not at all, and forgets it."""
-    from matplotlib import pyplot as plt
-
-    draft = path.with_name(f".{path.name}")
-    figure.savefig(draft, dpi=120, format="png")
+    axis = "tokens" if records and "tokens" in records[0] else "step"
+    scale = 1e6 if axis == "tokens" else 1
+    validated = [
+        (record[axis] / scale, list(record["validation"].values())) for record in records if "validation" in record
+    ]
+    names = sorted({name for _, sources in validated for found in sources for name in found})
+    has_metrics = any(name not in LOSSES for name in names)
+    ratios = [3, 2, 1] if has_metrics else [3, 1]
+    figure, panels = plt.subplots(
+        len(ratios), 1, figsize=(9, 2.4 * len(ratios) + 2), sharex=True, height_ratios=ratios, layout="constrained"
+    )
+    positions = [record[axis] / scale for record in records]
+    panels[0].plot(positions, [record["loss"] for record in records], color="0.7", linewidth=1, label="training")
+    for name in names:
+        means = [sum(found[name] for found in sources) / len(sources) for _, sources in validated]
+        panel = panels[0] if name in LOSSES else panels[1]
+        label = "validation" if name == "loss" else f"validation, {name}"
+        panel.plot([position for position, _ in validated], means, marker="o", markersize=3, label=label)
+    panels[0].set_ylabel("loss (nats per labelled token)" if axis == "tokens" else "loss (nats)")
+    if has_metrics:
+        panels[1].set_ylabel("validation, %")
+    for panel in panels[:-1]:
+        panel.grid(alpha=0.3)
+        panel.legend()
+    _draw_rates(panels[-1], positions, records)
+    panels[-1].set_xlabel("tokens seen (millions)" if axis == "tokens" else "steps")
+    with written(path) as draft:
+        figure.savefig(draft, dpi=120, format="png")
     plt.close(figure)
-    draft.replace(path)
     return path
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _draw_rates(panel: Any, positions: Sequence[float], records: Sequence[Mapping[str, Any]]) -> None:
+    panel.plot(positions, [record["learning_rate"] for record in records], color="tab:blue")
+    panel.set_ylabel("learning rate", color="tab:blue")
+    norms = panel.twinx()
+    norms.plot(positions, [record["gradient_norm"] for record in records], color="tab:orange", alpha=0.6, linewidth=1)
+    norms.set_ylabel("gradient norm", color="tab:orange")
 
 
 def _open_board(out: Path, after_step: int) -> Any:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -27,6 +25,7 @@ from tokenizers import (
 from tqdm import tqdm
 
 from gmask.errors import GmaskError
+from gmask.files import write_json, write_text
 from gmask.tasks.records import Source, find_files, read_texts
 
 logger = logging.getLogger(__name__)
@@ -156,17 +155,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path | str, *, max_length: int 
         **TOKEN_ROLES,
         "extra_special_tokens": GLM_TOKEN_ROLES,
     }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace_file(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
-    _replace_file(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2))
-
-
-def _replace_file(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-        file.write(text + "\n")
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    write_text(Path(folder) / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
+    write_json(Path(folder) / "tokenizer_config.json", config, indent=2)
 
 
 def _new_tokenizer(model: models.Model) -> Tokenizer:
