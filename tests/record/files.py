@@ -78,6 +78,8 @@ def _run(session: Session, command: str) -> dict[str, Any]:
     outcome = session.must(command + " --json" * is_json)
     (target,) = set(session.folder.iterdir()) - before
     report = json.loads(outcome.out) if is_json else outcome.out.splitlines()
+    if is_json and "files" in report:  # the archives of another version of torch are a little longer or shorter
+        report["files"] = {name: "..." if name.endswith(".pt") else size for name, size in report["files"].items()}
     return {"report": report, "files": describe_folder(target)}
 
 

@@ -29,7 +29,7 @@ from gmask.hardware import (
     has_bfloat16,
     read_dtype,
 )
-from gmask.models.base import PLACEMENTS
+from gmask.models.base import PLACEMENTS, new_parts
 from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, spread_layers
 from gmask.models.glm import GLMForConditionalGeneration
 from gmask.quantization.quantizer import (
@@ -494,12 +494,7 @@ def check_folder(
 
 def _new_parts(checkpoint: Checkpoint, model: Any) -> set[str]:
     """Bare names of a head for a task, and of what tuning adds, of which a checkpoint has nothing."""
-    own = {bare_name(key): key for key in model.state_dict()}
-    body = (f"{model.base_model_prefix}.", "lm_head.")
-    parts = [
-        {bare for bare, key in own.items() if not key.startswith(body)},
-        {bare for bare, key in own.items() if key.startswith(model.tuned_parts)},
-    ]
+    parts = ({bare_name(name) for name in names} for names in new_parts(model))
     return {bare for part in parts if part.isdisjoint(checkpoint) for bare in part}
 
 

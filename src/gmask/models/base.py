@@ -357,14 +357,19 @@ class StrictLoadingMixin:
         return super().maybe_distribute_model(model, distributed_config, *args)  # type: ignore[misc]
 
 
+def new_parts(model: Any) -> tuple[set[str], set[str]]:
+    """The names of a head for a task, and of what tuning adds: a checkpoint may lack either as a whole."""
+    names, body = model.state_dict().keys(), (f"{model.base_model_prefix}.", "lm_head.")
+    heads = {name for name in names if not name.startswith(body)}
+    return heads, {name for name in names if name.startswith(model.tuned_parts)}
+
+
 def _check(model: Any, info: Mapping[str, Any], source: Any) -> None:
     """Raises for what the loading report `info` says is amiss, but for heads."""
     prefix = f"{model.base_model_prefix}."
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     if hasattr(model, model.base_model_prefix):
-        keys = model.state_dict().keys()
-        heads = {key for key in keys if not key.startswith((prefix, "lm_head."))}
-        for added in (heads, {key for key in keys if key.startswith(model.tuned_parts)}):
+        for added in new_parts(model):
             if added <= missing:
                 missing -= added
     else:
