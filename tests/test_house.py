@@ -19,9 +19,9 @@ DEFINED_TWICE = {  # to be emptied
     "Limits", "Loss", "MAX_ROWS", "Message", "Model", "Normalization", "Objective", "PREFIX", "Piece", "Plan",
     "Pooling", "Progress", "Question", "READERS", "ROLES", "ROW_CHUNK", "RUNTIME_BYTES", "Rounds", "Row",
     "SETTINGS", "SPELLINGS", "SampleReader", "Source", "UNREADABLE", "Values", "WEIGHTS", "attend", "build", "chat",
-    "check_model", "choose_sentences", "convert", "decode", "dequantize", "describe", "embed",
+    "check_model", "choose_sentences", "convert", "dequantize", "describe", "embed",
     "evaluate", "find_answers", "fingerprint", "gelu", "highlight", "infill", "list_checkpoints", "matmul", "merge",
-    "pack", "pack_blocks", "parse_json", "quantize", "read_choices", "read_history", "read_lines", "read_messages",
+    "pack", "pack_blocks", "quantize", "read_choices", "read_history", "read_messages",
     "read_pairs", "read_records", "read_rows", "read_texts", "rotate", "router", "run", "score", "score_answers",
     "train_tokenizer", "write_json",
 }  # fmt: skip
