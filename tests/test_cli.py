@@ -42,9 +42,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: object, stdin: str = "") -> Outcome:
+    def run(*arguments: object, stdin: str | bytes = "") -> Outcome:
         monkeypatch.setattr(sys, "argv", ["gmask", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        piped = io.StringIO(stdin) if isinstance(stdin, str) else io.TextIOWrapper(io.BytesIO(stdin))
+        monkeypatch.setattr(sys, "stdin", piped)
         with pytest.raises(SystemExit) as ended:
             main()
         return Outcome(int(ended.value.code or 0), *capsys.readouterr())
@@ -56,8 +57,10 @@ def test_texts_are_filled_in_plain_text(run: Run, folder: Path) -> None:
     model, tokenizer = gmask.load(folder, device="cpu")
     expected = [infilling.text for infilling in gmask.infill(model, tokenizer, [TEXT, "我[MASK]苹果"], max_tokens=4)]
     assert run("infill", TEXT, "我[MASK]苹果", "-m", folder, "--max-tokens", 4).out.splitlines() == expected
-    piped = run("infill", "-m", folder, "--max-tokens", 4, stdin=f"{TEXT}\n\n我[MASK]苹果\n")
-    assert piped.out.splitlines() == expected
+    lines = f"{TEXT}\n\n我[MASK]苹果\n"
+    for stdin in (lines, lines.encode(), b"\xef\xbb\xbf" + lines.replace("\n", "\r\n").encode()):
+        piped = run("infill", "-m", folder, "--max-tokens", 4, stdin=stdin)
+        assert piped.out.splitlines() == expected
     assert "\x1b" not in piped.out
     assert "cut at 4 tokens" in piped.err
 
@@ -129,6 +132,19 @@ def test_a_file_is_filled_and_its_report_is_not_part_of_the_output(run: Run, fol
     assert len((tmp_path / "out.jsonl").read_text("utf-8").splitlines()) == 2
 
 
+GBK = "小猫[MASK]。".encode("gbk")
+
+
+@pytest.mark.parametrize("verb", [["infill"], ["chat"], ["score", "--answers", "a|b"], ["embed"]])
+def test_a_text_that_is_not_utf8_is_one_line(run: Run, folder: Path, verb: list[str]) -> None:
+    piped = run(*verb, "-m", folder, stdin=b"fine [MASK]\n" + GBK)
+    assert (piped.code, piped.out) == (2, "")
+    assert piped.err == "gmask: standard input, line 2: not UTF-8 text; save the file as UTF-8\n"
+    typed = run(*verb, "-m", folder, os.fsdecode(GBK))
+    assert (typed.code, typed.out) == (2, "") and len(typed.err.splitlines()) == 1
+    assert typed.err.startswith("gmask: the text holds half of a character, or a byte that is not UTF-8, in '")
+
+
 MISTAKES = [
     (["infill", "no blank"], "no blank"),
     (["infill", "[XMASK]"], "unknown special token [XMASK]"),
@@ -142,9 +158,11 @@ MISTAKES = [
     (["chat", "hello", "--set", "context_length=5"], "there is no setting 'context_length'"),
     (["infill", "[MASK]", "--choices", "a||b"], "candidate is empty"),
     (["infill", "[MASK]", "--choices", "a", "--choices", "b"], "choices for 2 blanks"),
+    (["infill", "[MASK]", "--choices", "a|\udcd0"], "--choices holds half of a character, or a byte that is not UTF-8"),
+    (["infill", "[MASK]", "--set", "stop=\udcd0"], "--set stop=\\udcd0: the value cannot be read (the text holds half"),
     (["infill", "[MASK]", "--input", "x"], "--input and --output go together"),
     (["infill", "[MASK]", "--input", "x", "--output", "y"], "not both"),
-    (["infill", "--input", "no-such-file", "--output", "y"], "no-such-file: No such file"),
+    (["infill", "--input", "no-such-file", "--output", "y"], "no-such-file: cannot be read (No such file"),
     (["infill"], "standard input is empty"),
 ]
 
@@ -250,7 +268,8 @@ def test_a_full_disk_is_one_line_too(run: Run, folder: Path, tmp_path: Path, mon
     (tmp_path / "in.txt").write_text(TEXT, "utf-8")
     monkeypatch.setattr(os, "fsync", fail)
     done = run("infill", "-m", folder, "--input", tmp_path / "in.txt", "--output", tmp_path / "out.jsonl")
-    assert (done.code, done.err) == (2, "gmask: No space left on device\n")
+    told = f"{tmp_path / 'out.jsonl'}: cannot be written (No space left on device); what is done is kept"
+    assert (done.code, done.err) == (2, f"gmask: {told}\n")
     assert list(tmp_path.glob("*.partial")), "what was done is kept"
 
 

@@ -95,6 +95,7 @@ def test_a_text_file_is_one_document_unless_it_is_long(tmp_path: Path) -> None:
         (b'{"text": "\xff"}', "not UTF-8"),
         (b'{"content": "another field"}', 'no text under "text"'),
         (b"[1, 2]", 'no text under "text"'),
+        (rb'{"text": "half \ud83d"}', "the text holds half of a character"),
     ],
 )
 def test_a_bad_line_is_named_with_its_file_and_number(tmp_path: Path, line: bytes, says: str) -> None:
@@ -105,6 +106,12 @@ def test_a_bad_line_is_named_with_its_file_and_number(tmp_path: Path, line: byte
     skipped: list[GmaskError] = []
     assert [d.text for d in read_documents(path, on_bad_line=skipped.append)] == ["one", "three"]
     assert len(skipped) == 1
+
+
+def test_what_stands_beside_a_text_is_not_looked_at(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one", "perplexity": NaN, "url": "\\ud83d"}\n')
+    assert [document.text for document in read_documents(path)] == ["one"]
 
 
 def test_files_that_are_not_there_or_not_text_are_named(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ DEFINED_TWICE = {  # to be emptied
     "BATCH", "Choice", "Choices", "DTYPES", "HAN", "IntArray", "Item", "Job", "LANGUAGES", "Language", "Limits",
     "Loss", "Message", "Model", "Normalization", "Objective", "PREFIX", "Piece", "Progress", "Question", "READERS",
     "ROLES", "Rounds", "Row", "SETTINGS", "SPELLINGS", "SampleReader", "UNREADABLE", "Values", "WEIGHTS", "build",
-    "choose_sentences", "decode", "describe", "evaluate", "fingerprint", "pack", "parse_json", "read_choices",
-    "read_history", "read_lines", "read_messages", "read_records", "router", "run", "score_answers",
+    "choose_sentences", "describe", "evaluate", "fingerprint", "pack", "read_choices", "read_history",
+    "read_messages", "read_records", "router", "run", "score_answers",
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import zstandard
 
 import gmask
 from gmask.generation.files import FileReport, fill_file
@@ -47,6 +48,16 @@ def test_each_line_is_what_a_single_run_gives(pair, infiller: Infiller, source: 
             assert {"text", "logprob", "tokens"} <= set(blank) <= {"text", "logprob", "tokens", "finished"}
             assert all(set(token) == {"id", "text", "logprob"} for token in blank["tokens"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "texts.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["texts.jsonl", "texts.txt", "texts.jsonl.zst"])
+def test_a_byte_order_mark_is_no_part_of_a_text(infiller: Infiller, tmp_path: Path, name: str) -> None:
+    text = b"The old [MASK].\r\n" if name == "texts.txt" else b'{"text": "The old [MASK]."}\r\n'
+    data = b"\xef\xbb\xbf" + text
+    (tmp_path / name).write_bytes(zstandard.compress(data) if name.endswith("zst") else data)
+    fill_file(infiller, tmp_path / name, tmp_path / "out.jsonl")
+    (line,) = read(tmp_path / "out.jsonl")
+    assert line["text"].startswith("The old ") and line["text"].endswith(".")
 
 
 def test_plain_text_files_have_a_text_on_each_line_and_empty_lines_stay(infiller: Infiller, tmp_path: Path) -> None:
@@ -110,10 +121,13 @@ BAD_LINES = {
     b"\xff": "not UTF-8",
     b'{"text": "no blank"}': "no blank",
     b'{"text": "[XMASK]"}': "XMASK",
+    rb'{"text": "half \ud83d [MASK]"}': "half of a character",
+    b'{"text": "[MASK]", "score": NaN}': "holds NaN",
+    b'{"text": "[MASK]", "more": "' + b"word " * 1_000_000 + b'"}': "longer than 4,194,304 bytes, so it is not read",
 }
 
 
-@pytest.mark.parametrize("bad", BAD_LINES)
+@pytest.mark.parametrize("bad", BAD_LINES, ids=BAD_LINES.values())
 def test_a_bad_line_is_an_error_with_its_number_or_is_skipped_and_counted(
     infiller: Infiller, source: Path, tmp_path: Path, bad: bytes
 ) -> None:
@@ -145,5 +159,5 @@ def test_a_target_that_is_there_is_not_overwritten(infiller: Infiller, source: P
 
 
 def test_a_target_that_cannot_be_written_is_an_error(infiller: Infiller, source: Path, tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="No such file"):
+    with pytest.raises(gmask.GmaskError, match=r"out\.jsonl: cannot be written \(No such file or directory\)"):
         fill_file(infiller, source, tmp_path / "nowhere" / "out.jsonl")

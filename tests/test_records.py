@@ -50,6 +50,7 @@ FORMATS: dict[str, Callable[[list[dict[str, str]]], bytes]] = {
     "data.json": lambda rows: json.dumps({"version": "1", "meta": {"data": []}, "data": rows}).encode(),
     "lines.json": write_lines,
     "mark.json": lambda rows: b"\xef\xbb\xbf" + json.dumps(rows).encode(),
+    "mark.jsonl": lambda rows: b"\xef\xbb\xbf" + write_lines(rows),
     "a.csv": write_table,
     "mark.csv": lambda rows: b"\xef\xbb\xbf" + write_table(rows),
     "a.tsv": lambda rows: write_table(rows, delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None),
@@ -106,6 +107,14 @@ def test_a_table_counts_the_lines_of_its_cells(tmp_path: Path) -> None:
     assert [(record.line, record.values["label"]) for record in read_records(path)] == [(2, "a"), (5, "b")]
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_a_cell_may_be_long_and_keeps_its_line_ends(name: str, tmp_path: Path) -> None:
+    long = "q" * 200_000
+    (tmp_path / name).write_bytes(b"text\r\n" + long.encode() + b"\r\n" + (b'"a\r\nb"\r\n' if name == "a.csv" else b""))
+    texts = [record.values["text"] for record in read_records(tmp_path / name)]
+    assert texts == [long, "a\r\nb"][: 2 if name == "a.csv" else 1]
+
+
 def test_a_table_of_one_column_may_hold_other_marks(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text('text\n"Hi; you | all"\n')
@@ -143,7 +152,7 @@ def test_records_of_an_array_name_their_lines(
         ("a.json", b'[\n{"a": 1},\n{"a": }]', r"a\.json, line 3: not JSON"),
         ("a.json", b'[\n{"a": 1},\n\n2]', r"a\.json, line 4: not an object"),
         ("a.json", b"", r"a\.json, line 1: not JSON"),
-        ("a.json", b"\xff", r"a\.json: not UTF-8"),
+        ("a.json", b"\xff", r"a\.json, line 1: not UTF-8 text; save the file as UTF-8"),
         ("a.csv", b"a,b\n1,2\n1\n", r"a\.csv, line 3: 1 values for the 2 columns a, b"),
         ("a.csv", b"a,a\n1,2\n", r"a\.csv, line 1: two columns have the same name"),
         ("a.csv", b"text;label\nHi, you;1\n", r"a\.csv, line 1: the table seems to be separated by ';': separate its"),
@@ -154,7 +163,16 @@ def test_records_of_an_array_name_their_lines(
         ),
         ("a.tsv", b"text|label\nHi|1\n", r"a\.tsv, line 1: the table seems to be separated by '\|'"),
         ("a.csv", b'a,b\n1,"2"x\n', r"a\.csv, line 2: not a table"),
-        ("a.csv", "a\n天".encode("gbk"), r"a\.csv: not UTF-8 text; save the table as UTF-8"),
+        ("a.csv", "a\n天".encode("gbk"), r"a\.csv, line 2: not UTF-8 text; save the file as UTF-8"),
+        ("a.csv", "a,b\n1,2\n".encode("utf-16"), r"a\.csv: UTF-16 text; save the file as UTF-8"),
+        ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), r"a\.jsonl: UTF-16 text; save the file as UTF-8"),
+        ("a.jsonl", b'{"a": 1}\n{"b": NaN}\n', r"a\.jsonl, line 2: holds NaN, which JSON cannot say: write null"),
+        ("a.jsonl", rb'{"a": "half \ud83d"}', r"a\.jsonl, line 1: a text holds half of a character"),
+        ("a.json", b'[{"a": 1},\n{"a": -Infinity}]', r"a\.json, line 2: holds an infinite number"),
+        ("a.json", b"3", r"a\.json, line 1: not an object"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", r"a\.jsonl: a Git LFS pointer"),
+        ("a.csv", b"version https://git-lfs.github.com/spec/v1\n", r"a\.csv: a Git LFS pointer"),
+        ("a.source", b"fine\n\xff\n", r"a\.source, line 2: not UTF-8"),
         ("a.csv", b"a,b\n", "there is no record"),
         ("a.jsonl", b"\n \n", "there is no record"),
         ("a.json", b"[]", "there is no record"),
@@ -178,6 +196,8 @@ def test_a_bad_file_is_one_line_that_says_where(name: str, content: bytes, messa
     [
         ("a.jsonl", b'{"a": 1}\n{"a": \n[1]\n{"a": "\xff"}\n{"a": 2}\n', [2, 3, 4]),
         ("a.json", b'[{"a": 1},\n5,\n{"a": 2}]', [2]),
+        ("a.json", rb'[{"a": 1}, {"a": NaN},' + b'\n{"a": "\\ud83d"},\n{"a": 2}]', [1, 2]),
+        ("a.jsonl", b'{"a": 1}\n{"a": NaN}\n{"a": 2}', [2]),
         ("a.csv", b"a,b\n1,x\n1\n2,x\n", [3]),
     ],
 )

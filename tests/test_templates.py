@@ -28,6 +28,7 @@ READER = TextReader(TOKENIZER)
         ("{a} and {b}", {"a": "x", "b": 2}, "x and 2"),
         ("{{{a}}}", {"a": "x"}, "{x}"),
         ("{a?}|{b?}", {"a": None}, "|"),
+        ("{a?}|{b?}", {"a": float("nan"), "b": 2.5}, "|2.5"),
         ("{a|unpunctuated|lower-first}", {"a": "The END?! "}, "the END"),
         ("{a|unpunctuated}", {"a": "好吗？"}, "好吗"),
         ("{a|strip?}.", {"a": " "}, "."),
@@ -88,6 +89,7 @@ def test_a_bad_template_is_refused(template: str, message: str) -> None:
         ({}, "no column 'text', the columns are none"),
         ({"text": " \n"}, "column 'text' is empty"),
         ({"text": None}, "column 'text' is empty"),
+        ({"text": float("nan")}, "column 'text' is empty"),
         ({"text": ["x"]}, "column 'text' holds a list, not a text"),
     ],
 )

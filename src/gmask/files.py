@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import zstandard
 from safetensors import SafetensorError
 
 from gmask.errors import GmaskError, one_line
@@ -42,7 +41,7 @@ def written(path: Path | str, *, kept: str = "") -> Iterator[Path]:
     """
     path = Path(path)
     draft = _draft_of(path)
-    with _refusing(path, draft, kept):
+    with writing(path, draft, kept=kept):
         if path.exists() and not path.is_file():
             raise GmaskError(f"{path}: is no file, so none is written there; name another one")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +71,7 @@ def written_folder(folder: Path | str, *, replace: bool = True, kept: str = "") 
     """
     folder = Path(folder)
     draft = _draft_of(folder)
-    with _refusing(folder, draft, kept):
+    with writing(folder, draft, kept=kept):
         if folder.exists() and not folder.is_dir():
             raise GmaskError(f"{folder}: is a file; name a new folder")
         if not replace and folder.exists() and any(folder.iterdir()):
@@ -89,6 +88,22 @@ def written_folder(folder: Path | str, *, replace: bool = True, kept: str = "") 
             _sync(folder.parent)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: Path, draft: Path, *, kept: str = "") -> Iterator[None]:
+    """Turns what goes wrong in writing a draft of ``path`` into one line.
+
+    Raises:
+        GmaskError: it cannot be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, UnicodeEncodeError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not TORCH_WRITER.search(str(error)):
+            raise
+        ending = f"; {kept} is kept" if kept else ""
+        raise GmaskError(f"{path}: cannot be written ({_reason(error, path, draft)}){ending}") from error
 
 
 def write_text(path: Path | str, text: str | Iterable[str], *, kept: str = "") -> None:
@@ -118,8 +133,11 @@ def remove_drafts(path: Path | str) -> None:
             _remove(found)
 
 
-def read_text(path: Path | str) -> str:
-    """The text of a UTF-8 file, without a byte order mark, its line ends as ``\\n``.
+def read_text(path: Path | str, *, keep_ends: bool = False) -> str:
+    """The text of a UTF-8 file, without a byte order mark.
+
+    Args:
+        keep_ends: leave line ends as they are; without it all are ``\\n``.
 
     Raises:
         GmaskError: it cannot be read, is not UTF-8 (with the line), or is a Git LFS pointer.
@@ -128,28 +146,27 @@ def read_text(path: Path | str) -> str:
         data = Path(path).read_bytes()
     except OSError as error:
         raise GmaskError(f"{path}: cannot be read ({error.strerror})") from error
+    text = decode_text(data, path)
+    return text if keep_ends else text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def decode_text(data: bytes, path: Path | str) -> str:
+    """The text of bytes in UTF-8, without a byte order mark. Raises `GmaskError` as `read_text`; ``path``: for that."""
     _refuse_start(path, data)
     try:
-        text = data.removeprefix(UTF8_MARK).decode("utf-8")
+        return data.removeprefix(UTF8_MARK).decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise GmaskError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+        raise at_line(path, line, "not UTF-8 text; save the file as UTF-8") from error
 
 
 def read_json(path: Path | str) -> Any:
     """The value of a JSON file.
 
     Raises:
-        GmaskError: as by `read_text`; not JSON (with the line); a number or a text that `check_values` refuses.
+        GmaskError: as by `read_text` and `parse_json`, with the path.
     """
-    text = read_text(path)
-    try:
-        return parse_json(text)
-    except GmaskError as error:
-        cause = error.__cause__
-        place = f"{path}, line {cause.lineno}" if isinstance(cause, json.JSONDecodeError) else path
-        raise GmaskError(f"{place}: {error}") from error
+    return parse_json(read_text(path), path)
 
 
 def read_json_lines(
@@ -171,7 +188,7 @@ def read_json_lines(
             if line.strip():
                 yield number, parse_json(line.rstrip("\r\n"))
         except GmaskError as error:
-            located = GmaskError(f"{path}, line {number}: {error}")
+            located = at_line(path, number, error)
             if on_bad_line is None:
                 raise located from error
             on_bad_line(located)
@@ -182,7 +199,8 @@ def read_lines(
 ) -> Iterator[tuple[int, str | GmaskError]]:
     """The lines of a UTF-8 file with their ends, and their numbers from 1; a .zst file is unpacked.
 
-    A line that cannot be read stands there as its error, which does not name the place. A byte order mark is dropped.
+    A line that cannot be read stands there as its error, which does not say where: see `at_line`. A byte order mark is
+    dropped.
 
     Args:
         start: lines at the beginning that are left out.
@@ -193,11 +211,15 @@ def read_lines(
     """
     path = Path(path)
     number = 0
+    damage: tuple[type[Exception], ...] = ()
     try:
         with path.open("rb") as file:
             _refuse_start(path, file.peek(len(LFS_POINTER)))
             stream: BinaryIO = file
             if path.suffix == ".zst":
+                import zstandard
+
+                damage = (zstandard.ZstdError,)
                 reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
                 stream = io.BufferedReader(reader, READ_BYTES)
             for number, line in enumerate(_cut_lines(stream, max_bytes), 1):
@@ -208,25 +230,36 @@ def read_lines(
                     yield number, _decode_line(line, max_bytes)
     except OSError as error:
         raise GmaskError(f"{path}: cannot be read ({error.strerror})") from error
-    except zstandard.ZstdError as error:
+    except damage as error:
         raise GmaskError(f"{path}, after line {number}: the zstd file is damaged ({error})") from error
 
 
-def parse_json(text: str) -> Any:
+def at_line(path: Path | str, number: int, fault: object) -> GmaskError:
+    """The error of a line of a file."""
+    return GmaskError(f"{path}, line {number}: {fault}")
+
+
+def parse_json(text: str, path: Path | str | None = None, *, checked: bool = True) -> Any:
     """The value of a JSON text.
 
+    Args:
+        path: where it was read as a whole, to be named in errors.
+        checked: refuse what `check_values` does.
+
     Raises:
-        GmaskError: not JSON; a number or a text that `check_values` refuses.
+        GmaskError: not JSON (with the line, if there is a path), or refused.
     """
     try:
         values = json.loads(text)
+        if checked:
+            check_values(values)
     except json.JSONDecodeError as error:
-        raise GmaskError(f"not JSON ({error.msg} at column {error.colno})") from error
-    except RecursionError as error:
-        raise GmaskError("not read, since its values are nested too deeply") from error
-    except ValueError as error:  # an integer of thousands of digits
-        raise GmaskError(f"not JSON ({one_line(error)})") from error
-    check_values(values)
+        message = f"not JSON ({error.msg} at column {error.colno})"
+        raise (GmaskError(message) if path is None else at_line(path, error.lineno, message)) from error
+    except (RecursionError, ValueError) as error:  # the latter is one of ours, or of an integer of thousands of digits
+        message = str(error) if isinstance(error, GmaskError) else f"not JSON ({one_line(error)})"
+        message = "not read, since its values are nested too deeply" if isinstance(error, RecursionError) else message
+        raise GmaskError(message if path is None else f"{path}: {message}") from error
     return values
 
 
@@ -338,18 +371,6 @@ def _decode_line(line: bytes | None, max_bytes: int | None) -> str | GmaskError:
 
 def _draft_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-
-
-@contextmanager
-def _refusing(path: Path, draft: Path, kept: str) -> Iterator[None]:
-    """Turns what goes wrong in writing into one line."""
-    try:
-        yield
-    except (OSError, SafetensorError, UnicodeEncodeError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not TORCH_WRITER.search(str(error)):
-            raise
-        ending = f"; {kept} is kept" if kept else ""
-        raise GmaskError(f"{path}: cannot be written ({_reason(error, path, draft)}){ending}") from error
 
 
 def _reason(error: Exception, path: Path, draft: Path) -> str:

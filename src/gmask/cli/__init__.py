@@ -57,7 +57,8 @@ def main() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    print("gmask:", " ".join(message.split()), file=sys.stderr)
+    printable = message.encode("utf-8", "backslashreplace").decode()  # bytes of an argument that are not UTF-8
+    print("gmask:", " ".join(printable.split()), file=sys.stderr)
     sys.exit(2)
 
 

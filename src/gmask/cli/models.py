@@ -303,13 +303,14 @@ def _names_of_shape(shape: dict[str, Any]) -> list[str]:
 
 def read_licence(folder: Path) -> str | None:
     """The licence that the head of the model card names; None if there is no such card."""
-    import yaml
+    from gmask.config import parse_yaml
+    from gmask.files import read_text
 
     card = folder / "README.md"
     if not card.is_file():
         return None
-    parts = card.read_text(encoding="utf-8").split("---\n", 2)
-    head = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else None
+    parts = read_text(card).split("---\n", 2)
+    head = parse_yaml(parts[1]) if len(parts) == 3 and not parts[0] else None
     return str(head["license"]) if isinstance(head, dict) and "license" in head else None
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gmask.errors import GmaskError
+from gmask.files import check_text, decode_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,13 +101,15 @@ def texts_or_stdin(texts: list[str] | None) -> list[str]:
     """The texts of the command line, else the lines of standard input.
 
     Raises:
-        GmaskError: there are none.
+        GmaskError: there are none, or they are not UTF-8.
     """
     if texts:
-        return texts
+        return [check_text(text) for text in texts]
     if sys.stdin.isatty():
         raise GmaskError("there is no text: give one, or --input")
-    lines = [line for line in sys.stdin.read().splitlines() if line.strip()]
+    data = getattr(sys.stdin, "buffer", sys.stdin).read()  # one that a program puts in its place may be of texts
+    text = decode_text(data, "standard input") if isinstance(data, bytes) else data
+    lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise GmaskError("standard input is empty: give a text")
     return lines
@@ -118,7 +121,7 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
     Raises:
         GmaskError: no ``=``, or no YAML.
     """
-    import yaml
+    from gmask.config import parse_yaml
 
     values = {}
     for pair in pairs:
@@ -126,9 +129,9 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise GmaskError(f"--set {pair}: write it as key=value")
         try:
-            values[key.strip()] = value if key.strip() == "stop" else yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise GmaskError(f"--set {pair}: the value cannot be read") from error
+            values[key.strip()] = check_text(value) if key.strip() == "stop" else parse_yaml(value)
+        except GmaskError as error:
+            raise GmaskError(f"--set {pair}: the value cannot be read ({error})") from error
     return values
 
 
@@ -150,7 +153,7 @@ def merge_settings(pairs: Sequence[str] | None, **options: Any) -> dict[str, Any
 
 def read_candidates(choice: str, *, option: str = "--choices") -> list[str]:
     """The candidates of ``--choices 'a|b'``."""
-    candidates = choice.split("|")
+    candidates = check_text(choice, option).split("|")
     if not all(candidates):
         raise GmaskError(f"{option} {choice!r}: a candidate is empty; write them as 'sunny|rainy'")
     return candidates

@@ -22,6 +22,7 @@ from gmask.cli.options import (
     parse_settings,
 )
 from gmask.errors import GmaskError, nearest
+from gmask.files import read_text
 from gmask.serving.settings import ServerSettings, called, environment_keys
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
     """
     keys = list(environment_keys())
     if path is not None:
-        found = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        found = [line.strip() for line in read_text(path).splitlines() if line.strip()]
         if not found:
             raise GmaskError(f"{path}: holds no API key: write one a line")
         keys += found

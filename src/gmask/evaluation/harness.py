@@ -115,8 +115,8 @@ def run_task(
         tables: print the scores.
 
     Raises:
-        GmaskError: a task, a file, a column or a metric that cannot be used; samples of which only some have an answer.
-        OSError: a file cannot be written.
+        GmaskError: a task, a file, a column or a metric that cannot be used; samples of which only some have an answer;
+            a file that cannot be written.
 
     Warns:
         UserWarning: texts had to be cut, or rounds of conversations left out.

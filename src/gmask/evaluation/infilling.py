@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import yaml
 from rich.console import Console
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from gmask.checkpoints.load import find_folder, load
+from gmask.config import read_yaml
 from gmask.errors import GmaskError
 from gmask.evaluation.counting import (
     Estimate,
@@ -34,7 +34,7 @@ from gmask.evaluation.counting import (
 )
 from gmask.evaluation.model_card import Card, render_card
 from gmask.evaluation.report import print_evaluation
-from gmask.files import write_json, write_text
+from gmask.files import read_json_lines, write_json, write_text
 from gmask.generation.infill import infill
 from gmask.infilling.blanks import NOT_SCORED, BlankTokens, InfillingExample, IntArray
 from gmask.infilling.collator import collate
@@ -133,22 +133,13 @@ def _measure(
 def _read_origins(recipe: str) -> dict[str, Any]:
     """Origin, licence and credit of each source, from the table beside the recipe."""
     table = Path(recipe)
-    return {entry["name"]: entry for entry in _read_yaml(table.with_name(f"{table.stem}-sources.yaml"))}
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise GmaskError(f"{path}: cannot be read ({error.strerror})") from error
-    except yaml.YAMLError as error:
-        raise GmaskError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    return {entry["name"]: entry for entry in read_yaml(table.with_name(f"{table.stem}-sources.yaml"))}
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [record for _, record in read_json_lines(path)]
 
 
 ALTERNATIVES = 8  # among which the model that is told the length finds an answer that has it

@@ -1,7 +1,5 @@
 """Conversations go on: at once, as they are written, or many in one batch."""
 
-import json
-import os
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -13,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError, is_shortage
+from gmask.files import read_json, write_json
 from gmask.generation.answers import Answer, AnswerStream, Hypothesis, cut_at_stop, token_texts
 from gmask.generation.decode import Sampling, decode, make_rules
 from gmask.generation.settings import make_settings
@@ -212,11 +211,8 @@ class Chat:
         self.rounds.clear()
 
     def save(self, path: str | Path) -> None:
-        """Writes the messages to a JSON file, through a temporary one beside it."""
-        path = Path(path)
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2) + "\n", "utf-8")
-        os.replace(partial, path)
+        """Writes the messages to a JSON file. Raises `GmaskError` if it cannot be written."""
+        write_json(path, {"messages": self.messages}, indent=2)
 
     def load(self, path: str | Path) -> None:
         """Goes on with the messages of a JSON file.
@@ -224,10 +220,10 @@ class Chat:
         Raises:
             GmaskError: not such a file.
         """
+        values = read_json(path)
         try:
-            messages = json.loads(Path(path).read_text("utf-8"))["messages"]
-            self.rounds = read_rounds(messages)
-        except (ValueError, KeyError, TypeError) as error:
+            self.rounds = read_rounds(values["messages"])
+        except (GmaskError, KeyError, TypeError) as error:
             raise GmaskError(f"{path}: not a saved conversation ({error})") from error
 
     def _seed(self) -> int:

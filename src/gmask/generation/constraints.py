@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
+from gmask.files import check_text
 from gmask.tokenizers.bytes import read_spelling
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def choices(
     if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text for text in texts):
         raise GmaskError(f"choices must be a list of texts that are not empty, not {texts!r}"[:200])
     for text in texts:
-        _check_text(text)
+        check_text(text, "a choice")
         if not table.spelling.can_spell(text):
             raise GmaskError(f"the vocabulary has no tokens that spell the choice {text!r}: {_advise(tokenizer, text)}")
     pattern = " | ".join(json.dumps(text).replace("\x7f", r"\u007f") for text in dict.fromkeys(texts))
@@ -98,7 +99,7 @@ def regex(tokenizer: PreTrainedTokenizerBase, pattern: str, *, vocabulary_size: 
 
     if not isinstance(pattern, str):
         raise GmaskError(f"a regex must be a text, not {pattern!r}"[:200])
-    _check_text(pattern)
+    check_text(pattern, "the regex")
     spelling = table.spelling
     rules = {"PATTERN": regex_to_lark(pattern or "(?:)", use_ascii="d"), "SPELLABLE": regex_to_lark(spelling.spellable)}
     text = "PATTERN & SPELLABLE"
@@ -176,13 +177,6 @@ def _find_table(tokenizer: PreTrainedTokenizerBase) -> _Table:
             raise GmaskError("constraints need llguidance: pip install 'gmask[serve]'") from error
         _tables[tokenizer] = table
     return table
-
-
-def _check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise GmaskError(f"not a text, since it holds half of a surrogate pair: {text!r}") from error
 
 
 def _advise(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

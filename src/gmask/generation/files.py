@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gmask.errors import GmaskError
+from gmask.files import at_line, parse_json, read_json_lines, read_lines, writing, written
 from gmask.generation.embed import Embedder, as_floats
 from gmask.generation.infill import Infiller
 from gmask.generation.sampling import make_seeds
@@ -105,8 +106,7 @@ def _read_label(label: object, answers: Sequence[str]) -> str:
 
 def count_correct(scored: Path) -> tuple[int, int]:
     """How many best answers of a file that `score_file` wrote are correct, and how many lines have a label."""
-    with scored.open(encoding="utf-8") as file:
-        verdicts = [values["correct"] for values in map(json.loads, filter(str.strip, file)) if "correct" in values]
+    verdicts = [values["correct"] for _, values in read_json_lines(scored) if "correct" in values]
     return sum(verdicts), len(verdicts)
 
 
@@ -145,6 +145,8 @@ def _write_array(lines: Path, target: Path, *, width: int) -> None:
 
 
 Item = TypeVar("Item")
+LONGEST_LINE = 2**22
+"""Bytes: far more than any of the models reads. Longer ones would only be cut into tokens to be refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +175,8 @@ def run_job(
 ) -> FileReport:
     """Answers each line of ``source`` with one JSON line in ``target``.
 
-    A ``.jsonl`` file has an object with a ``text`` on each line; in any other file a line is a text. An empty line
-    stays empty.
+    A ``.jsonl`` or ``.jsonl.zst`` file has an object with a ``text`` on each line; in any other file a line is a text.
+    An empty line stays empty.
 
     Until all lines are done they are kept beside the target, in a file whose name ends with ``.partial``; the same
     call then goes on behind the last of them. A call with other settings starts anew.
@@ -183,65 +185,58 @@ def run_job(
         skip_bad_lines: write ``{"error": ...}`` in the place of a line that cannot be read or answered, and count it.
 
     Raises:
-        GmaskError: a line that cannot be read or answered, with its number, the lines before it being kept; or the
-            target is there already.
-        OSError: the source cannot be read or the target cannot be written.
+        GmaskError: a line that cannot be read or answered, with its number, the lines before it being kept; the target
+            is there already; the source cannot be read, or the target cannot be written.
     """
     if target.exists():
         raise GmaskError(f"{target}: is there already and is not overwritten; remove it, or name another output")
+    total = sum(1 for _ in read_lines(source, max_bytes=LONGEST_LINE))
     partial = target.with_name(f"{target.name}.{_fingerprint(job, source)}.partial")
-    with source.open("rb") as file:
-        total = sum(1 for _ in file)
-    resumed, skipped = keep_whole_lines(partial), 0
-    lines = read_lines(source, job.read, start=resumed)
-    bar = tqdm(total=total, initial=resumed, unit="text", disable=not progress)
-    with partial.open("a", encoding="utf-8") as output, bar:
-        while batch := list(itertools.islice(lines, job.batch_size)):
-            bad = None if skip_bad_lines else next((line for line in batch if line.error), None)
-            done = batch if bad is None else batch[: batch.index(bad)]
-            output.writelines(_answer_lines(done, job))
-            output.flush()
-            bar.update(len(done))
-            skipped += sum(line.error is not None for line in done)
-            if bad is not None:
-                raise GmaskError(f"{source}, line {bad.number}: {bad.error}")
-        os.fsync(output.fileno())
-    if job.convert is None:
-        os.replace(partial, target)
-    else:
-        converted = partial.with_suffix(".converted")
-        job.convert(partial, converted)
-        os.replace(converted, target)
-        partial.unlink()
+    with writing(target, partial, kept="what is done"):
+        resumed, skipped = keep_whole_lines(partial), 0
+        lines = _read_items(source, job.read, start=resumed)
+        bar = tqdm(total=total, initial=resumed, unit="text", disable=not progress)
+        with partial.open("a", encoding="utf-8") as output, bar:
+            while batch := list(itertools.islice(lines, job.batch_size)):
+                bad = None if skip_bad_lines else next((line for line in batch if line.error), None)
+                done = batch if bad is None else batch[: batch.index(bad)]
+                output.writelines(_answer_lines(done, job))
+                output.flush()
+                bar.update(len(done))
+                skipped += sum(line.error is not None for line in done)
+                if bad is not None:
+                    raise at_line(source, bad.number, bad.error)
+            os.fsync(output.fileno())
+        if job.convert is None:
+            os.replace(partial, target)
+        else:
+            with written(target) as draft:
+                job.convert(partial, draft)
+            partial.unlink()
     return FileReport(total, resumed, skipped)
 
 
-def read_lines(source: Path, read: Callable[[Mapping[str, Any]], Item], *, start: int = 0) -> Iterator[Line[Item]]:
-    """The lines of a file, without the first ``start`` ones."""
-    with source.open("rb") as file:
-        for index, raw in itertools.islice(enumerate(file), start, None):
-            try:
-                values = _parse(raw, is_json=source.suffix == ".jsonl")
-                yield Line(index + 1, None if values is None else read(values))
-            except GmaskError as error:
-                yield Line(index + 1, error=str(error))
+def _read_items(source: Path, read: Callable[[Mapping[str, Any]], Item], *, start: int) -> Iterator[Line[Item]]:
+    """What the lines of a file ask for, without the first ``start`` ones."""
+    is_json = source.name.endswith((".jsonl", ".jsonl.zst"))
+    for number, line in read_lines(source, start=start, max_bytes=LONGEST_LINE):
+        try:
+            if isinstance(line, GmaskError):
+                raise line
+            values = _parse(line.rstrip("\r\n"), is_json=is_json)
+            yield Line(number, None if values is None else read(values))
+        except GmaskError as error:
+            yield Line(number, error=str(error))
 
 
-def _parse(raw: bytes, *, is_json: bool) -> Mapping[str, Any] | None:
+def _parse(line: str, *, is_json: bool) -> Mapping[str, Any] | None:
     """What a line says; None if it is empty."""
-    try:
-        text = raw.decode("utf-8").rstrip("\r\n")
-        values = json.loads(text) if is_json and text.strip() else {"text": text}
-        text = values["text"]
-    except UnicodeDecodeError as error:
-        raise GmaskError("not UTF-8 text") from error
-    except json.JSONDecodeError as error:
-        raise GmaskError(f"not JSON ({error.msg} at column {error.colno})") from error
-    except (KeyError, TypeError) as error:
-        raise GmaskError('not an object with a "text"') from error
-    if not isinstance(text, str):
+    values = parse_json(line) if is_json and line.strip() else {"text": line}
+    if not isinstance(values, dict) or "text" not in values:
+        raise GmaskError('not an object with a "text"')
+    if not isinstance(values["text"], str):
         raise GmaskError('"text" is not a string')
-    return values if text.strip() else None
+    return values if values["text"].strip() else None
 
 
 def _answer_lines(lines: Sequence[Line[Item]], job: Job[Item]) -> Iterator[str]:

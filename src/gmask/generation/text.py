@@ -9,6 +9,7 @@ from typing import NoReturn, Protocol
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
+from gmask.files import check_text
 from gmask.infilling.blanks import BlankTokens
 from gmask.models.chatglm import ChatGLMConfig
 from gmask.models.chatglm_chat import FULL_WIDTH, TRAINING_TIME, build_prompt, clean_reply
@@ -79,8 +80,12 @@ class BlankedText:
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of a text in which special tokens are text like any other."""
-    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    """The ids of a text in which special tokens are text like any other.
+
+    Raises:
+        GmaskError: it holds half of a character.
+    """
+    encoded = tokenizer(check_text(text), add_special_tokens=False, split_special_tokens=True, verbose=False)
     ids: list[int] = encoded["input_ids"]
     return ids
 

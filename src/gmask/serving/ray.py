@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-import yaml
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application, Deployment
 
 from gmask.checkpoints.load import load
+from gmask.config import parse_yaml
 from gmask.errors import GmaskError, nearest, one_line
 from gmask.generation.engine import Engine, Request
 from gmask.generation.sampling import SamplingParameters
@@ -130,7 +130,7 @@ def build(arguments: Mapping[str, Any]) -> Application:
 def _read(value: Any) -> Any:
     """``"2"`` is 2, ``"{num_cpus: 4}"`` a mapping, and a list a tuple, as the settings have them."""
     try:
-        read = yaml.safe_load(value) if isinstance(value, str) else value
-    except yaml.YAMLError as error:
-        raise GmaskError(f"{value!r} cannot be read as YAML") from error
+        read = parse_yaml(value) if isinstance(value, str) else value
+    except GmaskError as error:
+        raise GmaskError(f"{value!r} cannot be read as YAML ({error})") from error
     return tuple(read) if isinstance(read, list) else read

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from gmask.files import check_text
+
 Probability = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(ge=0, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -15,17 +17,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 
 
-def refuse_halves(text: str) -> str:
-    """Raises `ValueError` for half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError("holds half of a surrogate pair") from error
-    return text
-
-
-AnyText = Annotated[str, AfterValidator(refuse_halves)]
+AnyText = Annotated[str, AfterValidator(check_text)]
 Text = Annotated[AnyText, Field(min_length=1)]
 Round = Annotated[list[AnyText], Field(min_length=2, max_length=2)]  # asked, answered
 StopText = Annotated[AnyText, Field(min_length=1, max_length=256)]

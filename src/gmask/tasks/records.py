@@ -9,13 +9,20 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
-
-import zstandard
+from typing import Any, Literal
 
 from gmask.config import Positive, check_fields
 from gmask.errors import GmaskError, one_line
-from gmask.files import write_json_lines
+from gmask.files import (
+    at_line,
+    check_text,
+    check_values,
+    parse_json,
+    read_json_lines,
+    read_lines,
+    read_text,
+    write_json_lines,
+)
 
 TaskKind = Literal["cloze", "multiple-choice", "classification", "seq2seq", "infill", "language-model", "chat"]
 CHOICES: tuple[TaskKind, ...] = ("cloze", "multiple-choice")
@@ -105,56 +112,46 @@ def read_records(
         raise GmaskError(f"the limit of records must be at least 1, not {limit}")
     files = find_files(str(pattern))
     files = [path for path in files if path.suffix != ".target" or path.with_suffix(".source") not in files]
-    records = list(itertools.islice((record for path in files for record in _read_file(path, on_bad)), limit))
+    records = list(itertools.islice((record for path in files for record in _read_file(path, on_bad or _raise)), limit))
     if not records:
         raise GmaskError(f"{pattern}: there is no record in it")
     return records
 
 
-def _read_file(path: Path, on_bad: Callable[[GmaskError], None] | None) -> Iterator[Record]:
+def _read_file(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[Record]:
     ending = next((ending for ending in READERS if path.name.endswith(ending)), None)
     if ending is None:
         raise GmaskError(f"{path}: only {', '.join(READERS)} files are read (a .target file by its .source file)")
-    for line, values in READERS[ending](path):
+    for line, values in READERS[ending](path, on_bad):
         if isinstance(values, dict):
             yield Record(values, path, line)
-            continue
-        error = values if isinstance(values, GmaskError) else GmaskError(f"{path}, line {line}: not an object")
-        if on_bad is None:
-            raise error
-        on_bad(error)
+        else:
+            on_bad(at_line(path, line, "not an object"))
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        try:
-            yield number, parse_json(line, path, number)
-        except GmaskError as error:
-            yield number, error
+def _raise(error: GmaskError) -> None:
+    raise error
 
 
-def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
+def _read_json(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[tuple[int, Any]]:
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        tree = json.loads(text)
-    except OSError as error:
-        raise GmaskError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise GmaskError(f"{path}: not UTF-8 text") from error
-    except json.JSONDecodeError as error:
-        if error.msg != "Extra data":
-            raise GmaskError(f"{path}, line {error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
-        yield from _read_jsonl(path)
-        return
-    if isinstance(tree, dict) and not isinstance(tree.get("data"), list):
-        yield 1, tree
-        return
+        tree = parse_json(text, path, checked=False)
+    except GmaskError as error:
+        if isinstance(error.__cause__, json.JSONDecodeError) and error.__cause__.msg == "Extra data":
+            yield from read_json_lines(path, on_bad)
+            return
+        raise
+    is_list = isinstance(tree.get("data") if isinstance(tree, dict) else tree, list)
     line, seen = 1, 0
-    for place, value in _walk_array(text, _find_array(text)):
-        line, seen = line + text.count("\n", seen, place), place
-        yield line, value
+    for start, value in _walk_array(text, _find_array(text)) if is_list else [(0, tree)]:
+        line, seen = line + text.count("\n", seen, start), start
+        try:
+            check_values(value)
+        except GmaskError as error:
+            on_bad(at_line(path, line, error))
+        else:
+            yield line, value
 
 
 def _find_array(text: str) -> int:
@@ -191,31 +188,28 @@ def _skip_space(text: str, place: int) -> int:
     return place
 
 
-def _read_table(path: Path) -> Iterator[tuple[int, dict[str, str] | GmaskError]]:
+def _read_table(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[tuple[int, dict[str, str]]]:
+    text = read_text(path, keep_ends=True)
+    csv.field_size_limit(LONGEST_CELL)
+    if path.suffix == ".tsv":
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".tsv":
-                rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            else:
-                rows = csv.reader(file, strict=True)
-            header = next(rows, [])
-            _check_delimiter(path, header)
-            if len(set(header)) != len(header):
-                raise GmaskError(f"{path}, line 1: two columns have the same name ({', '.join(header)})")
+        header = next(rows, [])
+        _check_delimiter(path, header)
+        if len(set(header)) != len(header):
+            raise at_line(path, 1, f"two columns have the same name ({', '.join(header)})")
+        line = rows.line_num + 1
+        for row in rows:
+            if row and len(row) != len(header):
+                columns = f"{len(header)} columns {', '.join(header)}"
+                on_bad(at_line(path, line, f"{len(row)} values for the {columns}"))
+            elif row:
+                yield line, dict(zip(header, row, strict=True))
             line = rows.line_num + 1
-            for row in rows:
-                if row and len(row) != len(header):
-                    columns = f"{len(header)} columns {', '.join(header)}"
-                    yield line, GmaskError(f"{path}, line {line}: {len(row)} values for the {columns}")
-                elif row:
-                    yield line, dict(zip(header, row, strict=True))
-                line = rows.line_num + 1
-    except OSError as error:
-        raise GmaskError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise GmaskError(f"{path}: not UTF-8 text; save the table as UTF-8") from error
     except csv.Error as error:
-        raise GmaskError(f"{path}, line {rows.line_num}: not a table ({error})") from error
+        raise at_line(path, rows.line_num, f"not a table ({error})") from error
 
 
 def _check_delimiter(path: Path, header: list[str]) -> None:
@@ -229,7 +223,7 @@ def _check_delimiter(path: Path, header: list[str]) -> None:
         )
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_parquet(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -243,32 +237,38 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise GmaskError(f"{path}: cannot be read as parquet ({one_line(error)})") from error
 
 
-def _read_source(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def _read_source(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[tuple[int, dict[str, str]]]:
     target = path.with_suffix(".target")
     if not target.is_file():
-        yield from ((number, {"source": text}) for number, text in _read_texts(path))
+        yield from ((number, {"source": text}) for number, text in _read_stripped(path))
         return
-    for source_line, target_line in itertools.zip_longest(_read_texts(path), _read_texts(target)):
+    for source_line, target_line in itertools.zip_longest(_read_stripped(path), _read_stripped(target)):
         if source_line is None or target_line is None:
             longer, (number, _) = (path, source_line) if source_line else (target, target_line)
             raise GmaskError(f"{longer} has a line {number}, {path.stem} has none in the file that belongs to it")
         yield source_line[0], {"source": source_line[1], "target": target_line[1]}
 
 
-def _read_texts(path: Path) -> Iterator[tuple[int, str]]:
-    return ((number, decode(line, path, number).strip()) for number, line in read_lines(path))
+def _read_stripped(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a file, none of which may be left out."""
+    for number, line in read_lines(path):
+        if isinstance(line, GmaskError):
+            raise at_line(path, number, line)
+        yield number, line.strip()
 
 
-READERS: Mapping[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
-    ".jsonl": _read_jsonl,
-    ".jsonl.zst": _read_jsonl,
+READERS: Mapping[str, Callable[[Path, Callable[[GmaskError], None]], Iterator[tuple[int, Any]]]] = {
+    ".jsonl": read_json_lines,
+    ".jsonl.zst": read_json_lines,
     ".json": _read_json,
     ".csv": _read_table,
     ".tsv": _read_table,
     ".parquet": _read_parquet,
     ".source": _read_source,
 }
-"""By the end of the file's name: the rows with the lines where they begin; a row may be the error that it is."""
+"""By the end of the file's name: the rows with the lines where they begin; bad ones are told."""
+
+LONGEST_CELL = 2**31 - 1  # characters; Python's own limit is less than a text of 132 kB
 
 TXT_DOCUMENT_CHARS = 8_192
 """A document of a .txt file ends at the first blank line after this many characters ..."""
@@ -336,15 +336,12 @@ def read_documents(
         skipped; without it the first such line raises `GmaskError` with the file and the line number.
     """
     path = Path(path)
+    on_bad = on_bad_line or _raise
     if not path.name.endswith((".jsonl", ".jsonl.zst", ".txt")):
         raise GmaskError(f"{path}: only .jsonl, .jsonl.zst and .txt files are read")
-    texts = _read_txt(path) if path.suffix == ".txt" else _read_text_lines(path, field)
+    texts = _read_txt(path, on_bad) if path.suffix == ".txt" else _read_text_lines(path, field, on_bad)
     for line, text in texts:
-        if isinstance(text, GmaskError):
-            if on_bad_line is None:
-                raise text
-            on_bad_line(text)
-        elif text.strip():
+        if text.strip():
             yield Document(unicodedata.normalize("NFC", text), path, line)
 
 
@@ -355,72 +352,35 @@ def read_texts(files: Sequence[Path], *, on_bad_line: Callable[[GmaskError], Non
             yield document.text
 
 
-def _read_text_lines(path: Path, field: str) -> Iterator[tuple[int, str | GmaskError]]:
+def _read_text_lines(path: Path, field: str, on_bad: Callable[[GmaskError], None]) -> Iterator[tuple[int, str]]:
+    """The texts of JSON lines; what else stands beside them is not looked at."""
     for number, line in read_lines(path):
-        if not line.strip():
-            continue
         try:
-            record = parse_json(line, path, number)
-        except GmaskError as error:
-            yield number, error
-        else:
+            if isinstance(line, GmaskError):
+                raise line
+            if not line.strip():
+                continue
+            record = parse_json(line.rstrip("\r\n"), checked=False)
             text = record.get(field) if isinstance(record, dict) else None
-            if isinstance(text, str):
-                yield number, text
-            else:
-                yield number, GmaskError(f'{path}, line {number}: no text under "{field}"')
+            if not isinstance(text, str):
+                raise GmaskError(f'no text under "{field}"')
+            yield number, check_text(text)
+        except GmaskError as error:
+            on_bad(at_line(path, number, error))
 
 
-def _read_txt(path: Path) -> Iterator[tuple[int, str | GmaskError]]:
+def _read_txt(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[tuple[int, str]]:
     begin, size, lines = 1, 0, list[str]()
     for number, line in read_lines(path):
-        try:
-            lines.append(decode(line, path, number))
-        except GmaskError as error:
-            yield number, error
+        if isinstance(line, GmaskError):
+            on_bad(at_line(path, number, line))
             continue
-        size += len(lines[-1])
-        if size >= (TXT_DOCUMENT_MAX_CHARS if lines[-1].strip() else TXT_DOCUMENT_CHARS):
+        lines.append(line)
+        size += len(line)
+        if size >= (TXT_DOCUMENT_MAX_CHARS if line.strip() else TXT_DOCUMENT_CHARS):
             yield begin, "".join(lines).strip("\r\n")
             begin, size, lines = number + 1, 0, []
     yield begin, "".join(lines).strip("\r\n")
-
-
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file, counted from 1, without a byte order mark; those of a .zst file are unpacked.
-
-    Raises:
-        GmaskError: the file cannot be read, or its compression is damaged.
-    """
-    number = 0
-    try:
-        with path.open("rb") as file:
-            stream: BinaryIO = file
-            if path.suffix == ".zst":
-                reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-                stream = io.BufferedReader(reader, 1 << 20)
-            for number, line in enumerate(stream, 1):
-                yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-    except OSError as error:
-        raise GmaskError(f"{path}: cannot be read ({error.strerror})") from error
-    except zstandard.ZstdError as error:
-        raise GmaskError(f"{path}, after line {number}: the zstd file is damaged ({error})") from error
-
-
-def decode(line: bytes, path: Path, number: int) -> str:
-    """The text of a line. Raises `GmaskError` with the file and the line number."""
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise GmaskError(f"{path}, line {number}: not UTF-8 text") from error
-
-
-def parse_json(line: bytes, path: Path, number: int) -> Any:
-    """The JSON value of a line. Raises `GmaskError` with the file and the line number."""
-    try:
-        return json.loads(decode(line, path, number))
-    except json.JSONDecodeError as error:
-        raise GmaskError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from error
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction], samples: Sequence[Sample]) -> None:

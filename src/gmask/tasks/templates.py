@@ -126,10 +126,10 @@ def read_value(values: Mapping[str, Any], column: str) -> Any:
 
 
 def as_text(value: Any, column: str) -> str:
-    """The text of a value, in NFC. Raises `GmaskError` for a list or an object."""
+    """The text of a value, in NFC; "" for one that is missing. Raises `GmaskError` for a list or an object."""
     if isinstance(value, bool):
         return str(value).lower()
-    if value is None:
+    if value is None or value != value:  # NaN, which a table of numbers has for an empty cell
         return ""
     if not isinstance(value, str | int | float):
         raise GmaskError(f"column {column!r} holds a {type(value).__name__}, not a text")

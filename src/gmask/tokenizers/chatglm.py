@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizer
 
 from gmask.architectures import LATER_CHATGLM
 from gmask.errors import GmaskError
-from gmask.files import LFS_POINTER
+from gmask.files import refuse_placeholder
 
 VOCABULARY_FILE = "ice_text.model"
 LINE_END = "<n>"
@@ -220,8 +220,7 @@ def read_pieces(path: str) -> SentencePieceProcessor:
     try:
         pieces = SentencePieceProcessor(model_file=path)
     except (OSError, RuntimeError) as error:
-        if Path(path).read_bytes().startswith(LFS_POINTER):
-            raise GmaskError(f"{path}: a Git LFS pointer, not the file itself: run `git lfs pull` there") from error
+        refuse_placeholder(Path(path))
         raise GmaskError(f"{path}: not a SentencePiece model; download it again") from error
     if pieces.piece_to_id(LINE_END) == pieces.unk_id():
         raise GmaskError(

@@ -5,7 +5,6 @@ Three classes stand on the `tokenizers` library. `GLMChineseTokenizer` stands on
 looks up whole graphemes, such as a letter with two accents, which its table may not hold.
 """
 
-import json
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ from transformers import BatchEncoding, PreTrainedTokenizer
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from gmask.errors import GmaskError
+from gmask.files import read_object, read_text, write_json
 from gmask.tokenizers.glm_published import BlankFilling
 from gmask.tokenizers.glm_special import (
     COMMANDS,
@@ -177,7 +177,7 @@ class PublishedVocabulary(BlankFilling):
         prefix = kwargs.get("filename_prefix")
         path = Path(save_directory, f"{prefix}-{ADDED_TOKENS}" if prefix else ADDED_TOKENS)
         table = dict(sorted(self.get_added_vocab().items(), key=lambda item: item[1]))
-        path.write_text(json.dumps(table, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        write_json(path, table, indent=2)
         return *file_names, str(path), *self.save_vocabulary(str(save_directory), prefix)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
@@ -214,11 +214,8 @@ def check_file(path: str | None, tokenizer: Any, key: str, settings: Mapping[str
 
 def read_ids(path: str) -> dict[str, int]:
     """A JSON object of tokens and their ids."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise GmaskError(f"{path}: not JSON; download or copy it again") from error
-    if not isinstance(values, dict) or not values or not all(isinstance(value, int) for value in values.values()):
+    values = read_object(Path(path))
+    if not values or not all(isinstance(value, int) for value in values.values()):
         raise GmaskError(f"{path}: expected a JSON object of tokens and their ids")
     return values
 
@@ -430,9 +427,9 @@ class PublishedBackend(PublishedVocabulary, TokenizersBackend):
 
     def _make_backend(self, pieces: dict[str, int], settings: Mapping[str, Any]) -> Tokenizer:
         """Byte-level BPE."""
+        lines = read_text(self.merges_file).split("\n")
+        merges = [line.partition(" ")[::2] for line in lines if line and not line.startswith("#version")]
         try:
-            lines = Path(self.merges_file).read_text(encoding="utf-8").split("\n")
-            merges = [line.partition(" ")[::2] for line in lines if line and not line.startswith("#version")]
             tokenizer = Tokenizer(models.BPE(vocab=pieces, merges=merges))
         except Exception as error:  # the tokenizers library raises bare Exception
             raise GmaskError(f"{self.merges_file}: does not belong to {self.vocab_file} ({error})") from error
@@ -473,11 +470,8 @@ class GLMBertTokenizer(PublishedBackend):
     vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": "vocab.txt", "added_ids_file": ADDED_TOKENS}
 
     def _read_pieces(self) -> dict[str, int]:
-        try:
-            lines = Path(self.vocab_file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        except UnicodeDecodeError as error:
-            raise GmaskError(f"{self.vocab_file}: not a text file; download or copy it again") from error
-        pieces = {line.rstrip("\r"): index for index, line in enumerate(lines)}
+        lines = read_text(self.vocab_file).removesuffix("\n").split("\n")
+        pieces = {line: index for index, line in enumerate(lines)}
         if missing := {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"} - pieces.keys():
             raise GmaskError(f"{self.vocab_file}: has no {', '.join(sorted(missing))}; it is not BERT's vocabulary")
         return pieces
