@@ -7,13 +7,16 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
 
 import gmask
 from gmask.cli.writing import answer_message
-from gmask.generation.chat import Chat, Reply, read_rounds, reply_all
-from gmask.generation.text import ChatGLMFormat, fit_prompt
+from gmask.generation.chat import Chat, Reply, reply_all
+from gmask.generation.text import ChatGLMFormat, Context, fit_prompt
 from gmask.tokenizers.chatglm import ChatGLMTokenizer
 from test_chatglm_chat import VOCABULARY, needs_vocabulary
 from test_chatglm_parity import TINY, load_chatglm, read_case
@@ -104,17 +107,17 @@ def test_a_batch_replies_as_single_conversations_do(model, tokenizer) -> None:
 def test_the_oldest_rounds_give_way_and_the_prompt_stays_whole(tokenizer) -> None:
     prompt_format = ChatGLMFormat(tokenizer)
     rounds = [(f"问题{number}", "好" * number) for number in range(6)]
-    everything = fit_prompt("再见", rounds, prompt_format, room=10_000)
+    everything = fit_prompt("再见", rounds, prompt_format, longest=10_000, max_tokens=0)
     assert everything.rounds_left_out == 0
     for room in range(everything.length - 1, 30, -7):
-        prompt = fit_prompt("再见", rounds, prompt_format, room=room)
+        prompt = fit_prompt("再见", rounds, prompt_format, longest=room + 5, max_tokens=5)
         assert prompt.length <= room and prompt.rounds_left_out > 0
         assert prompt.context == prompt_format.encode("再见", rounds[prompt.rounds_left_out :])
         assert prompt.context.ids[-1] == tokenizer.gmask_token_id
         fuller = prompt_format.encode("再见", rounds[prompt.rounds_left_out - 1 :])
         assert len(fuller.ids) + 1 > room
     with pytest.raises(gmask.GmaskError, match=r"3 tokens, but there is room for 2"):
-        fit_prompt("你好", rounds, prompt_format, room=2)
+        fit_prompt("你好", rounds, prompt_format, longest=7, max_tokens=5)
 
 
 def test_a_conversation_says_how_many_rounds_it_forgot(chat: Chat) -> None:
@@ -161,7 +164,7 @@ def test_too_little_memory_is_one_line_and_the_conversation_stays(
     chat: Chat, error: Exception, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chat.ask("你好")
-    before, prompt = chat.messages, chat.chatter.fit("hello", chat.rounds)
+    before, prompt = chat.messages, chat.chatter.fit(chat.rounds, "hello")
     for attempt in (chat.ask, lambda text: list(chat.stream(text))):
         with monkeypatch.context() as patch:
             fail_after(chat, tokens, error, patch)
@@ -220,12 +223,33 @@ def test_settings_that_do_not_fit_are_refused(model, tokenizer) -> None:
         Chat(model, tokenizer, context_length=80)
 
 
-def test_messages_that_do_not_take_turns_are_refused() -> None:
-    user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-    assert read_rounds([user, assistant, user, assistant]) == [("a", "b")] * 2
-    for wrong in ([user, user], [assistant, user], [user], [{"role": "system", "content": "c"}, assistant]):
-        with pytest.raises(gmask.GmaskError):
-            read_rounds(wrong)
+@hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_long_history_has_room_as_if_every_start_were_tried(tokenizer, data: st.DataObject) -> None:
+    text = st.text("好问 a[]M1\n，", max_size=12)
+    rounds = data.draw(st.lists(st.tuples(text, text), max_size=9))
+    prompt_format = ChatGLMFormat(tokenizer)
+    longest, max_tokens = data.draw(st.integers(20, 160)), data.draw(st.none() | st.integers(0, 10))
+    query = data.draw(text)
+
+    def plain() -> tuple[Context, int] | None:
+        """Each start in turn, from the oldest round on."""
+        room = longest // 2 if max_tokens is None else longest - max_tokens
+        for left_out in range(len(rounds) + 1):
+            context = prompt_format.encode(query, rounds[left_out:])
+            if len(context.ids) + 1 <= room:
+                return context, left_out
+        fits = max_tokens is None and len(context.ids) + 1 < longest
+        return (context, len(rounds)) if fits else None
+
+    def found() -> tuple[Context, int] | None:
+        try:
+            prompt = fit_prompt(query, rounds, prompt_format, longest=longest, max_tokens=max_tokens)
+        except gmask.GmaskError:
+            return None
+        return prompt.context, prompt.rounds_left_out
+
+    assert found() == plain()
 
 
 def test_commands_steer_the_conversation(chat: Chat, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,6 +268,10 @@ def test_commands_steer_the_conversation(chat: Chat, tmp_path: Path, capsys: pyt
         with pytest.raises(gmask.GmaskError):
             answer_message(chat, wrong)
     saved = path.read_bytes()
+    path.write_text(json.dumps({"messages": [*messages, {"role": "user", "content": "more"}]}), "utf-8")
+    with pytest.raises(gmask.GmaskError, match=r"not a saved conversation .*the last message is the user's"):
+        chat.load(path)
+    assert chat.messages == messages
     path.write_text("[]")
     with pytest.raises(gmask.GmaskError, match="not a saved conversation"):
         chat.load(path)

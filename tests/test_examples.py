@@ -130,7 +130,7 @@ def test_the_prompt_is_the_one_that_chat_asks_with(family: str, request: pytest.
         chatter = Chatter(*pair, context_length=room + 1 + 8, max_tokens=8)
         encoder = make_encoder(pair, "chat", max_source=room)
         example = encoder.encode(Sample(text="今天？", answers=("苹果",), history=rounds))
-        prompt = chatter.fit("今天？", rounds)
+        prompt = chatter.fit(rounds, "今天？")
         assert tuple(example.input_ids[: example.context_length]) == prompt.context.ids
         assert encoder.truncated.rounds == prompt.rounds_left_out
         assert example.input_ids[example.context_length] == chatter.format.special.sop

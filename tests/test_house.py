@@ -15,10 +15,10 @@ READMES = ["README.md", "README.zh.md"]
 FOLDERS = ["src", "tests", "benchmarks", "docs", "docker", "recipes", ".ci", ".github"]  # beside the files of the root
 DEFINED_TWICE = {  # to be emptied
     "BATCH", "Choice", "Choices", "DTYPES", "HAN", "IntArray", "Item", "Job", "LANGUAGES", "Language", "Limits",
-    "Loss", "Message", "Model", "Normalization", "Objective", "PREFIX", "Piece", "Progress", "Question", "READERS",
-    "ROLES", "Rounds", "Row", "SETTINGS", "SPELLINGS", "SampleReader", "UNREADABLE", "Values", "WEIGHTS", "build",
-    "choose_sentences", "describe", "evaluate", "fingerprint", "pack", "read_choices", "read_history",
-    "read_messages", "read_records", "router", "run", "score_answers",
+    "Loss", "Model", "Normalization", "Objective", "PREFIX", "Progress", "Question", "READERS",
+    "Row", "SETTINGS", "SPELLINGS", "UNREADABLE", "Values", "WEIGHTS", "build",
+    "choose_sentences", "describe", "evaluate", "fingerprint", "pack", "read_choices",
+    "read_records", "router", "run", "score_answers",
 }  # fmt: skip
 
 

@@ -301,7 +301,7 @@ def test_models_are_listed_and_found(client: TestClient) -> None:
     [
         ("/v1/chat/completions", {"messages": []}, "messages"),
         ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "a"}]}, "user"),
-        ("/v1/chat/completions", {"messages": [*QUESTION, *QUESTION]}, "turns"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": None}]}, "message 1: the content is None"),
         ("/v1/chat/completions", {"messages": QUESTION, "tools": []}, "tools"),
         ("/v1/chat/completions", {"messages": QUESTION, "top_logprobs": 2}, "logprobs"),
         ("/v1/chat/completions", {"messages": QUESTION, "max_tokens": 96}, "room"),

@@ -186,9 +186,9 @@ def test_wsc_marks_the_pronoun_nearest_to_its_index(index: int, marked: str) -> 
 
 def test_a_conversation_is_one_sample_a_reply() -> None:
     first, second = make_samples("chat/messages", {"messages": MESSAGES})
-    assert (first.text, first.answers, first.history) == ("Be brief.\nHi", ("Hello.",), ())
+    assert (first.text, first.answers, first.history) == ("Be brief.\nHi ", ("Hello.",), ())
     assert (second.text, second.answers) == ("One\nand one?", ("Two.",))
-    assert second.history == (("Be brief.\nHi", "Hello."),)
+    assert second.history == (("Be brief.\nHi ", "Hello."),)
 
 
 def test_a_conversation_may_end_with_a_question() -> None:
@@ -211,6 +211,15 @@ def test_the_forms_of_a_chat_agree() -> None:
 def test_a_published_history_goes_before_the_prompt() -> None:
     (sample,) = make_samples("chat/published", {"prompt": "c", "response": "d", "history": [["a", "b"]]})
     assert (sample.history, sample.text) == ((("a", "b"),), "c")
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert make_samples("chat/published", {"prompt": "c", "response": "d", "history": messages}) == [sample]
+
+
+def test_a_greeting_is_context_and_no_reply_to_learn() -> None:
+    greeted = [{"role": "assistant", "content": "Welcome."}, *MESSAGES]
+    samples = make_samples("chat/messages", {"messages": greeted})
+    assert [sample.answers for sample in samples] == [("Hello.",), ("Two.",)]
+    assert samples[0].history == (("", "Welcome."),)
 
 
 @pytest.mark.parametrize(
@@ -316,9 +325,16 @@ def test_a_task_in_a_file_builds_on_another(tmp_path: Path) -> None:
         ("infill/text", {"text": "a"}, "0 blanks, and there are 0 answers"),
         ("chat/messages", {"messages": [{"role": "robot", "content": "a"}]}, "message 1: the role 'robot' is none of"),
         ("chat/messages", {"messages": MESSAGES[:2]}, "no reply of the assistant"),
-        ("chat/messages", {"messages": MESSAGES[2:3]}, "the assistant speaks before the user"),
-        ("chat/messages", {"messages": [{"role": "user", "content": " "}]}, "what the user says is empty"),
-        ("chat/published", {"prompt": "a", "response": "b", "history": [["a"]]}, "not a pair of texts"),
+        ("chat/messages", {"messages": MESSAGES[2:3]}, "no reply of the assistant to the user"),
+        (
+            "chat/messages",
+            {"messages": [*MESSAGES[:2], {"role": "assistant", "content": " "}]},
+            "reply 1 of the assistant is empty",
+        ),
+        ("chat/messages", {"messages": [{"role": "user", "content": None}]}, "message 1: the content is None"),
+        ("chat/published", {"prompt": "a", "response": "b", "history": [["a"]]}, "column 'history', message 1: a list"),
+        ("chat/published", {"prompt": "a", "response": "b", "history": [["a"]]}, "is not a pair of texts"),
+        ("chat/published", {"prompt": "a", "response": "b", "history": [["a", None]]}, "the answer is None"),
     ],
 )
 def test_a_bad_record_is_one_line_with_its_place(task: str, row: dict[str, Any], message: str) -> None:

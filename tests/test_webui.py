@@ -195,7 +195,7 @@ def test_the_page_chats_as_the_library_does(model: PageModel, loaded: Any) -> No
         {"role": role, "content": [{"type": "text", "text": webui.guard(text)}]}
         for role, text in [("user", "never answered"), ("user", "a < <b>"), ("assistant", "c & d")]
     ]
-    chat.rounds = [("a < <b>", "c & d")]
+    chat.rounds = [("never answered\na < <b>", "c & d")]
     told = talk(model, "<i>&amp;", history, 8, 0.9, 0.8, "3")
     reply = chat.ask("<i>&amp;")
     texts = [text for text, _ in told]

@@ -1,7 +1,7 @@
 """Conversations go on: at once, as they are written, or many in one batch."""
 
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +10,13 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gmask.conversation import History, Round, read_conversation
 from gmask.errors import GmaskError, is_shortage
 from gmask.files import read_json, write_json
 from gmask.generation.answers import Answer, AnswerStream, Hypothesis, cut_at_stop, token_texts
 from gmask.generation.decode import Sampling, decode, make_rules
 from gmask.generation.settings import make_settings
-from gmask.generation.text import Prompt, PromptFormat, Rounds, find_format, fit_prompt
-
-Message = Mapping[str, str]
-"""``{"role": "user" or "assistant", "content": text}``."""
+from gmask.generation.text import Prompt, PromptFormat, find_format, fit_prompt
 
 DEFAULTS = {"temperature": 0.95, "top_p": 0.7, "top_k": 50}
 """Those of the published ``chat``, where transformers' top-k of 50 was active unsaid."""
@@ -73,9 +71,20 @@ class Chatter:
             vocabulary_size=model.config.vocab_size,
         )
 
-    def fit(self, query: str, rounds: Rounds) -> Prompt:
-        """The prompt of a query, with as many earlier rounds as leave room for the reply."""
-        return fit_prompt(query, rounds, self.format, room=self.context_length - self.settings.max_tokens)
+    def fit(self, history: History, query: str | None = None) -> Prompt:
+        """The prompt of a query behind a history, or at its end: with as many rounds as leave room for the reply.
+
+        Raises:
+            GmaskError: not a conversation, or one without a query; a query that has no room.
+        """
+        found = read_conversation(history, query)
+        return fit_prompt(
+            found.require_query(),
+            found.rounds,
+            self.format,
+            longest=self.context_length,
+            max_tokens=self.settings.max_tokens,
+        )
 
     def first_seed(self) -> int:
         """Of a throw of the dice, if the settings have none."""
@@ -151,7 +160,7 @@ class Chat:
     ) -> None:
         self.chatter = Chatter(model, tokenizer, context_length=context_length, **settings)
         self.first_seed = self.chatter.first_seed()
-        self.rounds: list[tuple[str, str]] = []
+        self.rounds: list[Round] = []
         self.last_reply: Reply | None = None
 
     @property
@@ -169,7 +178,7 @@ class Chat:
         Raises:
             GmaskError: the message alone has no room in the context, or the context none in memory.
         """
-        prompt = self.chatter.fit(text, self.rounds)
+        prompt = self.chatter.fit(self.rounds, text)
         (reply,) = self.chatter.reply([prompt], [self._seed()])
         self._keep(text, reply)
         return reply
@@ -183,7 +192,7 @@ class Chat:
         Raises:
             GmaskError: as of `ask`.
         """
-        prompt = self.chatter.fit(text, self.rounds)
+        prompt = self.chatter.fit(self.rounds, text)
         said = ""
         with closing(self.chatter.stream(prompt, self._seed())) as fragments:
             try:
@@ -218,13 +227,16 @@ class Chat:
         """Goes on with the messages of a JSON file.
 
         Raises:
-            GmaskError: not such a file.
+            GmaskError: not such a file, or the last message is not the assistant's.
         """
         values = read_json(path)
         try:
-            self.rounds = read_rounds(values["messages"])
+            found = read_conversation(values["messages"])
         except (GmaskError, KeyError, TypeError) as error:
             raise GmaskError(f"{path}: not a saved conversation ({error})") from error
+        if found.query is not None:
+            raise GmaskError(f"{path}: not a saved conversation (the last message is the user's, and has no reply)")
+        self.rounds = list(found.rounds)
 
     def _seed(self) -> int:
         return self.first_seed + len(self.rounds)
@@ -234,25 +246,10 @@ class Chat:
         self.last_reply = reply
 
 
-def read_rounds(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    """Rounds from messages that take turns.
-
-    Raises:
-        GmaskError: another role than user and assistant, or two messages in a row of one of them.
-    """
-    roles = [message["role"] for message in messages]
-    if unknown := set(roles) - {"user", "assistant"}:
-        raise GmaskError(f"the role {min(unknown)!r} is not one of user, assistant: these models know no other")
-    if roles != ["user", "assistant"] * (len(roles) // 2):
-        raise GmaskError("messages must take turns, user first, assistant last")
-    contents = [message["content"] for message in messages]
-    return list(zip(contents[::2], contents[1::2], strict=True))
-
-
 def reply_all(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Sequence[Message]],
+    conversations: Sequence[History],
     *,
     context_length: int | None = None,
     batch_size: int = 8,
@@ -261,18 +258,15 @@ def reply_all(
     """A reply to each of several conversations, whose last message is the user's; what `Chat` would answer.
 
     Args:
+        conversations: messages with ``role`` and ``content``, as `gmask.conversation.read_conversation` reads them.
         batch_size: conversations that are answered together.
         settings: as of `Chat`; conversation i draws by ``seed + i``.
 
     Raises:
-        GmaskError: messages that do not take turns; a message that has no room.
+        GmaskError: not a conversation, or one whose last message is not the user's; a message that has no room.
     """
     chatter = Chatter(model, tokenizer, context_length=context_length, **settings)
-    prompts = []
-    for messages in conversations:
-        if not messages or messages[-1]["role"] != "user":
-            raise GmaskError("a conversation to reply to ends with a message of the user")
-        prompts.append(chatter.fit(messages[-1]["content"], read_rounds(messages[:-1])))
+    prompts = [chatter.fit(messages) for messages in conversations]
     first = chatter.first_seed()
     replies: list[Reply] = []
     for start in range(0, len(prompts), batch_size):

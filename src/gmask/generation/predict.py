@@ -186,7 +186,8 @@ class SampleReader:
         if len(bare.ids) > self.max_source:
             context = self._cut(bare, self._frame(bare))
             return ReadSample(context, answers, None, len(bare.ids) - len(context.ids), len(sample.history))
-        prompt = fit_prompt(sample.text, sample.history, self.format, room=self.max_source + 1)  # with <sop>
+        longest = self.max_source + 1  # with <sop>
+        prompt = fit_prompt(sample.text, sample.history, self.format, longest=longest, max_tokens=0)
         return ReadSample(prompt.context, answers, rounds_left_out=prompt.rounds_left_out)
 
     def _frame(self, context: Context) -> set[int]:

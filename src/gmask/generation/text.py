@@ -8,6 +8,7 @@ from typing import NoReturn, Protocol
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from gmask.conversation import Rounds
 from gmask.errors import GmaskError
 from gmask.files import check_text
 from gmask.infilling.blanks import BlankTokens
@@ -207,13 +208,10 @@ class TextReader:
         return Context(tuple(ids), tuple(places))
 
 
-Rounds = Sequence[tuple[str, str]]
-"""What was asked and what was answered, oldest first."""
-
-
 class PromptFormat(Protocol):
     """How a kind of model is talked to."""
 
+    tokenizer: PreTrainedTokenizerBase
     special: BlankTokens
     forbidden_ids: tuple[int, ...]
 
@@ -310,17 +308,43 @@ class Prompt:
         return len(self.context.ids) + 1
 
 
-def fit_prompt(query: str, rounds: Rounds, prompt_format: PromptFormat, *, room: int) -> Prompt:
-    """The prompt with as many of the latest rounds as fit into ``room`` tokens.
+def fit_prompt(
+    query: str, rounds: Rounds, prompt_format: PromptFormat, *, longest: int, max_tokens: int | None
+) -> Prompt:
+    """The prompt with as many of the latest rounds as leave room for a reply.
+
+    Args:
+        longest: tokens of prompt and reply together.
+        max_tokens: of the reply. None: rounds take up to half of ``longest``, and the query alone all but one token.
 
     Raises:
         GmaskError: the query alone does not fit.
     """
-    for left_out in range(len(rounds) + 1):
+    room, most = (longest // 2, longest - 1) if max_tokens is None else (longest - max_tokens,) * 2
+    for left_out in range(_first_candidate(rounds, prompt_format, room), len(rounds) + 1):
         prompt = Prompt(prompt_format.encode(query, rounds[left_out:]), left_out)
         if prompt.length <= room:
             return prompt
-    raise GmaskError(
-        f"the message has {prompt.length} tokens, but there is room for {room}: shorten it, lower max_tokens, "
-        "or raise the context length"
-    )
+    if prompt.length > most:
+        raise GmaskError(
+            f"the message has {prompt.length} tokens, but there is room for {most}: shorten it, lower max_tokens, "
+            "or raise the context length"
+        )
+    return prompt
+
+
+def _first_candidate(rounds: Rounds, prompt_format: PromptFormat, room: int) -> int:
+    """The oldest round that could have room.
+
+    Each round is counted once, from the latest one backwards: to encode the whole of a long history again for every
+    round that is left out would take a time that grows with its square.
+    """
+    if sum(len(text) for texts in rounds for text in texts) <= room:  # nearly always fits: a token has a character
+        return 0
+    for kept in range(len(rounds)):
+        texts = rounds[len(rounds) - 1 - kept]
+        tokens = sum(len(encode_plain(prompt_format.tokenizer, text)) for text in texts)
+        room -= max(1, tokens - 4)  # pieces may join with what stands beside them
+        if room < 0:
+            return len(rounds) - kept
+    return 0

@@ -10,7 +10,7 @@ import queue
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,17 +25,15 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from gmask.conversation import Conversation, History, Round, Rounds, read_conversation
 from gmask.errors import GmaskError
-
-History = Sequence[tuple[str, str]]
-"""Earlier rounds: what was asked and what was answered."""
 
 TRAINING_TIME = "[[训练时间]]"
 FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 IDEOGRAPH = "[\u4e00-\u9fff]"
 
 
-def build_prompt(query: str, history: History = ()) -> str:
+def build_prompt(query: str, history: Rounds = ()) -> str:
     """The text that the model continues: the query itself, or behind earlier rounds all of them in order."""
     if not history:
         return query
@@ -52,8 +50,13 @@ def clean_reply(text: str) -> str:
     return text
 
 
-Rounds = list[tuple[str, str]]
 TOP_K = 50
+MORE_THAN_A_REPLY = (
+    "num_return_sequences", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions",
+    "output_hidden_states",
+)  # fmt: skip
+"""Arguments of ``generate`` that ask for what a chat does not return."""
+
 UNFINISHED = "\ufffd"
 """What decoding gives for the bytes of a character that is not complete yet."""
 
@@ -99,7 +102,7 @@ class ChatMixin(GenerationMixin):
         self,
         tokenizer: PreTrainedTokenizerBase,
         query: str,
-        history: Rounds | None = None,
+        history: History | None = None,
         max_length: int = 2048,
         num_beams: int = 1,
         do_sample: bool = True,
@@ -107,12 +110,13 @@ class ChatMixin(GenerationMixin):
         temperature: float = 0.95,
         logits_processor: LogitsProcessorList | None = None,
         **kwargs: Any,
-    ) -> tuple[str, Rounds]:
+    ) -> tuple[str, list[Round]]:
         """The reply and the history with it.
 
         Args:
             query: what is asked; special tokens in it are text.
-            history: earlier rounds (asked, answered).
+            history: earlier rounds, (asked, answered), or messages; see `gmask.conversation.read_conversation`. The
+                history that is returned has rounds.
             max_length: tokens of prompt and reply together.
             temperature: 0 takes the most probable token at every step.
             **kwargs: as for transformers' ``generate``, such as ``top_k``, ``repetition_penalty``, ``stop_strings``.
@@ -121,42 +125,46 @@ class ChatMixin(GenerationMixin):
             UserWarning: once for a model, if prompt and reply may be longer than what it was trained on.
 
         Raises:
-            GmaskError: the prompt leaves no room for a reply.
+            GmaskError: the prompt leaves no room for a reply; a history that is none, or an argument that asks for more
+                than the one reply that is returned.
             FloatingPointError: scores that are not finite.
         """
         settings = self._chat_settings(max_length, num_beams, do_sample, top_p, temperature, logits_processor, kwargs)
-        inputs = self._chat_inputs(tokenizer, query, history, settings)
+        conversation = read_conversation(history, query)
+        inputs = self._chat_inputs(tokenizer, conversation, settings)
         output = self.generate(**inputs, **settings)
         reply = self._read_reply(tokenizer, output[0, inputs["input_ids"].shape[1] :].tolist())
-        return reply, [*(history or []), (query, reply)]
+        return reply, [*conversation.rounds, (conversation.require_query(), reply)]
 
     def stream_chat(
         self,
         tokenizer: PreTrainedTokenizerBase,
         query: str,
-        history: Rounds | None = None,
+        history: History | None = None,
         max_length: int = 2048,
         do_sample: bool = True,
         top_p: float = 0.7,
         temperature: float = 0.95,
         logits_processor: LogitsProcessorList | None = None,
         **kwargs: Any,
-    ) -> Iterator[tuple[str, Rounds]]:
+    ) -> Iterator[tuple[str, list[Round]]]:
         """The reply so far and the history with it, after every token that completes a character.
 
         Arguments, warning and errors as for `chat`, whose reply the last one is, but for beams, which cannot be
         streamed; leaving the iterator stops the model.
         """
         settings = self._chat_settings(max_length, 1, do_sample, top_p, temperature, logits_processor, kwargs)
-        inputs = self._chat_inputs(tokenizer, query, history, settings)
-        length, told, reply = inputs["input_ids"].shape[1], None, ""
+        conversation = read_conversation(history, query)
+        rounds, asked = conversation.rounds, conversation.require_query()
+        inputs = self._chat_inputs(tokenizer, conversation, settings)
+        length, shown, reply = inputs["input_ids"].shape[1], None, ""
         for ids in self.stream_generate(**inputs, **settings):
             reply = self._read_reply(tokenizer, ids[0, length:].tolist())
-            if reply != told and not reply.endswith(UNFINISHED):
-                told = reply
-                yield reply, [*(history or []), (query, reply)]
-        if reply != told:  # bytes that never became a character
-            yield reply, [*(history or []), (query, reply)]
+            if reply != shown and not reply.endswith(UNFINISHED):
+                shown = reply
+                yield reply, [*rounds, (asked, reply)]
+        if reply != shown:  # bytes that never became a character
+            yield reply, [*rounds, (asked, reply)]
 
     def stream_generate(self, input_ids: Tensor, **kwargs: Any) -> Iterator[Tensor]:
         """The ids ``[1, S + n]`` after each new token n; arguments as for ``generate``.
@@ -191,19 +199,25 @@ class ChatMixin(GenerationMixin):
             worker.join()
 
     def encode_chat(
-        self, tokenizer: PreTrainedTokenizerBase, query: str, history: Rounds, *, max_length: int | None
+        self, tokenizer: PreTrainedTokenizerBase, query: str, history: History, *, max_length: int | None
     ) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask`` ``[1, S]`` of a conversation.
 
         Raises:
             GmaskError: it is as long as ``max_length``, or the tokenizer is not that of the model.
         """
+        return self._encode(tokenizer, read_conversation(history, query), max_length=max_length)
+
+    def _encode(
+        self, tokenizer: PreTrainedTokenizerBase, conversation: Conversation, *, max_length: int | None
+    ) -> dict[str, Tensor]:
         if tokenizer.bos_token_id != self.config.bos_token_id:
             raise GmaskError(
                 f"<sop> is {tokenizer.bos_token_id} to the tokenizer, but {self.config.bos_token_id} to the model: "
                 "they are of two revisions; take all files from one"
             )
-        encoded = tokenizer(build_prompt(query, history), return_tensors="pt", split_special_tokens=True)
+        prompt = build_prompt(conversation.require_query(), conversation.rounds)
+        encoded = tokenizer(prompt, return_tensors="pt", split_special_tokens=True)
         length = encoded["input_ids"].shape[1]
         if max_length is not None and length >= max_length:
             raise GmaskError(
@@ -213,12 +227,10 @@ class ChatMixin(GenerationMixin):
         return {name: encoded[name].to(self.device) for name in ("input_ids", "attention_mask")}
 
     def _chat_inputs(
-        self, tokenizer: PreTrainedTokenizerBase, query: str, history: Rounds | None, settings: dict[str, Any]
+        self, tokenizer: PreTrainedTokenizerBase, conversation: Conversation, settings: dict[str, Any]
     ) -> dict[str, Any]:
         """What ``generate`` is given beside the settings; a warning if these exceed what the model was trained on."""
-        inputs: dict[str, Any] = self.encode_chat(
-            tokenizer, query, history or [], max_length=settings.get("max_length")
-        )
+        inputs: dict[str, Any] = self._encode(tokenizer, conversation, max_length=settings.get("max_length"))
         length, trained = inputs["input_ids"].shape[1], self.config.max_position_embeddings
         longest = settings.get("max_length") or length + settings.get("max_new_tokens", 0)
         if longest > trained and not self._warned_of_length:
@@ -241,6 +253,7 @@ class ChatMixin(GenerationMixin):
         others: dict[str, Any],
     ) -> dict[str, Any]:
         """The arguments of ``generate``; those that only shape a draw are left out where nothing is drawn."""
+        self._refuse_more_than_a_reply(others)
         do_sample = do_sample and temperature != 0
         settings = {"num_beams": num_beams, "do_sample": do_sample, **others}
         if "max_new_tokens" not in others:
@@ -251,6 +264,14 @@ class ChatMixin(GenerationMixin):
         settings.setdefault("pad_token_id", self.config.pad_token_id)
         settings.setdefault("eos_token_id", self.config.eos_token_id)
         return settings
+
+    def _refuse_more_than_a_reply(self, arguments: dict[str, Any]) -> None:
+        """Raises `GmaskError` for arguments of ``generate`` whose results a chat would drop in silence."""
+        config = arguments.get("generation_config")
+        for name in MORE_THAN_A_REPLY:
+            value = arguments.get(name, getattr(config, name, None))
+            if value and not (name == "num_return_sequences" and value == 1):
+                raise GmaskError(f"a chat returns one reply and no more: leave out {name}={value}, or use generate")
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """Those of transformers behind `FiniteScores`, for some of them forbid a token by a score of -inf."""

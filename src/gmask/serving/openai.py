@@ -20,28 +20,28 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 
+from gmask.conversation import Conversation, History, read_content, read_conversation
 from gmask.errors import GmaskError
 from gmask.generation import constraints
 from gmask.generation.answers import settle_blank, token_texts
-from gmask.generation.chat import DEFAULTS, read_rounds
+from gmask.generation.chat import DEFAULTS
 from gmask.generation.constraints import Constraint
 from gmask.generation.decode import log_softmax
 from gmask.generation.embed import as_floats, embed
 from gmask.generation.engine import Progress
 from gmask.generation.sampling import SamplingParameters
-from gmask.generation.text import Context, Prompt, Rounds, encode_plain, fit_prompt
+from gmask.generation.text import Context, Prompt, encode_plain, fit_prompt
 from gmask.serving import replies
 from gmask.serving.backend import STREAMED, Backend, Job, Key, stream
 from gmask.serving.middleware import ApiError, note
 from gmask.serving.replies import Choice, Form, SampleReader, Settle, ToldToken, name_tokens
 from gmask.serving.schema import (
-    ChatMessage,
     ChatRequest,
     CompletionRequest,
     Constrained,
     EmbeddingRequest,
     PublishedRequest,
-    Round,
+    RoundTexts,
     Sampled,
     StreamOptions,
 )
@@ -74,14 +74,15 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     """The reply to a conversation."""
     backend: Backend = request.app.state.backend
     backend.find_adapter(body.model)
-    query, rounds = read_messages(body.messages)
+    messages = [{"role": message.role, "content": message.content} for message in body.messages]
+    conversation = read_history(messages, param="messages")
     wanted = body.max_completion_tokens or body.max_tokens
     longest = backend.positions
     if wanted is not None and wanted >= longest:
         raise ApiError(400, f"max_tokens {wanted} leaves no room for a prompt in {longest} tokens", param="max_tokens")
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs goes with logprobs: true", param="top_logprobs")
-    prompt = await asyncio.to_thread(fit_chat, query, rounds, backend, longest=longest, max_tokens=wanted)
+    prompt = await asyncio.to_thread(fit_chat, conversation, backend, longest=longest, max_tokens=wanted)
     sampling = read_sampling(
         body,
         DEFAULTS,
@@ -91,7 +92,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
         constraint=await asyncio.to_thread(read_constraint, body, backend),
     )
     if backend.settings.log_prompts:
-        note(request, prompt=[message.text for message in body.messages])
+        note(request, prompt=[read_content(message["content"]) for message in messages])
 
     question = Question(prompt.context, settle_reply(backend))
     form = Form("chat", _name(body, backend), logprobs=bool(body.logprobs), rounds_left_out=prompt.rounds_left_out)
@@ -341,58 +342,26 @@ def read_constraint(request: Constrained, backend: Backend) -> Constraint | None
     return constraints.json_schema(tokenizer, wanted.json_schema.schema_, vocabulary_size=size)
 
 
-def read_messages(messages: Sequence[ChatMessage]) -> tuple[str, Rounds]:
-    """The last question and the rounds before it.
-
-    Raises:
-        GmaskError: messages that do not take turns.
-        ApiError: the last one is not the user's.
-    """
-    texts = [{"role": message.role, "content": message.text} for message in messages]
-    system = ""
-    while texts and texts[0]["role"] in ("system", "developer"):
-        system += texts.pop(0)["content"] + "\n"
-    if not texts or texts[-1]["role"] != "user":
-        raise ApiError(400, "the last message must be the user's", param="messages")
-    texts[0]["content"] = system + texts[0]["content"]
-    return texts[-1]["content"], read_rounds(texts[:-1])
+def read_history(history: History | None, query: str | None = None, *, param: str) -> Conversation:
+    """A conversation that ends with a question. Raises `ApiError`, with the parameter, for anything else."""
+    try:
+        conversation = read_conversation(history, query)
+        conversation.require_query()
+    except GmaskError as error:
+        raise ApiError(400, f"{param}: {error}", param=param) from error
+    return conversation
 
 
-def fit_chat(query: str, rounds: Rounds, backend: Backend, *, longest: int, max_tokens: int | None) -> Prompt:
-    """The prompt of a conversation, with room for the reply in ``longest`` tokens; the oldest rounds go first.
-
-    Without ``max_tokens`` the reply gets half of them, or less for a question that is longer than that.
-
-    Raises:
-        GmaskError: the question has no room.
-    """
-    if max_tokens is None:
-        bare = Prompt(backend.format.encode(query, ()), len(rounds)).length
-        if bare >= longest:
-            raise GmaskError(f"the message has {bare} tokens, prompt and reply together at most {longest}: shorten it")
-        room = max(longest // 2, bare)
-    else:
-        room = longest - max_tokens
-    recent = _recent(rounds, backend, room)
-    prompt = fit_prompt(query, recent, backend.format, room=room)
-    return Prompt(prompt.context, prompt.rounds_left_out + len(rounds) - len(recent))
+def fit_chat(conversation: Conversation, backend: Backend, *, longest: int, max_tokens: int | None) -> Prompt:
+    """The prompt of a conversation, as `fit_prompt` finds room for it."""
+    query, rounds = conversation.require_query(), conversation.rounds
+    return fit_prompt(query, rounds, backend.format, longest=longest, max_tokens=max_tokens)
 
 
 def settle_reply(backend: Backend) -> Settle:
     """What is certain of a reply, in the form in which it is shown."""
     shape = backend.format
     return lambda text, is_whole: shape.clean(text) if is_whole else shape.settled(text)
-
-
-def _recent(rounds: Rounds, backend: Backend, room: int) -> Rounds:
-    """The latest rounds that could have room, each counted once: fitting them reads a long history many times."""
-    for kept in range(len(rounds)):
-        texts = rounds[len(rounds) - 1 - kept]
-        tokens = sum(len(encode_plain(backend.tokenizer, text)) for text in texts)
-        room -= max(1, tokens - 4)  # pieces may join with what stands beside them
-        if room < 0:
-            return rounds[len(rounds) - kept :]
-    return rounds
 
 
 def read_prompts(request: CompletionRequest, backend: Backend) -> list[Question]:
@@ -450,18 +419,18 @@ class PublishedReply(BaseModel):
     """The reply, and the history with it."""
 
     response: str
-    history: list[Round]
+    history: list[RoundTexts]
     status: int
     time: str
 
 
-@published_router.post("/", name="reply", responses={200: {"model": PublishedReply}})
-async def reply_as_published(request: Request, body: PublishedRequest) -> JSONResponse:
+@published_router.post("/", responses={200: {"model": PublishedReply}})
+async def reply(request: Request, body: PublishedRequest) -> JSONResponse:
     """The reply to a prompt behind its history."""
     backend: Backend = request.app.state.backend
-    rounds = [(asked, answered) for asked, answered in body.history or ()]
+    conversation = read_history(body.history, body.prompt, param="history")
     longest = min(body.max_length or MAX_LENGTH, backend.positions)
-    prompt = await asyncio.to_thread(fit_chat, body.prompt, rounds, backend, longest=longest, max_tokens=None)
+    prompt = await asyncio.to_thread(fit_chat, conversation, backend, longest=longest, max_tokens=None)
     stated = {name: value for name in ("temperature", "top_p") if (value := getattr(body, name)) is not None}
     max_tokens = min(longest - prompt.length, backend.longest_answer)
     sampling = SamplingParameters(**{**DEFAULTS, **stated, "max_tokens": max_tokens})
@@ -475,7 +444,7 @@ async def reply_as_published(request: Request, body: PublishedRequest) -> JSONRe
     answer = progress.done[0] if progress.done else progress.open
     note(request, prompt_tokens=job.prompt_tokens, completion_tokens=len(answer.ids))
     now = time.strftime(TIME_FORMAT)
-    history = [*rounds, (body.prompt, text)]
+    history = [*conversation.rounds, (conversation.query, text)]
     return JSONResponse({"response": text, "history": history, "status": 200, "time": now})
 
 

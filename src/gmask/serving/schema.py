@@ -6,7 +6,7 @@ error rather than being ignored.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator
 
 from gmask.files import check_text
 
@@ -19,7 +19,8 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_leng
 
 AnyText = Annotated[str, AfterValidator(check_text)]
 Text = Annotated[AnyText, Field(min_length=1)]
-Round = Annotated[list[AnyText], Field(min_length=2, max_length=2)]  # asked, answered
+RoundTexts = Annotated[list[AnyText], Field(min_length=2, max_length=2)]  # asked, answered
+Unread = WrapValidator(lambda value, _: value)  # documented by its type, and read by gmask.conversation
 StopText = Annotated[AnyText, Field(min_length=1, max_length=256)]
 
 
@@ -96,21 +97,16 @@ class TextPart(Body):
 
 
 class ChatMessage(Body):
-    """One message of a conversation. These models know no system role: its text goes before the first question."""
+    """One message of a conversation. These models know no system role: its text goes before the next question."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: AnyText | list[TextPart]
+    content: Annotated[AnyText | list[TextPart], Unread]
     name: str | None = None
     refusal: None = None  # sent back by clients with the assistant's messages, as are the next four
     annotations: list[Any] | None = None
     audio: None = None
     function_call: None = None
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
-
-    @property
-    def text(self) -> str:
-        """Of all parts."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
 class ChatRequest(Constrained):
@@ -179,7 +175,7 @@ class PublishedRequest(BaseModel):
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     prompt: AnyText
-    history: list[Round] | None = None
+    history: Annotated[list[RoundTexts] | None, Unread] = None
     max_length: Annotated[int, Field(ge=1)] | None = None  # 2048: tokens of prompt and reply; at most the context
     top_p: Probability | None = None  # 0.7
     temperature: Temperature | None = None  # 0.95

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from transformers import PreTrainedTokenizerBase
 
 from gmask.checkpoints.load import LanguageModel
+from gmask.conversation import Conversation, read_content, read_conversation
 from gmask.errors import GmaskError
 from gmask.generation.answers import Choices, Infilling
 from gmask.generation.chat import DEFAULTS, Reply
@@ -156,7 +157,7 @@ class PlainChat(gr.ChatInterface):
     """A conversation that is shown as it is written.
 
     Gradio's own is HTML even where Markdown is switched off. HTML takes ``<`` and ``&`` for text unless a letter or one
-    of ``/!?#`` follows, so a character without width is put behind them; `read_history` takes it out again.
+    of ``/!?#`` follows, so a character without width is put behind them; `read_shown` takes it out again.
     """
 
     def _append_message_to_history(self, message: Any, history: Any, role: Role = "user") -> Any:
@@ -226,32 +227,20 @@ async def reply_to(
     Raises:
         GmaskError, ApiError: as of `PageModel.stream_reply`.
     """
-    rounds = read_history(history)
+    conversation = read_shown(history, message)
     settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     if (first := read_seed(seed)) is not None:
-        settings["seed"] = first + len(rounds)  # each reply is a throw of its own
-    async with aclosing(model.stream_reply(unguard(message), rounds, settings)) as fragments:
+        settings["seed"] = first + len(conversation.rounds)  # each reply is a throw of its own
+    async with aclosing(model.stream_reply(conversation, settings)) as fragments:
         async for said, whole in fragments:
             yield said, "" if whole is None else describe_reply(whole, language)
 
 
-def read_history(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """The rounds of the messages on the page; a message whose reply was stopped before its first word is left out."""
-    rounds: list[tuple[str, str]] = []
-    asked = None
-    for message in history:
-        text = unguard(read_content(message["content"]))
-        if message["role"] == "user":
-            asked = text
-        elif asked is not None:
-            rounds.append((asked, text))
-            asked = None
-    return rounds
-
-
-def read_content(content: str | Sequence[Mapping[str, Any]]) -> str:
-    """The text of a message, which Gradio keeps in parts once it is in the history."""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content if part["type"] == "text")
+def read_shown(history: Sequence[Mapping[str, Any]], message: str) -> Conversation:
+    """The conversation of the messages on the page and the one that was typed."""
+    found = read_conversation(history, message)
+    rounds = tuple((unguard(asked), unguard(answered)) for asked, answered in found.rounds)
+    return replace(found, rounds=rounds, query=unguard(found.require_query()))
 
 
 def describe_reply(reply: Reply, language: str) -> str:

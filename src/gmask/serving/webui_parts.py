@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 
 import gradio as gr
 
+from gmask.conversation import Conversation
 from gmask.errors import GmaskError, is_shortage
 from gmask.generation.answers import Infilling
 from gmask.generation.chat import DEFAULTS, Reply
 from gmask.generation.engine import Progress
 from gmask.generation.infill import infill
 from gmask.generation.sampling import SamplingParameters
-from gmask.generation.text import Prompt, Rounds
+from gmask.generation.text import Prompt
 from gmask.serving.backend import Backend
 from gmask.serving.blanks import read_filled
 from gmask.serving.middleware import ApiError
@@ -81,17 +82,17 @@ class PageModel:
         return await read_filled(backend.submit(None, [blanked.context], sampling, n=n), blanked, sampling)
 
     async def stream_reply(
-        self, message: str, rounds: Rounds, settings: dict[str, Any]
+        self, conversation: Conversation, settings: dict[str, Any]
     ) -> AsyncGenerator[tuple[str, Reply | None]]:
-        """What is certain of the reply to a message, again and again, and at its end the whole `Reply`.
+        """What is certain of the reply, again and again, and at its end the whole `Reply`.
 
         Raises:
             GmaskError: as of `gmask.Chat`; also a message that is too long.
             ApiError: too many requests; no time.
         """
-        check_length(message)
+        check_length(conversation.require_query())
         backend, longest, room = self.backend, self.positions, settings["max_tokens"]
-        prompt = await asyncio.to_thread(fit_chat, message, rounds, backend, longest=longest, max_tokens=room)
+        prompt = await asyncio.to_thread(fit_chat, conversation, backend, longest=longest, max_tokens=room)
         sampling = SamplingParameters(**{**DEFAULTS, **settings})
         reader = SampleReader(backend.tokenizer, [settle_reply(backend)], (), logprobs=False)
         said = ""

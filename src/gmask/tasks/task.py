@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from gmask.config import Choices, build, field_names, load_tree
+from gmask.conversation import read_conversation
 from gmask.errors import GmaskError, nearest
-from gmask.tasks.formats import READERS, flatten, read_history, read_messages
+from gmask.tasks.formats import READERS, flatten, samples_of
 from gmask.tasks.metrics import Language, check_kind, check_metric
 from gmask.tasks.records import Record, Sample, TaskKind
 from gmask.tasks.templates import as_text, count_blanks, escape_blanks, parse_template, read_value, split_marks
@@ -42,7 +43,7 @@ class Task:
     candidates: str | None = None  # column with a list of answers, instead of choices; the label is the index
     target: str | None = None  # template of the answer
     answers: str | None = None  # column with a list, one text a blank
-    history: str | None = None  # column with a list of [prompt, reply]
+    history: str | None = None  # column with the rounds before: a list of [prompt, reply], or of messages
     messages: str | None = None  # column with a whole conversation
     references: str | None = None  # column with a list of all texts that count as right
     group: str | None = None  # template of the name that the samples of one question share
@@ -266,10 +267,14 @@ def _write(task: Task, values: Values, require_answers: bool) -> list[Sample]:
 
 def _reply(task: Task, values: Values, require_answers: bool) -> list[Sample]:
     if task.messages:
-        return read_messages(read_value(values, task.messages), require_answers=require_answers)
+        return samples_of(read_value(values, task.messages), require_answers=require_answers)
     text = parse_template(task.template).fill(values).strip()
-    history = read_history(values, task.history) if task.history else ()
-    return [Sample(text=text, answers=_read_target(task, values, require_answers), history=history)]
+    try:
+        asked = read_conversation((values.get(task.history) if task.history else None) or None, text)
+    except GmaskError as error:
+        raise GmaskError(f"column {task.history!r}, {error}") from error
+    answers = _read_target(task, values, require_answers)
+    return [Sample(text=asked.require_query(), answers=answers, history=asked.rounds)]
 
 
 MAKERS: Mapping[TaskKind, Callable[[Task, Values, bool], list[Sample]]] = {
