@@ -302,7 +302,19 @@ def test_models_are_listed_and_found(client: TestClient) -> None:
         ("/v1/chat/completions", {"messages": []}, "messages"),
         ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "a"}]}, "user"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": None}]}, "message 1: the content is None"),
-        ("/v1/chat/completions", {"messages": QUESTION, "tools": []}, "tools"),
+        (
+            "/v1/chat/completions",
+            {"messages": QUESTION, "tools": [{"type": "function"}]},
+            "tools: these models call no",
+        ),
+        (
+            "/v1/chat/completions",
+            {"messages": QUESTION, "tool_choice": "required"},
+            "tool_choice: Input should be 'none'",
+        ),
+        ("/v1/chat/completions", {"messages": QUESTION, "stop": ["", "a"]}, "stop.0: String should have at least 1"),
+        ("/v1/chat/completions", {"messages": [{"role": "user"}]}, "messages.0.content: Field required"),
+        ("/v1/chat/completions", {}, "messages: Field required"),
         ("/v1/chat/completions", {"messages": QUESTION, "top_logprobs": 2}, "logprobs"),
         ("/v1/chat/completions", {"messages": QUESTION, "max_tokens": 96}, "room"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "dog " * 400}]}, "shorten"),
@@ -321,7 +333,10 @@ def test_models_are_listed_and_found(client: TestClient) -> None:
         ("/v1/infill", {"text": BLANKS, "choices": ["a"], "stream": True}, "streamed"),
         ("/v1/score", {"text": "no blank", "answers": ["a"]}, "no blank"),
         ("/v1/score", {"text": BLANKS, "answers": ["a"]}, "2 blanks"),
-        ("/v1/embeddings", {"input": []}, "input"),
+        ("/v1/embeddings", {"input": []}, "input: List should have at least 1 item"),
+        ("/v1/embeddings", {"input": ["a", ""]}, "input.1: String should have at least 1"),
+        ("/v1/embeddings", {"input": [[1, 2], [3]]}, "input.0: Input should be a valid string"),
+        ("/v1/infill", {"text": BLANKS, "choices": {"0": [""]}}, "choices.0.0: String should have at least 1"),
         ("/v1/embeddings", {"input": "a", "layer": 99}, "layer"),
         ("/", {"prompt": "a", "history": [["only one"]]}, "history"),
     ],
@@ -331,6 +346,22 @@ def test_what_cannot_be_done_is_said_in_openais_shape(client: TestClient, path: 
     assert reason in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
     assert "\n" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tools", None), ("tools", []), ("tool_choice", None), ("tool_choice", "none"), ("functions", None),
+        ("function_call", None), ("parallel_tool_calls", None), ("metadata", None), ("store", False),
+        ("service_tier", None), ("reasoning_effort", None), ("logit_bias", {}), ("stop", None),
+    ],
+)  # fmt: skip
+def test_a_parameter_that_asks_for_nothing_is_taken(client: TestClient, name: str, value: Any) -> None:
+    asked = dict(messages=QUESTION, max_tokens=4, temperature=0)
+    assert (
+        ask(client, "/v1/chat/completions", **asked, **{name: value})["choices"][0]["message"]
+        == (ask(client, "/v1/chat/completions", **asked)["choices"][0]["message"])
+    )
 
 
 @needs_vocabulary

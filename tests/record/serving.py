@@ -48,6 +48,7 @@ REQUESTS = [
     Asked(CHAT, {"messages": QUESTION, "max_tokens": 6, "seed": 3, "n": 2, "logprobs": True, "top_logprobs": 2}),
     Asked(CHAT, {"messages": QUESTION, "max_tokens": 5, "seed": 4, "stream": True}),
     Asked(CHAT, {"messages": [{"role": "system", "content": "Be brief."}, *QUESTION], **GREEDY}),
+    Asked(CHAT, {"messages": [{"role": "assistant", "content": "Hi."}, *QUESTION, *QUESTION], "tools": [], **GREEDY}),
     Asked(CHAT, {"messages": QUESTION, "guided_choice": ["yes", "no"], "temperature": 0}),
     Asked(CHAT, {"messages": QUESTION, "temperature": 0, "max_tokens": 40, "response_format": {
         "type": "json_schema", "json_schema": {"name": "x", "schema": {
@@ -75,12 +76,15 @@ REQUESTS = [
     Asked(COMPLETIONS, {"prompt": "x", "guided_regex": "("}),
     Asked(CHAT, {"messages": []}),
     Asked(CHAT, {"messages": [{"role": "robot", "content": "x"}]}),
+    Asked(CHAT, {"messages": [{"role": "user", "content": None}]}),
+    Asked(CHAT, {"messages": QUESTION, "stop": ["", "a"]}),
     Asked(CHAT, {"messages": QUESTION, "guided_choice": ["a"], "guided_regex": "a"}),
     Asked(INFILL, {"text": "no blank"}),
     Asked(INFILL, {"text": "[MASK]", "n": 1000}),
     Asked(SCORE, {"text": "[MASK]", "answers": []}),
     Asked(EMBEDDINGS, {"input": "a", "dimensions": 5}),
     Asked("/", {"prompt": "", "temperature": 0}),
+    Asked("/", {"prompt": "x", "history": ["ab"]}),
 ]  # fmt: skip
 
 

@@ -226,7 +226,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     async def tell_validation(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return describe(error.errors()[0]).response()
+        return describe(error.errors(), error.body).response()
 
     app.add_exception_handler(ApiError, tell)
     app.add_exception_handler(GmaskError, tell)
@@ -235,16 +235,36 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, tell)
 
 
-def describe(found: Mapping[str, Any]) -> ApiError:
-    """The first thing that is wrong with a body; its value is not repeated."""
-    place = [str(part) for part in found["loc"] if part != "body"]
-    param = ".".join(place) or None
-    message = str(found["msg"])
-    if found["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON (at character {param}): {found['ctx']['error']}")
-    if found["type"] == "extra_forbidden":
+def describe(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
+    """The first thing that is wrong with a body; its value is not repeated.
+
+    Where a parameter may have one of several types, each of them has an error: what is said is the one of the type that
+    came furthest.
+    """
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON (at character {first['loc'][-1]}): {first['ctx']['error']}")
+    found = [(path_of(error, body), error) for error in errors if error["loc"][:2] == first["loc"][:2]]
+    path, error = max(found, key=lambda pair: (not pair[1]["type"].endswith("_type"), len(pair[0])))
+    param = ".".join(path) or None
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
         message = "is not a parameter that this server knows"
     return ApiError(400, f"{param}: {message}" if param else f"the body: {message}", param=param)
+
+
+def path_of(error: Mapping[str, Any], body: Any) -> list[str]:
+    """Where in a body an error is: what pydantic says of it, without the types that it tried."""
+    path: list[str] = []
+    for part in error["loc"][1:]:
+        if isinstance(body, Mapping) and str(part) in body:
+            body = body[str(part)]
+        elif isinstance(body, list) and isinstance(part, int) and part < len(body):
+            body = body[part]
+        elif not (error["type"] == "missing" and part == error["loc"][-1]):
+            continue
+        path.append(str(part))
+    return path
 
 
 request_logger = logging.getLogger("gmask.serving.requests")

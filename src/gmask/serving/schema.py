@@ -1,12 +1,12 @@
 """What a client may ask, and in which form.
 
 OpenAI's parameters keep their names and defaults, unless a comment says otherwise. A parameter that is not listed is an
-error rather than being ignored.
+error rather than being ignored, unless it is null, which asks for nothing.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator, model_validator
 
 from gmask.files import check_text
 
@@ -18,16 +18,34 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_leng
 
 
 AnyText = Annotated[str, AfterValidator(check_text)]
-Text = Annotated[AnyText, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(check_text)]
 RoundTexts = Annotated[list[AnyText], Field(min_length=2, max_length=2)]  # asked, answered
 Unread = WrapValidator(lambda value, _: value)  # documented by its type, and read by gmask.conversation
-StopText = Annotated[AnyText, Field(min_length=1, max_length=256)]
+
+
+def refuse_tools(tools: list[Any]) -> list[Any]:
+    """Raises `ValueError` for any; clients send an empty list of their own accord."""
+    if tools:
+        raise ValueError("these models call no tools: leave it out")
+    return tools
+
+
+Tools = Annotated[list[Any], AfterValidator(refuse_tools)]
+StopText = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(check_text)]
 
 
 class Body(BaseModel):
     """The JSON object of a request."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unknown_nulls(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        return {name: value for name, value in values.items() if value is not None or name in known}
 
 
 class Bookkeeping(Body):
@@ -120,6 +138,11 @@ class ChatRequest(Constrained):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    tools: Tools | None = None  # these five are taken where they ask for nothing
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Tools | None = None
+    function_call: Literal["none", "auto"] | None = None
 
 
 class CompletionRequest(Constrained):
