@@ -321,10 +321,10 @@ def test_an_engine_is_healthy_while_it_writes_and_no_longer(
     _, tokenizer = gmask.load("bundled", device="cpu")
     model = build_glm(vocab_size=len(tokenizer))
     engine = Engine(model, tokenizer)
-    pulse = deployment.Pulse(engine)
+    probe = deployment.EngineProbe(engine)
     try:
-        pulse.check()
-        pulse.check()
+        probe.check()
+        probe.check()
         assert engine.counts().answer_tokens == 2
 
         def fail(*_: object, **__: object) -> None:
@@ -332,8 +332,8 @@ def test_an_engine_is_healthy_while_it_writes_and_no_longer(
 
         monkeypatch.setattr(model, "forward", fail)
         with pytest.raises(RuntimeError, match="the engine writes no token: failed"):
-            pulse.check()
+            probe.check()
     finally:
         engine.close(drain=False)
     with pytest.raises(gmask.GmaskError, match="closed"):
-        pulse.check()
+        probe.check()

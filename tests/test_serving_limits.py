@@ -215,7 +215,7 @@ def test_a_slow_reader_holds_one_progress_for_each_sample(serve, loaded) -> None
         (job,) = client.app.state.backend.open_jobs
         engine.runs.set()
         wait_until(lambda: not engine.live)
-        assert len(job.mailbox.unread) <= 2
+        assert len(job.unread) <= 2
         texts = {0: "", 1: ""}
         for line in response.iter_lines():
             if line.startswith("data: {"):

@@ -22,15 +22,15 @@ gr = pytest.importorskip("gradio", reason="the page needs gmask[webui]")
 from gmask.generation.answers import Blank, Choices, Combination, Infilling  # noqa: E402
 from gmask.serving import webui  # noqa: E402
 from gmask.serving.app import create_app  # noqa: E402
+from gmask.serving.backend import Backend  # noqa: E402
 from gmask.serving.settings import ServerSettings  # noqa: E402
 from gmask.serving.webui import LOGIN, create_page, make_backend, mount_page  # noqa: E402
 from gmask.serving.webui_parts import (  # noqa: E402
     LABELS,
     MAX_CHARACTERS,
-    PageModel,
     preferred_language,
     read_seed,
-    told_errors,
+    shown_errors,
 )
 
 TEXT = "The old man took his [MASK] and went down to the [MASK]."
@@ -43,13 +43,13 @@ def loaded() -> Any:
 
 
 @pytest.fixture(scope="module")
-def model(loaded: Any) -> Iterator[PageModel]:
+def model(loaded: Any) -> Iterator[Backend]:
     backend = make_backend(*loaded, name="bundled")
-    yield PageModel(backend)
+    yield backend
     backend.close()
 
 
-def fill(model: PageModel, text: str = TEXT, choices: str = "", n: int = 1, max_tokens: int = 6, **values: Any):
+def fill(model: Backend, text: str = TEXT, choices: str = "", n: int = 1, max_tokens: int = 6, **values: Any):
     return asyncio.run(webui.fill_text(model, text, choices, n, max_tokens, **{**GREEDY, **values}))
 
 
@@ -60,9 +60,9 @@ def wait_until(condition: Callable[[], Any]) -> None:
         time.sleep(0.005)
 
 
-def is_idle(model: PageModel) -> bool:
-    counts = model.backend.engine.counts()
-    return not (counts.running or counts.waiting or model.backend.worker.waiting)
+def is_idle(model: Backend) -> bool:
+    counts = model.engine.counts()
+    return not (counts.running or counts.waiting or model.worker.waiting)
 
 
 def made_of(*answers: str, logprob: float = -1.0) -> Infilling:
@@ -75,7 +75,7 @@ def made_of(*answers: str, logprob: float = -1.0) -> Infilling:
     return Infilling(text, tuple(blanks), logprob * len(answers))
 
 
-def test_the_page_fills_as_the_library_does(model: PageModel, loaded: Any) -> None:
+def test_the_page_fills_as_the_library_does(model: Backend, loaded: Any) -> None:
     assert fill(model, n=3) == gmask.infill(*loaded, TEXT, n=3, max_tokens=6)  # beams
     greedy, alone = fill(model), gmask.infill(*loaded, TEXT, max_tokens=6)
     assert (greedy.text, greedy.alternatives) == (alone.text, ())
@@ -85,7 +85,7 @@ def test_the_page_fills_as_the_library_does(model: PageModel, loaded: Any) -> No
     assert [drawn.text, drawn.alternatives[0].text] == [alone.text, alone.alternatives[0].text]
 
 
-def test_choices_are_scored_whatever_the_temperature(model: PageModel, loaded: Any) -> None:
+def test_choices_are_scored_whatever_the_temperature(model: Backend, loaded: Any) -> None:
     chosen = fill(model, choices="hat | head \n\n door｜house|sea\n", n=2, temperature=1.5)
     assert chosen == gmask.infill(*loaded, TEXT, choices=[["hat", "head"], ["door", "house", "sea"]], n=2)
     shares = webui.choice_shares(chosen.choices)
@@ -123,13 +123,13 @@ def test_small_probabilities_keep_two_digits(probability: float, shown: str) -> 
     assert webui.percent(probability) == shown
 
 
-def test_a_row_of_a_sorted_table_is_the_alternative_of_its_rank(model: PageModel) -> None:
+def test_a_row_of_a_sorted_table_is_the_alternative_of_its_rank(model: Backend) -> None:
     filled = fill(model, n=3)
     event = gr.SelectData(None, {"index": [0, 1], "value": "", "row_value": ["3", "a", "b"]})
     assert webui.pick_row(filled, event) == webui.highlight(filled.alternatives[1])
 
 
-def test_what_was_cut_or_searched_is_told(model: PageModel) -> None:
+def test_what_was_cut_or_searched_is_told(model: Backend) -> None:
     cut = fill(model, "It was [gMASK]", max_tokens=1)
     assert "1 of the answers" in webui.describe_filled(cut, "en")
     assert webui.describe_filled(cut, "zh") == LABELS["cut"][1].format(count=1)
@@ -153,24 +153,24 @@ def test_what_was_cut_or_searched_is_told(model: PageModel) -> None:
         (dict(text="<b>[xMASK]</b>"), "unknown special token [xMASK]"),
     ],
 )
-def test_a_mistake_is_one_line_on_the_page(model: PageModel, values: dict[str, Any], message: str) -> None:
-    with pytest.raises(gr.Error) as told, told_errors("en"):
+def test_a_mistake_is_one_line_on_the_page(model: Backend, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(gr.Error) as told, shown_errors("en"):
         fill(model, **values)
     assert message in told.value.message
     assert "\n" not in told.value.message and not told.value.print_exception
 
 
 def test_a_message_is_escaped_where_gradio_takes_html() -> None:
-    with pytest.raises(gr.Error) as told, told_errors("zh"):
+    with pytest.raises(gr.Error) as told, shown_errors("zh"):
         raise GmaskError("<img src=x>")
     assert told.value.message == "&lt;img src=x&gt;"
     assert told.value.title == LABELS["error"][1]
 
 
 def test_only_a_shortage_of_memory_is_told_among_other_errors() -> None:
-    with pytest.raises(gr.Error, match="not enough memory"), told_errors("en"):
+    with pytest.raises(gr.Error, match="not enough memory"), shown_errors("en"):
         raise MemoryError
-    with pytest.raises(RuntimeError, match="broken"), told_errors("en"):
+    with pytest.raises(RuntimeError, match="broken"), shown_errors("en"):
         raise RuntimeError("broken")
 
 
@@ -182,14 +182,14 @@ def test_a_guarded_text_has_no_markup_and_comes_back(text: str) -> None:
     assert webui.unguard(guarded) == webui.unguard(text)
 
 
-def talk(model: PageModel, message: str, history: list[dict[str, Any]], *settings: Any) -> list[tuple[str, str]]:
+def talk(model: Backend, message: str, history: list[dict[str, Any]], *settings: Any) -> list[tuple[str, str]]:
     async def listen() -> list[tuple[str, str]]:
         return [told async for told in webui.reply_to(model, message, history, *settings, language="en")]
 
     return asyncio.run(listen())
 
 
-def test_the_page_chats_as_the_library_does(model: PageModel, loaded: Any) -> None:
+def test_the_page_chats_as_the_library_does(model: Backend, loaded: Any) -> None:
     chat = gmask.Chat(*loaded, max_tokens=8, temperature=0.9, top_p=0.8, seed=3)
     history = [
         {"role": role, "content": [{"type": "text", "text": webui.guard(text)}]}
@@ -205,7 +205,7 @@ def test_the_page_chats_as_the_library_does(model: PageModel, loaded: Any) -> No
     assert {note for _, note in told[:-1]} == {""}
 
 
-def test_a_reply_that_is_left_ends(model: PageModel) -> None:
+def test_a_reply_that_is_left_ends(model: Backend) -> None:
     async def leave() -> None:
         async with aclosing(webui.reply_to(model, "hello", [], 400, 0.9, 0.8, "1", language="en")) as reply:
             await anext(reply)
@@ -213,11 +213,11 @@ def test_a_reply_that_is_left_ends(model: PageModel) -> None:
 
     asyncio.run(leave())
     wait_until(lambda: is_idle(model))
-    assert model.backend.engine.counts().ends["cancelled"] == 1
+    assert model.engine.counts().ends["cancelled"] == 1
 
 
 @pytest.mark.parametrize("kind", [dict(temperature=0.9), dict(n=16), dict(n=16, choices="a|b|c\nd|e|f")])
-def test_a_fill_that_is_stopped_ends(model: PageModel, kind: dict[str, Any]) -> None:
+def test_a_fill_that_is_stopped_ends(model: Backend, kind: dict[str, Any]) -> None:
     passes = 0
 
     def count(*_: Any) -> None:
@@ -236,19 +236,19 @@ def test_a_fill_that_is_stopped_ends(model: PageModel, kind: dict[str, Any]) -> 
             await filling
         return passes
 
-    hook = model.backend.model.base_model.register_forward_pre_hook(count)
+    hook = model.model.base_model.register_forward_pre_hook(count)
     stopped = asyncio.run(stop())
     wait_until(lambda: is_idle(model))
     hook.remove()
     assert passes <= stopped + 3
 
 
-def test_users_of_the_page_are_answered_together(model: PageModel) -> None:
+def test_users_of_the_page_are_answered_together(model: Backend) -> None:
     async def ask(seed: int) -> int:
         settings = (40, 0.9, 0.8, str(seed))
         busiest = 0
         async for _ in webui.reply_to(model, "hello", [], *settings, language="en"):
-            busiest = max(busiest, model.backend.engine.counts().running)
+            busiest = max(busiest, model.engine.counts().running)
         return busiest
 
     async def ask_all() -> list[int]:
@@ -313,7 +313,7 @@ def test_the_page_is_private_bounded_and_plain(draw: Callable[[str], dict[str, A
 def test_a_model_that_only_talks_has_no_blanks(
     monkeypatch: pytest.MonkeyPatch, draw: Callable[[str], dict[str, Any]]
 ) -> None:
-    monkeypatch.setattr(PageModel, "blanks", [])
+    monkeypatch.setattr(Backend, "blanks", [])
     tabs = [part["props"]["label"] for part in draw("en")["components"] if part["type"] == "tabitem"]
     assert tabs == ["Chat"]
 
@@ -365,7 +365,7 @@ def test_a_server_with_keys_shows_the_page_to_who_gives_one(loaded: Any) -> None
 
 
 def test_one_model_may_fill_and_another_talk(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, PageModel] = {}
+    asked: dict[str, Backend] = {}
     monkeypatch.setattr(webui, "build_infill", lambda model, *_: asked.update(fill=model))
     monkeypatch.setattr(webui, "build_chat", lambda model, *_: asked.update(chat=model))
     limits = ServerSettings(max_tokens=7, request_seconds=3.0)
@@ -373,7 +373,7 @@ def test_one_model_may_fill_and_another_talk(loaded: Any, monkeypatch: pytest.Mo
     talks = make_backend(*gmask.load("bundled-chat"), name="bundled-chat", settings=limits)
     try:
         webui.draw_page(fills, talks=talks)
-        assert (asked["fill"].backend, asked["chat"].backend) == (fills, talks)
+        assert (asked["fill"], asked["chat"]) == (fills, talks)
         assert (talks.settings.max_tokens, talks.settings.request_seconds) == (7, 3.0)
         assert talks.settings.model_name == "bundled-chat"
     finally:

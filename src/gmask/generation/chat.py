@@ -101,7 +101,7 @@ class Chatter:
     def stream(self, prompt: Prompt, seed: int) -> Generator[str, None, Reply]:
         """The reply, in fragments that are never taken back; their sum is its text."""
         search = Sampling([prompt.context], self.settings, self.rules, seeds=[seed])
-        stream = AnswerStream(self.tokenizer, self._settle, stops=self.settings.stop)
+        stream = AnswerStream(self.tokenizer, self.format.settle, stops=self.settings.stop)
         answer = Answer()
         for (hypothesis,) in self._decode(search, [prompt]):
             answer = hypothesis.done[0] if hypothesis.done else hypothesis.open
@@ -122,9 +122,6 @@ class Chatter:
                 f"not enough memory for {asked}: a shorter one (--context-length, context_length=) or --quantize int4 "
                 "(quantize='int4') needs less"
             ) from error.with_traceback(None)  # its frames hold what filled the memory
-
-    def _settle(self, text: str, is_whole: bool) -> str:
-        return self.format.clean(text) if is_whole else self.format.settled(text)
 
     def _read(self, prompt: Prompt, answer: Answer) -> Reply:
         assert answer.finish is not None, "a reply is read once it is complete"

@@ -221,8 +221,8 @@ class PromptFormat(Protocol):
     def clean(self, text: str) -> str:
         """A reply as it is shown."""
 
-    def settled(self, text: str) -> str:
-        """The start of a cleaned reply that no further token changes."""
+    def settle(self, text: str, is_whole: bool) -> str:
+        """The start of a cleaned reply that no further token changes; all of a reply that is whole."""
 
 
 class ChatGLMFormat:
@@ -255,8 +255,10 @@ class ChatGLMFormat:
     def clean(self, text: str) -> str:
         return clean_reply(text)
 
-    def settled(self, text: str) -> str:
+    def settle(self, text: str, is_whole: bool) -> str:
         """Marks at the end wait for the character after them, which decides on their width."""
+        if is_whole:
+            return self.clean(text)
         for length in range(len(TRAINING_TIME) - 1, 0, -1):
             if text.endswith(TRAINING_TIME[:length]):
                 text = text[:-length]
@@ -281,7 +283,7 @@ class QuestionAnswerFormat:
     def clean(self, text: str) -> str:
         return text.strip()
 
-    def settled(self, text: str) -> str:
+    def settle(self, text: str, is_whole: bool) -> str:
         return text.strip()
 
 

@@ -18,7 +18,7 @@ from gmask.generation.adapters import AdapterSet
 from gmask.generation.engine import Engine
 from gmask.serving import blanks, openai
 from gmask.serving.backend import Backend
-from gmask.serving.middleware import Door, ErrorReply, Ledger, add_error_handlers
+from gmask.serving.middleware import AccessLog, AuthMiddleware, ErrorReply, add_error_handlers
 from gmask.serving.settings import ServerSettings
 
 DESCRIPTION = "OpenAI's API, the published one of ChatGLM-6B, and blanks to fill and to score."
@@ -71,8 +71,8 @@ def create_app(
         app.include_router(router)
     _add_probes(app, backend)
     add_error_handlers(app)
-    app.add_middleware(Door, settings=settings)  # the last one added is the first to see a request
-    app.add_middleware(Ledger, metrics=backend.metrics)
+    app.add_middleware(AuthMiddleware, settings=settings)  # the last one added is the first to see a request
+    app.add_middleware(AccessLog, metrics=backend.metrics)
     return app
 
 

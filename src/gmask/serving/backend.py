@@ -1,7 +1,7 @@
-"""From a request to the engine and back: the engine's thread, work beside it, server-sent events.
+"""From a request to the engine and back: the engine's thread, a worker's thread beside it, server-sent events.
 
-What the engine does not do (beams, scores, embeddings) is done by one thread, one piece after the other. A piece is
-many passes through the model; one that is late, or that nobody waits for any more, ends before its next pass.
+What the engine does not do (beams, scores, embeddings) is done by one worker, one function after the other. A function
+is many passes through the model; one that is late, or that nobody waits for any more, ends before its next pass.
 """
 
 import asyncio
@@ -9,6 +9,7 @@ import json
 import math
 import threading
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, suppress
@@ -16,20 +17,24 @@ from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.checkpoints.load import LanguageModel
+from gmask.conversation import Conversation
 from gmask.errors import GmaskError
 from gmask.generation.engine import Engine, EngineClosed, Progress, Request, Ticket
 from gmask.generation.sampling import SamplingParameters
-from gmask.generation.text import Context, PromptFormat, TextReader, find_format
+from gmask.generation.text import BLANKS, Context, Prompt, PromptFormat, TextReader, find_format, fit_prompt
 from gmask.models.glm import GLMForConditionalGeneration
 from gmask.serving.middleware import ApiError, Metrics, as_api_error
-from gmask.serving.replies import Tops, blank_of
+from gmask.serving.replies import TopLogprobs, blank_of
 from gmask.serving.settings import ServerSettings
 
 Result = TypeVar("Result")
+Event = Mapping[str, Any] | BaseModel
+"""What a stream sends as JSON."""
 
 
 class Backend:
@@ -59,6 +64,11 @@ class Backend:
     def reader(self) -> TextReader:
         """Of texts with blanks; ask `require_blanks` first."""
         return TextReader(self.tokenizer, self.model.config.prompt_ids)
+
+    @property
+    def blanks(self) -> list[str]:
+        """The blank tokens that the model was trained with; none of one that only talks."""
+        return [blank for blank in BLANKS if self.fills_blanks and blank in self.reader.blank_ids]
 
     @property
     def positions(self) -> int:
@@ -114,6 +124,11 @@ class Backend:
         if not self.engine.is_alive and not self.is_draining:
             raise ApiError(503, "the engine has failed for good: the server must be started again", retry_after=30)
 
+    async def fit(self, conversation: Conversation, *, longest: int, max_tokens: int | None) -> Prompt:
+        """The prompt of a conversation, as `fit_prompt` finds room for it; counting its tokens may take a while."""
+        query, rounds = conversation.require_query(), conversation.rounds
+        return await asyncio.to_thread(fit_prompt, query, rounds, self.format, longest=longest, max_tokens=max_tokens)
+
     def deadline(self, wanted: float | None) -> float:
         """Seconds that a request may take."""
         return min(wanted or math.inf, self.settings.request_seconds)
@@ -139,13 +154,13 @@ class Backend:
         samples, limit = n * len(contexts), self.settings.max_samples
         if samples > limit:
             raise ApiError(400, f"{samples} answers in one request; this server writes at most {limit}")
-        job = Job(self, http_request, len(contexts), n, wakes_every_token=is_streamed)
+        job = Job(self, http_request, samples, wakes_every_token=is_streamed)
         try:
             for index, context in enumerate(contexts):
                 request = Request(
                     context=context, sampling=sampling, n=n, adapter=adapter, timeout=self.deadline(timeout)
                 )
-                job.tickets.append(self.engine.submit(request, job.mailbox.slot(index)))
+                job.tickets.append(self.engine.submit(request, job.listener(index)))
                 job.prompt_tokens += len(context.ids) + 1  # <sop>
         except BaseException:
             job.close()
@@ -182,13 +197,13 @@ class Backend:
         try:
             await asyncio.wait(ends, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
-                raise Dropped
+                raise Cancelled
             return answer.result()
-        except Dropped:
+        except Cancelled:
             self.check_open()
             raise ApiError(504, "there was not enough time for this request: ask for less, or later") from None
         finally:
-            work.drop()
+            work.cancel()
             for end in ends:
                 end.cancel()
 
@@ -201,7 +216,7 @@ class Backend:
     def _cut(self) -> None:
         for job in list(self.open_jobs):
             job.cancel()
-        self.worker.drop_all()
+        self.worker.cancel_all()
 
     def close(self) -> None:
         """Ends the engine and the worker."""
@@ -220,27 +235,44 @@ Key = tuple[int, int]
 
 
 class Job:
-    """What the engine does for one request, until it is closed or the client goes."""
+    """What the engine does for one request, until it is closed or the client goes.
+
+    The engine's thread reports every token. The event loop is woken for it only if the request streams, and once for
+    all that came while it was busy; a slow reader therefore holds one progress for each sample, however far the engine
+    has gone.
+
+    Attributes:
+        unread: the latest progress of the samples that have gone on since they were last looked at.
+        top_logprobs: the most probable tokens beside those of a sample, by its blanks.
+    """
 
     def __init__(
-        self, backend: Backend, http_request: HttpRequest | None, contexts: int, n: int, *, wakes_every_token: bool
+        self, backend: "Backend", http_request: HttpRequest | None, samples: int, *, wakes_every_token: bool
     ) -> None:
         self.backend = backend
         self.tickets: list[Ticket] = []
         self.prompt_tokens = 0
-        self.mailbox = Mailbox(contexts * n, backend.metrics, wakes_every_token=wakes_every_token)
+        self.unread: dict[Key, Progress] = {}
+        self.top_logprobs: defaultdict[Key, dict[int, TopLogprobs]] = defaultdict(dict)
+        self._wakes_every_token = wakes_every_token
+        self._loop = asyncio.get_running_loop()
+        self._has_news = asyncio.Event()
+        self._lock = threading.Lock()
+        self._running = samples
+        self._submitted = time.perf_counter()
+        self._last_token: dict[Key, float] = {}
         backend.open_jobs.add(self)
-        self.watcher = None if http_request is None else asyncio.create_task(self._watch(http_request))
+        self._watcher = None if http_request is None else asyncio.create_task(self._watch(http_request))
 
     def close(self) -> None:
         """Has the engine drop what is not done."""
         self.backend.open_jobs.discard(self)
-        if self.watcher is not None:
-            self.watcher.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
         self.cancel()
 
     def cancel(self) -> None:
-        """Has the engine stop; its last word of each sample still comes."""
+        """Has the engine stop; the last progress of each sample still comes."""
         for ticket in self.tickets:
             ticket.cancel()
 
@@ -248,7 +280,32 @@ class Job:
         await _await_leaving(http_request)
         self.close()
 
-    async def news(self) -> AsyncIterator[tuple[Key, Progress]]:
+    def listener(self, context: int) -> Callable[[Progress], None]:
+        """What the engine's thread calls with each progress of a context."""
+        return lambda progress: self._receive((context, progress.index), progress)
+
+    def _receive(self, key: Key, progress: Progress) -> None:
+        if progress.end is None:
+            self._measure_latency(key)
+        with self._lock:
+            self.unread[key] = progress
+            if progress.top_logprobs:
+                self.top_logprobs[key][blank_of(progress)] = progress.top_logprobs
+            self._running -= progress.end is not None
+            wakes = self._wakes_every_token or not self._running
+        if wakes:
+            with suppress(RuntimeError):  # the loop has ended: nobody listens
+                self._loop.call_soon_threadsafe(self._has_news.set)
+
+    def _measure_latency(self, key: Key) -> None:
+        now, last, metrics = time.perf_counter(), self._last_token.get(key), self.backend.metrics
+        if last is None:
+            metrics.first_token.observe(now - self._submitted)
+        else:
+            metrics.next_token.observe(now - last)
+        self._last_token[key] = now
+
+    async def updates(self) -> AsyncIterator[tuple[Key, Progress]]:
         """The progress of all samples as it comes, to the end of each.
 
         Raises:
@@ -256,19 +313,19 @@ class Job:
         """
         is_all = False
         while not is_all:
-            unread, is_all = await self.mailbox.take()
+            await self._has_news.wait()
+            self._has_news.clear()
+            with self._lock:
+                unread, self.unread = self.unread, {}
+                is_all = not self._running
             for key, progress in unread.items():
                 self._check(progress)
                 yield key, progress
 
     async def results(self) -> dict[Key, Progress]:
-        """The last progress of every sample, in order; errors as of `news`."""
-        last = {key: progress async for key, progress in self.news()}
+        """The last progress of every sample, in order; errors as of `updates`."""
+        last = {key: progress async for key, progress in self.updates()}
         return dict(sorted(last.items()))
-
-    def tops(self, key: Key) -> dict[int, Tops]:
-        """The most probable tokens beside those of a sample, by its blanks."""
-        return self.mailbox.tops.get(key, {})
 
     def _check(self, progress: Progress) -> None:
         if progress.end == "failed":
@@ -282,83 +339,34 @@ class Job:
             raise ApiError(503, "the request was given up before it began", retry_after=5)
 
 
-class Mailbox:
-    """The latest that the engine told of each sample, for the event loop to read.
-
-    The engine's thread tells every token. The event loop is woken for it only if it streams, and once for all that came
-    while it was busy; a slow reader therefore holds one progress for each sample, however far the engine has gone.
-    """
-
-    def __init__(self, samples: int, metrics: Metrics, *, wakes_every_token: bool) -> None:
-        self.metrics = metrics
-        self.wakes_every_token = wakes_every_token
-        self.loop = asyncio.get_running_loop()
-        self.news = asyncio.Event()
-        self.lock = threading.Lock()
-        self.unread: dict[Key, Progress] = {}
-        self.tops: dict[Key, dict[int, Tops]] = {}
-        self.running = samples
-        self.began = time.perf_counter()
-        self.last_told: dict[Key, float] = {}
-
-    def slot(self, context: int) -> Callable[[Progress], None]:
-        """Where the engine tells the progress of a context."""
-        return lambda progress: self._put((context, progress.index), progress)
-
-    def _put(self, key: Key, progress: Progress) -> None:
-        now = time.perf_counter()
-        if progress.end is None:
-            last = self.last_told.get(key)
-            histogram = self.metrics.first_token if last is None else self.metrics.next_token
-            histogram.observe(now - (self.began if last is None else last))
-            self.last_told[key] = now
-        with self.lock:
-            self.unread[key] = progress
-            if progress.top_logprobs:
-                self.tops.setdefault(key, {})[blank_of(progress)] = progress.top_logprobs
-            self.running -= progress.end is not None
-            is_news = self.wakes_every_token or not self.running
-        if is_news:
-            with suppress(RuntimeError):  # the loop has ended: nobody listens
-                self.loop.call_soon_threadsafe(self.news.set)
-
-    async def take(self) -> tuple[dict[Key, Progress], bool]:
-        """What is new, and whether that was all; waits for it."""
-        await self.news.wait()
-        self.news.clear()
-        with self.lock:
-            unread, self.unread = self.unread, {}
-            return unread, not self.running
-
-
-class Dropped(Exception):
+class Cancelled(Exception):
     """The work is late, or nobody waits for it."""
 
 
-class Work(Generic[Result]):
-    """A piece of work."""
+class WorkItem(Generic[Result]):
+    """A function that the worker is to call."""
 
     def __init__(self, function: Callable[[], Result], *, deadline: float) -> None:
         """``deadline``: a time of `time.monotonic`."""
         self.function, self.deadline = function, deadline
-        self.is_dropped = False
+        self.is_cancelled = False
         self.future: Future[Result]
 
-    def drop(self) -> None:
+    def cancel(self) -> None:
         """Has it end before its next pass."""
-        self.is_dropped = True
+        self.is_cancelled = True
 
     def check(self) -> None:
-        """Raises `Dropped` if it is to end."""
-        if self.is_dropped or time.monotonic() > self.deadline:
-            raise Dropped
+        """Raises `Cancelled` if it is to end."""
+        if self.is_cancelled or time.monotonic() > self.deadline:
+            raise Cancelled
 
 
 class Worker:
-    """The thread.
+    """The thread that calls functions, one after the other.
 
     Attributes:
-        waiting: pieces that are not done, the running one among them.
+        waiting: functions that are not done, the running one among them.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -366,35 +374,35 @@ class Worker:
         self._thread = threading.local()  # the engine's passes go through the same model, in a thread of its own
         self._hook = model.base_model.register_forward_pre_hook(self._check)
         self._lock = threading.Lock()
-        self._open: set[Work[Any]] = set()
+        self._open: set[WorkItem[Any]] = set()
 
     @property
     def waiting(self) -> int:
         return len(self._open)
 
-    def submit(self, function: Callable[[], Result], *, seconds: float) -> Work[Result]:
+    def submit(self, function: Callable[[], Result], *, seconds: float) -> WorkItem[Result]:
         """Has a function run in its turn, ``seconds`` from now at the latest."""
-        work = Work(function, deadline=time.monotonic() + seconds)
+        work = WorkItem(function, deadline=time.monotonic() + seconds)
         with self._lock:
             self._open.add(work)
         work.future = self._pool.submit(self._run, work)
         work.future.add_done_callback(lambda _: self._forget(work))
         return work
 
-    def drop_all(self) -> None:
+    def cancel_all(self) -> None:
         """Has all work end."""
         with self._lock:
             left = list(self._open)
         for work in left:
-            work.drop()
+            work.cancel()
 
     def close(self) -> None:
         """Ends the thread, and all work."""
-        self.drop_all()
+        self.cancel_all()
         self._pool.shutdown(wait=False)
         self._hook.remove()
 
-    def _run(self, work: Work[Result]) -> Result:
+    def _run(self, work: WorkItem[Result]) -> Result:
         work.check()
         self._thread.work = work
         try:
@@ -402,12 +410,12 @@ class Worker:
         finally:
             self._thread.work = None
 
-    def _forget(self, work: Work[Any]) -> None:
+    def _forget(self, work: WorkItem[Any]) -> None:
         with self._lock:
             self._open.discard(work)
 
     def _check(self, *_: Any) -> None:
-        work: Work[Any] | None = getattr(self._thread, "work", None)
+        work: WorkItem[Any] | None = getattr(self._thread, "work", None)
         if work is not None:
             work.check()
 
@@ -418,13 +426,13 @@ STREAMED: dict[str, Any] = {
 """What the documentation says of an answer that may be streamed."""
 
 
-def stream(job: Job, events: AsyncIterator[Mapping[str, Any]]) -> StreamingResponse:
-    """The response of a job. An error on the way is an event of its own, for the status has been sent by then."""
+def stream(job: Job, events: AsyncIterator[Event]) -> StreamingResponse:
+    """The response of a job, in server-sent events; an error on the way is one, too, for the status has been sent."""
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(_lines(job, events), media_type="text/event-stream", headers=headers)
 
 
-async def _lines(job: Job, events: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[str]:
+async def _lines(job: Job, events: AsyncIterator[Event]) -> AsyncIterator[str]:
     try:
         async with aclosing(events):  # type: ignore[type-var]
             async for event in events:
@@ -437,5 +445,7 @@ async def _lines(job: Job, events: AsyncIterator[Mapping[str, Any]]) -> AsyncIte
         job.close()
 
 
-def _line(event: Mapping[str, Any]) -> str:
+def _line(event: Event) -> str:
+    if isinstance(event, BaseModel):
+        return f"data: {event.model_dump_json(exclude_unset=True)}\n\n"
     return f"data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"

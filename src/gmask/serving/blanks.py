@@ -17,9 +17,9 @@ from gmask.generation.sampling import SamplingParameters
 from gmask.generation.score import score
 from gmask.generation.text import BlankedText
 from gmask.serving.backend import STREAMED, Backend, Job, stream
-from gmask.serving.middleware import ApiError, note
+from gmask.serving.middleware import ApiError, log_fields
 from gmask.serving.openai import read_sampling
-from gmask.serving.replies import SampleReader, count_tokens
+from gmask.serving.replies import IncrementalDetokenizer, count_usage
 from gmask.serving.schema import InfillRequest, ScoreRequest
 
 router = APIRouter(prefix="/v1", tags=["Blanks"])
@@ -39,7 +39,7 @@ async def fill(request: Request, body: InfillRequest) -> Response:
     blanked.context.check_length(backend.positions)
     sampling = read_sampling(body, {}, backend, max_tokens=body.max_tokens)
     if backend.settings.log_prompts:
-        note(request, prompt=body.text)
+        log_fields(request, prompt=body.text)
     if body.choices is not None or body.num_beams > 1 or (body.n > 1 and sampling.temperature == 0):
         return await _search(request, body, sampling, len(blanked.context.ids) + 1)
     if body.stream and body.n > 1:
@@ -54,16 +54,16 @@ async def fill(request: Request, body: InfillRequest) -> Response:
         is_streamed=body.stream,
     )
     if body.stream:
-        note(request, prompt_tokens=job.prompt_tokens, streamed=True)
+        log_fields(request, prompt_tokens=job.prompt_tokens, streamed=True)
         return stream(job, _fragments(job, blanked, sampling, body, backend))
     best = await read_filled(job, blanked, sampling)
     tokens = _count(best)
-    note(request, prompt_tokens=job.prompt_tokens, completion_tokens=tokens)
+    log_fields(request, prompt_tokens=job.prompt_tokens, completion_tokens=tokens)
     return JSONResponse(_write(best, body, backend, job.prompt_tokens, tokens))
 
 
 async def read_filled(job: Job, blanked: BlankedText, sampling: SamplingParameters) -> Infilling:
-    """The text that a job has filled, and its alternatives, best first; errors as of `Job.news`."""
+    """The text that a job has filled, and its alternatives, best first; errors as of `Job.updates`."""
     with closing(job):
         results = await job.results()
     filled = [_assemble(blanked, progress, sampling, job.backend) for progress in results.values()]
@@ -105,7 +105,7 @@ async def _search(request: Request, body: InfillRequest, sampling: SamplingParam
         timeout=body.timeout,
     )
     tokens = _count(found)
-    note(request, prompt_tokens=prompt_tokens, completion_tokens=tokens)
+    log_fields(request, prompt_tokens=prompt_tokens, completion_tokens=tokens)
     return JSONResponse(_write(found, body, backend, prompt_tokens, tokens))
 
 
@@ -142,7 +142,7 @@ def _write(found: Infilling, body: InfillRequest, backend: Backend, prompt_token
 
     name = body.model or backend.settings.model_name
     head = {"object": "infilling", "model": name}
-    return {**head, **strip(found.to_dict(), found), "usage": count_tokens(prompt_tokens, tokens)}
+    return {**head, **strip(found.to_dict(), found), "usage": count_usage(prompt_tokens, tokens).model_dump()}
 
 
 async def _fragments(
@@ -150,11 +150,11 @@ async def _fragments(
 ) -> AsyncIterator[dict[str, Any]]:
     """Stretches of the answers as they become certain, and the whole at the end."""
     settles = [settle_blank(blanked, blank) for blank in range(len(blanked.context.places))]
-    reader = SampleReader(backend.tokenizer, settles, sampling.stop, logprobs=False)
-    async for key, progress in job.news():
-        for piece in reader.read(progress, job.tops(key)):
-            if piece.text:
-                yield {"object": "infilling.fragment", "blank": piece.blank, "text": piece.text}
+    reader = IncrementalDetokenizer(backend.tokenizer, settles, sampling.stop, logprobs=False)
+    async for key, progress in job.updates():
+        for delta in reader.read(progress, job.top_logprobs[key]):
+            if delta.text:
+                yield {"object": "infilling.fragment", "blank": delta.blank, "text": delta.text}
     found = _assemble(blanked, progress, sampling, backend)
     yield _write(found, body, backend, job.prompt_tokens, _count(found))
 
@@ -167,7 +167,7 @@ async def rank(request: Request, body: ScoreRequest) -> JSONResponse:
     model = backend.require_blanks("scoring answers to a blank")
     texts = [body.text] if isinstance(body.text, str) else body.text
     if backend.settings.log_prompts:
-        note(request, prompt=texts)
+        log_fields(request, prompt=texts)
     found = await backend.offline(
         request,
         lambda: score(model, backend.tokenizer, texts, body.answers, normalization=body.normalization),

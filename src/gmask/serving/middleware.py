@@ -1,6 +1,6 @@
 """Around every request: keys, limits, errors, logs and metrics.
 
-`Door` is a plain ASGI layer: what is refused here has cost no parsing, and answers stream through untouched.
+`AuthMiddleware` is a plain ASGI layer: what is refused here has cost no parsing, and answers stream through untouched.
 
 Every error has OpenAI's shape, ``{"error": {"message", "type", "param", "code"}}``, whatever the endpoint.
 """
@@ -43,8 +43,8 @@ PAGE_PATH = "/ui"
 """Of the page, which asks for the key itself: a browser has no header to send it in."""
 
 
-class Door:
-    """Lets requests pass that bring a key, if keys are asked for, and whose body is small and does not dawdle."""
+class AuthMiddleware:
+    """Passes on the requests that bring a key, if keys are asked for, and whose body is small and arrives in time."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self.app = app
@@ -69,7 +69,7 @@ class Door:
         if "*" not in hosts and host_name(headers.get("host", "")) not in hosts:
             raise ApiError(400, "the Host header names none of the hosts that this server answers to (allowed_hosts)")
         keys = self.settings.api_keys
-        if keys and not is_open(scope["path"]) and not is_authorized(headers.get("authorization", ""), keys):
+        if keys and not needs_no_key(scope["path"]) and not is_authorized(headers.get("authorization", ""), keys):
             raise ApiError(401, "an API key is needed: send it as the header 'Authorization: Bearer KEY'")
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > self.settings.max_body_bytes:
@@ -98,7 +98,7 @@ class Door:
         raise ApiError(413, f"the body is larger than the {self.settings.max_body_bytes} bytes that are taken")
 
 
-def is_open(path: str) -> bool:
+def needs_no_key(path: str) -> bool:
     """Whether a path needs no key in a header."""
     return path in OPEN_PATHS or path == PAGE_PATH or path.startswith(f"{PAGE_PATH}/")
 
@@ -115,26 +115,26 @@ def is_authorized(header: str, keys: Sequence[str]) -> bool:
 
 
 def is_key(given: str, keys: Sequence[str]) -> bool:
-    """Whether a text is one of the keys; the time that it takes tells nothing of them."""
+    """Whether a text is one of the keys; the time that it takes says nothing of them."""
     found = [hmac.compare_digest(given.encode("utf-8", "replace"), key.encode()) for key in keys]
     return any(found)
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
-    """A ``receive`` that tells the body once more; what comes behind it comes from the client."""
-    is_told = False
+    """A ``receive`` that gives the whole body first; what comes behind it comes from the client."""
+    is_given = False
 
-    async def tell() -> Message:
-        nonlocal is_told
-        if is_told:
+    async def receive_again() -> Message:
+        nonlocal is_given
+        if is_given:
             return await receive()
-        is_told = True
+        is_given = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return tell
+    return receive_again
 
 
-KINDS = {
+ERROR_TYPES = {
     400: ("invalid_request_error", None),
     401: ("authentication_error", "invalid_api_key"),
     404: ("invalid_request_error", "not_found"),
@@ -181,7 +181,7 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         """In OpenAI's shape."""
-        kind, code = KINDS.get(self.status, KINDS[400])
+        kind, code = ERROR_TYPES.get(self.status, ERROR_TYPES[400])
         message = self.message.encode("utf-8", "replace").decode()  # half of a surrogate pair has no UTF-8
         param = None if self.param is None else self.param.encode("utf-8", "replace").decode()
         return {"error": {"message": message, "type": kind, "param": param, "code": self.code or code}}
@@ -215,24 +215,24 @@ def as_api_error(error: Exception) -> ApiError:
 def add_error_handlers(app: FastAPI) -> None:
     """Has every error of an app answered in OpenAI's shape."""
 
-    async def tell(request: Request, error: Exception) -> JSONResponse:
+    async def answer(request: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()
 
-    async def tell_http(request: Request, error: Exception) -> JSONResponse:
+    async def answer_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         response = ApiError(error.status_code, str(error.detail)).response()
         response.headers.update(error.headers or {})
         return response
 
-    async def tell_validation(request: Request, error: Exception) -> JSONResponse:
+    async def answer_validation(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         return describe(error.errors(), error.body).response()
 
-    app.add_exception_handler(ApiError, tell)
-    app.add_exception_handler(GmaskError, tell)
-    app.add_exception_handler(HTTPException, tell_http)
-    app.add_exception_handler(RequestValidationError, tell_validation)
-    app.add_exception_handler(Exception, tell)
+    app.add_exception_handler(ApiError, answer)
+    app.add_exception_handler(GmaskError, answer)
+    app.add_exception_handler(HTTPException, answer_http)
+    app.add_exception_handler(RequestValidationError, answer_validation)
+    app.add_exception_handler(Exception, answer)
 
 
 def describe(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
@@ -275,7 +275,7 @@ class Metrics:
     """The counters of one application, in a registry of its own, so that two applications in a process stay apart."""
 
     def __init__(self, counts: "Callable[[], Counts]") -> None:
-        """``counts`` tells the engine's figures, which are read when they are fetched."""
+        """``counts`` gives the engine's figures, whenever they are fetched."""
         self.registry = CollectorRegistry()
         self.registry.register(EngineCollector(counts))
 
@@ -294,7 +294,7 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class Ledger:
+class AccessLog:
     """Gives every request an id, answers with it in ``X-Request-ID``, and writes one line when it is done."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -307,11 +307,11 @@ class Ledger:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        facts: dict[str, Any] = {}
-        scope.setdefault("state", {})["facts"] = facts
+        fields: dict[str, Any] = {}
+        scope.setdefault("state", {})["log_fields"] = fields
         status, began = 499, time.perf_counter()  # 499: gone before an answer, as nginx has it
 
-        async def tell(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -319,29 +319,29 @@ class Ledger:
             await send(message)
 
         try:
-            await self.app(scope, receive, tell)
+            await self.app(scope, receive, send_with_id)
         finally:
             seconds = time.perf_counter() - began
             endpoint = getattr(scope.get("route"), "path", "none")  # never what the client wrote: paths are endless
             self.metrics.requests.labels(endpoint, str(status)).inc()
             self.metrics.duration.observe(seconds)
             line = {"request_id": request_id, "method": scope["method"], "endpoint": endpoint, "status": status}
-            request_logger.info("request", extra={"facts": {**line, "seconds": round(seconds, 4), **facts}})
+            request_logger.info("request", extra={"fields": {**line, "seconds": round(seconds, 4), **fields}})
 
 
-def note(request: Request, **facts: Any) -> None:
-    """Adds facts to the request's line in the log."""
-    request.state.facts.update(facts)
+def log_fields(request: Request, **fields: Any) -> None:
+    """Adds fields to the request's line in the log."""
+    request.state.log_fields.update(fields)
 
 
 class JsonFormatter(logging.Formatter):
     """One JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The time in UTC, the level, the message, and the facts of a request."""
+        """The time in UTC, the level, the message, and the fields of a request."""
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         line = {"time": when, "level": record.levelname.lower(), "message": record.getMessage()}
-        line |= getattr(record, "facts", {})
+        line |= getattr(record, "fields", {})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)  # ASCII: no line break of a client's ends a line

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import BaseModel
 
 from gmask.conversation import Conversation, History, read_content, read_conversation
@@ -30,12 +30,23 @@ from gmask.generation.decode import log_softmax
 from gmask.generation.embed import as_floats, embed
 from gmask.generation.engine import Progress
 from gmask.generation.sampling import SamplingParameters
-from gmask.generation.text import Context, Prompt, encode_plain, fit_prompt
+from gmask.generation.text import Context, encode_plain
 from gmask.serving import replies
 from gmask.serving.backend import STREAMED, Backend, Job, Key, stream
-from gmask.serving.middleware import ApiError, note
-from gmask.serving.replies import Choice, Form, SampleReader, Settle, ToldToken, name_tokens
+from gmask.serving.middleware import ApiError, log_fields
+from gmask.serving.replies import (
+    ChatBuilder,
+    CompletedSample,
+    CompletionBuilder,
+    IncrementalDetokenizer,
+    ReplyBuilder,
+    ScoredToken,
+    Settle,
+    json_response,
+    spell_tokens,
+)
 from gmask.serving.schema import (
+    Bookkeeping,
     ChatRequest,
     CompletionRequest,
     Constrained,
@@ -47,26 +58,27 @@ from gmask.serving.schema import (
 )
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
-Readers = Mapping[Key, SampleReader]
+Readers = Mapping[Key, IncrementalDetokenizer]
 
 
 @router.get("/models", responses={200: {"model": replies.ModelList}})
-async def list_models(request: Request) -> JSONResponse:
+async def list_models(request: Request) -> Response:
     """The model that is served, and it with each of its adapters."""
     backend: Backend = request.app.state.backend
-    return JSONResponse({"object": "list", "data": [_describe_model(backend, name) for name in backend.model_names]})
+    models = [_describe_model(backend, name) for name in backend.model_names]
+    return json_response(replies.ModelList(object="list", data=models))
 
 
 @router.get("/models/{name:path}", responses={200: {"model": replies.Model}})
-async def show_model(request: Request, name: str) -> JSONResponse:
+async def show_model(request: Request, name: str) -> Response:
     """The model of a name."""
     backend: Backend = request.app.state.backend
     backend.find_adapter(name)
-    return JSONResponse(_describe_model(backend, name))
+    return json_response(_describe_model(backend, name))
 
 
-def _describe_model(backend: Backend, name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": backend.began, "owned_by": "gmask"}
+def _describe_model(backend: Backend, name: str) -> replies.Model:
+    return replies.Model(id=name, object="model", created=backend.began, owned_by="gmask")
 
 
 @router.post("/chat/completions", responses={200: {"model": replies.ChatCompletion, "content": STREAMED}})
@@ -75,14 +87,14 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     backend: Backend = request.app.state.backend
     backend.find_adapter(body.model)
     messages = [{"role": message.role, "content": message.content} for message in body.messages]
-    conversation = read_history(messages, param="messages")
+    conversation = read_question(messages, param="messages")
     wanted = body.max_completion_tokens or body.max_tokens
     longest = backend.positions
     if wanted is not None and wanted >= longest:
         raise ApiError(400, f"max_tokens {wanted} leaves no room for a prompt in {longest} tokens", param="max_tokens")
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs goes with logprobs: true", param="top_logprobs")
-    prompt = await asyncio.to_thread(fit_chat, conversation, backend, longest=longest, max_tokens=wanted)
+    prompt = await backend.fit(conversation, longest=longest, max_tokens=wanted)
     sampling = read_sampling(
         body,
         DEFAULTS,
@@ -92,11 +104,20 @@ async def chat(request: Request, body: ChatRequest) -> Response:
         constraint=await asyncio.to_thread(read_constraint, body, backend),
     )
     if backend.settings.log_prompts:
-        note(request, prompt=[read_content(message["content"]) for message in messages])
+        log_fields(request, prompt=[read_content(message["content"]) for message in messages])
+    question = Question(prompt.context, backend.format.settle)
+    builder = ChatBuilder(_name(body, backend), logprobs=bool(body.logprobs), rounds_left_out=prompt.rounds_left_out)
+    return await _answer(request, body, builder, [question], sampling, n=body.n or 1)
 
-    question = Question(prompt.context, settle_reply(backend))
-    form = Form("chat", _name(body, backend), logprobs=bool(body.logprobs), rounds_left_out=prompt.rounds_left_out)
-    return await _answer(request, body, form, [question], sampling, n=body.n or 1)
+
+def read_question(history: History | None, query: str | None = None, *, param: str) -> Conversation:
+    """A conversation that ends with a question. Raises `ApiError`, with the parameter, for anything else."""
+    try:
+        conversation = read_conversation(history, query)
+        conversation.require_query()
+    except GmaskError as error:
+        raise ApiError(400, f"{param}: {error}", param=param) from error
+    return conversation
 
 
 @router.post("/completions", responses={200: {"model": replies.Completion, "content": STREAMED}})
@@ -111,7 +132,7 @@ async def complete(request: Request, body: CompletionRequest) -> Response:
     backend.find_adapter(body.model)
     questions = await asyncio.to_thread(read_prompts, body, backend)
     if backend.settings.log_prompts:
-        note(request, prompt=[question.text for question in questions])
+        log_fields(request, prompt=[question.text for question in questions])
     max_tokens = 16 if body.max_tokens is None else body.max_tokens
     if max_tokens == 0 and not body.echo:
         raise ApiError(400, "max_tokens 0 goes with echo: there is nothing to answer", param="max_tokens")
@@ -129,16 +150,18 @@ async def complete(request: Request, body: CompletionRequest) -> Response:
     )
     if sampling.constraint is not None:
         questions = [question.without_space() for question in questions]
-    form = Form("text", _name(body, backend), logprobs=body.logprobs is not None)
-    form.prompts = [question.text for question in questions]
-    if not body.echo:
-        return await _answer(request, body, form, questions, sampling, n=n, samples=samples)
-    form.echoes = await _score_prompts(request, questions, body)
+    builder = CompletionBuilder(
+        _name(body, backend),
+        logprobs=body.logprobs is not None,
+        prompts=[question.text for question in questions],
+        echoes=await _score_prompts(request, questions, body) if body.echo else None,
+    )
     if max_tokens == 0:
-        usage = sum(len(echo) + 2 for echo in form.echoes)
-        choices = [Choice(index, "", (), "length", 0, 0.0) for index in range(len(questions) * n)]
-        return JSONResponse(form.whole(choices, n=n, prompt_tokens=usage))
-    return await _answer(request, body, form, questions, sampling, n=n, samples=samples)
+        assert builder.echoes is not None, "nothing is answered to a prompt that is echoed alone"
+        prompt_tokens = sum(len(echo) + 2 for echo in builder.echoes)
+        empty = [CompletedSample("", (), "length", 0, 0.0)] * (len(questions) * n)
+        return json_response(builder.whole(empty, n=n, prompt_tokens=prompt_tokens))
+    return await _answer(request, body, builder, questions, sampling, n=n, samples=samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +180,7 @@ class Question:
 
 async def _score_prompts(
     request: Request, questions: Sequence[Question], body: CompletionRequest
-) -> list[tuple[ToldToken, ...]]:
+) -> list[tuple[ScoredToken, ...]]:
     """The tokens of the prompts with their log-probabilities; none where these were not asked for."""
     backend: Backend = request.app.state.backend
     if body.logprobs is None:
@@ -169,21 +192,21 @@ async def _score_prompts(
     )
 
 
-def _name(body: Sampled, backend: Backend) -> str:
+def _name(body: Bookkeeping, backend: Backend) -> str:
     return body.model or backend.settings.model_name
 
 
 async def _answer(
     request: Request,
     body: ChatRequest | CompletionRequest,
-    form: Form,
+    builder: ReplyBuilder,
     questions: Sequence[Question],
     sampling: SamplingParameters,
     *,
     n: int,
     samples: int | None = None,
 ) -> Response:
-    """Has the engine answer, and tells it at once or bit by bit."""
+    """Has the engine write ``samples`` answers to each question, and sends the best ``n``, at once or bit by bit."""
     backend: Backend = request.app.state.backend
     samples = samples or n
     job = backend.submit(
@@ -196,67 +219,63 @@ async def _answer(
         is_streamed=bool(body.stream),
     )
     readers = {
-        (context, sample): SampleReader(backend.tokenizer, [question.settle], sampling.stop, logprobs=form.logprobs)
+        (context, sample): IncrementalDetokenizer(
+            backend.tokenizer, [question.settle], sampling.stop, logprobs=builder.logprobs
+        )
         for context, question in enumerate(questions)
         for sample in range(samples)
     }
     if body.stream:
-        note(request, prompt_tokens=job.prompt_tokens, streamed=True)
-        return stream(job, _chunks(job, readers, form, body.stream_options, n=n))
+        log_fields(request, prompt_tokens=job.prompt_tokens, streamed=True)
+        return stream(job, _chunks(job, readers, builder, body.stream_options, n=n))
     with closing(job):
-        choices = read_choices(await job.results(), readers, job, n=n)
-    note(request, prompt_tokens=job.prompt_tokens, completion_tokens=sum(choice.count for choice in choices))
-    return JSONResponse(form.whole(choices, n=n, prompt_tokens=job.prompt_tokens))
+        found = read_samples(await job.results(), readers, job, n=n)
+    log_fields(request, prompt_tokens=job.prompt_tokens, completion_tokens=sum(sample.count for sample in found))
+    return json_response(builder.whole(found, n=n, prompt_tokens=job.prompt_tokens))
 
 
-def read_choices(results: Mapping[Key, Progress], readers: Readers, job: Job, *, n: int) -> list[Choice]:
+def read_samples(results: Mapping[Key, Progress], readers: Readers, job: Job, *, n: int) -> list[CompletedSample]:
     """The answers to every context: all, or of more than ``n`` those of the highest log-probability a token."""
-    found: dict[int, list[Choice]] = {}
+    found: dict[int, list[CompletedSample]] = {}
     for key, progress in results.items():
-        pieces = list(readers[key].read(progress, job.tops(key)))
+        deltas = list(readers[key].read(progress, job.top_logprobs[key]))
         answer = progress.done[0] if progress.done else progress.open
         found.setdefault(key[0], []).append(
-            Choice(
-                0,
-                "".join(piece.text for piece in pieces),
-                tuple(token for piece in pieces for token in piece.tokens),
-                replies.FINISHES[pieces[-1].finish or "length"],
+            CompletedSample(
+                "".join(delta.text for delta in deltas),
+                tuple(token for delta in deltas for token in delta.tokens),
+                deltas[-1].finish or "length",
                 len(answer.ids),
                 answer.logprob / max(1, len(answer.logprobs) + (answer.end_logprob is not None)),
             )
         )
-    kept = [
-        choice
-        for context in sorted(found)
-        for choice in (found[context] if len(found[context]) == n else sorted(found[context], key=_badness)[:n])
-    ]
-    return [choice.numbered(index) for index, choice in enumerate(kept)]
+    return [sample for context in sorted(found) for sample in _best(found[context], n)]
 
 
-def _badness(choice: Choice) -> float:
-    return -choice.mean_logprob
+def _best(samples: Sequence[CompletedSample], n: int) -> Sequence[CompletedSample]:
+    return samples if len(samples) == n else sorted(samples, key=lambda sample: -sample.mean_logprob)[:n]
 
 
 async def _chunks(
-    job: Job, readers: Readers, form: Form, options: StreamOptions | None, *, n: int
-) -> AsyncIterator[dict[str, Any]]:
-    for chunk in form.openings(len(readers)):
+    job: Job, readers: Readers, builder: ReplyBuilder, options: StreamOptions | None, *, n: int
+) -> AsyncIterator[BaseModel]:
+    for chunk in builder.openings(len(readers)):
         yield chunk
     counts: dict[Key, int] = {}
-    async for key, progress in job.news():
+    async for key, progress in job.updates():
         index = key[0] * n + key[1]
         counts[key] = sum(len(answer.ids) for answer in (*progress.done, progress.open))
-        for piece in readers[key].read(progress, job.tops(key)):
-            if piece.text or piece.tokens:
-                yield form.chunk(index, key[0], piece)
-            if piece.finish:
-                yield form.ending(index, replies.FINISHES[piece.finish])
+        for delta in readers[key].read(progress, job.top_logprobs[key]):
+            if delta.text or delta.tokens:
+                yield builder.chunk(index, key[0], delta)
+            if delta.finish:
+                yield builder.ending(index, delta.finish)
     if options and options.include_usage:
-        yield form.usage(job.prompt_tokens, sum(counts.values()))
+        yield builder.usage(job.prompt_tokens, sum(counts.values()))
 
 
 @router.post("/embeddings", responses={200: {"model": replies.Embeddings}})
-async def embeddings(request: Request, body: EmbeddingRequest) -> JSONResponse:
+async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
     """A vector for each text: pooled hidden states of a model that fills blanks."""
     backend: Backend = request.app.state.backend
     adapter = backend.find_adapter(body.model)
@@ -266,7 +285,7 @@ async def embeddings(request: Request, body: EmbeddingRequest) -> JSONResponse:
         raise ApiError(400, f"this model's vectors have {size} dimensions", param="dimensions")
     texts = [body.input] if isinstance(body.input, str) else body.input
     if backend.settings.log_prompts:
-        note(request, prompt=texts)
+        log_fields(request, prompt=texts)
     vectors = await backend.offline(
         request,
         lambda: embed(model, backend.tokenizer, texts, pooling=body.pooling, layer=body.layer),
@@ -274,17 +293,16 @@ async def embeddings(request: Request, body: EmbeddingRequest) -> JSONResponse:
     )
     is_binary = body.encoding_format == "base64"
     data = [
-        {
-            "object": "embedding",
-            "index": index,
-            "embedding": base64.b64encode(vector.astype("<f4").tobytes()).decode() if is_binary else as_floats(vector),
-        }
+        replies.Embedding(
+            object="embedding",
+            index=index,
+            embedding=base64.b64encode(vector.astype("<f4").tobytes()).decode() if is_binary else as_floats(vector),
+        )
         for index, vector in enumerate(vectors)
     ]
     tokens = sum(len(backend.reader.read_any(text).context.ids) for text in texts)
-    name = body.model or backend.settings.model_name
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return JSONResponse({"object": "list", "data": data, "model": name, "usage": usage})
+    usage = replies.Usage(prompt_tokens=tokens, total_tokens=tokens)
+    return json_response(replies.Embeddings(object="list", data=data, model=_name(body, backend), usage=usage))
 
 
 SAMPLED = ("temperature", "top_p", "top_k", "min_tokens", "seed", "repetition_penalty", "presence_penalty",
@@ -340,28 +358,6 @@ def read_constraint(request: Constrained, backend: Backend) -> Constraint | None
     if wanted.json_schema is None:
         raise ApiError(400, "response_format of type json_schema needs a json_schema", param="response_format")
     return constraints.json_schema(tokenizer, wanted.json_schema.schema_, vocabulary_size=size)
-
-
-def read_history(history: History | None, query: str | None = None, *, param: str) -> Conversation:
-    """A conversation that ends with a question. Raises `ApiError`, with the parameter, for anything else."""
-    try:
-        conversation = read_conversation(history, query)
-        conversation.require_query()
-    except GmaskError as error:
-        raise ApiError(400, f"{param}: {error}", param=param) from error
-    return conversation
-
-
-def fit_chat(conversation: Conversation, backend: Backend, *, longest: int, max_tokens: int | None) -> Prompt:
-    """The prompt of a conversation, as `fit_prompt` finds room for it."""
-    query, rounds = conversation.require_query(), conversation.rounds
-    return fit_prompt(query, rounds, backend.format, longest=longest, max_tokens=max_tokens)
-
-
-def settle_reply(backend: Backend) -> Settle:
-    """What is certain of a reply, in the form in which it is shown."""
-    shape = backend.format
-    return lambda text, is_whole: shape.clean(text) if is_whole else shape.settled(text)
 
 
 def read_prompts(request: CompletionRequest, backend: Backend) -> list[Question]:
@@ -425,39 +421,36 @@ class PublishedReply(BaseModel):
 
 
 @published_router.post("/", responses={200: {"model": PublishedReply}})
-async def reply(request: Request, body: PublishedRequest) -> JSONResponse:
+async def reply(request: Request, body: PublishedRequest) -> Response:
     """The reply to a prompt behind its history."""
     backend: Backend = request.app.state.backend
-    conversation = read_history(body.history, body.prompt, param="history")
+    conversation = read_question(body.history, body.prompt, param="history")
     longest = min(body.max_length or MAX_LENGTH, backend.positions)
-    prompt = await asyncio.to_thread(fit_chat, conversation, backend, longest=longest, max_tokens=None)
+    prompt = await backend.fit(conversation, longest=longest, max_tokens=None)
     stated = {name: value for name in ("temperature", "top_p") if (value := getattr(body, name)) is not None}
     max_tokens = min(longest - prompt.length, backend.longest_answer)
     sampling = SamplingParameters(**{**DEFAULTS, **stated, "max_tokens": max_tokens})
     if backend.settings.log_prompts:
-        note(request, prompt=body.prompt)
-    clean = backend.format.clean
-    reader = SampleReader(backend.tokenizer, [lambda text, _: clean(text)], (), logprobs=False)
+        log_fields(request, prompt=body.prompt)
     with closing(backend.submit(request, [prompt.context], sampling)) as job:
-        (progress,) = (await job.results()).values()
-    text = "".join(piece.text for piece in reader.read(progress, {}))
-    answer = progress.done[0] if progress.done else progress.open
-    note(request, prompt_tokens=job.prompt_tokens, completion_tokens=len(answer.ids))
+        reader = IncrementalDetokenizer(backend.tokenizer, [backend.format.settle], (), logprobs=False)
+        (sample,) = read_samples(await job.results(), {(0, 0): reader}, job, n=1)
+    log_fields(request, prompt_tokens=job.prompt_tokens, completion_tokens=sample.count)
+    history = [[*texts] for texts in (*conversation.rounds, (conversation.require_query(), sample.text))]
     now = time.strftime(TIME_FORMAT)
-    history = [*conversation.rounds, (conversation.query, text)]
-    return JSONResponse({"response": text, "history": history, "status": 200, "time": now})
+    return json_response(PublishedReply(response=sample.text, history=history, status=200, time=now))
 
 
 CHUNK = 64
 """Tokens whose log-probabilities over the whole vocabulary are held together: 32 MiB for a ChatGLM-6B."""
 
 
-def score_text(backend: Backend, ids: Sequence[int], *, top: int) -> tuple[ToldToken, ...]:
+def score_text(backend: Backend, ids: Sequence[int], *, top: int) -> tuple[ScoredToken, ...]:
     """The tokens of a text as the answer to a blank alone: ``[gMASK] <sop> text``, with ``[CLS]`` before it for a GLM.
 
     Args:
         ids: T of them.
-        top: so many of the most probable tokens are told beside each one.
+        top: so many of the most probable tokens beside each one.
 
     Raises:
         GmaskError: more tokens than the model has positions.
@@ -468,7 +461,7 @@ def score_text(backend: Backend, ids: Sequence[int], *, top: int) -> tuple[ToldT
     if not ids:
         return ()
     head = [*([special.cls] if backend.fills_blanks else []), special.gmask, special.sop]
-    told: list[ToldToken] = []
+    scored: list[ScoredToken] = []
     texts = iter(token_texts(ids, backend.tokenizer))
     with torch.inference_mode():
         input_ids = torch.tensor([[*head, *ids[:-1]]], device=model.device)
@@ -481,6 +474,6 @@ def score_text(backend: Backend, ids: Sequence[int], *, top: int) -> tuple[ToldT
             chosen = logprobs.gather(-1, wanted[:, None])[:, 0].tolist()
             best = logprobs.topk(top, dim=-1)
             for logprob, row, values in zip(chosen, best.indices.tolist(), best.values.tolist(), strict=True):
-                tokens = name_tokens(zip(row, values, strict=True), backend.tokenizer)
-                told.append(ToldToken(next(texts), logprob, tokens))
-    return tuple(told)
+                tokens = spell_tokens(zip(row, values, strict=True), backend.tokenizer)
+                scored.append(ScoredToken(next(texts), logprob, tokens))
+    return tuple(scored)

@@ -38,14 +38,14 @@ PROBE_SECONDS = 20.0  # that an idle engine may take for one token; Ray waits 30
 STALL_SECONDS = 120.0  # that a busy one may go without a step: time to read a long batch of contexts on a CPU
 
 
-class Pulse:
+class EngineProbe:
     """Whether an engine still answers."""
 
     def __init__(self, engine: Engine) -> None:
         context = find_format(engine.model, engine.tokenizer).encode("", ())
         sampling = SamplingParameters(max_tokens=1)
         self.engine = engine
-        self.probe = Request(context=context, sampling=sampling, timeout=PROBE_SECONDS)
+        self.request = Request(context=context, sampling=sampling, timeout=PROBE_SECONDS)
         self.work, self.since = (0, 0), time.monotonic()
 
     def check(self) -> None:
@@ -56,7 +56,7 @@ class Pulse:
         """
         counts = self.engine.counts()
         if not (counts.running or counts.waiting):
-            (progress,) = self.engine.submit(self.probe).wait(PROBE_SECONDS)
+            (progress,) = self.engine.submit(self.request).wait(PROBE_SECONDS)
             if progress.end != "complete":
                 raise RuntimeError(f"the engine writes no token: {progress.end}") from progress.error
         work = (counts.steps, counts.prompt_tokens)
@@ -79,12 +79,12 @@ class Replica:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Ray serves; it calls this by its name, and starts and ends the application's lifespan."""
         app = create_app(self.model, self.tokenizer, settings=self.settings)
-        self.pulse = Pulse(app.state.backend.engine)
+        self.engine_probe = EngineProbe(app.state.backend.engine)
         return app
 
     async def check_health(self) -> None:
         """Ray asks this every few seconds, and replaces a replica that has raised an error three times."""
-        await asyncio.to_thread(self.pulse.check)
+        await asyncio.to_thread(self.engine_probe.check)
 
 
 DEPLOYMENT: Deployment = serve.deployment(

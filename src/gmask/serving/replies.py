@@ -1,161 +1,25 @@
-"""The form of OpenAI's answers, whole and in chunks, and what can be said of one that is being written."""
+"""OpenAI's replies, whole and in chunks, and the text of answers that are being written.
+
+The pydantic classes are the form of what is sent, and the documentation at /docs. A field that is not set is not sent.
+"""
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from fastapi.responses import Response
+from pydantic import BaseModel, Field
 from transformers import PreTrainedTokenizerBase
 
 from gmask.generation.answers import Answer, AnswerStream, Finish, TextAssembler, token_texts
 from gmask.generation.engine import Progress
 
-FINISHES = {"end": "stop", "stop": "stop", "length": "length"}
+FinishReason = Literal["stop", "length"]
+FINISH_REASONS: dict[Finish, FinishReason] = {"end": "stop", "stop": "stop", "length": "length"}
 """OpenAI's word for why an answer is complete, by ours."""
-
-
-@dataclass(frozen=True, slots=True)
-class ToldToken:
-    """A token as clients see it."""
-
-    text: str
-    logprob: float
-    top: tuple[tuple[str, float], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One answer."""
-
-    index: int
-    text: str
-    tokens: tuple[ToldToken, ...]
-    finish: str
-    count: int  # tokens
-    mean_logprob: float
-
-    def numbered(self, index: int) -> "Choice":
-        """The same in another place."""
-        return replace(self, index=index)
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What has become certain of one blank's answer since the last piece."""
-
-    blank: int
-    text: str
-    tokens: tuple[ToldToken, ...]
-    finish: Finish | None  # where it is complete
-
-
-@dataclass
-class Form:
-    """How one request's answers are written down."""
-
-    kind: Literal["chat", "text"]
-    model: str
-    logprobs: bool
-    rounds_left_out: int = 0  # of the conversation, which had no room in the context
-    prompts: Sequence[str] = ()  # of a completion: for the offsets of its tokens
-    echoes: Sequence[tuple[ToldToken, ...]] | None = None  # the prompts' own tokens, if they are told as well
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    created: int = field(default_factory=lambda: int(time.time()))
-    offsets: dict[int, int] = field(default_factory=dict)  # where a streamed choice's next token starts
-
-    def head(self, suffix: str = "") -> dict[str, Any]:
-        """What every answer and chunk begins with."""
-        prefix, name = ("chatcmpl", "chat.completion") if self.kind == "chat" else ("cmpl", "text_completion")
-        name += suffix if self.kind == "chat" else ""
-        head = {"id": f"{prefix}-{self.id}", "object": name, "created": self.created, "model": self.model}
-        return head | ({"rounds_left_out": self.rounds_left_out} if self.rounds_left_out else {})
-
-    def whole(self, choices: Sequence[Choice], *, n: int, prompt_tokens: int) -> dict[str, Any]:
-        """The answer at once; ``n`` choices for each prompt."""
-        written = [self._write(choice, choice.index // n) for choice in choices]
-        usage = count_tokens(prompt_tokens, sum(choice.count for choice in choices))
-        return {**self.head(), "choices": written, "usage": usage}
-
-    def _write(self, choice: Choice, prompt: int) -> dict[str, Any]:
-        shared = {"index": choice.index, "finish_reason": choice.finish}
-        if self.kind == "chat":
-            message = {"role": "assistant", "content": choice.text, "refusal": None}
-            return {**shared, "message": message, "logprobs": self._chat_logprobs(choice.tokens)}
-        if self.echoes is None:
-            text, tokens, offset = choice.text, choice.tokens, len(self.prompts[prompt])
-        else:
-            text, tokens, offset = self.prompts[prompt] + choice.text, self.echoes[prompt] + choice.tokens, 0
-        return {**shared, "text": text, "logprobs": self._text_logprobs(tokens, offset)}
-
-    def openings(self, choices: int) -> Iterator[dict[str, Any]]:
-        """The chunks that say who speaks."""
-        if self.kind == "chat":
-            for index in range(choices):
-                yield self._chat_chunk(index, {"role": "assistant", "content": ""}, None, None)
-
-    def chunk(self, index: int, prompt: int, piece: Piece) -> dict[str, Any]:
-        """The next words of a choice."""
-        if self.kind == "chat":
-            return self._chat_chunk(index, {"content": piece.text}, None, self._chat_logprobs(piece.tokens))
-        offset = self.offsets.setdefault(index, len(self.prompts[prompt]))
-        self.offsets[index] += sum(len(token.text) for token in piece.tokens)
-        return self._text_chunk(index, piece.text, None, self._text_logprobs(piece.tokens, offset))
-
-    def ending(self, index: int, finish: str) -> dict[str, Any]:
-        """The last chunk of a choice."""
-        if self.kind == "chat":
-            return self._chat_chunk(index, {}, finish, None)
-        return self._text_chunk(index, "", finish, None)
-
-    def usage(self, prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
-        """The chunk behind the last one, if it was asked for."""
-        return {**self.head(".chunk"), "choices": [], "usage": count_tokens(prompt_tokens, completion_tokens)}
-
-    def _chat_chunk(self, index: int, delta: dict[str, Any], finish: str | None, logprobs: Any) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return {**self.head(".chunk"), "choices": [choice]}
-
-    def _text_chunk(self, index: int, text: str, finish: str | None, logprobs: Any) -> dict[str, Any]:
-        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
-        return {**self.head(), "choices": [choice]}
-
-    def _chat_logprobs(self, tokens: Sequence[ToldToken]) -> dict[str, Any] | None:
-        if not self.logprobs:
-            return None
-        content = [
-            {**_spell(token.text, token.logprob), "top_logprobs": [_spell(*other) for other in token.top]}
-            for token in tokens
-        ]
-        return {"content": content, "refusal": None}
-
-    def _text_logprobs(self, tokens: Sequence[ToldToken], offset: int) -> dict[str, Any] | None:
-        if not self.logprobs:
-            return None
-        offsets = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token.text)
-        return {
-            "tokens": [token.text for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [dict(reversed(token.top)) for token in tokens],  # of equal spellings the best stays
-            "text_offset": offsets,
-        }
-
-
-def _spell(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8", "replace"))}
-
-
-def count_tokens(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """OpenAI's usage."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
 
 
 class Usage(BaseModel):
@@ -164,6 +28,12 @@ class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int = 0
     total_tokens: int
+
+
+def count_usage(prompt_tokens: int, completion_tokens: int) -> Usage:
+    """The tokens of a request and its answers."""
+    total = prompt_tokens + completion_tokens
+    return Usage(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, total_tokens=total)
 
 
 class Model(BaseModel):
@@ -180,53 +50,6 @@ class ModelList(BaseModel):
 
     object: Literal["list"]
     data: list[Model]
-
-
-class Message(BaseModel):
-    """The reply."""
-
-    role: Literal["assistant"]
-    content: str
-
-
-class ChatChoice(BaseModel):
-    """One of the replies."""
-
-    index: int
-    message: Message
-    finish_reason: Literal["stop", "length"]
-    logprobs: dict[str, Any] | None
-
-
-class ChatCompletion(BaseModel):
-    """The answer of ``/v1/chat/completions``; a stream has OpenAI's chunks."""
-
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class TextChoice(BaseModel):
-    """One of the answers."""
-
-    index: int
-    text: str
-    finish_reason: Literal["stop", "length"]
-    logprobs: dict[str, Any] | None
-
-
-class Completion(BaseModel):
-    """The answer of ``/v1/completions``."""
-
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
-    choices: list[TextChoice]
-    usage: Usage
 
 
 class Embedding(BaseModel):
@@ -246,11 +69,344 @@ class Embeddings(BaseModel):
     usage: Usage
 
 
+class TopLogprob(BaseModel):
+    """A token that was probable, with its bytes in UTF-8."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """A token of a reply, beside the most probable ones."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """The tokens of a reply."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class TextLogprobs(BaseModel):
+    """The tokens of a completion, and where each begins in prompt and answer."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class Message(BaseModel):
+    """The reply."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    """One of the replies."""
+
+    index: int
+    message: Message
+    finish_reason: FinishReason
+    logprobs: ChatLogprobs | None
+
+
+class ChatCompletion(BaseModel):
+    """The answer of ``/v1/chat/completions``; a stream has OpenAI's chunks."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    rounds_left_out: int = Field(default=0, description="Of the conversation, the oldest ones, which had no room.")
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatDelta(BaseModel):
+    """What a chunk adds to a reply."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str = ""
+
+
+class ChatChunkChoice(BaseModel):
+    """What a chunk says of one of the replies."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatChunk(BaseModel):
+    """A part of a streamed reply."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    rounds_left_out: int = 0
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+class TextChoice(BaseModel):
+    """One of the answers."""
+
+    index: int
+    text: str
+    finish_reason: FinishReason
+    logprobs: TextLogprobs | None
+
+
+class Completion(BaseModel):
+    """The answer of ``/v1/completions``."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+
+
+class TextChunkChoice(BaseModel):
+    """What a chunk says of one of the answers."""
+
+    index: int
+    text: str
+    finish_reason: FinishReason | None
+    logprobs: TextLogprobs | None
+
+
+class CompletionChunk(BaseModel):
+    """A part of a streamed completion."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChunkChoice]
+    usage: Usage | None = None
+
+
+def json_response(reply: BaseModel) -> Response:
+    """A reply as it is sent, without the fields that are not set."""
+    return Response(reply.model_dump_json(exclude_unset=True), media_type="application/json")
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredToken:
+    """The text of a token, its log-probability, and the most probable tokens beside it."""
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CompletedSample:
+    """One answer to a request."""
+
+    text: str
+    tokens: tuple[ScoredToken, ...]
+    finish: Finish
+    count: int  # tokens
+    mean_logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What has become certain of one blank's answer since the last time."""
+
+    blank: int
+    text: str
+    tokens: tuple[ScoredToken, ...]
+    finish: Finish | None  # where it is complete
+
+
+class ReplyBuilder(ABC):
+    """Builds the reply to one request: whole, or chunk by chunk.
+
+    Args:
+        model: by the name that the client gave it.
+        logprobs: whether the tokens are told as well.
+    """
+
+    id_prefix: str
+
+    def __init__(self, model: str, *, logprobs: bool) -> None:
+        self.logprobs = logprobs
+        self.head: dict[str, Any] = {
+            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    @abstractmethod
+    def whole(self, samples: Sequence[CompletedSample], *, n: int, prompt_tokens: int) -> BaseModel:
+        """The reply at once; ``n`` samples for each prompt, prompt by prompt."""
+
+    def openings(self, samples: int) -> Iterator[BaseModel]:
+        """The chunks before the first words."""
+        return iter(())
+
+    @abstractmethod
+    def chunk(self, index: int, prompt: int, delta: Delta) -> BaseModel:
+        """The next words of a sample."""
+
+    @abstractmethod
+    def ending(self, index: int, finish: Finish) -> BaseModel:
+        """The last chunk of a sample."""
+
+    @abstractmethod
+    def usage(self, prompt_tokens: int, completion_tokens: int) -> BaseModel:
+        """The chunk behind the last one, if it was asked for."""
+
+
+class ChatBuilder(ReplyBuilder):
+    """Of chats.
+
+    Args:
+        rounds_left_out: of the conversation, which had no room in the context.
+    """
+
+    id_prefix = "chatcmpl"
+
+    def __init__(self, model: str, *, logprobs: bool, rounds_left_out: int) -> None:
+        super().__init__(model, logprobs=logprobs)
+        if rounds_left_out:
+            self.head["rounds_left_out"] = rounds_left_out
+
+    def whole(self, samples: Sequence[CompletedSample], *, n: int, prompt_tokens: int) -> ChatCompletion:
+        choices = [
+            ChatChoice(
+                index=index,
+                message=Message(role="assistant", content=sample.text, refusal=None),
+                finish_reason=FINISH_REASONS[sample.finish],
+                logprobs=self._logprobs(sample.tokens),
+            )
+            for index, sample in enumerate(samples)
+        ]
+        usage = count_usage(prompt_tokens, sum(sample.count for sample in samples))
+        return ChatCompletion(**self.head, object="chat.completion", choices=choices, usage=usage)
+
+    def openings(self, samples: int) -> Iterator[ChatChunk]:
+        for index in range(samples):
+            yield self._chunk(index, ChatDelta(role="assistant", content=""))
+
+    def chunk(self, index: int, prompt: int, delta: Delta) -> ChatChunk:
+        return self._chunk(index, ChatDelta(content=delta.text), logprobs=self._logprobs(delta.tokens))
+
+    def ending(self, index: int, finish: Finish) -> ChatChunk:
+        return self._chunk(index, ChatDelta(), finish=FINISH_REASONS[finish])
+
+    def usage(self, prompt_tokens: int, completion_tokens: int) -> ChatChunk:
+        usage = count_usage(prompt_tokens, completion_tokens)
+        return ChatChunk(**self.head, object="chat.completion.chunk", choices=[], usage=usage)
+
+    def _chunk(
+        self, index: int, delta: ChatDelta, *, finish: FinishReason | None = None, logprobs: ChatLogprobs | None = None
+    ) -> ChatChunk:
+        choice = ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish)
+        return ChatChunk(**self.head, object="chat.completion.chunk", choices=[choice])
+
+    def _logprobs(self, tokens: Sequence[ScoredToken]) -> ChatLogprobs | None:
+        if not self.logprobs:
+            return None
+        content = [
+            {**_spell(token.text, token.logprob), "top_logprobs": [_spell(*top) for top in token.top]}
+            for token in tokens
+        ]
+        return ChatLogprobs.model_validate({"content": content, "refusal": None})  # one call: half the time of many
+
+
+def _spell(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8", "replace"))}
+
+
+class CompletionBuilder(ReplyBuilder):
+    """Of completions.
+
+    Args:
+        prompts: for the offsets of the tokens.
+        echoes: the prompts' own tokens, if answers begin with their prompts.
+    """
+
+    id_prefix = "cmpl"
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        logprobs: bool,
+        prompts: Sequence[str],
+        echoes: Sequence[tuple[ScoredToken, ...]] | None = None,
+    ) -> None:
+        super().__init__(model, logprobs=logprobs)
+        self.prompts, self.echoes = prompts, echoes
+        self.offsets: dict[int, int] = {}  # where a streamed sample's next token starts
+
+    def whole(self, samples: Sequence[CompletedSample], *, n: int, prompt_tokens: int) -> Completion:
+        choices = [self._choice(index, index // n, sample) for index, sample in enumerate(samples)]
+        usage = count_usage(prompt_tokens, sum(sample.count for sample in samples))
+        return Completion(**self.head, object="text_completion", choices=choices, usage=usage)
+
+    def _choice(self, index: int, prompt: int, sample: CompletedSample) -> TextChoice:
+        text, tokens, offset = sample.text, sample.tokens, len(self.prompts[prompt])
+        if self.echoes is not None:
+            text, tokens, offset = self.prompts[prompt] + text, self.echoes[prompt] + tokens, 0
+        return TextChoice(
+            index=index,
+            text=text,
+            finish_reason=FINISH_REASONS[sample.finish],
+            logprobs=self._logprobs(tokens, offset),
+        )
+
+    def chunk(self, index: int, prompt: int, delta: Delta) -> CompletionChunk:
+        offset = self.offsets.setdefault(index, len(self.prompts[prompt]))
+        self.offsets[index] += sum(len(token.text) for token in delta.tokens)
+        return self._chunk(index, delta.text, None, self._logprobs(delta.tokens, offset))
+
+    def ending(self, index: int, finish: Finish) -> CompletionChunk:
+        return self._chunk(index, "", FINISH_REASONS[finish], None)
+
+    def usage(self, prompt_tokens: int, completion_tokens: int) -> CompletionChunk:
+        usage = count_usage(prompt_tokens, completion_tokens)
+        return CompletionChunk(**self.head, object="text_completion", choices=[], usage=usage)
+
+    def _chunk(
+        self, index: int, text: str, finish: FinishReason | None, logprobs: TextLogprobs | None
+    ) -> CompletionChunk:
+        choice = TextChunkChoice(index=index, text=text, logprobs=logprobs, finish_reason=finish)
+        return CompletionChunk(**self.head, object="text_completion", choices=[choice])
+
+    def _logprobs(self, tokens: Sequence[ScoredToken], offset: int) -> TextLogprobs | None:
+        if not self.logprobs:
+            return None
+        offsets = []
+        for token in tokens:
+            offsets.append(offset)
+            offset += len(token.text)
+        return TextLogprobs(
+            tokens=[token.text for token in tokens],
+            token_logprobs=[token.logprob for token in tokens],
+            top_logprobs=[dict(reversed(token.top)) for token in tokens],  # of equal spellings the best stays
+            text_offset=offsets,
+        )
+
+
 Settle = Callable[[str, bool], str]
 """What is certain of a blank's text, given whether that is the whole answer."""
 
-Tops = tuple[tuple[tuple[int, float], ...], ...]
-"""For each token the most probable ones at its place, with their log-probabilities."""
+TopLogprobs = tuple[tuple[tuple[int, float], ...], ...]
+"""For each token of an answer the ids of the most probable ones in its position, with their log-probabilities."""
 
 
 def blank_of(progress: Progress) -> int:
@@ -258,56 +414,67 @@ def blank_of(progress: Progress) -> int:
     return len(progress.done) if progress.open.ids else max(0, len(progress.done) - 1)
 
 
-class SampleReader:
-    """Follows one sample, and tells what is new in it; nothing is ever taken back."""
+class IncrementalDetokenizer:
+    """Follows one sample, and yields what is new in its text; nothing is ever taken back.
+
+    Args:
+        settles: one for each blank.
+        stops: texts before which an answer ends.
+        logprobs: whether tokens are yielded as well.
+    """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, settles: Sequence[Settle], stops: Sequence[str], *, logprobs: bool
     ) -> None:
-        """``settles`` has one for each blank."""
         self.tokenizer = tokenizer
         self.settles = settles
         self.stops = stops
         self.logprobs = logprobs
         self.blank = 0  # the one that is being read
-        self._open_stream()
+        self._open_blank()
 
-    def _open_stream(self) -> None:
-        self.told = 0  # tokens
-        self.names = TextAssembler(self.tokenizer)
+    def _open_blank(self) -> None:
+        self.seen = 0  # tokens
+        self.token_texts = TextAssembler(self.tokenizer)
         if self.blank < len(self.settles):
             self.stream = AnswerStream(self.tokenizer, self.settles[self.blank], stops=self.stops)
 
-    def read(self, progress: Progress, tops: dict[int, Tops]) -> Iterator[Piece]:
-        """The new pieces; an answer that was cut off from outside counts as one that was cut for its length."""
+    def read(self, progress: Progress, top_logprobs: dict[int, TopLogprobs]) -> Iterator[Delta]:
+        """What is new; an answer that was cut off from outside counts as one that was cut for its length.
+
+        Args:
+            top_logprobs: by the blanks.
+        """
         while self.blank < len(progress.done):
-            yield self._take(progress.done[self.blank], tops)
+            yield self._advance(progress.done[self.blank], top_logprobs)
             self.blank += 1
-            self._open_stream()
+            self._open_blank()
         if self.blank < len(self.settles):
             if progress.end is not None:
-                yield self._take(replace(progress.open, finish="length"), tops)
+                yield self._advance(replace(progress.open, finish="length"), top_logprobs)
             elif progress.open.ids:
-                yield self._take(progress.open, tops)
+                yield self._advance(progress.open, top_logprobs)
 
-    def _take(self, answer: Answer, tops: dict[int, Tops]) -> Piece:
-        tokens: tuple[ToldToken, ...] = ()
+    def _advance(self, answer: Answer, top_logprobs: dict[int, TopLogprobs]) -> Delta:
+        tokens: tuple[ScoredToken, ...] = ()
         if self.logprobs:
-            tokens = self._tell_tokens(answer, tops.get(self.blank, ()))
-        self.told = len(answer.ids)
-        return Piece(self.blank, self.stream.take(answer), tokens, answer.finish)
+            tokens = self._new_tokens(answer, top_logprobs.get(self.blank, ()))
+        self.seen = len(answer.ids)
+        return Delta(self.blank, self.stream.take(answer), tokens, answer.finish)
 
-    def _tell_tokens(self, answer: Answer, tops: Tops) -> tuple[ToldToken, ...]:
-        texts = [self.names.push(token_id) for token_id in answer.ids[self.told :]]
+    def _new_tokens(self, answer: Answer, top_logprobs: TopLogprobs) -> tuple[ScoredToken, ...]:
+        texts = [self.token_texts.push(token_id) for token_id in answer.ids[self.seen :]]
         if answer.finish and texts:
-            texts[-1] += self.names.finish()
+            texts[-1] += self.token_texts.finish()
         return tuple(
-            ToldToken(text, answer.logprobs[place], name_tokens(tops[place] if tops else (), self.tokenizer))
-            for place, text in enumerate(texts, start=self.told)
+            ScoredToken(
+                text, answer.logprobs[index], spell_tokens(top_logprobs[index] if top_logprobs else (), self.tokenizer)
+            )
+            for index, text in enumerate(texts, start=self.seen)
         )
 
 
-def name_tokens(
+def spell_tokens(
     tokens: Iterable[tuple[int, float]], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[tuple[str, float], ...]:
     """Tokens and their log-probabilities, by their texts."""

@@ -26,13 +26,15 @@ from gmask.serving.webui_parts import (
     LANGUAGES,
     MAX_CHARACTERS,
     Labelled,
-    PageModel,
     build_sampling,
     check_length,
+    fill_blanks,
+    most_answers,
     preferred_language,
     read_seed,
-    say,
-    told_errors,
+    shown_errors,
+    stream_reply,
+    translate,
 )
 
 Language = Literal["en", "zh", "auto"]
@@ -98,7 +100,6 @@ def make_backend(
 
 def draw_page(backend: Backend, *, talks: Backend | None = None, language: Language = "auto") -> gr.Blocks:
     """The page of the model of a backend, or of another one where it talks; as `create_page`."""
-    served, talking = PageModel(backend), PageModel(talks or backend)
     first = "en" if language == "auto" else language
     labelled = Labelled(first)
     page = gr.Blocks(title="gmask", analytics_enabled=False)
@@ -112,11 +113,11 @@ def draw_page(backend: Backend, *, talks: Backend | None = None, language: Langu
                 container=False,
                 elem_id="language",
             )
-        if served.blanks:
+        if backend.blanks:
             with labelled.make(gr.Tab, {"label": "fill"}):
-                build_infill(served, labelled, switch)
+                build_infill(backend, labelled, switch)
         with labelled.make(gr.Tab, {"label": "chat"}):
-            build_chat(talking, labelled, switch)
+            build_chat(talks or backend, labelled, switch)
         switch.change(labelled.updates, switch, labelled.components, queue=False, api_visibility="private")
         if language == "auto":
             page.load(browser_language, None, switch, queue=False, api_visibility="private")
@@ -175,22 +176,22 @@ def unguard(text: str) -> str:
     return re.sub(f"(?<=[<&]){GUARD}", "", text)
 
 
-def build_chat(model: PageModel, labelled: Labelled, language: gr.Radio) -> None:
+def build_chat(backend: Backend, labelled: Labelled, language: gr.Radio) -> None:
     """Draws the tab and wires it up."""
 
     async def reply(message: str, history: Sequence[Mapping[str, Any]], *values: Any) -> AsyncIterator[tuple[str, str]]:
         *settings, language = values
-        with told_errors(language):
-            async for told in reply_to(model, message, history, *settings, language=language):
-                yield told
+        with shown_errors(language):
+            async for shown in reply_to(backend, message, history, *settings, language=language):
+                yield shown
 
     with gr.Row():
         with gr.Column(scale=1, min_width=260, render=False) as side:
             with labelled.make(gr.Accordion, {"label": "settings"}, open=True):
                 settings = build_sampling(
                     labelled,
-                    max_tokens=min(model.positions // 2, model.longest_answer),
-                    limit=min(model.positions - 1, model.longest_answer),
+                    max_tokens=min(backend.positions // 2, backend.longest_answer),
+                    limit=min(backend.positions - 1, backend.longest_answer),
                     temperature=DEFAULTS["temperature"],
                     top_p=DEFAULTS["top_p"],
                 )
@@ -212,7 +213,7 @@ def build_chat(model: PageModel, labelled: Labelled, language: gr.Radio) -> None
 
 
 async def reply_to(
-    model: PageModel,
+    backend: Backend,
     message: str,
     history: Sequence[Mapping[str, Any]],
     max_tokens: int,
@@ -225,15 +226,15 @@ async def reply_to(
     """The reply as far as it is written, again and again, and beside it the counts, once it is whole.
 
     Raises:
-        GmaskError, ApiError: as of `PageModel.stream_reply`.
+        GmaskError, ApiError: as of `stream_reply`.
     """
     conversation = read_shown(history, message)
     settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     if (first := read_seed(seed)) is not None:
         settings["seed"] = first + len(conversation.rounds)  # each reply is a throw of its own
-    async with aclosing(model.stream_reply(conversation, settings)) as fragments:
-        async for said, whole in fragments:
-            yield said, "" if whole is None else describe_reply(whole, language)
+    async with aclosing(stream_reply(backend, conversation, settings)) as fragments:
+        async for text, whole in fragments:
+            yield text, "" if whole is None else describe_reply(whole, language)
 
 
 def read_shown(history: Sequence[Mapping[str, Any]], message: str) -> Conversation:
@@ -245,11 +246,11 @@ def read_shown(history: Sequence[Mapping[str, Any]], message: str) -> Conversati
 
 def describe_reply(reply: Reply, language: str) -> str:
     """What a reply took, and whether something is missing."""
-    notes = [say("counts", language, prompt=reply.prompt_tokens, reply=reply.reply_tokens)]
+    notes = [translate("counts", language, prompt=reply.prompt_tokens, reply=reply.reply_tokens)]
     if reply.finish == "length":
-        notes.append(say("length", language))
+        notes.append(translate("length", language))
     if reply.rounds_left_out:
-        notes.append(say("left_out", language, count=reply.rounds_left_out))
+        notes.append(translate("left_out", language, count=reply.rounds_left_out))
     return " ".join(notes)
 
 
@@ -323,11 +324,11 @@ class Results:
         return [self.text, self.table, self.chart, self.note]
 
 
-def build_infill(model: PageModel, labelled: Labelled, language: gr.Radio) -> None:
+def build_infill(backend: Backend, labelled: Labelled, language: gr.Radio) -> None:
     """Draws the tab and wires it up."""
     with gr.Row():
         with gr.Column(scale=3):
-            text, choices = _build_texts(model.blanks, labelled)
+            text, choices = _build_texts(backend.blanks, labelled)
             with gr.Row():
                 run = labelled.make(gr.Button, {"value": "run"}, variant="primary", elem_id="infill-run")
                 stop = labelled.make(
@@ -337,13 +338,13 @@ def build_infill(model: PageModel, labelled: Labelled, language: gr.Radio) -> No
             results = _build_results(labelled)
             _build_examples([text, choices], labelled)
         with gr.Column(scale=1, min_width=260):
-            settings = _build_settings(model, labelled)
+            settings = _build_settings(backend, labelled)
     filled = gr.State(time_to_live=3600)  # an Infilling, or None before the first
 
     async def fill(text: str, choices: str, *values: Any) -> list[Any]:
         *settings, language = values
-        with told_errors(language):
-            infilling = await fill_text(model, text, choices, *settings)
+        with shown_errors(language):
+            infilling = await fill_text(backend, text, choices, *settings)
         return [infilling, *show_results(infilling, language)]
 
     quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -362,7 +363,7 @@ def build_infill(model: PageModel, labelled: Labelled, language: gr.Radio) -> No
 
 
 async def fill_text(
-    model: PageModel,
+    backend: Backend,
     text: str,
     choices: str,
     n: int,
@@ -374,12 +375,12 @@ async def fill_text(
     """A filled text and its ``n - 1`` alternatives, best first; choices are scored, whatever the temperature.
 
     Raises:
-        GmaskError, ApiError: as of `PageModel.fill`, `read_choices` and `read_seed`.
+        GmaskError, ApiError: as of `fill_blanks`, `read_choices` and `read_seed`.
     """
     if candidates := read_choices(choices):
-        return await model.fill(text, candidates, n, {})
+        return await fill_blanks(backend, text, candidates, n, {})
     drawn = {"temperature": temperature, "top_p": top_p, "seed": read_seed(seed)} if temperature else {}
-    return await model.fill(text, [], n, {"max_tokens": max_tokens, **drawn})
+    return await fill_blanks(backend, text, [], n, {"max_tokens": max_tokens, **drawn})
 
 
 def read_choices(text: str) -> list[list[str]]:
@@ -412,8 +413,8 @@ def show_results(filled: Infilling | None, language: str) -> list[Any]:
             value=shares,
             visible=shares is not None,
             sort=None if shares is None else list(shares["candidate"]),
-            x_title=say("candidate", language),
-            y_title=say("probability", language),
+            x_title=translate("candidate", language),
+            y_title=translate("probability", language),
         ),
         gr.update(value=note, visible=bool(note)),
     ]
@@ -437,8 +438,8 @@ def highlight(filled: Infilling) -> Segments:
 
 def headers(filled: Infilling, language: str) -> list[str]:
     """Those of the table of alternatives."""
-    blanks = [say("blank", language, number=number) for number in range(1, len(filled.blanks) + 1)]
-    return [say("rank", language), *blanks, say("logprob", language), say("probability", language)]
+    blanks = [translate("blank", language, number=number) for number in range(1, len(filled.blanks) + 1)]
+    return [translate("rank", language), *blanks, translate("logprob", language), translate("probability", language)]
 
 
 def rows(filled: Infilling) -> list[list[Any]]:
@@ -489,9 +490,9 @@ def describe_filled(filled: Infilling, language: str) -> str:
     """What the user should know of the answers; empty if nothing."""
     alternatives = [filled, *filled.alternatives]
     cut = sum(not blank.finished for alternative in alternatives for blank in alternative.blanks)
-    notes = [say("cut", language, count=cut)] if cut else []
+    notes = [translate("cut", language, count=cut)] if cut else []
     if filled.choices is not None and not filled.choices.exact:
-        notes.append(say("beams", language))
+        notes.append(translate("beams", language))
     return " ".join(notes)
 
 
@@ -552,14 +553,14 @@ def _build_results(labelled: Labelled) -> Results:
 
 def _build_examples(inputs: list[Any], labelled: Labelled) -> None:
     for language, examples in EXAMPLES.items():
-        label = say(f"examples_{language}", labelled.language)
+        label = translate(f"examples_{language}", labelled.language)
         texts = [text for text, _ in examples]
         shown = gr.Examples(examples, inputs, label=label, example_labels=texts, cache_examples=False)
         labelled.add(shown.dataset, {"label": f"examples_{language}"})
 
 
-def _build_settings(model: PageModel, labelled: Labelled) -> list[Any]:
-    most, limit = model.most_answers, model.longest_answer
+def _build_settings(backend: Backend, labelled: Labelled) -> list[Any]:
+    most, limit = most_answers(backend), backend.longest_answer
     with labelled.make(gr.Accordion, {"label": "settings"}, open=True):
         return [
             labelled.make(

@@ -1,4 +1,4 @@
-"""Parts of the page: the model behind it, its words in English and Chinese, the settings of both tabs.
+"""Parts of the page: what it asks of the model, its words in English and Chinese, the settings of both tabs.
 
 The page asks as an HTTP client does: what it wants is written in one batch with other requests, and ends when the user
 stops it.
@@ -25,8 +25,7 @@ from gmask.generation.text import Prompt
 from gmask.serving.backend import Backend
 from gmask.serving.blanks import read_filled
 from gmask.serving.middleware import ApiError
-from gmask.serving.openai import fit_chat, settle_reply
-from gmask.serving.replies import SampleReader
+from gmask.serving.replies import IncrementalDetokenizer
 
 MAX_CHARACTERS = 20_000
 """Of a text, of all its choices, and of a message; what a model reads is less, but is counted in tokens."""
@@ -35,74 +34,51 @@ MAX_ANSWERS = 16
 """To one text."""
 
 
-class PageModel:
-    """A model, as the page sees it."""
-
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
-
-    @property
-    def positions(self) -> int:
-        """Tokens that prompt and reply may have together."""
-        return self.backend.positions
-
-    @property
-    def longest_answer(self) -> int:
-        """In tokens."""
-        return self.backend.longest_answer
-
-    @property
-    def most_answers(self) -> int:
-        """To one text."""
-        return min(MAX_ANSWERS, self.backend.settings.max_samples)
-
-    @property
-    def blanks(self) -> list[str]:
-        """The blank tokens that it was trained with; none for a model that only talks."""
-        if not self.backend.fills_blanks:
-            return []
-        known = self.backend.reader.blank_ids
-        return [blank for blank in ("[MASK]", "[sMASK]", "[gMASK]") if blank in known]
-
-    async def fill(self, text: str, choices: Sequence[Sequence[str]], n: int, settings: dict[str, Any]) -> Infilling:
-        """A text with its blanks filled, and ``n - 1`` alternatives; settings as of `gmask.infill`.
-
-        Raises:
-            GmaskError: as of `gmask.infill`; also a text that is too long.
-            ApiError: too many requests; no time.
-        """
-        check_length(text)
-        backend = self.backend
-        model = backend.require_blanks("filling blanks")
-        if choices or (n > 1 and not settings.get("temperature")):
-            search = partial(infill, model, backend.tokenizer, text, choices=choices or None, n=n, **settings)
-            return await backend.offline(None, search)
-        blanked = await asyncio.to_thread(backend.reader.read, text)
-        sampling = SamplingParameters(**settings)
-        return await read_filled(backend.submit(None, [blanked.context], sampling, n=n), blanked, sampling)
-
-    async def stream_reply(
-        self, conversation: Conversation, settings: dict[str, Any]
-    ) -> AsyncGenerator[tuple[str, Reply | None]]:
-        """What is certain of the reply, again and again, and at its end the whole `Reply`.
-
-        Raises:
-            GmaskError: as of `gmask.Chat`; also a message that is too long.
-            ApiError: too many requests; no time.
-        """
-        check_length(conversation.require_query())
-        backend, longest, room = self.backend, self.positions, settings["max_tokens"]
-        prompt = await asyncio.to_thread(fit_chat, conversation, backend, longest=longest, max_tokens=room)
-        sampling = SamplingParameters(**{**DEFAULTS, **settings})
-        reader = SampleReader(backend.tokenizer, [settle_reply(backend)], (), logprobs=False)
-        said = ""
-        with closing(backend.submit(None, [prompt.context], sampling, is_streamed=True)) as job:
-            async for _, progress in job.news():
-                said += "".join(piece.text for piece in reader.read(progress, {}))
-                yield said, read_reply(said, prompt, progress) if progress.end else None
+def most_answers(backend: Backend) -> int:
+    """To one text."""
+    return min(MAX_ANSWERS, backend.settings.max_samples)
 
 
-def read_reply(text: str, prompt: Prompt, progress: Progress) -> Reply:
+async def fill_blanks(
+    backend: Backend, text: str, choices: Sequence[Sequence[str]], n: int, settings: dict[str, Any]
+) -> Infilling:
+    """A text with its blanks filled, and ``n - 1`` alternatives; settings as of `gmask.infill`.
+
+    Raises:
+        GmaskError: as of `gmask.infill`; also a text that is too long.
+        ApiError: too many requests; no time.
+    """
+    check_length(text)
+    model = backend.require_blanks("filling blanks")
+    if choices or (n > 1 and not settings.get("temperature")):
+        search = partial(infill, model, backend.tokenizer, text, choices=choices or None, n=n, **settings)
+        return await backend.offline(None, search)
+    blanked = await asyncio.to_thread(backend.reader.read, text)
+    sampling = SamplingParameters(**settings)
+    return await read_filled(backend.submit(None, [blanked.context], sampling, n=n), blanked, sampling)
+
+
+async def stream_reply(
+    backend: Backend, conversation: Conversation, settings: dict[str, Any]
+) -> AsyncGenerator[tuple[str, Reply | None]]:
+    """What is certain of the reply, again and again, and at its end the whole `Reply`.
+
+    Raises:
+        GmaskError: as of `gmask.Chat`; also a message that is too long.
+        ApiError: too many requests; no time.
+    """
+    check_length(conversation.require_query())
+    prompt = await backend.fit(conversation, longest=backend.positions, max_tokens=settings["max_tokens"])
+    sampling = SamplingParameters(**{**DEFAULTS, **settings})
+    reader = IncrementalDetokenizer(backend.tokenizer, [backend.format.settle], (), logprobs=False)
+    text = ""
+    with closing(backend.submit(None, [prompt.context], sampling, is_streamed=True)) as job:
+        async for _, progress in job.updates():
+            text += "".join(delta.text for delta in reader.read(progress, {}))
+            yield text, make_reply(text, prompt, progress) if progress.end else None
+
+
+def make_reply(text: str, prompt: Prompt, progress: Progress) -> Reply:
     """What is known of a reply that has ended; one that had no more time counts as one that was cut."""
     answer = progress.done[0] if progress.done else progress.open
     finish = answer.finish or "length"
@@ -116,8 +92,8 @@ def check_length(text: str) -> None:
 
 
 @contextmanager
-def told_errors(language: str) -> Iterator[None]:
-    """Tells the user's mistakes in a line on the page. Gradio would render it as HTML, and it may quote the user."""
+def shown_errors(language: str) -> Iterator[None]:
+    """Shows the user's mistakes in a line on the page. Gradio would render it as HTML, and it may quote the user."""
     try:
         yield
     except (GmaskError, ApiError) as error:
@@ -128,7 +104,7 @@ def told_errors(language: str) -> Iterator[None]:
         message = "not enough memory: a shorter text, fewer answers or a quantized model need less"
     else:
         return
-    raise gr.Error(html.escape(message), title=say("error", language), print_exception=False)
+    raise gr.Error(html.escape(message), title=translate("error", language), print_exception=False)
 
 
 LANGUAGES = {"en": "English", "zh": "中文"}
@@ -190,7 +166,7 @@ LABELS = {
 Component = TypeVar("Component")
 
 
-def say(key: str, language: str, **values: object) -> str:
+def translate(key: str, language: str, **values: object) -> str:
     """A text of the page."""
     return LABELS[key][list(LANGUAGES).index(language)].format(**values)
 
@@ -211,7 +187,7 @@ class Labelled:
 
     def make(self, component: Callable[..., Component], keys: Mapping[str, str], **properties: Any) -> Component:
         """A component; ``keys`` are the labels of those of its properties that are text."""
-        made = component(**{name: say(key, self.language) for name, key in keys.items()}, **properties)
+        made = component(**{name: translate(key, self.language) for name, key in keys.items()}, **properties)
         self.add(made, keys)
         return made
 
@@ -222,7 +198,9 @@ class Labelled:
 
     def updates(self, language: str) -> list[dict[str, Any]]:
         """What changes in each of ``components`` for a language."""
-        texts: list[dict[str, Any]] = [{name: say(key, language) for name, key in keys.items()} for keys in self.keys]
+        texts: list[dict[str, Any]] = [
+            {name: translate(key, language) for name, key in keys.items()} for keys in self.keys
+        ]
         return [gr.update(**properties) for properties in texts]
 
 
