@@ -114,7 +114,7 @@ def test_a_chatglm_is_answered_too() -> None:
     chatter = gmask.Chat(model, tokenizer, max_tokens=12, temperature=0).chatter
     queries = ["你好", "hello there, how are you today?", "1 + 1"]
     engine = Engine(model, tokenizer, max_rows=4)
-    prompts = [chatter.fit(query, []) for query in queries]
+    prompts = [chatter.fit([], query) for query in queries]
     tickets = [
         engine.submit(Request(context=prompt.context, sampling=SamplingParameters(max_tokens=12))) for prompt in prompts
     ]

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "src" / "gmask"
 READMES = ["README.md", "README.zh.md"]
 FOLDERS = ["src", "tests", "benchmarks", "docs", "docker", "recipes", ".ci", ".github"]  # beside the files of the root
 DEFINED_TWICE = {  # to be emptied
-    "BATCH", "Choice", "Choices", "DTYPES", "HAN", "IntArray", "Item", "Job", "LANGUAGES", "Language", "Limits",
+    "BATCH", "Choices", "DTYPES", "HAN", "IntArray", "Item", "Job", "LANGUAGES", "Language", "Limits",
     "Loss", "Model", "Normalization", "Objective", "PREFIX", "Progress", "Question", "READERS",
     "Row", "SETTINGS", "SPELLINGS", "UNREADABLE", "Values", "WEIGHTS", "build",
     "choose_sentences", "describe", "evaluate", "fingerprint", "pack", "read_choices",

@@ -326,6 +326,11 @@ def test_models_are_listed_and_found(client: TestClient) -> None:
         ("/v1/completions", {"prompt": "a", "best_of": 2, "stream": True}, "streamed"),
         ("/v1/completions", {"prompt": "dog " * 400}, "positions"),
         ("/v1/completions", {"prompt": "a", "temperature": -1}, "temperature"),
+        (
+            "/v1/completions",
+            {"prompt": "a", "max_tokens": 2, "min_tokens": 3},
+            "min_tokens must be from 0 to max_tokens",
+        ),
         ("/v1/completions", {"prompt": "a", "stop": ""}, "stop"),
         ("/v1/infill", {"text": "no blank"}, "no blank"),
         ("/v1/infill", {"text": ""}, "text"),

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +17,9 @@ from starlette.testclient import TestClient
 
 import gmask
 from fake_engine import FakeEngine
+from gmask.cli import main
 from gmask.errors import GmaskError
-from gmask.serving.app import create_app
+from gmask.serving.app import create_app, open_port
 from gmask.serving.middleware import JsonFormatter, host_name, is_authorized
 from gmask.serving.settings import ServerSettings
 from tiny_folder import make_folder
@@ -50,6 +52,35 @@ def wait_until(condition: Callable[[], Any]) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not come about"
         time.sleep(0.005)
+
+
+@pytest.mark.parametrize("verb", ["serve", "webui"])
+def test_a_taken_port_is_one_line_before_the_model_is_loaded(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if verb == "webui":
+        pytest.importorskip("gradio", reason="the page needs gmask[webui]")
+    monkeypatch.setattr("gmask.checkpoints.load.load", lambda *_, **__: pytest.fail("the model is loaded"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr("sys.argv", ["gmask", verb, "--port", str(port)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    told = capsys.readouterr()
+    assert ended.value.code == 2
+    line = f"gmask: port {port} of 127.0.0.1 cannot be used: it is taken, or is not this machine's\n"
+    assert (told.out, told.err) == ("", line)
+
+
+def test_a_name_is_opened_at_each_of_its_addresses_that_there_is() -> None:
+    opened = open_port("localhost", 0)
+    assert opened and all(one.getsockname()[1] > 0 for one in opened)
+    for one in opened:
+        one.close()
+    with pytest.raises(GmaskError, match=r"port 80 of 192\.0\.2\.1 cannot be used"):
+        open_port("192.0.2.1", 80)
 
 
 def test_without_a_key_only_the_probes_answer(serve) -> None:

@@ -250,6 +250,34 @@ def test_a_mistake_is_shown_and_the_page_goes_on(open_page: Any) -> None:
     playwright.expect(page.locator("#infill-filled")).to_be_visible()
 
 
+@pytest.mark.parametrize("way", ["typed", "retried", "edited"])
+def test_a_refused_message_goes_back_into_its_box(open_page: Any, way: str) -> None:
+    page = open_page()
+    box = page.locator("#chat-message textarea")
+    set_up_chat(page, max_tokens=4)
+    counts = ""
+    if way != "typed":
+        say(page, "你好")
+        counts = wait_for_reply(page, 2)
+    page.get_by_role("tabpanel").filter(visible=True).get_by_label("Seed").fill("none")
+    if way == "typed":
+        say(page, "Hello!")
+    elif way == "retried":
+        page.get_by_role("button", name="Retry").click()
+    else:
+        page.get_by_role("button", name="Edit").first.click()
+        page.locator("#chat-conversation textarea").fill("Hello!")
+        page.get_by_role("button", name="Submit").click()
+    playwright.expect(page.get_by_text("the seed must be a whole number")).to_be_visible()
+    playwright.expect(box).to_be_enabled()
+    playwright.expect(box).to_have_value("你好" if way == "retried" else "Hello!")
+    playwright.expect(page.locator("#chat-conversation")).to_contain_text("Say something to the model.")
+    set_up_chat(page, max_tokens=2, seed=2)
+    box.press("Enter")
+    wait_for_reply(page, 2, after=counts)
+    assert messages(page).first.inner_text() == ("你好" if way == "retried" else "Hello!")
+
+
 def test_a_reply_is_streamed_and_what_was_written_is_no_markup(open_page: Any) -> None:
     page = open_page()
     set_up_chat(page, max_tokens=24)

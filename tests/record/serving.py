@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import socket
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -104,7 +105,10 @@ def with_served(session: Session, command: str, ask: Callable[[Any], Any]) -> An
     sys.modules["gradio"] = None  # type: ignore[assignment]
     try:
         with mock.patch.object(uvicorn.Server, "run", run):
-            session.must(command)
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            session.must(f"{command} --port {port}")
     finally:
         del sys.modules["gradio"]
         if gradio is not None:

@@ -81,10 +81,11 @@ def serve(
     check_installed()
     settings = read_settings(model, host, read_keys(api_key_file), log_prompts, parse_settings(pairs or []))
     from gmask.checkpoints.load import load
-    from gmask.serving.app import create_app, make_server
+    from gmask.serving.app import create_app, make_server, open_port
     from gmask.serving.middleware import log_as_json
 
     fixed, chosen = read_adapters(adapter or [])
+    sockets = open_port(host, port)  # before the model, which takes a while
     network, tokenizer = load(model, dtype=dtype, quantize=quantize, adapter=fixed)
     log_as_json()
     if host not in LOOPBACK and not settings.api_keys:
@@ -101,8 +102,10 @@ def serve(
     page = ", a page at /ui" if shows_page else ""
     print(f"{settings.model_name} at http://{host}:{port}/v1, documented at /docs{page}", file=sys.stderr)
     try:
-        make_server(app, host=host, port=port).run()
+        make_server(app, host=host, port=port).run(sockets=sockets)
     finally:
+        for opened in sockets:
+            opened.close()
         if talks is not None:
             talks.close()
 
@@ -200,11 +203,14 @@ def webui(
 ) -> None:
     """Open a page in the browser: fill blanks and chat, in English and Chinese."""
     try:
+        from gmask.serving.app import open_port
         from gmask.serving.webui import draw_page, make_backend
     except ModuleNotFoundError as error:
         raise GmaskError(f"{error.name} is not installed; the page needs pip install 'gmask[webui]'") from error
     from gmask.checkpoints.load import load
 
+    for opened in open_port(host, port):  # Gradio opens it again; a taken one is said before the model is loaded
+        opened.close()
     names = (model,) if model else (base_of(adapter, BUNDLED_NAMES[0]),) if adapter else BUNDLED_NAMES
     with contextlib.ExitStack() as stack:
         backends = []

@@ -1,10 +1,15 @@
 """The application that answers: how it begins, what it mounts, how it ends."""
 
 import asyncio
+import errno
+import logging
+import os
+import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -14,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 import gmask
 from gmask.checkpoints.load import LanguageModel
+from gmask.errors import GmaskError
 from gmask.generation.adapters import AdapterSet
 from gmask.generation.engine import Engine
 from gmask.serving import blanks, openai
@@ -105,10 +111,58 @@ class Server(uvicorn.Server):
             self.loop.call_soon_threadsafe(backend.drain)
         super().handle_exit(sig, frame)
 
-    async def serve(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens, and says so in the log, which uvicorn does only for sockets of its own."""
+        await super().startup(sockets)
+        if sockets and self.started:
+            message = "Uvicorn running on http://%s:%d (Press CTRL+C to quit)"
+            logging.getLogger("uvicorn.error").info(message, self.config.host, sockets[0].getsockname()[1])
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serves until it is told to end."""
         self.loop = asyncio.get_running_loop()
-        await super().serve(sockets)  # type: ignore[arg-type]
+        await super().serve(sockets)
+
+
+def open_port(host: str, port: int) -> list[socket.socket]:
+    """Sockets with the addresses of a host, to be listened to; until then, who connects is refused.
+
+    Raises:
+        GmaskError: the port is taken, or the host is not this machine's.
+    """
+    opened: list[socket.socket] = []
+    fault: OSError | None = None
+    try:
+        for family, kind, protocol, _, address in dict.fromkeys(
+            socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        ):
+            try:
+                opened.append(_bind(socket.socket(family, kind, protocol), address))
+            except OSError as error:
+                fault = error
+                if error.errno == errno.EADDRINUSE:
+                    raise
+    except OSError as error:
+        fault = error
+        for one in opened:
+            one.close()
+        opened.clear()
+    if not opened:  # a name may have an address of a kind that this machine has no network for
+        raise GmaskError(f"port {port} of {host} cannot be used: it is taken, or is not this machine's") from fault
+    return opened
+
+
+def _bind(opened: socket.socket, address: Any) -> socket.socket:
+    try:
+        if os.name == "posix":  # a port that was just closed can be opened again; elsewhere it means something else
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if opened.family == socket.AF_INET6:
+            opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        opened.bind(address)
+    except OSError:
+        opened.close()
+        raise
+    return opened
 
 
 def make_server(app: FastAPI, *, host: str, port: int) -> Server:

@@ -316,8 +316,8 @@ def read_sampling(
     """The parameters of a request, with an endpoint's defaults for those that are not stated.
 
     Raises:
-        ApiError: more tokens than the server writes, or a bias on a token that is not in the vocabulary.
-        GmaskError: another value that does not fit.
+        ApiError: more tokens than the server writes, a bias on a token that is not in the vocabulary, or another value
+            that does not fit.
     """
     if max_tokens > backend.longest_answer:
         raise ApiError(
@@ -331,9 +331,11 @@ def read_sampling(
     stated = {name: getattr(request, name) for name in SAMPLED if getattr(request, name) is not None}
     stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
     values = {**defaults, **stated, "max_tokens": max_tokens, "stop": stop, **others}
-    if values.get("min_tokens", 0) > max_tokens:
-        raise ApiError(400, f"min_tokens is above max_tokens, {max_tokens}", param="min_tokens")
-    return SamplingParameters(**values)
+    try:
+        return SamplingParameters(**values)
+    except GmaskError as error:  # which begins with the name of the parameter
+        name = str(error).partition(" ")[0]
+        raise ApiError(400, str(error), param=name if name in values else None) from error
 
 
 def read_constraint(request: Constrained, backend: Backend) -> Constraint | None:

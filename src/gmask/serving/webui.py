@@ -11,6 +11,8 @@ from typing import Any, Literal
 import gradio as gr
 import pandas as pd
 from fastapi import FastAPI
+from gradio.context import get_blocks_context
+from gradio.events import Dependency
 from transformers import PreTrainedTokenizerBase
 
 from gmask.checkpoints.load import LanguageModel
@@ -159,7 +161,28 @@ class PlainChat(gr.ChatInterface):
 
     Gradio's own is HTML even where Markdown is switched off. HTML takes ``<`` and ``&`` for text unless a letter or one
     of ``/!?#`` follows, so a character without width is put behind them; `read_shown` takes it out again.
+
+    Where a reply fails, Gradio's own leaves the message in the conversation and its box locked.
     """
+
+    def _setup_events(self) -> None:
+        super()._setup_events()
+        blocks = get_blocks_context()
+        assert blocks is not None, "a chat is drawn inside a page"
+        replies = [number for number, event in blocks.fns.items() if event.name == "_submit_fn"]
+        for number in replies:
+            Dependency(self.textbox, {}, number, None).failure(
+                self._take_back,
+                [self.saved_input, self.chatbot_state],
+                [self.textbox, self.chatbot],
+                queue=False,
+                show_progress="hidden",
+                api_visibility="private",
+            )
+
+    def _take_back(self, message: str, history: Any) -> tuple[gr.Textbox, Any]:
+        """The message goes back into its box, to be mended; the conversation is what it was before."""
+        return gr.Textbox(value=message, interactive=True, submit_btn=True, stop_btn=False), history
 
     def _append_message_to_history(self, message: Any, history: Any, role: Role = "user") -> Any:
         parts: Any = [{"type": "text", "text": guard(read_content(message))}]
@@ -356,7 +379,8 @@ def build_infill(backend: Backend, labelled: Labelled, language: gr.Radio) -> No
         show_progress_on=run,
         api_visibility="private",
     )
-    filling.then(partial(gr.update, visible=False), None, stop, **quick)
+    for ended in (filling.then, filling.failure):  # Gradio has no "then" behind a failure
+        ended(partial(gr.update, visible=False), None, stop, **quick)
     stop.click(partial(gr.update, visible=False), None, stop, cancels=filling, **quick)
     language.change(show_results, [filled, language], results.all, queue=False, api_visibility="private")
     results.table.select(pick_row, filled, results.text, queue=False, api_visibility="private")
