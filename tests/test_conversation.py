@@ -187,7 +187,7 @@ WRONG = [
     ([say("user", [{"type": "image_url", "image_url": {"url": "http://x"}}])], "a part that is image_url"),
     ([say("user", ["a"])], "message 1: the content has a part that is a str"),
     ([say("user", [{"type": "text", "text": None}])], "the text of a part is None"),
-    ([say("user", "\ud83d")], "half of a surrogate pair"),
+    ([say("user", "\ud83d")], "holds half of a character"),
     ([say("user", "a"), say("assistant", "b"), say("system", "s")], "no message of the user follows"),
 ]
 
