@@ -86,19 +86,19 @@ def make_model(config: Any, form: dict[str, Any]) -> Any:
 
 def run_model(model: Any, context_length: int) -> None:
     """Reads a prompt and answers, as `gmask infill` and `gmask chat` do."""
-    import torch
-
-    from gmask.generation.decode import Memory
+    from gmask.generation.engine import Stepper
+    from gmask.generation.sampling import Sampler
+    from gmask.generation.settings import Sampling
     from gmask.generation.text import Context
     from gmask.infilling.blanks import BlankTokens
 
     special = BlankTokens(mask=5, smask=6, gmask=7, sop=8, eop=9, pad=0, cls=1, eos=2)
     prompt = Context((*[10] * (context_length - ANSWER - 2), special.gmask), (context_length - ANSWER - 2,))
-    with torch.inference_mode():
-        memory = Memory(model, special)
-        memory.read([prompt])
-        for place in range(ANSWER):
-            memory.feed([(10, prompt.places[0], place + 2)])
+    sampling = Sampling(max_tokens=ANSWER, min_tokens=ANSWER)
+    for _ in Stepper(model, None, Sampler((special.eop,)), special).stream(
+        Request(context=prompt, sampling=sampling), seed=0
+    ):
+        pass
 
 
 def measure(cases: list[dict[str, Any]]) -> Iterator[dict[str, int]]:

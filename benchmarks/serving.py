@@ -4,7 +4,7 @@
                                  [--answer 64] [--rounds 3] [--threads 2] [--json]
 
 Each client sends its next request when its last one is answered. Beside the engine: the same requests one after the
-other through the same model, as a server with one lock answers them (`generation.decoding.decode`), and through
+other through the same model, as a server with one lock answers them (a `Stepper` of each client's own), and through
 transformers' `generate`, which is what `transformers serve` calls for each request. All take turns in every round.
 `--shape` makes a bfloat16 GLM with random weights instead; answers never end before `--answer` tokens.
 """
@@ -20,11 +20,8 @@ from typing import Any
 import torch
 
 import gmask
-from gmask.generation.answers import Rules
-from gmask.generation.decode import Memory, Sampling, decode
-from gmask.generation.engine import Engine, Request
-from gmask.generation.sampling import SamplingParameters
-from gmask.generation.settings import make_settings
+from gmask.generation.engine import Engine, Request, Stepper
+from gmask.generation.settings import Sampling
 from gmask.generation.text import Context
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from machine import describe_machine
@@ -89,8 +86,7 @@ class Systems:
         self.engine = Engine(model, tokenizer, max_rows=clients, max_queue=10_000)
         self.lock = threading.Lock()
         special = self.engine.special
-        self.settings = make_settings({"max_tokens": answer_tokens, "min_tokens": answer_tokens})
-        self.rules = Rules((special.eop, special.eos), (), answer_tokens, answer_tokens)
+        self.sampling = Sampling(max_tokens=answer_tokens, min_tokens=answer_tokens)
         self.generation: dict[str, Any] = {
             "max_new_tokens": answer_tokens,
             "min_new_tokens": answer_tokens,
@@ -100,14 +96,14 @@ class Systems:
         }
 
     def by_engine(self, context: Context, note: Callable[[], None]) -> None:
-        sampling = SamplingParameters(max_tokens=self.tokens, min_tokens=self.tokens)
-        (last,) = self.engine.submit(Request(context=context, sampling=sampling), lambda progress: note()).wait()
+        request = Request(context=context, sampling=self.sampling)
+        (last,) = self.engine.submit(request, lambda progress: note()).wait()
         assert last.end == "complete" and len(last.done[0].ids) == self.tokens
 
     def one_at_a_time(self, context: Context, note: Callable[[], None]) -> None:
         with self.lock:
-            search = Sampling([context], self.settings, self.rules, seeds=[0])
-            for _ in decode(self.model, [context], search, special=self.engine.special):
+            stepper = Stepper(self.model, self.engine.tokenizer, self.engine.sampler, self.engine.special)
+            for _ in stepper.stream(Request(context=context, sampling=self.sampling), seed=0):
                 note()
 
     def by_generate(self, context: Context, note: Callable[[], None]) -> None:
@@ -166,8 +162,7 @@ def main() -> None:
         "one at a time": (systems.one_at_a_time, few),
         "transformers generate": (systems.by_generate, few),
     }
-    with torch.inference_mode():
-        Memory(model, systems.engine.special).read(contexts[:1])  # warm
+    systems.one_at_a_time(contexts[0], lambda: None)  # warm
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for _ in range(options.rounds):
         for name, (answer, asked) in ways.items():

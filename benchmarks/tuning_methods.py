@@ -152,7 +152,7 @@ def measure_untuned(recipe_path: str, overrides: list[str]) -> None:
     import torch
 
     from gmask.checkpoints.load import load
-    from gmask.generation.settings import make_settings
+    from gmask.generation.settings import make_sampling
     from gmask.recipes.tuning import load_tuning_recipe
     from gmask.tasks.records import write_predictions
     from gmask.tasks.task import read_task
@@ -169,7 +169,7 @@ def measure_untuned(recipe_path: str, overrides: list[str]) -> None:
         tokenizer,
         task := read_task(recipe.task),
         recipe.data,
-        settings=make_settings(recipe.decoding),
+        settings=make_sampling(recipe.decoding),
         batch_size=recipe.optimization.batch_size,
         accelerator=make_accelerator(training_arguments(recipe)),
         dtype=torch.float32,

@@ -25,7 +25,7 @@ from gmask.cli.options import read_pairs
 from gmask.errors import GmaskError
 from gmask.generation.files import fill_file, keep_whole_lines
 from gmask.generation.infill import Infiller
-from gmask.generation.settings import make_settings
+from gmask.generation.settings import make_sampling
 
 Part = dict[str, Any]
 
@@ -39,7 +39,7 @@ class Filler:
 
     def __call__(self, part: Part) -> Part:
         """``{"first", "lines"}``: the index of the first line, and the lines, as bytes; adds what was ``filled``."""
-        settings = make_settings({**self.settings, "seed": self.settings["seed"] + int(part["first"])})
+        settings = make_sampling({**self.settings, "seed": self.settings["seed"] + int(part["first"])})
         infiller = Infiller(self.model, self.tokenizer, settings)
         with tempfile.TemporaryDirectory() as folder:
             source, target = Path(folder, "texts" + self.suffix), Path(folder, "filled.jsonl")
@@ -113,7 +113,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         settings = {"seed": 0, **read_pairs(arguments.pairs)}
-        make_settings(settings)  # a mistake is told here, and not by a process far away
+        make_sampling(settings)  # a mistake is told here, and not by a process far away
         done, skipped = fill(arguments, settings)
     except (GmaskError, OSError) as error:
         sys.exit(f"infill_with_ray: {error}")

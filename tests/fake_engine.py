@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from gmask.generation.adapters import AdapterSet
 from gmask.generation.answers import Answer
-from gmask.generation.engine import Counts, End, Progress, QueueFull, Request, Tell, Ticket
+from gmask.generation.engine import Counts, End, OnProgress, Progress, QueueFull, Request, Submission
 
 
 class FakeEngine:
@@ -25,7 +25,7 @@ class FakeEngine:
         self.tokens_before_pause = 10**9  # of each sample
         self.error: Exception | None = None  # of every request, instead of an answer
         self.requests: list[Request] = []
-        self.live: list[Ticket] = []
+        self.live: list[Submission] = []
         self.ends: Counter[End] = Counter()
         self.lock = threading.Lock()
         self.is_closed = False
@@ -34,15 +34,15 @@ class FakeEngine:
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
-    def submit(self, request: Request, tell: Tell = lambda progress: None) -> Ticket:
+    def submit(self, request: Request, on_progress: OnProgress | None = None) -> Submission:
         with self.lock:
             if len(self.live) >= self.max_queue:
                 raise QueueFull(len(self.live), 7.0)
             deadline = None if request.timeout is None else time.monotonic() + request.timeout
-            ticket = Ticket(request, tell, seed=0, order=len(self.requests), deadline=deadline)
+            submission = Submission(request, on_progress, seed=0, order=len(self.requests), deadline=deadline)
             self.requests.append(request)
-            self.live.append(ticket)
-        return ticket
+            self.live.append(submission)
+        return submission
 
     @property
     def is_alive(self) -> bool:
@@ -59,44 +59,44 @@ class FakeEngine:
         while not self.is_closed:
             with self.lock:
                 live = list(self.live)
-            for ticket in live:
-                self._step(ticket)
+            for submission in live:
+                self._step(submission)
             time.sleep(0.001)
-        for ticket in self.live:
-            ticket.give_up("cancelled")
+        for submission in self.live:
+            submission.give_up("cancelled")
 
-    def _step(self, ticket: Ticket) -> None:
-        if ticket.is_cancelled:
-            self._end(ticket, "cancelled")
-        elif ticket.deadline is not None and time.monotonic() > ticket.deadline:
-            self._end(ticket, "timeout")
+    def _step(self, submission: Submission) -> None:
+        if submission.is_cancelled:
+            self._end(submission, "cancelled")
+        elif submission.deadline is not None and time.monotonic() > submission.deadline:
+            self._end(submission, "timeout")
         elif self.error is not None:
-            self._end(ticket, "failed")
+            self._end(submission, "failed")
         elif self.runs.is_set():
-            for latest in list(ticket.latest):
+            for latest in list(submission.latest):
                 if latest.end is None and len(latest.open.ids) < self.tokens_before_pause:
-                    ticket.report(self._say(ticket, latest))
-            if all(latest.end for latest in ticket.latest):
-                self._forget(ticket, "complete")
+                    submission.report(self._say(submission, latest))
+            if all(latest.end for latest in submission.latest):
+                self._forget(submission, "complete")
 
-    def _say(self, ticket: Ticket, latest: Progress) -> Progress:
+    def _say(self, submission: Submission, latest: Progress) -> Progress:
         count = len(latest.open.ids)
-        top = ((7, -0.5),) * bool(ticket.request.sampling.top_logprobs)
+        top = ((7, -0.5),) * bool(submission.request.sampling.top_logprobs)
         tops = (*(latest.top_logprobs if count else ()), top) if top else ()
-        is_last = count == min(len(self.ids), ticket.request.sampling.max_tokens)
+        is_last = count == min(len(self.ids), submission.request.sampling.max_tokens)
         if not is_last:
             grown = Answer((*latest.open.ids, self.ids[count]), (*latest.open.logprobs, -0.25 * (latest.index + 1)))
             return replace(latest, open=grown, top_logprobs=tops)
         ended = replace(latest.open, end_logprob=-0.5, finish="end")
         done = (*latest.done, ended)
-        end: End | None = "complete" if len(done) == len(ticket.request.context.places) else None
+        end: End | None = "complete" if len(done) == len(submission.request.context.blanks) else None
         return replace(latest, done=done, open=Answer(), top_logprobs=tops, end=end)
 
-    def _end(self, ticket: Ticket, end: End) -> None:
-        ticket.give_up(end, self.error)
-        self._forget(ticket, end)
+    def _end(self, submission: Submission, end: End) -> None:
+        submission.give_up(end, self.error)
+        self._forget(submission, end)
 
-    def _forget(self, ticket: Ticket, end: End) -> None:
+    def _forget(self, submission: Submission, end: End) -> None:
         with self.lock:
-            self.live.remove(ticket)
-            self.ends[end] += ticket.request.n
+            self.live.remove(submission)
+            self.ends[end] += submission.request.sampling.n

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import gmask
-from gmask.generation.engine import Engine, Progress, Request, Ticket
-from gmask.generation.sampling import SamplingParameters
+from gmask.generation.engine import Engine, Progress, Request, Submission
+from gmask.generation.settings import Sampling
 from gmask.generation.text import TextReader
 
 
@@ -19,19 +19,19 @@ class SlowEngine:
         self.gate = threading.Event()
         self.reader = TextReader(tokenizer)
         self.engine = Engine(model, tokenizer, max_rows=2, max_queue=3)
-        step = self.engine._decode_step
+        decode = self.engine._decode
 
-        def wait_and_step() -> None:
+        def wait_and_decode() -> None:
             self.gate.wait()
-            step()
+            decode()
 
-        self.engine._decode_step = wait_and_step  # type: ignore[method-assign]
+        self.engine._decode = wait_and_decode  # type: ignore[method-assign]
 
-    def submit(self, n: int = 1) -> Ticket:
-        parameters = SamplingParameters(max_tokens=8, min_tokens=8)
-        return self.engine.submit(Request(context=self.reader.read("a [MASK] b").context, sampling=parameters, n=n))
+    def submit(self, n: int = 1) -> Submission:
+        sampling = Sampling(max_tokens=8, min_tokens=8, n=n)
+        return self.engine.submit(Request(context=self.reader.read("a [MASK] b").context, sampling=sampling))
 
-    def fill(self) -> Ticket:
+    def fill(self) -> Submission:
         """Has both rows run, and wait at the gate."""
         ticket = self.submit(n=2)
         wait_until(lambda: self.engine.counts().running == 2)
@@ -47,7 +47,7 @@ def wait_until(is_so: Any) -> None:
 
 def assert_idle(engine: Engine) -> None:
     wait_until(lambda: engine.counts().running == 0 and engine.counts().waiting == 0)
-    assert engine._slots.lengths == []
+    assert engine.slots.lengths == []
 
 
 def assert_as_alone(

@@ -11,7 +11,7 @@ import torch
 
 import gmask
 from gmask.generation.predict import predict
-from gmask.generation.settings import make_settings
+from gmask.generation.settings import make_sampling
 from gmask.recipes.tuning import load_tuning_recipe
 from gmask.tasks.metrics import evaluate
 from gmask.tasks.records import read_records
@@ -110,7 +110,7 @@ def test_bleu_and_rouge_are_those_of_what_was_written(folder: Path, adapter: Pat
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # some are cut to 64 tokens, as published
         again = predict(
-            model, tokenizer, "chat", samples, settings=make_settings(decoding), batch_size=1, max_source=64
+            model, tokenizer, "chat", samples, settings=make_sampling(decoding), batch_size=1, max_source=64
         )
     assert any(prediction.texts[0] for prediction in again)
     lines = (folder / "whole" / "predictions.jsonl").read_text("utf-8").splitlines()

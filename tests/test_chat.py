@@ -212,7 +212,7 @@ def test_settings_that_do_not_fit_are_refused(model, tokenizer) -> None:
     for settings, named in (
         ({"n": 2}, "one reply"),
         ({"temperature": 0, "num_beams": 3}, "one reply"),
-        ({"temperature": -1}, "temperature must be 0 or above"),
+        ({"temperature": -1}, "temperature is -1: it must be at least 0"),
         ({"do_sample": False}, "no setting 'do_sample'"),
         ({"max_tokens": 64}, "no room for a prompt"),
         ({"temprature": 1}, "temperature"),

@@ -358,7 +358,7 @@ def test_a_conversation_goes_on_after_mistakes_and_ends_with_ctrl_d(
     import prompt_toolkit
 
     from gmask.generation.infill import Infiller
-    from gmask.generation.settings import Settings
+    from gmask.generation.settings import Sampling
 
     typed = iter(["", TEXT, "no blank", KeyboardInterrupt(), EOFError()])
 
@@ -377,7 +377,7 @@ def test_a_conversation_goes_on_after_mistakes_and_ends_with_ctrl_d(
     monkeypatch.setattr(prompt_toolkit, "PromptSession", Session)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     pair = gmask.load(folder, device="cpu")
-    writing.fill_interactively(Infiller(*pair, Settings(max_tokens=4)), None, as_json=False)
+    writing.fill_interactively(Infiller(*pair, Sampling(max_tokens=4)), None, as_json=False)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == gmask.infill(*pair, TEXT, max_tokens=4).text
     assert "no blank" in lines[2]

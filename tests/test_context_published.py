@@ -43,11 +43,11 @@ def test_mask_stands_for_the_mask_of_every_vocabulary(form: str, tokenizers: dic
     context = reader.read("Paris is [MASK] of France.").context
     assert context.ids[0] == tokenizer.cls_token_id
     assert context.ids[-1] == tokenizer.eos_token_id
-    assert [context.ids[place] for place in context.places] == [tokenizer.mask_token_id]
+    assert [context.ids[place] for place in context.blanks] == [tokenizer.mask_token_id]
     assert reader.read(f"Paris is {tokenizer.mask_token} of France.").context == context
     plain = reader.encode_plain("Paris is"), reader.encode_plain(" of France.")
-    assert context.ids[1 : context.places[0]] == tuple(plain[0])
-    assert context.ids[context.places[0] + 1 : -1] == tuple(plain[1])
+    assert context.ids[1 : context.blanks[0]] == tuple(plain[0])
+    assert context.ids[context.blanks[0] + 1 : -1] == tuple(plain[1])
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -104,5 +104,5 @@ def test_a_gmask_with_the_id_of_the_end_is_still_a_blank(tmp_path: Path) -> None
     """GLM-10B-Chinese was trained so."""
     reader = TextReader(read_tokenizer(copy_vocabulary("chinese", tmp_path), kind="chinese-nofix"))
     context = reader.read("北京[MASK]，上海[gMASK]").context
-    assert [context.ids[place] for place in context.places] == [50003, 50007]
+    assert [context.ids[place] for place in context.blanks] == [50003, 50007]
     assert reader.special.gmask == reader.special.eop == context.ids[-1]

@@ -83,7 +83,7 @@ def test_long_texts_are_refused_or_cut_behind_what_fits(pair, pooling) -> None:
     full = Embedder(*pair).reader.read_any(long).context.ids
     kept = 94 if pooling == "mask" else 95
     assert context.ids[:kept] == full[:kept]
-    assert [context.ids[place] for place in context.places] == ([5] if pooling == "mask" else [])
+    assert [context.ids[place] for place in context.blanks] == ([5] if pooling == "mask" else [])
 
 
 def test_blanks_keep_their_places_when_a_text_is_cut(pair) -> None:
@@ -91,7 +91,7 @@ def test_blanks_keep_their_places_when_a_text_is_cut(pair) -> None:
     for text, blanks in (("a [MASK] b [sMASK] " + "c " * 200, [5, 6]), ("a [MASK] " + "c " * 200 + "[gMASK]", [5, 7])):
         context = embedder.read(text)
         assert len(context.ids) == 96
-        assert [context.ids[place] for place in context.places] == blanks
+        assert [context.ids[place] for place in context.blanks] == blanks
     with pytest.raises(gmask.GmaskError, match="blank is beyond the 96 positions"):
         embedder.read("c " * 200 + "[MASK] d")
 

@@ -16,7 +16,7 @@ import gmask
 from gmask.errors import GmaskError
 from gmask.generation.constraints import TokenMask
 from gmask.generation.engine import Engine, Progress, QueueFull, Request
-from gmask.generation.sampling import SamplingParameters
+from gmask.generation.settings import Sampling
 from gmask.generation.text import Context, TextReader
 from slow_engine import SlowEngine, assert_as_alone, assert_idle, wait_until
 from tiny_folder import make_folder
@@ -72,8 +72,7 @@ def test_greedy_answers_are_those_of_single_runs(
         ticket = engine.submit(
             Request(
                 context=reader.read(request["text"]).context,
-                sampling=SamplingParameters(max_tokens=request["max_tokens"]),
-                n=request["n"],
+                sampling=Sampling(max_tokens=request["max_tokens"], n=request["n"]),
                 timeout=0.0 if fate == "late" else None,
             )
         )
@@ -95,8 +94,8 @@ def test_samples_are_those_of_infill_with_the_same_seed(
     kind: dict[str, float], loaded: tuple[Any, Any], engine: Engine
 ) -> None:
     context = TextReader(loaded[1]).read(TEXTS[2]).context
-    sampling = SamplingParameters(seed=7, max_tokens=6, **kind)  # type: ignore[arg-type]
-    found = engine.submit(Request(context=context, sampling=sampling, n=3)).wait(20)
+    sampling = Sampling(seed=7, max_tokens=6, n=3, **kind)  # type: ignore[arg-type]
+    found = engine.submit(Request(context=context, sampling=sampling)).wait(20)
     alone = gmask.infill(*loaded, TEXTS[2], n=3, seed=7, max_tokens=6, **kind)  # type: ignore[arg-type]
     drawn = {
         tuple(tuple(token.id for token in blank.tokens) for blank in one.blanks) for one in (alone, *alone.alternatives)
@@ -115,9 +114,7 @@ def test_a_chatglm_is_answered_too() -> None:
     queries = ["你好", "hello there, how are you today?", "1 + 1"]
     engine = Engine(model, tokenizer, max_rows=4)
     prompts = [chatter.fit([], query) for query in queries]
-    tickets = [
-        engine.submit(Request(context=prompt.context, sampling=SamplingParameters(max_tokens=12))) for prompt in prompts
-    ]
+    tickets = [engine.submit(Request(context=prompt.context, sampling=Sampling(max_tokens=12))) for prompt in prompts]
     for prompt, ticket in zip(prompts, tickets, strict=True):
         (progress,) = ticket.wait(30)
         (alone,) = chatter.reply([prompt], [0])
@@ -129,7 +126,7 @@ def test_a_chatglm_is_answered_too() -> None:
 def test_what_is_told_grows_token_by_token(loaded: tuple[Any, Any], engine: Engine) -> None:
     told: list[Progress] = []
     context = TextReader(loaded[1]).read(TEXTS[4]).context
-    sampling = SamplingParameters(max_tokens=4, min_tokens=2, top_logprobs=3)
+    sampling = Sampling(max_tokens=4, min_tokens=2, top_logprobs=3)
     ticket = engine.submit(Request(context=context, sampling=sampling), told.append)
     (last,) = ticket.wait(20)
     assert told[-1] == last and last.end == "complete" and len(last.done) == 3
@@ -152,7 +149,7 @@ def test_stop_texts_end_an_answer_across_tokens(loaded: tuple[Any, Any], engine:
     raw = "".join(token.text for token in whole.tokens)
     stop = raw[3:6]
     context = TextReader(loaded[1]).read(text).context
-    sampling = SamplingParameters(max_tokens=9, min_tokens=9, stop=(stop,))
+    sampling = Sampling(max_tokens=9, min_tokens=9, stop=(stop,))
     (progress,) = engine.submit(Request(context=context, sampling=sampling)).wait(20)
     alone = gmask.infill(*loaded, text, max_tokens=9, min_tokens=9, stop=stop).blanks[0]
     assert progress.done[0].finish == alone.finish == "stop"
@@ -170,7 +167,7 @@ def test_stop_texts_end_an_answer_across_tokens(loaded: tuple[Any, Any], engine:
 )
 def test_scores_are_changed(change: dict[str, Any], loaded: tuple[Any, Any], engine: Engine) -> None:
     context = TextReader(loaded[1]).read("a [MASK]").context
-    sampling = SamplingParameters(max_tokens=6, min_tokens=6, **change)
+    sampling = Sampling(max_tokens=6, min_tokens=6, **change)
     (progress,) = engine.submit(Request(context=context, sampling=sampling)).wait(20)
     ids = progress.done[0].ids
     if "logit_bias" in change:
@@ -207,9 +204,7 @@ class Written:
 
 def test_a_constraint_holds_for_every_blank(loaded: tuple[Any, Any], engine: Engine) -> None:
     context = TextReader(loaded[1]).read(TEXTS[4]).context
-    sampling = SamplingParameters(
-        max_tokens=9, min_tokens=5, constraint=OnlyTokens(loaded[0].config.vocab_size, 30, 31, 32)
-    )
+    sampling = Sampling(max_tokens=9, min_tokens=5, constraint=OnlyTokens(loaded[0].config.vocab_size, 30, 31, 32))
     (progress,) = engine.submit(Request(context=context, sampling=sampling)).wait(20)
     assert [answer.ids for answer in progress.done] == [(30, 31, 32)] * 3
     assert {answer.finish for answer in progress.done} == {"end"}
@@ -225,7 +220,7 @@ class NoWay(OnlyTokens):
 def test_a_constraint_that_cannot_be_met_harms_no_other(loaded: tuple[Any, Any], engine: Engine) -> None:
     context = TextReader(loaded[1]).read("a [MASK]").context
     tickets = [
-        engine.submit(Request(context=context, sampling=SamplingParameters(max_tokens=3, constraint=constraint)))
+        engine.submit(Request(context=context, sampling=Sampling(max_tokens=3, constraint=constraint)))
         for constraint in (None, NoWay(0), None)
     ]
     ends = [ticket.wait(20)[0] for ticket in tickets]
@@ -240,7 +235,7 @@ def test_priority_goes_before_order(slow: SlowEngine) -> None:
     for name, priority in (("late", 1), ("early", 0)):
         context = slow.reader.read("b [MASK]").context
         slow.engine.submit(
-            Request(context=context, sampling=SamplingParameters(max_tokens=1), n=2, priority=priority),
+            Request(context=context, sampling=Sampling(max_tokens=1, n=2), priority=priority),
             lambda progress, name=name: ended.append(name),
         )
     slow.gate.set()
@@ -271,8 +266,8 @@ def test_cancelling_gives_the_slots_back(slow: SlowEngine) -> None:
 
 def test_what_is_too_late_ends_where_it_stands(slow: SlowEngine) -> None:
     context = slow.reader.read("a [MASK]").context
-    sampling = SamplingParameters(max_tokens=8, min_tokens=8)
-    late = slow.engine.submit(Request(context=context, sampling=sampling, n=2, timeout=0.05))
+    sampling = Sampling(max_tokens=8, min_tokens=8, n=2)
+    late = slow.engine.submit(Request(context=context, sampling=sampling, timeout=0.05))
     wait_until(lambda: slow.engine.counts().running == 2 or late.latest[0].end)
     time.sleep(0.06)
     slow.gate.set()
@@ -301,8 +296,8 @@ def test_closing_finishes_or_returns_what_there_is(loaded: tuple[Any, Any]) -> N
 @pytest.mark.parametrize(
     ("request_values", "sampling", "message"),
     [
-        ({"n": 0}, {}, "n must be at least 1"),
-        ({"n": 6}, {}, "the engine has .* 5 rows"),
+        ({}, {"n": 0}, "n is 0: it must be above 0"),
+        ({}, {"n": 6}, "the engine has .* 5 rows"),
         ({}, {"max_tokens": 10**6}, "max_tokens is 1000000"),
         ({"context": Context(tuple(range(16, 40)) * 30, (3,))}, {}, "tokens, but the model has only"),
     ],
@@ -313,4 +308,4 @@ def test_what_has_no_room_is_refused_at_once(
     context = TextReader(loaded[1]).read("a [MASK]").context
     values: dict[str, Any] = {"context": context, **request_values}
     with pytest.raises(GmaskError, match=message):
-        engine.submit(Request(sampling=SamplingParameters(**sampling), **values))
+        engine.submit(Request(sampling=Sampling(**sampling), **values))

@@ -8,7 +8,7 @@ import pytest
 
 import gmask
 from gmask.generation.engine import Engine, EngineClosed, Progress, Request
-from gmask.generation.sampling import SamplingParameters
+from gmask.generation.settings import Sampling
 from gmask.generation.text import Context, TextReader
 from slow_engine import SlowEngine, assert_as_alone, assert_idle, wait_until
 from tiny_folder import make_folder
@@ -32,8 +32,8 @@ def test_a_listener_that_fails_harms_no_other(slow: SlowEngine, caplog: Any) -> 
         raise RuntimeError("the client has gone")
 
     context = slow.reader.read("a [MASK]").context
-    bad = slow.engine.submit(Request(context=context, sampling=SamplingParameters(max_tokens=3)), fail)
-    good = slow.engine.submit(Request(context=context, sampling=SamplingParameters(max_tokens=3)))
+    bad = slow.engine.submit(Request(context=context, sampling=Sampling(max_tokens=3)), fail)
+    good = slow.engine.submit(Request(context=context, sampling=Sampling(max_tokens=3)))
     slow.gate.set()
     assert bad.wait(20)[0].end == good.wait(20)[0].end == "complete"
     assert "a listener failed" in caplog.text
@@ -44,7 +44,7 @@ def test_a_listener_that_fails_hides_no_end(slow: SlowEngine) -> None:
         raise RuntimeError("the client has gone")
 
     context = slow.reader.read("a [MASK]").context
-    ticket = slow.engine.submit(Request(context=context, sampling=SamplingParameters(max_tokens=3), n=2), fail)
+    ticket = slow.engine.submit(Request(context=context, sampling=Sampling(max_tokens=3, n=2)), fail)
     ticket.cancel()
     slow.gate.set()
     assert [latest.end for latest in ticket.wait(20)] == ["cancelled"] * 2
@@ -55,15 +55,17 @@ def test_contexts_that_find_no_memory_leave_no_slot_behind(
 ) -> None:
     running = slow.submit()
     wait_until(lambda: slow.engine.counts().running == 1)
-    add, added = slow.engine._slots.add, []
+    last = slow.engine.slots.layers[-1]
+    reserve = last.reserve
 
-    def fail_halfway(*args: Any, **kwargs: Any) -> None:
-        if added:
+    def fail(rows: int, *others: Any) -> None:
+        if rows > 1:
             raise MemoryError
-        added.append(add(*args, **kwargs))
+        reserve(rows, *others)
 
-    slow.engine.room = replace(slow.engine.room, rows=3, places=1000)
-    monkeypatch.setattr(slow.engine._slots, "add", fail_halfway)
+    scheduler = slow.engine.scheduler
+    scheduler.budget = replace(scheduler.budget, rows=3, positions=1000)
+    monkeypatch.setattr(last, "reserve", fail)  # when the other layers have their room
     tickets = [slow.submit() for _ in range(2)]
     slow.gate.set()
     assert [ticket.wait(20)[0].end for ticket in tickets] == ["failed"] * 2
@@ -96,10 +98,9 @@ def test_a_context_that_fails_harms_no_other(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     engine = Engine(model, tokenizer, max_rows=4)
     good = TextReader(tokenizer).read("a [MASK] b").context
-    bad = Context((10**6, *good.ids), tuple(place + 1 for place in good.places))
+    bad = Context((10**6, *good.ids), tuple(place + 1 for place in good.blanks))
     tickets = [
-        engine.submit(Request(context=context, sampling=SamplingParameters(max_tokens=3)))
-        for context in (good, bad, good)
+        engine.submit(Request(context=context, sampling=Sampling(max_tokens=3))) for context in (good, bad, good)
     ]
     ends = [ticket.wait(20)[0] for ticket in tickets]
     assert [end.end for end in ends] == ["complete", "failed", "complete"] and ends[1].error is not None

@@ -16,7 +16,7 @@ FOLDERS = ["src", "tests", "benchmarks", "docs", "docker", "recipes", ".ci", ".g
 DEFINED_TWICE = {  # to be emptied
     "BATCH", "Choices", "DTYPES", "HAN", "IntArray", "Item", "Job", "LANGUAGES", "Language", "Limits",
     "Loss", "Model", "Normalization", "Objective", "PREFIX", "Progress", "Question", "READERS",
-    "Row", "SETTINGS", "SPELLINGS", "UNREADABLE", "Values", "WEIGHTS", "build",
+    "SETTINGS", "SPELLINGS", "UNREADABLE", "Values", "WEIGHTS", "build",
     "choose_sentences", "describe", "evaluate", "fingerprint", "pack", "read_choices",
     "read_records", "router", "run", "score_answers",
 }  # fmt: skip

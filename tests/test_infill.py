@@ -10,7 +10,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 import gmask
 from gmask.generation import score as choices_module
 from gmask.generation.sampling import draw_tokens
-from gmask.generation.settings import Settings, SettingsKeywords
+from gmask.generation.settings import Sampling, SettingsKeywords
 from tiny_folder import make_folder
 
 TEXTS = ["The [MASK] dog [MASK].", "我[MASK]苹果[sMASK]", "It was [gMASK]", r"[MASK] [MASK], \[MASK] river [MASK] x"]
@@ -91,8 +91,8 @@ def test_draws_follow_the_tempered_and_cut_distribution() -> None:
         scores = TopKLogitsWarper(top_k)(None, scores) if top_k else scores
         scores = TopPLogitsWarper(top_p)(None, scores) if top_p < 1 else scores
         draws = (torch.arange(2000) + 0.5) / 2000
-        settings = Settings(temperature=temperature, top_k=top_k, top_p=top_p)
-        tokens = draw_tokens(logprobs.expand(2000, -1), draws, settings)
+        cut = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        tokens = draw_tokens(logprobs.expand(2000, -1), draws, **cut)
         shares = torch.bincount(tokens, minlength=12) / 2000
         torch.testing.assert_close(shares, scores.softmax(-1)[0], atol=1e-3, rtol=0)
 
@@ -210,8 +210,8 @@ def test_more_tokens_than_positions_are_refused_with_both_counts(pair) -> None:
     ("settings", "message"),
     [
         ({"temprature": 1.0}, "nearest is 'temperature'"),
-        ({"n": 0}, "n must be at least 1"),
-        ({"n": True}, "whole number"),
+        ({"n": 0}, "n is 0: it must be above 0"),
+        ({"n": True}, "n is True: expected int"),
         ({"top_p": 0}, "top_p"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "number"),
@@ -237,4 +237,6 @@ def test_weights_that_give_no_numbers_are_an_error_and_not_an_answer(tmp_path: P
 
 
 def test_the_keywords_are_the_settings() -> None:
-    assert set(SettingsKeywords.__annotations__) == set(Settings.__dataclass_fields__)
+    served = {"repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "constraint", "top_logprobs"}
+    assert {*SettingsKeywords.__annotations__, *served} == set(Sampling.__dataclass_fields__)
+    assert Sampling().keywords().keys() == SettingsKeywords.__annotations__.keys()

@@ -9,7 +9,7 @@ import zstandard
 import gmask
 from gmask.generation.files import FileReport, fill_file
 from gmask.generation.infill import Infiller
-from gmask.generation.settings import Settings
+from gmask.generation.settings import Sampling
 from tiny_folder import make_folder
 
 TEXTS = [f"The {word} [MASK] dog." for word in ("old", "sunny", "rainy")] + ["我[MASK]苹果[sMASK]", "river [MASK]"]
@@ -22,7 +22,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture
 def infiller(pair) -> Infiller:
-    return Infiller(*pair, Settings(max_tokens=6, temperature=1.0, seed=11), batch_size=2)
+    return Infiller(*pair, Sampling(max_tokens=6, temperature=1.0, seed=11), batch_size=2)
 
 
 @pytest.fixture
@@ -102,11 +102,11 @@ def test_a_run_with_other_settings_does_not_take_over_lines(
     target = tmp_path / "out.jsonl"
     with source.open("a") as file:
         file.write("{")
-    first = Infiller(*pair, Settings(max_tokens=6), batch_size=2)
+    first = Infiller(*pair, Sampling(max_tokens=6), batch_size=2)
     with pytest.raises(gmask.GmaskError, match="line 6"):
         fill_file(first, source, target)
     resumed = []
-    for settings, choices in ((Settings(max_tokens=5), None), (first.settings, ["old"]), (first.settings, None)):
+    for settings, choices in ((Sampling(max_tokens=5), None), (first.sampling, ["old"]), (first.sampling, None)):
         other = Infiller(*pair, settings, batch_size=2)
         resumed.append(fill_file(other, source, target, choices=choices, skip_bad_lines=True).resumed)
         target.unlink()
@@ -146,7 +146,7 @@ def test_a_bad_line_is_an_error_with_its_number_or_is_skipped_and_counted(
 
 
 def test_choices_that_do_not_fit_a_line_are_an_error_of_that_line(pair, source: Path, tmp_path: Path) -> None:
-    infiller = Infiller(*pair, Settings())
+    infiller = Infiller(*pair, Sampling())
     with pytest.raises(gmask.GmaskError, match=r"line 4: choices for 1 blanks, but the text has 2"):
         fill_file(infiller, source, tmp_path / "out.jsonl", choices=["old", "new"])
 

@@ -11,10 +11,11 @@ import torch
 
 import gmask
 from gmask.checkpoints.load import load_model
-from gmask.generation.answers import Answer, Hypothesis, Rules
-from gmask.generation.decode import BeamSearch, Sampling, decode
+from gmask.generation.answers import Answer, Hypothesis
+from gmask.generation.decode import make_decoder
 from gmask.generation.infill import Infiller
-from gmask.generation.settings import Settings
+from gmask.generation.sampling import Sampler
+from gmask.generation.settings import Sampling
 from gmask.generation.text import Context, TextReader
 from gmask.infilling.blanks import BlankTokens
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
@@ -42,13 +43,25 @@ def published_tokens() -> BlankTokens:
     )  # fmt: skip
 
 
+def decode(
+    model: GLMForConditionalGeneration,
+    contexts: list[Context],
+    sampling: Sampling,
+    sampler: Sampler,
+    special: BlankTokens,
+) -> list[list[Hypothesis]]:
+    decoder = make_decoder(model, None, sampler, special, sampling, batch_size=1000)  # type: ignore[arg-type]
+    return decoder.run(contexts, sampling, seeds=range(len(contexts)))
+
+
 def greedy(
-    model: GLMForConditionalGeneration, contexts: list[Context], rules: Rules, special: BlankTokens
+    model: GLMForConditionalGeneration,
+    contexts: list[Context],
+    sampling: Sampling,
+    sampler: Sampler,
+    special: BlankTokens,
 ) -> list[Hypothesis]:
-    search = Sampling(contexts, Settings(), rules, seeds=range(len(contexts)))
-    for _ in decode(model, contexts, search, special=special):
-        pass
-    return [hypothesis for (hypothesis,) in search.complete]
+    return [hypothesis for (hypothesis,) in decode(model, contexts, sampling, sampler, special)]
 
 
 def fed(answer: Answer) -> list[int]:
@@ -64,8 +77,9 @@ def test_greedy_ids_are_those_of_the_original_code(published: GLMForConditionalG
         by_end.setdefault(tuple(case[end]["end_tokens"]), []).append(case)
     for end_ids, cases in by_end.items():
         contexts = [Context(tuple(case["context_ids"]), tuple(case["mask_positions"])) for case in cases]
-        rules = Rules(end_ids, max_tokens=cases[0]["out_seq_length"], min_tokens=0)
-        for case, hypothesis in zip(cases, greedy(published, contexts, rules, published_tokens()), strict=True):
+        sampling = Sampling(max_tokens=cases[0]["out_seq_length"], min_tokens=0)
+        found = greedy(published, contexts, sampling, Sampler(end_ids), published_tokens())
+        for case, hypothesis in zip(cases, found, strict=True):
             assert [fed(answer) for answer in hypothesis.done] == case[end]["per_mask"], case["raw_text"]
 
 
@@ -97,9 +111,10 @@ def test_infill_on_a_published_folder_follows_the_same_rule() -> None:
     model, tokenizer = load_model(folder), read_tokenizer(folder)
     for case in CASE["blank_filling"]:
         text = with_blank(case["raw_text"])
-        infiller = Infiller(model, tokenizer, Settings(max_tokens=6))  # type: ignore[arg-type]
+        infiller = Infiller(model, tokenizer, Sampling(max_tokens=6))  # type: ignore[arg-type]
         context = Context(tuple(case["context_ids"]), tuple(case["mask_positions"]))
-        plain = plain_greedy(model, context, infiller.rules, sop=published_tokens().sop)  # type: ignore[arg-type]
+        sampler = infiller.decoder().sampler  # type: ignore[attr-defined]
+        plain = plain_greedy(model, context, infiller.sampling, sampler, sop=published_tokens().sop)  # type: ignore[arg-type]
         (infilling,) = infiller.fill([text])
         assert [tuple(token.id for token in blank.tokens) for blank in infilling.blanks] == [ids for ids, _ in plain]
         assert [blank.logprob for blank in infilling.blanks] == pytest.approx([total for _, total in plain], abs=2e-5)
@@ -116,7 +131,7 @@ def recompute(
     """Log-probabilities ``[len + 1, V]`` at ``<sop>`` and each token of the answers: one pass, no cache."""
     ids, layout = list(context.ids), [[*range(len(context.ids))], [0] * len(context.ids)]
     starts = []
-    for place, answer in zip(context.places, answers, strict=False):
+    for place, answer in zip(context.blanks, answers, strict=False):
         starts.append(len(ids))
         ids += [sop, *answer]
         layout[0] += [place] * (len(answer) + 1)
@@ -128,23 +143,23 @@ def recompute(
 
 
 def plain_greedy(
-    model: GLMForConditionalGeneration, context: Context, rules: Rules, *, sop: int
+    model: GLMForConditionalGeneration, context: Context, sampling: Sampling, sampler: Sampler, *, sop: int
 ) -> list[tuple[tuple[int, ...], float]]:
     """The answers and their log-probabilities, each token from a pass over everything so far."""
     kept: list[tuple[int, ...]] = []  # what later answers see: a cut answer lacks its last token
     found = []
-    for _ in context.places:
+    for _ in context.blanks:
         ids: tuple[int, ...] = ()
         total = 0.0
-        while len(ids) < rules.max_tokens:
+        while len(ids) < sampling.max_tokens:
             logprobs = recompute(model, context, [*kept, ids], sop=sop)[-1][-1]
-            banned = [*rules.forbidden_ids, *(rules.end_ids if len(ids) < rules.min_tokens else ())]
+            banned = [*sampler.forbidden_ids, *(sampler.end_ids if len(ids) < sampling.min_tokens else ())]
             token = int(logprobs.index_fill(0, torch.tensor(banned, dtype=torch.long), -torch.inf).argmax())
             total += float(logprobs[token])
-            if token in rules.end_ids:
+            if token in sampler.end_ids:
                 break
             ids += (token,)
-        kept.append(ids[:-1] if len(ids) == rules.max_tokens and token not in rules.end_ids else ids)
+        kept.append(ids[:-1] if len(ids) == sampling.max_tokens and token not in sampler.end_ids else ids)
         found.append((ids, total))
     return found
 
@@ -159,14 +174,14 @@ CONTEXTS = [
 @pytest.mark.parametrize("min_tokens", [0, 1, 3])
 def test_memory_and_batching_change_nothing(build_glm: Callable[..., Any], min_tokens: int) -> None:
     model = build_glm(seed=3)
-    rules = Rules(tuple(range(9, 24)), (0, 2, 5, 6, 7, 8), max_tokens=5, min_tokens=min_tokens)
-    batch = greedy(model, CONTEXTS, rules, TINY)
+    sampler, sampling = Sampler(range(9, 24), (0, 2, 5, 6, 7, 8)), Sampling(max_tokens=5, min_tokens=min_tokens)
+    batch = greedy(model, CONTEXTS, sampling, sampler, TINY)
     endings = set()
     for context, hypothesis in zip(CONTEXTS, batch, strict=True):
-        plain = plain_greedy(model, context, rules, sop=TINY.sop)
+        plain = plain_greedy(model, context, sampling, sampler, sop=TINY.sop)
         assert [answer.ids for answer in hypothesis.done] == [ids for ids, _ in plain]
         assert [answer.logprob for answer in hypothesis.done] == pytest.approx([total for _, total in plain], abs=2e-5)
-        (alone,) = greedy(model, [context], rules, TINY)
+        (alone,) = greedy(model, [context], sampling, sampler, TINY)
         assert [answer.ids for answer in alone.done] == [answer.ids for answer in hypothesis.done]
         assert alone.logprob == pytest.approx(hypothesis.logprob, abs=1e-5)
         endings |= {answer.finish for answer in hypothesis.done}
@@ -174,44 +189,38 @@ def test_memory_and_batching_change_nothing(build_glm: Callable[..., Any], min_t
 
 
 def all_fillings(
-    model: GLMForConditionalGeneration, context: Context, rules: Rules, tokens: list[int]
+    model: GLMForConditionalGeneration, context: Context, sampler: Sampler, max_tokens: int, tokens: list[int]
 ) -> Iterator[float]:
     """Joint log-probabilities of every way to answer all blanks with at most two tokens."""
     answers = [(first, *rest) for first in tokens for rest in ((), *((second,) for second in tokens))]
-    for filling in product(answers, repeat=len(context.places)):
-        kept = [ids[: rules.max_tokens - 1] if len(ids) == rules.max_tokens else ids for ids in filling]
+    for filling in product(answers, repeat=len(context.blanks)):
+        kept = [ids[: max_tokens - 1] if len(ids) == max_tokens else ids for ids in filling]
         total = 0.0
         for ids, logprobs in zip(filling, recompute(model, context, list(kept), sop=TINY.sop), strict=True):
             total += sum(float(logprobs[place, token]) for place, token in enumerate(ids))
-            if len(ids) < rules.max_tokens:
-                total += float(logprobs[len(ids), list(rules.end_ids)].max())
+            if len(ids) < max_tokens:
+                total += float(logprobs[len(ids), list(sampler.end_ids)].max())
         yield total
 
 
 def test_a_wide_beam_ranks_all_fillings_exactly(build_glm: Callable[..., Any]) -> None:
     model = build_glm(seed=5)
     tokens = [20, 21, 22]
-    rules = Rules((9, 1), tuple(set(range(48)) - {9, 1, *tokens}), max_tokens=2, min_tokens=1)
-    settings = Settings(num_beams=144)
+    sampler = Sampler((9, 1), set(range(48)) - {9, 1, *tokens})
     contexts = CONTEXTS[:2]
-    search = BeamSearch(contexts, settings, rules)
-    for _ in decode(model, contexts, search, special=TINY):
-        pass
-    for context, complete in zip(contexts, search.complete, strict=True):
-        expected = sorted(all_fillings(model, context, rules, tokens), reverse=True)
+    found = decode(model, contexts, Sampling(num_beams=144, max_tokens=2), sampler, TINY)
+    for context, complete in zip(contexts, found, strict=True):
+        expected = sorted(all_fillings(model, context, sampler, 2, tokens), reverse=True)
         assert [hypothesis.logprob for hypothesis in complete] == pytest.approx(expected, abs=2e-5)
         assert len({tuple(answer.ids for answer in hypothesis.done) for hypothesis in complete}) == len(expected)
 
 
 def test_narrow_beams_score_exactly_and_do_not_depend_on_the_batch(build_glm: Callable[..., Any]) -> None:
     model = build_glm(seed=5)
-    rules = Rules(tuple(range(9, 24)), (0, 2, 5, 6, 7, 8), max_tokens=6)
+    sampler = Sampler(range(9, 24), (0, 2, 5, 6, 7, 8))
 
     def best(contexts: list[Context]) -> list[list[Hypothesis]]:
-        search = BeamSearch(contexts, Settings(num_beams=4), rules)
-        for _ in decode(model, contexts, search, special=TINY):
-            pass
-        return search.complete
+        return decode(model, contexts, Sampling(num_beams=4, max_tokens=6), sampler, TINY)
 
     together = best(CONTEXTS)
     for context, complete in zip(CONTEXTS, together, strict=True):
@@ -228,5 +237,5 @@ def test_narrow_beams_score_exactly_and_do_not_depend_on_the_batch(build_glm: Ca
             for answer, logprobs in zip(hypothesis.done, rows, strict=True):
                 total = sum(float(logprobs[place, token]) for place, token in enumerate(answer.ids))
                 if answer.finish == "end":
-                    total += float(logprobs[len(answer.ids), list(rules.end_ids)].max())
+                    total += float(logprobs[len(answer.ids), list(sampler.end_ids)].max())
                 assert answer.logprob == pytest.approx(total, abs=2e-5)

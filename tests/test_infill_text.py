@@ -33,7 +33,7 @@ READER = TextReader(TOKENIZER)
 def test_a_context_is_what_the_tokenizer_makes_of_the_text(text: str) -> None:
     context = READER.read(text).context
     assert list(context.ids) == TOKENIZER(text)["input_ids"]
-    assert [context.ids[place] for place in context.places] == [i for i in context.ids if i in (5, 6, 7)]
+    assert [context.ids[place] for place in context.blanks] == [i for i in context.ids if i in (5, 6, 7)]
 
 
 def test_a_text_that_ends_with_gmask_is_left_open_as_published() -> None:
@@ -77,7 +77,7 @@ def test_answers_go_into_the_text_without_doubled_spaces(text: str, answers: lis
 def test_escaped_special_tokens_are_text(text: str, pieces: tuple[str, ...]) -> None:
     blanked = READER.read(text)
     assert blanked.pieces == pieces
-    assert len(blanked.context.places) == 1
+    assert len(blanked.context.blanks) == 1
     assert sum(token_id < 16 for token_id in blanked.context.ids) == 3  # [CLS], the blank, <|endoftext|>
 
 

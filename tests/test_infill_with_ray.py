@@ -15,7 +15,7 @@ import pytest
 import gmask
 from gmask.generation.files import fill_file
 from gmask.generation.infill import Infiller
-from gmask.generation.settings import make_settings
+from gmask.generation.settings import make_sampling
 
 pytest.importorskip("ray.data")
 pytestmark = [
@@ -64,7 +64,7 @@ def test_a_stopped_run_goes_on_to_the_file_of_one_machine(script: Any, tmp_path:
     source, target, alone = tmp_path / "texts.jsonl", tmp_path / "filled.jsonl", tmp_path / "alone.jsonl"
     source.write_bytes(TEXTS)
     settings = {"seed": 7, "max_tokens": 6, "temperature": 0.8}
-    infiller = Infiller(*gmask.load("bundled", device="cpu"), make_settings(settings))
+    infiller = Infiller(*gmask.load("bundled", device="cpu"), make_sampling(settings))
     fill_file(infiller, source, alone, skip_bad_lines=True)
 
     run = Namespace(source=source, target=target, model="bundled", quantize=None)

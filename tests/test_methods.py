@@ -104,11 +104,11 @@ def test_the_markers_of_a_text_are_its_trained_vectors_in_order() -> None:
     scorer = Scorer(model, tokenizer)
     plain = TextReader(tokenizer).read("It was [MASK] today.").context
     marked = scorer.reader.read("[PROMPT] [PROMPT]It was [MASK] [PROMPT] today.").context
-    end = plain.places[0] + 1
+    end = plain.blanks[0] + 1
     assert marked.ids == (plain.ids[0], first, first + 1, *plain.ids[1:end], first + 2, *plain.ids[end:])
     unmarked = scorer.reader.read("It was [MASK] today.").context
     assert unmarked.ids == (plain.ids[0], first, first + 1, first + 2, *plain.ids[1:])
-    assert unmarked.places == tuple(place + 3 for place in plain.places)
+    assert unmarked.blanks == tuple(place + 3 for place in plain.blanks)
     escaped = scorer.reader.read("\\[PROMPT] was [MASK].")
     assert escaped.pieces[0] == "[PROMPT] was " and not set(escaped.context.ids[4:]) & set(model.config.prompt_ids)
     for text in ("[PROMPT] It was [MASK].", "[PROMPT] [PROMPT] [PROMPT] [PROMPT] [MASK]"):

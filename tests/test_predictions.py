@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import gmask
 from gmask.generation.chat import reply_all
 from gmask.generation.predict import predict
-from gmask.generation.settings import Settings
+from gmask.generation.settings import Sampling
 from gmask.models.glm_heads import GLMForSequenceClassification
 from gmask.tasks.records import Prediction, Sample, TaskKind
 from gmask.training.examples import SampleEncoder, find_collator
@@ -33,9 +33,9 @@ ASKED = [
     Sample(text="The old man took his dog and went down to the river?"),
 ]
 DECODINGS = [
-    Settings(max_tokens=8),
-    Settings(max_tokens=8, num_beams=3, length_penalty=1.0, no_repeat_ngram=2, min_tokens=3),
-    Settings(max_tokens=8, temperature=1.2, seed=5),
+    Sampling(max_tokens=8),
+    Sampling(max_tokens=8, num_beams=3, length_penalty=1.0, no_repeat_ngram=2, min_tokens=3),
+    Sampling(max_tokens=8, temperature=1.2, seed=5),
 ]
 
 
@@ -91,10 +91,10 @@ def test_candidates_of_a_chatglm_are_scored_behind_its_prompt(chatglm: Pair, nor
 
 
 @pytest.mark.parametrize("decoding", DECODINGS)
-def test_blanks_are_filled_as_gmask_infill_fills_them(glm: Pair, decoding: Settings) -> None:
+def test_blanks_are_filled_as_gmask_infill_fills_them(glm: Pair, decoding: Sampling) -> None:
     samples = [Sample(text="The [MASK] dog [MASK]."), Sample(text="我[MASK]苹果[sMASK]"), Sample(text="It was [gMASK]")]
     found = predict(*glm, "infill", samples, settings=decoding)
-    keywords = {name: getattr(decoding, name) for name in Settings.__dataclass_fields__}
+    keywords = decoding.keywords()
     for prediction, filled in zip(found, gmask.infill(*glm, [s.text for s in samples], **keywords), strict=True):
         assert prediction.texts == tuple(blank.text for blank in filled.blanks)
         assert prediction.scores == pytest.approx([blank.logprob for blank in filled.blanks], abs=1e-4)
@@ -102,7 +102,7 @@ def test_blanks_are_filled_as_gmask_infill_fills_them(glm: Pair, decoding: Setti
 
 
 def test_replies_are_those_of_chat(pair: Pair) -> None:
-    found = predict(*pair, "chat", ASKED, settings=Settings(max_tokens=10))
+    found = predict(*pair, "chat", ASKED, settings=Sampling(max_tokens=10))
     conversations = []
     for sample in ASKED:
         rounds = [*sample.history, (sample.text, "")]
@@ -127,12 +127,12 @@ KINDS: list[tuple[TaskKind, list[Sample]]] = [
 
 @pytest.mark.parametrize(("kind", "samples"), KINDS)
 @pytest.mark.parametrize("decoding", DECODINGS)
-def test_a_batch_gives_what_single_runs_give(pair: Pair, kind: TaskKind, samples, decoding: Settings) -> None:
+def test_a_batch_gives_what_single_runs_give(pair: Pair, kind: TaskKind, samples, decoding: Sampling) -> None:
     together = predict(*pair, kind, samples, settings=decoding)
     for index, (sample, found) in enumerate(zip(samples, together, strict=True)):
         seed = None if decoding.seed is None else decoding.seed + index
-        keywords = {name: getattr(decoding, name) for name in Settings.__dataclass_fields__} | {"seed": seed}
-        assert_same(predict(*pair, kind, [sample], settings=Settings(**keywords))[0], found)
+        keywords = decoding.keywords() | {"seed": seed}
+        assert_same(predict(*pair, kind, [sample], settings=Sampling(**keywords))[0], found)
 
 
 @settings(deadline=None, max_examples=15)
@@ -188,7 +188,7 @@ def test_a_model_writes_what_it_was_taught(pair: Pair, kind: TaskKind) -> None:
             optimizer.zero_grad()
             (loss / count).backward()
             optimizer.step()
-        found = predict(model, tokenizer, kind, samples, settings=Settings(max_tokens=20, num_beams=2))
+        found = predict(model, tokenizer, kind, samples, settings=Sampling(max_tokens=20, num_beams=2))
     assert [prediction.texts for prediction in found] == [sample.answers for sample in samples]
 
 
@@ -197,7 +197,7 @@ def test_progress_is_told_and_cuts_are(glm: Pair) -> None:
     samples = [Sample(text="dog " * 40 + "[gMASK]"), Sample(text="dog [gMASK]"), Sample(text="[gMASK]")]
     with pytest.warns(UserWarning, match="of 3 samples 1 were cut to 20 tokens, and 0 earlier rounds"):
         predict(
-            *glm, "seq2seq", samples, settings=Settings(max_tokens=2), batch_size=2, max_source=20,
+            *glm, "seq2seq", samples, settings=Sampling(max_tokens=2), batch_size=2, max_source=20,
             on_progress=done.append,
         )  # fmt: skip
     assert done == [2, 1]
@@ -213,7 +213,7 @@ def test_what_cannot_be_predicted_is_refused(glm: Pair, chatglm: Pair, classifie
         (glm, "cloze", [sample], {"batch_size": 0}, "at least 1"),
         (glm, "cloze", [Sample(text="a [MASK]", path=Path("x.csv"), line=3)], {}, r"x\.csv:3: .*no candidates"),
         (glm, "cloze", [Sample(text="a", answers=("b",), path=Path("x.csv"), line=3)], {}, r"x\.csv:3: .*no blank"),
-        (glm, "seq2seq", [sample], {"settings": Settings(max_tokens=97)}, "only 96 positions"),
+        (glm, "seq2seq", [sample], {"settings": Sampling(max_tokens=97)}, "only 96 positions"),
         (chatglm, "chat", [sample], {}, "max_tokens 64 leaves no room"),
         (chatglm, "infill", [Sample(text="[MASK] a [MASK]")], {"max_source": 9}, "must end with its one blank"),
     ]:

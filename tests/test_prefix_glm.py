@@ -14,7 +14,7 @@ from conftest import MASK, PAD, SOP
 from gmask.checkpoints.adapters import save_adapter
 from gmask.errors import GmaskError
 from gmask.generation.engine import Engine, Request
-from gmask.generation.sampling import SamplingParameters
+from gmask.generation.settings import Sampling
 from gmask.generation.text import TextReader
 from gmask.models.base import attach_prefix
 from gmask.models.glm import GLMForConditionalGeneration
@@ -117,7 +117,7 @@ def uncached_answer(model, context, *, tokens: int) -> list[int]:
     special = (model.config.eop_token_id, model.config.eos_token_id)
     banned = [*range(440, 448), *(i for i in range(10) if i not in special)]
     ids, answer = [*context.ids, model.config.sop_token_id], []
-    place = [[*range(len(context.ids)), context.places[0]], [0] * len(context.ids) + [1]]
+    place = [[*range(len(context.ids)), context.blanks[0]], [0] * len(context.ids) + [1]]
     for step in range(tokens):
         with torch.no_grad():
             logits = model(torch.tensor([ids]), layout=torch.tensor([place]), use_cache=False).logits[0, -1]
@@ -129,7 +129,7 @@ def uncached_answer(model, context, *, tokens: int) -> list[int]:
             break
         answer.append(token)
         ids.append(token)
-        place[0].append(context.places[0])
+        place[0].append(context.blanks[0])
         place[1].append(step + 2)
     return answer
 
@@ -142,7 +142,7 @@ def test_infill_and_the_engine_write_what_the_whole_text_gives_without_a_cache(t
     alone = [gmask.infill(model, tokenizer, text, max_tokens=6) for text in TEXTS]
     engine = Engine(model, tokenizer, max_rows=4)
     try:
-        tickets = [engine.submit(Request(context=one, sampling=SamplingParameters(max_tokens=6))) for one in contexts]
+        tickets = [engine.submit(Request(context=one, sampling=Sampling(max_tokens=6))) for one in contexts]
         rows = [ticket.wait(60)[0] for ticket in tickets]
     finally:
         engine.close(drain=False)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from gmask.errors import GmaskError
-from gmask.generation.sampling import SamplingParameters
+from gmask.generation.settings import Sampling
 
 
 @pytest.mark.parametrize(
@@ -25,4 +25,4 @@ from gmask.generation.sampling import SamplingParameters
 )
 def test_wrong_parameters_are_named(values: dict[str, Any]) -> None:
     with pytest.raises(GmaskError, match=next(iter(values))):
-        SamplingParameters(**values)
+        Sampling(**values)

@@ -43,7 +43,7 @@ def score_plainly(pair, text: str, answer: str) -> list[float]:
     model, tokenizer = pair
     question = Scorer(*pair).read(text, [answer])
     context, (ids,) = list(question.blanked.context.ids), question.ids
-    (place,) = question.blanked.context.places
+    (place,) = question.blanked.context.blanks
     layout = [[*range(len(context))] + [place] * (len(ids) + 1), [0] * len(context) + [*range(1, len(ids) + 2)]]
     with torch.inference_mode():
         rows = torch.tensor([[*context, tokenizer.sop_token_id, *ids]])

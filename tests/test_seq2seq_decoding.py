@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 import gmask
 from conftest import EOP, GMASK, MASK, ORDINARY, PAD, SOP
-from gmask.generation.answers import Rules
-from gmask.generation.decode import find_answers, find_repeats
-from gmask.generation.settings import Settings
+from gmask.generation.answers import Hypothesis
+from gmask.generation.decode import make_decoder
+from gmask.generation.sampling import Sampler, find_repeats
+from gmask.generation.settings import Sampling
 from gmask.generation.text import Context
 from gmask.infilling.blanks import BlankTokens
 from gmask.models.glm import GLMForConditionalGeneration
@@ -31,8 +32,12 @@ def model(build_glm: Callable[..., GLMForConditionalGeneration]) -> GLMForCondit
     return model
 
 
-def make_rules(wanted: Settings) -> Rules:
-    return Rules((EOP, END), FORBIDDEN, wanted.max_tokens, wanted.min_tokens, wanted.no_repeat_ngram)
+SAMPLER = Sampler((EOP, END), FORBIDDEN)
+
+
+def find_answers(model, contexts: Sequence[Context], wanted: Sampling, sampler: Sampler) -> list[list[Hypothesis]]:
+    decoder = make_decoder(model, None, sampler, SPECIAL, wanted, batch_size=64)  # type: ignore[arg-type]
+    return decoder.run(contexts, wanted, seeds=range(len(contexts)))
 
 
 def make_context(seed: int, blanks: int, length: int = 9) -> Context:
@@ -49,7 +54,7 @@ def predict_next(
     """Log-probabilities behind the answers so far, from one full pass. The last token of a cut one is not fed."""
     ids, layout = list(context.ids), [[*range(len(context.ids))], [0] * len(context.ids)]
     fed = [*(answer[: longest - 1] for answer in answers[:-1]), answers[-1]]
-    for place, answer in zip(context.places, fed, strict=False):
+    for place, answer in zip(context.blanks, fed, strict=False):
         ids += [SOP, *answer]
         layout[0] += [place] * (len(answer) + 1)
         layout[1] += range(1, len(answer) + 2)
@@ -62,7 +67,7 @@ def repeats(answer: Sequence[int], size: int) -> bool:
     return size > 0 and len(set(grams)) < len(grams)
 
 
-def search_plainly(model: GLMForConditionalGeneration, context: Context, wanted: Settings) -> list[tuple[float, list]]:
+def search_plainly(model: GLMForConditionalGeneration, context: Context, wanted: Sampling) -> list[tuple[float, list]]:
     """Score and answers of the best beams. Nothing is cached, and nothing stops before the last beam has ended."""
     live: list[tuple[float, int, list[list[int]]]] = [(0.0, 0, [[]])]  # log-probability, tokens, answers
     complete: list[tuple[float, list[list[int]]]] = []
@@ -78,7 +83,7 @@ def search_plainly(model: GLMForConditionalGeneration, context: Context, wanted:
             for token, logprob in options.items():
                 grown = [*answers[:-1], [*answers[-1], *([] if token == EOP else [token])]]
                 is_over = token == EOP or len(grown[-1]) == wanted.max_tokens
-                is_complete = is_over and len(grown) == len(context.places)
+                is_complete = is_over and len(grown) == len(context.blanks)
                 grown += [[]] if is_over and not is_complete else []
                 candidates.append((total + logprob, count + 1, grown, is_complete))
         live = []
@@ -92,8 +97,8 @@ def search_plainly(model: GLMForConditionalGeneration, context: Context, wanted:
     return sorted(complete, key=lambda found: -found[0])[: wanted.num_beams]
 
 
-def search(model: GLMForConditionalGeneration, contexts: Sequence[Context], wanted: Settings) -> list[list[tuple]]:
-    found = find_answers(model, contexts, wanted, make_rules(wanted), special=SPECIAL, seeds=list(range(len(contexts))))
+def search(model: GLMForConditionalGeneration, contexts: Sequence[Context], wanted: Sampling) -> list[list[tuple]]:
+    found = find_answers(model, contexts, wanted, SAMPLER)
     return [
         [(one.score(wanted.length_penalty), [list(answer.ids) for answer in one.done]) for one in beams]
         for beams in found
@@ -113,7 +118,7 @@ GRID = [
 @pytest.mark.parametrize("wanted", GRID)
 @pytest.mark.parametrize("blanks", [1, 2])
 def test_beams_are_those_of_a_plain_search(model, wanted: dict, blanks: int) -> None:
-    chosen = Settings(**wanted)
+    chosen = Sampling(**wanted)
     for seed in range(3):
         context = make_context(seed, blanks)
         (found,) = search(model, [context], chosen)
@@ -125,9 +130,9 @@ def test_beams_are_those_of_a_plain_search(model, wanted: dict, blanks: int) -> 
 def test_the_settings_decide(model) -> None:
     """The grid would prove little if the penalties and bans changed nothing."""
     contexts = [make_context(seed, 1) for seed in range(8)]
-    plain = search(model, contexts, Settings(num_beams=4, max_tokens=8))
-    longer = search(model, contexts, Settings(num_beams=4, max_tokens=8, length_penalty=3.0))
-    varied = search(model, contexts, Settings(num_beams=4, max_tokens=8, length_penalty=3.0, no_repeat_ngram=1))
+    plain = search(model, contexts, Sampling(num_beams=4, max_tokens=8))
+    longer = search(model, contexts, Sampling(num_beams=4, max_tokens=8, length_penalty=3.0))
+    varied = search(model, contexts, Sampling(num_beams=4, max_tokens=8, length_penalty=3.0, no_repeat_ngram=1))
     lengths = [sum(len(beams[0][1][0]) for beams in found) for found in (plain, longer)]
     assert lengths[0] < lengths[1]
     assert any(repeats(beams[0][1][0], 1) for beams in longer)
@@ -137,9 +142,9 @@ def test_the_settings_decide(model) -> None:
 @pytest.mark.parametrize("wanted", GRID)
 def test_a_batch_gives_what_single_runs_give(model, wanted: dict) -> None:
     contexts = [make_context(seed, 1 + seed % 2, length=6 + 2 * seed) for seed in range(4)]
-    together = search(model, contexts, Settings(**wanted))
+    together = search(model, contexts, Sampling(**wanted))
     for context, found in zip(contexts, together, strict=True):
-        (alone,) = search(model, [context], Settings(**wanted))
+        (alone,) = search(model, [context], Sampling(**wanted))
         assert [answers for _, answers in found] == [answers for _, answers in alone]
         assert [score for score, _ in found] == pytest.approx([score for score, _ in alone], abs=1e-4)
 
@@ -148,10 +153,9 @@ def test_a_batch_gives_what_single_runs_give(model, wanted: dict) -> None:
 def test_the_best_beam_is_that_of_transformers(model, penalty: float) -> None:
     """With one end token, and an n-gram ban that its prompt does not touch."""
     context = make_context(5, 1)
-    ends = Rules((EOP,), tuple({*FORBIDDEN, END}), 6, 0)
-    wanted = Settings(num_beams=4, max_tokens=6, min_tokens=0, length_penalty=penalty)
-    ((best, *_),) = find_answers(model, [context], wanted, ends, special=SPECIAL, seeds=[0])
-    layout = [[*range(len(context.ids)), context.places[0]], [*[0] * len(context.ids), 1]]
+    wanted = Sampling(num_beams=4, max_tokens=6, min_tokens=0, length_penalty=penalty)
+    ((best, *_),) = find_answers(model, [context], wanted, Sampler((EOP,), {*FORBIDDEN, END}))
+    layout = [[*range(len(context.ids)), context.blanks[0]], [*[0] * len(context.ids), 1]]
     with torch.inference_mode():
         output = model.generate(
             torch.tensor([[*context.ids, SOP]]),
@@ -173,8 +177,8 @@ def test_the_best_beam_is_that_of_transformers(model, penalty: float) -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_a_path_without_beams_repeats_no_n_gram_either(model, temperature: float) -> None:
-    wanted = Settings(max_tokens=40, min_tokens=40, no_repeat_ngram=2, temperature=temperature)
-    free = Settings(max_tokens=40, min_tokens=40, temperature=temperature)
+    wanted = Sampling(max_tokens=40, min_tokens=40, no_repeat_ngram=2, temperature=temperature)
+    free = Sampling(max_tokens=40, min_tokens=40, temperature=temperature)
     contexts = [make_context(seed, 1) for seed in range(3)]
     assert any(repeats(beams[0][1][0], 2) for beams in search(model, contexts, free))
     assert not any(repeats(beams[0][1][0], 2) for beams in search(model, contexts, wanted))
@@ -182,7 +186,7 @@ def test_a_path_without_beams_repeats_no_n_gram_either(model, temperature: float
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_an_answer_that_may_say_nothing_new_ends(model, beams: int) -> None:
-    wanted = Settings(max_tokens=60, min_tokens=60, no_repeat_ngram=1, num_beams=beams)
+    wanted = Sampling(max_tokens=60, min_tokens=60, no_repeat_ngram=1, num_beams=beams)
     ((best, *_),) = search(model, [make_context(0, 1)], wanted)
     assert sorted(best[1][0]) == list(ORDINARY), "each token once, then the end in spite of min_tokens"
 
@@ -199,22 +203,22 @@ def test_forbidden_are_the_tokens_that_would_repeat_and_no_others(ids: list[int]
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"no_repeat_ngram": -1}, "no_repeat_ngram must be 0 or above"),
-        ({"no_repeat_ngram": 1.5}, "whole number"),
-        ({"length_penalty": "long"}, "length_penalty must be a number"),
+        ({"no_repeat_ngram": -1}, "no_repeat_ngram is -1: it must be at least 0"),
+        ({"no_repeat_ngram": 1.5}, "no_repeat_ngram is 1.5: expected int"),
+        ({"length_penalty": "long"}, "length_penalty is 'long': expected a finite number"),
         ({"length_penalty": float("inf")}, "finite"),
         ({"length_penalty": float("nan")}, "finite"),
     ],
 )
 def test_settings_that_mean_nothing_are_named(wrong: dict, message: str) -> None:
     with pytest.raises(gmask.GmaskError, match=message):
-        Settings(**wrong)
+        Sampling(**wrong)
 
 
 def test_reference_and_search_count_the_same_tokens(model) -> None:
     """A penalty of one makes the score the mean over the tokens and the end."""
-    wanted = Settings(num_beams=3, max_tokens=6, length_penalty=1.0)
-    found = find_answers(model, [make_context(1, 2)], wanted, make_rules(wanted), special=SPECIAL, seeds=[0])[0]
+    wanted = Sampling(num_beams=3, max_tokens=6, length_penalty=1.0)
+    (found,) = find_answers(model, [make_context(1, 2)], wanted, SAMPLER)
     for one in found:
         values = list(itertools.chain.from_iterable(answer.logprobs for answer in one.done))
         values += [answer.end_logprob for answer in one.done if answer.end_logprob is not None]

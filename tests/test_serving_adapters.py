@@ -15,7 +15,7 @@ from gmask.cli.serving import read_adapters
 from gmask.errors import GmaskError
 from gmask.generation.adapters import AdapterSet
 from gmask.generation.engine import Engine, Request
-from gmask.generation.sampling import SamplingParameters
+from gmask.generation.settings import Sampling
 from gmask.generation.text import TextReader
 from gmask.models.base import attach_prefix
 from gmask.serving.app import create_app
@@ -84,8 +84,8 @@ def test_a_batch_of_all_adapters_gives_what_each_gives_alone(
     base: Path, folders: dict[str, Path], alone: dict[str | None, Any]
 ) -> None:
     model, tokenizer = gmask.load(base, device="cpu")
-    engine = Engine(model, tokenizer, max_rows=8, max_places=10_000, adapters=AdapterSet(model, folders))
-    reader, sampling = TextReader(tokenizer), SamplingParameters(max_tokens=6, min_tokens=2)
+    engine = Engine(model, tokenizer, max_rows=8, max_positions=10_000, adapters=AdapterSet(model, folders))
+    reader, sampling = TextReader(tokenizer), Sampling(max_tokens=6, min_tokens=2)
     asked = [(text, name) for text in TEXTS for name in alone] * 2
     tickets = [
         engine.submit(Request(context=reader.read(text).context, sampling=sampling, adapter=name))

@@ -113,7 +113,7 @@ def test_an_engine_that_has_failed_for_good_is_told_to_the_probes(
     app = create_app(*loaded)
     with TestClient(app, raise_server_exceptions=False) as client:
         assert client.get("/ready").status_code == client.get("/health").status_code == 200
-        monkeypatch.setattr(Engine, "_turn", fail)
+        monkeypatch.setattr(Engine, "_wait", fail)
         assert client.post("/v1/completions", json=COMPLETION).status_code == 503
         wait_until(lambda: not app.state.backend.engine.is_alive)
         for response in (client.get("/ready"), client.get("/health"), client.post("/v1/completions", json=COMPLETION)):

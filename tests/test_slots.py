@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gmask.models.cache import ROOM, GrowingCache, SlotCache, real_columns, total_places
+from gmask.models.cache import ROOM, GrowingCache, SlotCache, total_positions
 
 LAYERS, HEADS, SIZE = 2, 3, 4
 
@@ -43,11 +43,13 @@ def test_rows_hold_what_was_put_in(steps: list[tuple[str, object]], seed: int) -
     slots, expected = SlotCache(LAYERS), list[list[Tensor]]()  # of each row: the keys of all layers
     for name, value in steps:
         if name == "add":
-            cache, mask = read(value, generator)
-            for row in range(len(value)):
-                columns = real_columns(mask, row, width=max(value))
-                slots.add(cache, row, columns, copies=2, room=max(value) + 4)
-                expected += [[layer.keys[row][:, columns].clone() for layer in cache.layers] for _ in range(2)]
+            cache, is_real = read(value, generator)
+            copies = [1 + row % 2 for row in range(len(value))]
+            for row, length in enumerate(value):
+                own = [layer.keys[row, :, max(value) - length :].clone() for layer in cache.layers]
+                expected += [list(own) for _ in range(copies[row])]
+            slots.add(cache, is_real, copies=copies, room=max(value) + 4)
+            assert not any(layer.keys.numel() for layer in cache.layers), "both copies are in memory for one layer only"
         elif name == "remove" and expected:
             row = value % len(expected)
             slots.remove(row)
@@ -63,10 +65,9 @@ def test_rows_hold_what_was_put_in(steps: list[tuple[str, object]], seed: int) -
 
 def decode(slots: SlotCache, expected: list[list[Tensor]], generator: torch.Generator) -> None:
     wanted = max(keys[0].shape[1] for keys in expected) + 1
-    for layer in slots.layers:
-        layer.reserve(len(expected), wanted, layer.keys)
-    visible = slots.begin_step(torch.device("cpu"))
-    assert visible.sum(-1).tolist() == [keys[0].shape[1] + 1 for keys in expected]
+    visible = slots.begin_step(torch.device("cpu"))  # slots grow as they fill
+    seen = [wanted] * len(expected) if visible is None else visible.sum(-1).tolist()
+    assert seen == [keys[0].shape[1] + 1 for keys in expected]
     for index in range(LAYERS):
         new = torch.randn(len(expected), HEADS, 1, SIZE, generator=generator)
         keys, _ = slots.update(new, new, index)
@@ -76,18 +77,25 @@ def decode(slots: SlotCache, expected: list[list[Tensor]], generator: torch.Gene
     slots.end_step()
 
 
-def test_places_that_are_not_filled_hold_numbers() -> None:
+def test_positions_that_are_not_filled_hold_numbers() -> None:
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # new memory is then NaN where it is not set
     try:
         slots = SlotCache(LAYERS)
-        cache, mask = read([3, 5], torch.Generator().manual_seed(0))
-        slots.add(cache, 0, real_columns(mask, 0, width=5), copies=1, room=9)
-        assert all(layer.keys.isfinite().all() and layer.values.isfinite().all() for layer in slots.layers)
+        cache, is_real = read([3, 5], torch.Generator().manual_seed(0))
+        slots.add(cache, is_real, copies=[1, 1], room=9)
+        for count in (2, 2, 3):
+            if count == 3:
+                slots.add(*read([40], torch.Generator().manual_seed(0)), copies=[1])
+            slots.begin_step(torch.device("cpu"))
+            for index in range(LAYERS):
+                new = torch.zeros(count, HEADS, 1, SIZE)
+                assert all(states.isfinite().all() for states in slots.update(new, new, index))
+            slots.end_step()
     finally:
         torch.use_deterministic_algorithms(before)
 
 
-def test_rows_take_as_many_places_as_the_longest() -> None:
-    assert total_places([]) == 0
-    assert total_places([1, ROOM + 1]) == 2 * 2 * ROOM
+def test_rows_take_as_many_positions_as_the_longest() -> None:
+    assert total_positions([]) == 0
+    assert total_positions([1, ROOM + 1]) == 2 * 2 * ROOM

@@ -6,7 +6,6 @@ python -m peers.gmask_model serve FOLDER THREADS
 
 import sys
 import time
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ from gmask.checkpoints.load import load_model
 from gmask.checkpoints.output import SHARD_BYTES, write_config
 from gmask.checkpoints.tensor_files import SafetensorsWriter, plan_shards
 from gmask.files import write_json
-from gmask.generation.answers import Rules
 from gmask.generation.chat import DEFAULTS
-from gmask.generation.decode import Sampling, decode
-from gmask.generation.settings import make_settings
+from gmask.generation.engine import Request, Stepper
+from gmask.generation.sampling import Sampler
+from gmask.generation.settings import Sampling
 from gmask.generation.text import Context
 from gmask.infilling.blanks import BlankTokens
 from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
@@ -83,7 +82,7 @@ def random_block(dtype: torch.dtype) -> Tensor:
     return torch.randn(size, generator=generator).mul(DEVIATION).to(dtype)
 
 
-class Stepper:
+class Writer:
     """Reads prompts, then writes token by token, through what `gmask.Chat` runs."""
 
     def __init__(self, folder: Path) -> None:
@@ -93,8 +92,8 @@ class Stepper:
             getattr(config, f"{name}_token_id") for name in ("eos", "pad", "mask", "gmask", "bos")
         )
         self.special = BlankTokens(mask=mask, smask=mask, gmask=gmask, sop=sop, eop=end, pad=pad, cls=pad, eos=end)
-        self.rules = Rules((end,), (pad, mask, gmask), max_tokens=MOST_TOKENS, min_tokens=MOST_TOKENS)
-        self.answers: dict[int, Iterator[object]] = {}  # being written, by number of rows
+        self.sampler = Sampler((end,), (pad, mask, gmask))
+        self.steppers: dict[int, Stepper] = {}  # answers that are being written, by number of rows
 
     def prefill(self, tokens: int, rows: int = 1) -> float:
         """Seconds that prompts of this length and the choice of their first tokens take; greedy, as `decode` is."""
@@ -106,10 +105,12 @@ class Stepper:
 
     def _begin(self, tokens: int, rows: int, **settings: Any) -> float:
         ids = (*(300 + index % 1500 for index in range(tokens - 2)), self.special.gmask)  # and <sop>
-        chosen = make_settings({"max_tokens": MOST_TOKENS, "min_tokens": MOST_TOKENS, **settings})
-        search = Sampling([Context(ids, (tokens - 2,))] * rows, chosen, self.rules, seeds=[0] * rows)
-        self.answers.pop(rows, None)
-        self.answers[rows] = decode(self.model, search.contexts, search, special=self.special)
+        sampling = Sampling(max_tokens=MOST_TOKENS, min_tokens=MOST_TOKENS, **settings)
+        self.steppers.pop(rows, None)
+        stepper = self.steppers[rows] = Stepper(self.model, None, self.sampler, self.special)
+        for _ in range(rows):
+            request = Request(context=Context(ids, (tokens - 2,)), sampling=sampling)
+            stepper.scheduler.push(stepper.prepare(request, seed=0))
         return self._step(rows)
 
     def decode(self, tokens: int, rows: int = 1) -> list[float]:
@@ -118,7 +119,7 @@ class Stepper:
 
     def _step(self, rows: int) -> float:
         started = time.perf_counter()
-        next(self.answers[rows])
+        self.steppers[rows].step()
         return time.perf_counter() - started
 
     def read(self) -> dict[str, float]:
@@ -141,8 +142,8 @@ def main() -> None:
     folder, threads = arguments
     torch.set_num_threads(int(threads))
     started = time.perf_counter()
-    stepper = Stepper(Path(folder))
-    commands = {name: getattr(stepper, name) for name in ("prefill", "draw", "decode", "read")}
+    writer = Writer(Path(folder))
+    commands = {name: getattr(writer, name) for name in ("prefill", "draw", "decode", "read")}
     serve({**commands, "memory": resident_bytes}, load=time.perf_counter() - started)
 
 

@@ -34,7 +34,7 @@ from gmask.cli.printing import (
     print_table,
 )
 from gmask.errors import GmaskError
-from gmask.generation.settings import Settings
+from gmask.generation.settings import Sampling
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -57,7 +57,7 @@ InfillTexts = Annotated[
 
 Alternatives = Annotated[
     int | None,
-    typer.Option("-n", "--n", help="Alternatives of a text, best first.", show_default=str(Settings().n)),
+    typer.Option("-n", "--n", help="Alternatives of a text, best first.", show_default=str(Sampling().n)),
 ]
 
 Candidates = Annotated[
@@ -66,7 +66,7 @@ Candidates = Annotated[
 ]
 
 AnswerTokens = Annotated[
-    int | None, typer.Option(help="Longest answer, in tokens.", show_default=str(Settings().max_tokens))
+    int | None, typer.Option(help="Longest answer, in tokens.", show_default=str(Sampling().max_tokens))
 ]
 
 
@@ -87,9 +87,9 @@ def infill(
 ) -> None:
     """Fill the blanks of texts, from left to right, each answer with the earlier ones in sight."""
     from gmask.generation.infill import Infiller
-    from gmask.generation.settings import make_settings
+    from gmask.generation.settings import make_sampling
 
-    settings = make_settings(merge_settings(pairs, n=n, max_tokens=max_tokens))
+    settings = make_sampling(merge_settings(pairs, n=n, max_tokens=max_tokens))
     candidates = [read_candidates(choice) for choice in choices or []] or None
     files = read_files(texts, source, target)
     is_interactive = not files and not texts and sys.stdin.isatty()
@@ -114,7 +114,7 @@ def _fill_texts(
             print_infilling(infilling)
     cut = sum(not blank.finished for infilling in filled for blank in infilling.blanks)
     if cut:
-        limit = infiller.settings.max_tokens
+        limit = infiller.sampling.max_tokens
         print(f"note: {cut} answer(s) cut at {limit} tokens; --max-tokens sets the limit", file=sys.stderr)
     if any(infilling.choices and not infilling.choices.exact for infilling in filled):
         print("note: too many combinations of choices to score all; searched by beams", file=sys.stderr)
@@ -176,7 +176,7 @@ def fill_and_print(infiller: "Infiller", text: str, candidates: list[list[str]] 
 
     if as_json:
         print_json(infiller.fill([text], candidates)[0].to_dict())
-    elif candidates or infiller.settings.n > 1 or infiller.settings.beams > 1:
+    elif candidates or infiller.sampling.n > 1 or infiller.sampling.beams > 1:
         print_infilling(infiller.fill([text], candidates)[0])
     else:
         print_stream(infiller.read(text).pieces, stream_answers(infiller, text))
@@ -396,10 +396,10 @@ def chat(
     """Talk with a model: ChatGLM-6B, or another GLM by questions and answers."""
     from gmask.checkpoints.load import load
     from gmask.generation.chat import Chat
-    from gmask.generation.settings import make_settings
+    from gmask.generation.settings import make_sampling
 
     settings = merge_settings(pairs, max_tokens=max_tokens)
-    make_settings({"max_tokens": sys.maxsize, **settings})  # a mistake is reported before the model is loaded
+    make_sampling({"max_tokens": sys.maxsize, **settings})  # a mistake is reported before the model is loaded
     chosen = model or (base_of(adapter, "bundled-chat") if adapter else "bundled-chat")
     network, tokenizer = load(chosen, dtype=dtype, quantize=quantize, adapter=adapter)
     conversation = Chat(network, tokenizer, context_length=context_length, **settings)

@@ -15,7 +15,7 @@ from gmask.checkpoints.load import find_folder, load
 from gmask.errors import GmaskError
 from gmask.files import write_json
 from gmask.generation.predict import predict
-from gmask.generation.settings import make_settings
+from gmask.generation.settings import make_sampling
 from gmask.recipes.tuning import TuningRecipe, find_tuning_recipe
 from gmask.tasks.metrics import Rows, check_metrics, is_answered, predict_majority
 from gmask.tasks.metrics import evaluate as measure
@@ -122,11 +122,11 @@ def run_task(
         UserWarning: texts had to be cut, or rounds of conversations left out.
     """
     console = Console(stderr=not tables)
-    make_settings(settings or {})  # a mistake in them is told before a model is fetched
+    make_sampling(settings or {})  # a mistake in them is told before a model is fetched
     plan, samples = _read_samples(task, data, limit)
     _check_answers(plan, samples)
     recipe = find_tuning_recipe(Path(adapter).expanduser() if adapter else find_folder(model))
-    decoding = make_settings({**(recipe.written if recipe else {}), **(settings or {})})
+    decoding = make_sampling({**(recipe.written if recipe else {}), **(settings or {})})
     limits = _choose_limits(recipe, max_source, truncation)
     network, tokenizer = load(model, adapter=adapter, device=device)
     with tqdm(total=len(samples), unit="sample", disable=not console.is_terminal, leave=False) as bar:
@@ -154,7 +154,7 @@ def run_task(
         adapter=adapter,
         data=data,
         samples=len(samples),
-        settings=asdict(decoding) | limits | {"batch_size": batch_size, "limit": limit},
+        settings=decoding.keywords() | limits | {"batch_size": batch_size, "limit": limit},
         scores=found.scores,
         majority=found.majority,
         versions={name: version(name) for name in ("gmask", "torch", "transformers")},

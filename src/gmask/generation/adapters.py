@@ -1,6 +1,6 @@
 """Adapters by row: which one each row of a batch goes through, where one model has several.
 
-LoRA adds to the linear layers: PEFT's own are told a name for each row. A prefix (P-tuning v2) is keys and values with
+LoRA adds to the linear layers: PEFT's own are given a name for each row. A prefix (P-tuning v2) is keys and values with
 which those of a row begin. Both are put in place from outside of the forward pass, so that whatever runs the model need
 not know of them.
 
@@ -35,7 +35,7 @@ BASE = "__base__"
 
 
 class AdapterSet:
-    """Adapters on one model, by their names. Without a word of `rows` or `only` a pass is the model's own.
+    """Adapters on one model, by their names. Outside of `rows` and `only` a pass goes through the model alone.
 
     Attributes:
         names: in the order in which they were given.

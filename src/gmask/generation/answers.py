@@ -1,11 +1,13 @@
 """Answers: as token ids, as text, in a filled text, and while they are written."""
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from gmask.generation.settings import Sampling
 from gmask.generation.text import BlankedText, Context
 
 Finish = Literal["end", "stop", "length"]
@@ -27,18 +29,6 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
-    """When an answer ends, and what it may not hold."""
-
-    end_ids: tuple[int, ...]
-    forbidden_ids: tuple[int, ...] = ()
-    max_tokens: int = 64
-    min_tokens: int = 1
-    no_repeat_ngram: int = 0  # no n tokens stand twice in an answer; 0 = they may
-    is_stopped: Callable[[tuple[int, ...]], bool] = field(default=lambda ids: False)
-
-
-@dataclass(frozen=True, slots=True)
 class Hypothesis:
     """The answers of one text so far."""
 
@@ -48,10 +38,11 @@ class Hypothesis:
     done: tuple[Answer, ...] = ()
     open: Answer = Answer()
     logprob: float = 0.0
+    stops: "StopMatcher | None" = None  # of the open answer, where there are stop texts
 
     @property
     def is_complete(self) -> bool:
-        return len(self.done) == len(self.context.places)
+        return len(self.done) == len(self.context.blanks)
 
     @property
     def predicted(self) -> int:
@@ -64,28 +55,31 @@ class Hypothesis:
         score: float = self.logprob / max(1, self.predicted) ** length_penalty
         return score
 
-    def advance(self, token: int, logprob: float, rules: Rules) -> "Hypothesis":
+    def advance(self, token: int, logprob: float, sampling: Sampling, end_ids: Sequence[int]) -> "Hypothesis":
         """The hypothesis with one more token, which may end the answer."""
         total = self.logprob + logprob
-        if token in rules.end_ids:
-            ended = replace(self.open, end_logprob=logprob, finish="end")
-            return replace(self, done=(*self.done, ended), open=Answer(), logprob=total)
+        if token in end_ids:
+            return self._end(replace(self.open, end_logprob=logprob, finish="end"), total)
         ids = (*self.open.ids, token)
-        grown = Answer(ids, (*self.open.logprobs, logprob))
-        if rules.is_stopped(ids):
-            grown = replace(grown, finish="stop")
-        elif len(ids) == rules.max_tokens:
-            grown = replace(grown, finish="length")
-        else:
-            return replace(self, open=grown, logprob=total)
-        return replace(self, done=(*self.done, grown), open=Answer(), logprob=total)
+        logprobs = (*self.open.logprobs, logprob)
+        stops = None if self.stops is None else self.stops.push(token)
+        if stops is not None and stops.is_found:
+            return self._end(Answer(ids, logprobs, finish="stop"), total)
+        if len(ids) == sampling.max_tokens:
+            return self._end(Answer(ids, logprobs, finish="length"), total)
+        return Hypothesis(self.text, self.alternative, self.context, self.done, Answer(ids, logprobs), total, stops)
+
+    def _end(self, answer: Answer, total: float) -> "Hypothesis":
+        """The hypothesis at its next blank, if there is one."""
+        stops = None if self.stops is None else self.stops.begin()
+        return replace(self, done=(*self.done, answer), open=Answer(), logprob=total, stops=stops)
 
     def next_input(self, sop: int) -> tuple[int, int, int]:
-        """The token to feed, its place in the context and its place in the answer."""
-        place = self.context.places[len(self.done)]
+        """The token to feed, its position in the context and its position in the answer."""
+        position = self.context.blanks[len(self.done)]
         if not self.open.ids:
-            return sop, place, 1
-        return self.open.ids[-1], place, len(self.open.ids) + 1
+            return sop, position, 1
+        return self.open.ids[-1], position, len(self.open.ids) + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,35 +174,70 @@ class TextAssembler:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.continuation: str = getattr(tokenizer, "continuation", "")  # spelt before a piece inside a word
-        self.ids: list[int] = []
-        self.anchor = 0  # decoding starts here: far enough back for a tokenizer that looks at its neighbours
-        self.told = 0  # ids before this one have been given out
+        self.count = 0  # tokens so far
+        self.window: list[int] = []  # the latest, from far enough back for a tokenizer that looks at its neighbours
+        self.known = 0  # tokens of the window whose text has been given out
+        self.has_begun = False  # text has been given out
+        self.new_text = ""  # of the window's other tokens
 
     def push(self, token_id: int) -> str:
         """The text that the token completes; empty inside a character."""
-        self.ids.append(token_id)
-        text = self._new_text()
+        self.window.append(token_id)
+        self.count += 1
+        text = self.new_text = self._read_new()
         if text.endswith("\ufffd"):
             return ""
         if text.strip():  # a token without text, or of white space, tells nothing of its neighbours
-            self.anchor = self.told
-        self.told = len(self.ids)
+            del self.window[: self.known]
+        self.known = len(self.window)
+        self.has_begun = True
         return text
 
     def finish(self) -> str:
         """What was held back, with the replacement character for bytes that make no character."""
-        text = self._new_text()
-        self.anchor = self.told = len(self.ids)
+        text = self._read_new()
+        self.window, self.known, self.has_begun = [], 0, self.count > 0
         return text
 
-    def _new_text(self) -> str:
-        known = self._decode(self.ids[self.anchor : self.told])
-        text = self._decode(self.ids[self.anchor :])[len(known) :]
-        return text if self.told else text.removeprefix(self.continuation)  # the answer may continue a word of the text
+    def copy(self) -> "TextAssembler":
+        """One that goes on from here by itself."""
+        other = copy.copy(self)
+        other.window = self.window.copy()
+        return other
+
+    def _read_new(self) -> str:
+        known = self._decode(self.window[: self.known])
+        text = self._decode(self.window)[len(known) :]
+        return text if self.has_begun else text.removeprefix(self.continuation)  # it may continue a word of the text
 
     def _decode(self, ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
+
+
+class StopMatcher:
+    """Looks for stop texts in an answer, token by token. It never changes, so that beams may share it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> None:
+        self.stops = stops
+        self.is_found = False
+        self._assembler = TextAssembler(tokenizer)
+        self._kept = max(map(len, stops)) - 1  # characters in which a stop text may have begun
+        self._tail = ""
+
+    def push(self, token_id: int) -> "StopMatcher":
+        """The matcher behind one more token."""
+        after = copy.copy(self)
+        after._assembler = self._assembler.copy()
+        complete = after._assembler.push(token_id)
+        text = self._tail + after._assembler.new_text  # bytes that make no character yet are looked at as they are
+        after.is_found = any(stop in text for stop in self.stops)
+        after._tail = (self._tail + complete)[-self._kept :] if self._kept else ""
+        return after
+
+    def begin(self) -> "StopMatcher":
+        """The matcher of another answer."""
+        return StopMatcher(self._assembler.tokenizer, self.stops)
 
 
 def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -222,8 +251,14 @@ def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> str:
     """The text before the first of the stop texts in it."""
-    found = [place for place in (text.find(stop) for stop in stops) if place >= 0]
+    found = [start for start in (text.find(stop) for stop in stops) if start >= 0]
     return text[: min(found)] if found else text
+
+
+def answer_text(answer: Answer, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> str:
+    """The text of an answer, without the stop text that ended it."""
+    text = "".join(token_texts(answer.ids, tokenizer))
+    return cut_at_stop(text, stops) if answer.finish == "stop" else text
 
 
 def assemble_infilling(
@@ -252,21 +287,21 @@ def settle_blank(blanked: BlankedText, blank: int) -> Callable[[str, bool], str]
 
 
 class AnswerStream:
-    """What can be told of one answer so far without having to be taken back."""
+    """The text of one answer as far as it is certain: what has been given out is never taken back."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, settle: Callable[[str, bool], str], *, stops: Sequence[str]
     ) -> None:
-        """``settle`` gives what is certain of a text, and is told whether that is the whole answer."""
+        """``settle``: what is certain of a text, given whether that is the whole answer."""
         self.assembler = TextAssembler(tokenizer)
         self.settle = settle
         self.stops = stops
         self.text = ""
-        self.told = ""
+        self.given = ""
 
     def take(self, answer: Answer) -> str:
         """The text that has become certain now that the answer has grown, or ended."""
-        for token_id in answer.ids[len(self.assembler.ids) :]:
+        for token_id in answer.ids[self.assembler.count :]:
             self.text += self.assembler.push(token_id)
         if answer.finish:
             self.text += self.assembler.finish()
@@ -274,8 +309,8 @@ class AnswerStream:
         else:
             text = self._without_open_stop()
         certain = self.settle(text, answer.finish is not None)
-        new = certain[len(self.told) :]
-        self.told = certain
+        new = certain[len(self.given) :]
+        self.given = certain
         return new
 
     def _without_open_stop(self) -> str:

@@ -1,21 +1,21 @@
 """Conversations go on: at once, as they are written, or many in one batch."""
 
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.conversation import History, Round, read_conversation
 from gmask.errors import GmaskError, is_shortage
 from gmask.files import read_json, write_json
-from gmask.generation.answers import Answer, AnswerStream, Hypothesis, cut_at_stop, token_texts
-from gmask.generation.decode import Sampling, decode, make_rules
-from gmask.generation.settings import make_settings
+from gmask.generation.answers import Answer, AnswerStream, answer_text
+from gmask.generation.engine import Request, Stepper
+from gmask.generation.sampling import Sampler
+from gmask.generation.settings import make_sampling
 from gmask.generation.text import Prompt, PromptFormat, find_format, fit_prompt
 
 DEFAULTS = {"temperature": 0.95, "top_p": 0.7, "top_k": 50}
@@ -49,12 +49,12 @@ class Chatter:
         trained = model.config.max_position_embeddings
         self.model, self.tokenizer = model, tokenizer
         self.context_length = trained if context_length is None else context_length
-        self.settings = make_settings({**DEFAULTS, "max_tokens": self.context_length // 2, **settings})
-        if self.settings.beams > 1 or self.settings.n > 1:
+        self.sampling = make_sampling({**DEFAULTS, "max_tokens": self.context_length // 2, **settings})
+        if self.sampling.beams > 1 or self.sampling.n > 1:
             raise GmaskError("a conversation has one reply: leave n and num_beams at 1")
-        if self.settings.max_tokens >= self.context_length:
+        if self.sampling.max_tokens >= self.context_length:
             raise GmaskError(
-                f"max_tokens {self.settings.max_tokens} leaves no room for a prompt in {self.context_length} tokens"
+                f"max_tokens {self.sampling.max_tokens} leaves no room for a prompt in {self.context_length} tokens"
             )
         if self.context_length > trained:
             warnings.warn(
@@ -63,13 +63,8 @@ class Chatter:
                 stacklevel=3,
             )
         self.format: PromptFormat = find_format(model, tokenizer)
-        self.rules = make_rules(
-            self.settings,
-            tokenizer,
-            ends=(self.format.special.eop, self.format.special.eos),
-            forbidden=self.format.forbidden_ids,
-            vocabulary_size=model.config.vocab_size,
-        )
+        special, forbidden = self.format.special, self.format.forbidden_ids
+        self.sampler = Sampler.for_model(special, forbidden, tokenizer, model.config.vocab_size)
 
     def fit(self, history: History, query: str | None = None) -> Prompt:
         """The prompt of a query behind a history, or at its end: with as many rounds as leave room for the reply.
@@ -83,51 +78,49 @@ class Chatter:
             found.rounds,
             self.format,
             longest=self.context_length,
-            max_tokens=self.settings.max_tokens,
+            max_tokens=self.sampling.max_tokens,
         )
-
-    def first_seed(self) -> int:
-        """Of a throw of the dice, if the settings have none."""
-        seed = self.settings.seed
-        return int(np.random.default_rng().integers(2**62)) if seed is None else seed
 
     def reply(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Reply]:
         """Replies to prompts in one batch; each draws by a seed of its own, as it would alone."""
-        search = Sampling([prompt.context for prompt in prompts], self.settings, self.rules, seeds=seeds)
-        for _ in self._decode(search, prompts):
-            pass
-        return [self._read(prompt, found[0].done[0]) for prompt, found in zip(prompts, search.complete, strict=True)]
+        stepper = Stepper(self.model, self.tokenizer, self.sampler, self.format.special)
+        try:
+            found = stepper.run([prompt.context for prompt in prompts], self.sampling, seeds=seeds)
+        except (MemoryError, RuntimeError) as error:
+            raise self._explain(error, prompts) from error.with_traceback(
+                None
+            )  # its frames hold what filled the memory
+        return [self._read(prompt, best.done[0]) for prompt, (best,) in zip(prompts, found, strict=True)]
 
     def stream(self, prompt: Prompt, seed: int) -> Generator[str, None, Reply]:
         """The reply, in fragments that are never taken back; their sum is its text."""
-        search = Sampling([prompt.context], self.settings, self.rules, seeds=[seed])
-        stream = AnswerStream(self.tokenizer, self.format.settle, stops=self.settings.stop)
+        stepper = Stepper(self.model, self.tokenizer, self.sampler, self.format.special)
+        stream = AnswerStream(self.tokenizer, self.format.settle, stops=self.sampling.stop)
         answer = Answer()
-        for (hypothesis,) in self._decode(search, [prompt]):
-            answer = hypothesis.done[0] if hypothesis.done else hypothesis.open
-            if new := stream.take(answer):
-                yield new
+        try:
+            for progress in stepper.stream(Request(context=prompt.context, sampling=self.sampling), seed=seed):
+                answer = progress.done[0] if progress.done else progress.open
+                if new := stream.take(answer):
+                    yield new
+        except (MemoryError, RuntimeError) as error:
+            raise self._explain(error, [prompt]) from error.with_traceback(None)
         return self._read(prompt, answer)
 
-    def _decode(self, search: Sampling, prompts: Sequence[Prompt]) -> Iterator[list[Hypothesis]]:
-        try:
-            yield from decode(self.model, search.contexts, search, special=self.format.special)
-        except (MemoryError, RuntimeError) as error:
-            if not is_shortage(error):
-                raise
-            longest = max(prompt.length for prompt in prompts)
-            together = f"{len(prompts)} conversations at once, with " if len(prompts) > 1 else ""
-            asked = f"{together}a context of {longest + self.settings.max_tokens} tokens (a prompt of {longest})"
-            raise GmaskError(
-                f"not enough memory for {asked}: a shorter one (--context-length, context_length=) or --quantize int4 "
-                "(quantize='int4') needs less"
-            ) from error.with_traceback(None)  # its frames hold what filled the memory
+    def _explain(self, error: Exception, prompts: Sequence[Prompt]) -> GmaskError:
+        """What to do about too little memory; another error is raised as it is."""
+        if not is_shortage(error):
+            raise error
+        longest = max(prompt.length for prompt in prompts)
+        together = f"{len(prompts)} conversations at once, with " if len(prompts) > 1 else ""
+        asked = f"{together}a context of {longest + self.sampling.max_tokens} tokens (a prompt of {longest})"
+        return GmaskError(
+            f"not enough memory for {asked}: a shorter one (--context-length, context_length=) or --quantize int4 "
+            "(quantize='int4') needs less"
+        )
 
     def _read(self, prompt: Prompt, answer: Answer) -> Reply:
         assert answer.finish is not None, "a reply is read once it is complete"
-        text = "".join(token_texts(answer.ids, self.tokenizer))
-        if answer.finish == "stop":
-            text = cut_at_stop(text, self.settings.stop)
+        text = answer_text(answer, self.tokenizer, self.sampling.stop)
         left_out = prompt.rounds_left_out
         return Reply(self.format.clean(text), answer.finish, prompt.length, len(answer.ids), left_out, answer.logprob)
 
@@ -156,7 +149,7 @@ class Chat:
         **settings: Any,
     ) -> None:
         self.chatter = Chatter(model, tokenizer, context_length=context_length, **settings)
-        self.first_seed = self.chatter.first_seed()
+        (self.first_seed,) = self.chatter.sampling.seeds(1)
         self.rounds: list[Round] = []
         self.last_reply: Reply | None = None
 
@@ -264,9 +257,8 @@ def reply_all(
     """
     chatter = Chatter(model, tokenizer, context_length=context_length, **settings)
     prompts = [chatter.fit(messages) for messages in conversations]
-    first = chatter.first_seed()
+    seeds = chatter.sampling.seeds(len(prompts))
     replies: list[Reply] = []
     for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        replies += chatter.reply(batch, [first + start + index for index in range(len(batch))])
+        replies += chatter.reply(prompts[start : start + batch_size], seeds[start : start + batch_size])
     return replies

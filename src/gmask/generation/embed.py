@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
-from gmask.generation.decode import check_numbers, stack_contexts
+from gmask.generation.batches import batches_by_length, check_numbers, stack_contexts
 from gmask.generation.text import Context, TextReader
 from gmask.models.glm import GLMForConditionalGeneration
 
@@ -94,23 +94,21 @@ class Embedder:
         """Encodes a text, and cuts it or checks that it fits the model."""
         context = self.reader.read_any(text).context
         tail = 1  # tokens that stay when the text is cut
-        if self.pooling == "mask" and not context.places:
+        if self.pooling == "mask" and not context.blanks:
             *ids, end = context.ids
             context, tail = Context((*ids, self.reader.special.mask, end), (len(ids),)), 2
         positions = self.model.config.max_position_embeddings
         if self.truncate and len(context.ids) > positions:
             context = _cut(context, positions, tail)
         context.check_length(positions)
-        if self.pooling == "mask" and not context.places:
+        if self.pooling == "mask" and not context.blanks:
             raise GmaskError(f"the blank is beyond the {positions} positions of the model: shorten the text before it")
         return context
 
     def embed(self, contexts: Sequence[Context]) -> Vectors:
         """The vectors ``[N, H]`` of contexts that were read by this embedder."""
         vectors = np.empty((len(contexts), self.model.config.hidden_size), np.float32)
-        order = sorted(range(len(contexts)), key=lambda index: len(contexts[index].ids))
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
+        for batch in batches_by_length([len(context.ids) for context in contexts], self.batch_size):
             vectors[batch] = self._embed_batch([contexts[index] for index in batch]).cpu().numpy()
         return vectors
 
@@ -142,18 +140,18 @@ class Embedder:
             elif self.pooling == "last":
                 weights[row, -1] = 1
             else:
-                weights[row, start + context.places[0]] = 1
+                weights[row, start + context.blanks[0]] = 1
         return weights
 
 
 def _cut(context: Context, length: int, tail: int) -> Context:
     """The context without the tokens before its last ``tail`` ones that are too many."""
     kept, surplus = length - tail, len(context.ids) - length
-    places = [place if place < kept else place - surplus for place in context.places]
-    stays = [place < kept or place >= len(context.ids) - tail for place in context.places]
+    positions = [index if index < kept else index - surplus for index in context.blanks]
+    stays = [index < kept or index >= len(context.ids) - tail for index in context.blanks]
     return Context(
         context.ids[:kept] + context.ids[-tail:],
-        tuple(place for place, stay in zip(places, stays, strict=True) if stay),
+        tuple(position for position, stay in zip(positions, stays, strict=True) if stay),
     )
 
 

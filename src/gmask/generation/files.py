@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -17,7 +17,6 @@ from gmask.errors import GmaskError
 from gmask.files import at_line, parse_json, read_json_lines, read_lines, writing, written
 from gmask.generation.embed import Embedder, as_floats
 from gmask.generation.infill import Infiller
-from gmask.generation.sampling import make_seeds
 from gmask.generation.score import ChoiceLists, Question, Scorer, read_choices
 from gmask.generation.text import Context
 from gmask.models.glm import GLMForConditionalGeneration
@@ -45,12 +44,12 @@ def fill_file(
 
     The line with index i (from 0) draws as a single run does with ``seed + i``. All else is as in `run_job`.
     """
-    first_seed = make_seeds(infiller.settings, 1)[0]
+    (first_seed,) = infiller.sampling.seeds(1)
 
     def read(values: Mapping[str, Any]) -> str:
         blanked = infiller.read(values["text"])
         if choices is not None:
-            read_choices(choices, len(blanked.context.places))
+            read_choices(choices, len(blanked.context.blanks))
         return str(values["text"])
 
     def answer(texts: Sequence[tuple[int, str]]) -> Iterator[dict[str, Any]]:
@@ -58,7 +57,7 @@ def fill_file(
         for infilling in infiller.fill([text for _, text in texts], choices, seeds=seeds):
             yield infilling.to_dict()
 
-    settings = ["infill", asdict(infiller.settings), repr(choices)]
+    settings = ["infill", infiller.sampling.keywords(), repr(choices)]
     job = Job(read, answer, infiller.batch_size, infiller.model, settings)
     return run_job(job, source, target, skip_bad_lines=skip_bad_lines, progress=progress)
 

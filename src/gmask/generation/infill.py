@@ -8,19 +8,12 @@ from typing import Unpack, overload
 from transformers import PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
-from gmask.generation.answers import (
-    Answer,
-    AnswerStream,
-    Hypothesis,
-    Infilling,
-    Rules,
-    assemble_infilling,
-    settle_blank,
-)
-from gmask.generation.decode import decode, find_answers, make_rules, make_search
-from gmask.generation.sampling import make_seeds
+from gmask.generation.answers import Answer, AnswerStream, Hypothesis, Infilling, assemble_infilling, settle_blank
+from gmask.generation.decode import Decoder, make_decoder
+from gmask.generation.engine import Request, Stepper
+from gmask.generation.sampling import Sampler
 from gmask.generation.score import ChoiceLists, read_choices, score_choices
-from gmask.generation.settings import Settings, SettingsKeywords, make_settings
+from gmask.generation.settings import Sampling, SettingsKeywords, make_sampling
 from gmask.generation.text import BlankedText, TextReader
 from gmask.models.glm import GLMForConditionalGeneration
 
@@ -83,7 +76,7 @@ def infill(
 
     Source: Du et al., ACL 2022, section 2; THUDM/GLM generate_samples.py.
     """
-    infiller = Infiller(model, tokenizer, make_settings(settings), batch_size=batch_size)
+    infiller = Infiller(model, tokenizer, make_sampling(settings), batch_size=batch_size)
     if isinstance(text, str):
         return infiller.fill([text], choices)[0]
     return infiller.fill(text, choices)
@@ -95,30 +88,25 @@ class Infiller:
 
     model: GLMForConditionalGeneration
     tokenizer: PreTrainedTokenizerBase
-    settings: Settings
+    sampling: Sampling
     batch_size: int = 16
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise GmaskError(f"batch_size must be at least 1, not {self.batch_size}")
         positions = self.model.config.max_position_embeddings
-        if self.settings.max_tokens > positions:
-            raise GmaskError(f"max_tokens is {self.settings.max_tokens}, but the model has only {positions} positions")
+        if self.sampling.max_tokens > positions:
+            raise GmaskError(f"max_tokens is {self.sampling.max_tokens}, but the model has only {positions} positions")
 
     @cached_property
     def reader(self) -> TextReader:
         return TextReader(self.tokenizer, self.model.config.prompt_ids)
 
-    @cached_property
-    def rules(self) -> Rules:
-        """When answers end. Special tokens and the rows that pad the vocabulary are never part of one."""
-        return make_rules(
-            self.settings,
-            self.tokenizer,
-            ends=(self.reader.special.eop, self.reader.special.eos),
-            forbidden=self.reader.special_ids.values(),
-            vocabulary_size=self.model.config.vocab_size,
-        )
+    def decoder(self) -> Decoder:
+        """What writes the answers. Special tokens and the rows that pad the vocabulary are never part of one."""
+        special, forbidden = self.reader.special, self.reader.special_ids.values()
+        sampler = Sampler.for_model(special, forbidden, self.tokenizer, self.model.config.vocab_size)
+        return make_decoder(self.model, self.tokenizer, sampler, special, self.sampling, batch_size=self.batch_size)
 
     def fill(
         self, texts: Sequence[str], choices: ChoiceLists | None = None, *, seeds: Sequence[int] | None = None
@@ -127,21 +115,9 @@ class Infiller:
         blanked = [self.read(text) for text in texts]
         if choices is not None:
             return [self._choose(text, choices) for text in blanked]
-        seeds = make_seeds(self.settings, len(texts)) if seeds is None else seeds
-        size = max(1, self.batch_size // max(self.settings.beams, self.settings.n))
-        filled: list[Infilling] = []
-        for start in range(0, len(blanked), size):
-            batch = blanked[start : start + size]
-            found = find_answers(
-                self.model,
-                [text.context for text in batch],
-                self.settings,
-                self.rules,
-                special=self.reader.special,
-                seeds=seeds[start : start + size],
-            )
-            filled += map(self._assemble, batch, found)
-        return filled
+        seeds = self.sampling.seeds(len(texts)) if seeds is None else seeds
+        found = self.decoder().run([text.context for text in blanked], self.sampling, seeds=seeds)
+        return list(map(self._assemble, blanked, found))
 
     def read(self, text: str) -> BlankedText:
         """Cuts and encodes a text, and checks that it fits the model."""
@@ -151,22 +127,22 @@ class Infiller:
 
     def _assemble(self, text: BlankedText, found: Sequence[Hypothesis]) -> Infilling:
         filled = [
-            assemble_infilling(text, hypothesis.done, self.tokenizer, stops=self.settings.stop) for hypothesis in found
+            assemble_infilling(text, hypothesis.done, self.tokenizer, stops=self.sampling.stop) for hypothesis in found
         ]
-        if self.settings.beams > 1:  # different tokens may spell the same text: the best ones stand for it
+        if self.sampling.beams > 1:  # different tokens may spell the same text: the best ones stand for it
             unique: dict[str, Infilling] = {}
             for infilling in filled:
                 unique.setdefault(infilling.text, infilling)
             filled = list(unique.values())
-        best, *others = filled[: self.settings.n]
+        best, *others = filled[: self.sampling.n]
         return replace(best, alternatives=tuple(others))
 
     def _choose(self, text: BlankedText, choices: ChoiceLists) -> Infilling:
-        if self.settings.temperature > 0:
+        if self.sampling.temperature > 0:
             raise GmaskError("choices are scored, not drawn: leave temperature at 0")
-        lists = read_choices(choices, len(text.context.places))
+        lists = read_choices(choices, len(text.context.blanks))
         scored = score_choices(self.model, self.reader, text, lists, batch_size=self.batch_size)
-        filled = [assemble_infilling(text, answers, self.tokenizer) for answers in scored.answers[: self.settings.n]]
+        filled = [assemble_infilling(text, answers, self.tokenizer) for answers in scored.answers[: self.sampling.n]]
         return replace(filled[0], alternatives=tuple(filled[1:]), choices=scored.choices)
 
 
@@ -192,27 +168,28 @@ def stream_infill(
     Raises:
         GmaskError: as `infill`; also more than one alternative or beam, since the best is known only at the end.
     """
-    return stream_answers(Infiller(model, tokenizer, make_settings(settings)), text)
+    return stream_answers(Infiller(model, tokenizer, make_sampling(settings)), text)
 
 
 def stream_answers(infiller: Infiller, text: str) -> Generator[Fragment, None, Infilling]:
     """What `stream_infill` gives, by an `Infiller`; its errors come before the first fragment is asked for."""
-    if infiller.settings.n > 1 or infiller.settings.beams > 1:
+    if infiller.sampling.n > 1 or infiller.sampling.beams > 1:
         raise GmaskError("answers are streamed for n=1 and num_beams=1 only: the best of several is known at the end")
-    return _tell_answers(infiller, infiller.read(text))
+    return _stream(infiller, infiller.read(text))
 
 
-def _tell_answers(infiller: Infiller, blanked: BlankedText) -> Generator[Fragment, None, Infilling]:
-    stops = infiller.settings.stop
-    search = make_search([blanked.context], infiller.settings, infiller.rules, seeds=make_seeds(infiller.settings, 1))
-    answer_stream = AnswerStream(infiller.tokenizer, settle_blank(blanked, 0), stops=stops)
+def _stream(infiller: Infiller, blanked: BlankedText) -> Generator[Fragment, None, Infilling]:
+    sampling, stepper = infiller.sampling, infiller.decoder()
+    assert isinstance(stepper, Stepper), "there is one answer"
+    (seed,) = sampling.seeds(1)
+    answer_stream = AnswerStream(infiller.tokenizer, settle_blank(blanked, 0), stops=sampling.stop)
     done: tuple[Answer, ...] = ()
-    for (hypothesis,) in decode(infiller.model, search.contexts, search, special=infiller.reader.special):
-        has_ended = len(hypothesis.done) > len(done)
-        done = hypothesis.done
-        new = answer_stream.take(done[-1] if has_ended else hypothesis.open)
+    for progress in stepper.stream(Request(context=blanked.context, sampling=sampling), seed=seed):
+        has_ended = len(progress.done) > len(done)
+        done = progress.done
+        new = answer_stream.take(done[-1] if has_ended else progress.open)
         if new:
             yield Fragment(len(done) - has_ended, new)
-        if has_ended and not hypothesis.is_complete:
-            answer_stream = AnswerStream(infiller.tokenizer, settle_blank(blanked, len(done)), stops=stops)
-    return assemble_infilling(blanked, done, infiller.tokenizer, stops=stops)
+        if has_ended and progress.end is None:
+            answer_stream = AnswerStream(infiller.tokenizer, settle_blank(blanked, len(done)), stops=sampling.stop)
+    return assemble_infilling(blanked, done, infiller.tokenizer, stops=sampling.stop)

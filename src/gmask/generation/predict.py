@@ -17,18 +17,19 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
-from gmask.generation.answers import Answer, cut_at_stop, token_texts
-from gmask.generation.decode import check_numbers, find_answers, make_rules, stack_contexts
-from gmask.generation.sampling import make_seeds
-from gmask.generation.score import Normalization, score_answers, score_shared
-from gmask.generation.settings import Settings
+from gmask.generation.answers import Answer, answer_text
+from gmask.generation.batches import batches_by_length, check_numbers, stack_contexts
+from gmask.generation.decode import make_decoder
+from gmask.generation.sampling import Sampler
+from gmask.generation.score import Normalization, check_normalization, normalize, score_answers
+from gmask.generation.settings import Sampling
 from gmask.generation.text import BLANKS, BlankedText, Context, TextReader, encode_plain, fit_prompt, format_of
 from gmask.models.chatglm import ChatGLMConfig
 from gmask.models.glm import GLMConfig
 from gmask.models.glm_heads import GLMForSequenceClassification
 from gmask.tasks.records import CHOICES, LABELLED, Prediction, Sample, TaskKind, Truncation
 
-GREEDY = Settings()
+GREEDY = Sampling()
 
 
 def predict(
@@ -37,7 +38,7 @@ def predict(
     kind: TaskKind,
     samples: Sequence[Sample],
     *,
-    settings: Settings = GREEDY,
+    settings: Sampling = GREEDY,
     batch_size: int = 16,
     normalization: Normalization = "sum",
     max_source: int | None = None,
@@ -57,7 +58,7 @@ def predict(
         max_source: tokens of a context, as of `SampleReader`; by default what the model has positions for, with room
             for the answer where both share them. Longer ones are cut.
         truncation: where a text that is too long is cut.
-        on_progress: is told after each batch how many samples it had.
+        on_progress: is called after each batch with the number of its samples.
 
     Returns:
         A `Prediction` for each sample. Candidates and classes: ``scores`` in nats, and the ``label`` of the highest.
@@ -71,8 +72,7 @@ def predict(
     """
     if batch_size < 1:
         raise GmaskError(f"batch_size must be at least 1, not {batch_size}")
-    if normalization not in get_args(Normalization):
-        raise GmaskError(f"normalization must be one of {', '.join(get_args(Normalization))}, not {normalization!r}")
+    check_normalization(normalization)
     if (kind == "classification") != isinstance(model, GLMForSequenceClassification):
         needed = "a GLMForSequenceClassification" if kind == "classification" else "a model that writes"
         raise GmaskError(f"a {kind} task needs {needed}, not a {type(model).__name__}")
@@ -87,7 +87,7 @@ def predict(
         return predictor.predict(samples, on_progress or (lambda count: None))
 
 
-def _room(model: PreTrainedModel, kind: TaskKind, settings: Settings) -> int:
+def _room(model: PreTrainedModel, kind: TaskKind, settings: Sampling) -> int:
     """Tokens that a context may have. The answers to a GLM's blanks have positions of their own."""
     positions: int = model.config.max_position_embeddings
     if kind in LABELLED or (isinstance(model.config, GLMConfig) and kind != "chat"):
@@ -178,7 +178,7 @@ class SampleReader:
         """The context of a question whose text tells nothing: its blank alone."""
         if self.blanks is None:
             return self.format.encode("", ())
-        return self.blanks.read_blank(question.context.ids[question.context.places[0]])
+        return self.blanks.read_blank(question.context.ids[question.context.blanks[0]])
 
     def _read_chat(self, sample: Sample) -> ReadSample:
         answers = tuple(tuple(encode_plain(self.tokenizer, answer)) for answer in sample.answers)
@@ -209,7 +209,7 @@ class SampleReader:
             whole = self.blanks.read_blank(self.special.gmask, before=sample.text)
         else:
             blanked = self.blanks.read_any(sample.text)
-            self._check_blanks(len(blanked.context.places), sample)
+            self._check_blanks(len(blanked.context.blanks), sample)
             whole = blanked.context
         context = self._cut(whole, ())
         answers = tuple(self._encode_answer(sample, index, blanked) for index in range(len(sample.answers)))
@@ -251,13 +251,13 @@ class SampleReader:
             raise GmaskError(
                 f"max_source is {self.max_source}, but what may not be cut has {len(context.ids) - len(loose)} tokens"
             )
-        first = context.places[0] if context.places else len(context.ids)
+        first = context.blanks[0] if context.blanks else len(context.ids)
         before = sum(index < first for index in loose)
         order = loose[:before] + loose[before:][::-1] if self.truncation == "left" else loose[::-1]
         gone = set(order[:surplus])
         stays = [index for index in range(len(context.ids)) if index not in gone]
-        places = tuple(new for new, index in enumerate(stays) if index in context.places)
-        return Context(tuple(context.ids[index] for index in stays), places)
+        blanks = tuple(new for new, index in enumerate(stays) if index in context.blanks)
+        return Context(tuple(context.ids[index] for index in stays), blanks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,26 +267,25 @@ class Predictor:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     reader: SampleReader
-    settings: Settings
+    settings: Sampling
     batch_size: int
     normalization: Normalization
 
     def predict(self, samples: Sequence[Sample], on_progress: Callable[[int], None]) -> list[Prediction]:
         """The predictions in the order of the samples; those of like length are made together."""
         questions = [self.reader.read(sample) for sample in samples]
-        _tell_cuts(questions, self.reader.max_source)
+        _warn_of_cuts(questions, self.reader.max_source)
         kind = self.reader.kind
         if kind in CHOICES:
             for sample in samples:
                 if not sample.answers:
                     raise locate(GmaskError("the sample has no candidates to choose from"), sample)
-        seeds = make_seeds(self.settings, len(samples))
-        writes = kind not in LABELLED
-        size = max(1, self.batch_size // max(self.settings.beams, self.settings.n)) if writes else self.batch_size
-        order = sorted(range(len(questions)), key=lambda index: len(questions[index].context.ids))
+        seeds = self.settings.seeds(len(samples))
+        size = self.batch_size  # beams and samples of a text are rows, too
+        if kind not in LABELLED:
+            size = max(1, size // max(self.settings.beams, self.settings.n))
         found: dict[int, Prediction] = {}
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
+        for batch in batches_by_length([len(question.context.ids) for question in questions], size):
             asked = [questions[index] for index in batch]
             if kind in CHOICES:
                 predictions = self._choose(asked)
@@ -299,20 +298,14 @@ class Predictor:
         return [found[index] for index in range(len(samples))]
 
     def _choose(self, questions: Sequence[ReadSample]) -> list[Prediction]:
+        special, size = self.reader.special, self.batch_size
         asked = [(question.context, question.answers) for question in questions]
-        answers = score_answers(self.model, asked, self.reader.special, batch_size=self.batch_size)
-        if self.normalization == "unconditional":
-            bare = [(self.reader.read_bare(question), question.answers) for question in questions]
-            baselines = score_shared(self.model, bare, self.reader.special, batch_size=self.batch_size)
-        else:
-            baselines = [[0.0] * len(question.answers) for question in questions]
-        return list(map(self._rank, answers, baselines))
-
-    def _rank(self, answers: Sequence[Answer], baselines: Sequence[float]) -> Prediction:
-        scores = [sum(answer.logprobs) - baseline for answer, baseline in zip(answers, baselines, strict=True)]
-        if self.normalization == "mean":
-            scores = [score / len(answer.ids) for score, answer in zip(scores, answers, strict=True)]
-        return _best(scores)
+        answers = score_answers(self.model, asked, special, batch_size=size)
+        bare = [self.reader.read_bare(question) for question in questions]
+        return [
+            _best(scores)
+            for scores in normalize(self.model, answers, bare, special, self.normalization, batch_size=size)
+        ]
 
     def _classify(self, questions: Sequence[ReadSample]) -> list[Prediction]:
         contexts = [question.context for question in questions]
@@ -326,16 +319,10 @@ class Predictor:
         return [_best(row) for row in logits.log_softmax(-1).tolist()]
 
     def _write(self, questions: Sequence[ReadSample], seeds: Sequence[int]) -> list[Prediction]:
-        special = self.reader.special
-        rules = make_rules(
-            self.settings,
-            self.tokenizer,
-            ends=(special.eop, special.eos),
-            forbidden=self.reader.format.forbidden_ids,
-            vocabulary_size=self.model.config.vocab_size,
-        )
-        contexts = [question.context for question in questions]
-        found = find_answers(self.model, contexts, self.settings, rules, special=special, seeds=seeds)
+        special, forbidden = self.reader.special, self.reader.format.forbidden_ids
+        sampler = Sampler.for_model(special, forbidden, self.tokenizer, self.model.config.vocab_size)
+        decoder = make_decoder(self.model, self.tokenizer, sampler, special, self.settings, batch_size=self.batch_size)
+        found = decoder.run([question.context for question in questions], self.settings, seeds=seeds)
         return [self._read(question, best[0].done) for question, best in zip(questions, found, strict=True)]
 
     def _read(self, question: ReadSample, answers: Sequence[Answer]) -> Prediction:
@@ -344,9 +331,7 @@ class Predictor:
 
     def _spell(self, question: ReadSample, blank: int, answer: Answer) -> str:
         """An answer as it stands in its text, or as a conversation shows it."""
-        text = "".join(token_texts(answer.ids, self.tokenizer))
-        if answer.finish == "stop":
-            text = cut_at_stop(text, self.settings.stop)
+        text = answer_text(answer, self.tokenizer, self.settings.stop)
         if self.reader.kind == "chat":
             return self.reader.format.clean(text)
         return text.strip() if question.blanked is None else question.blanked.fit_answer(text, blank)
@@ -358,7 +343,7 @@ def _best(scores: Sequence[float]) -> Prediction:
     return Prediction(label=label, scores=tuple(scores))
 
 
-def _tell_cuts(questions: Sequence[ReadSample], max_source: int) -> None:
+def _warn_of_cuts(questions: Sequence[ReadSample], max_source: int) -> None:
     """Warns of texts that are not read as a whole."""
     cut = sum(question.tokens_cut > 0 for question in questions)
     left_out = sum(question.rounds_left_out for question in questions)

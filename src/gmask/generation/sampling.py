@@ -1,167 +1,167 @@
-"""Sampling: the choice of the next token in each row of a batch whose rows have settings of their own.
+"""The sampler: it chooses the next token of every row of a batch.
 
-Scores are changed in the usual order: penalties, bias, what is forbidden, then temperature, top-k and top-p. The
-log-probabilities that are told are the model's own, without any of this.
+The rows of a batch may have settings of their own. Scores are changed in the usual order: penalties, bias, what is
+forbidden, then temperature, top-k and top-p. The log-probabilities that are reported are the model's own, without any
+of this.
 
 Shape letters: R rows, V vocabulary.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
-from gmask.generation.answers import Hypothesis
 from gmask.generation.constraints import Constraint, TokenMask
-from gmask.generation.settings import Settings
-
-MOST_TOP_LOGPROBS = 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParameters:
-    """How one request is answered; the defaults are those of `gmask.infill`.
-
-    Raises:
-        GmaskError: a value that does not fit.
-    """
-
-    max_tokens: int = 64  # of an answer
-    min_tokens: int = 1  # of an answer
-    temperature: float = 0.0  # 0: the most probable token
-    top_p: float = 1.0
-    top_k: int = 0  # 0: all
-    repetition_penalty: float = 1.0  # divides the score of what was said, or multiplies one below 0 (Keskar 2019)
-    presence_penalty: float = 0.0  # taken off what was said
-    frequency_penalty: float = 0.0  # taken off for each time that it was said
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
-    top_logprobs: int = 0  # so many of the most probable tokens are told beside each one
-    constraint: Constraint | None = None  # what every answer has to match
-
-    def __post_init__(self) -> None:
-        infinity = float("inf")
-        for name, fits, rule in (
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, f"from 0 to max_tokens ({self.max_tokens})"),
-            ("temperature", 0 <= self.temperature < infinity, "0 or above"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 or above"),
-            ("repetition_penalty", 0 < self.repetition_penalty < infinity, "above 0"),
-            ("presence_penalty", -infinity < self.presence_penalty < infinity, "a finite number"),
-            ("frequency_penalty", -infinity < self.frequency_penalty < infinity, "a finite number"),
-            ("seed", self.seed is None or self.seed >= 0, "0 or above"),
-            ("stop", all(self.stop), "texts that are not empty"),
-            ("top_logprobs", 0 <= self.top_logprobs <= MOST_TOP_LOGPROBS, f"from 0 to {MOST_TOP_LOGPROBS}"),
-        ):
-            if not fits:
-                raise GmaskError(f"{name} must be {rule}, not {getattr(self, name)}")
-
-    @property
-    def changes_scores(self) -> bool:
-        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
-        return penalties != (1.0, 0.0, 0.0) or bool(self.logit_bias) or self.constraint is not None
+from gmask.generation.settings import Sampling
+from gmask.infilling.blanks import BlankTokens
 
 
 @dataclass(slots=True)
-class Dice:
-    """What one row draws by, and remembers of what it has said."""
+class SamplerState:
+    """What the sampler keeps of one row: its settings, its random numbers, and what it has written."""
 
-    parameters: SamplingParameters
+    sampling: Sampling
     generator: np.random.Generator
-    said: Counter[int] = field(default_factory=Counter)
-    mask: TokenMask | None = None  # of the answer that is being written
-    fault: GmaskError | None = None  # why the constraint cannot be met
+    counts: Counter[int] = field(default_factory=Counter)  # of the tokens written, over all blanks
+    mask: TokenMask | None = None  # of the answer that is being written, where a constraint holds
+    error: GmaskError | None = None  # why the constraint cannot be met
 
     @classmethod
-    def make(cls, parameters: SamplingParameters, index: int, seed: int) -> "Dice":
-        """Those of sample ``index``, as `gmask.infill` throws them for an alternative."""
-        return cls(parameters, np.random.default_rng([seed, index]))
+    def make(cls, sampling: Sampling, *, seed: int, index: int) -> "SamplerState":
+        """That of sample ``index`` of a text: batches, single runs and the server draw alike."""
+        return cls(sampling, np.random.default_rng([seed, index]))
 
     def accept(self, token: int, *, ends_answer: bool) -> None:
-        """Notes what the row has said."""
+        """Notes the token that the row has written."""
         if ends_answer:
             self.mask = None
-        else:
-            self.said[token] += 1
-            if self.mask is not None:
-                self.mask.accept(token)
+            return
+        if self.sampling.changes_scores:
+            self.counts[token] += 1
+        if self.mask is not None:
+            self.mask.accept(token)
 
 
-class Chooser:
-    """Chooses the next token of every row."""
+class Sampler:
+    """Chooses the next token of every row.
 
-    def __init__(self, ends: Sequence[int], forbidden: Sequence[int]) -> None:
-        self.ends = torch.tensor(ends)
-        self.forbidden = torch.tensor(forbidden, dtype=torch.long)
+    Args:
+        end_ids: tokens that end an answer.
+        forbidden_ids: tokens that are never part of one; end tokens among them are not forbidden.
+    """
 
-    def choose(self, logits: Tensor, live: Sequence[Hypothesis], dice: Sequence[Dice]) -> list[int]:
-        """The tokens of R rows from their logits, float32 ``[R, V]``.
+    def __init__(self, end_ids: Sequence[int], forbidden_ids: Collection[int] = ()) -> None:
+        self.end_ids = tuple(end_ids)
+        self.forbidden_ids = tuple(sorted({*forbidden_ids} - {*end_ids}))
+        self._ends = torch.tensor(self.end_ids)
+        self._forbidden = torch.tensor(self.forbidden_ids, dtype=torch.long)
 
-        A row that may say nothing ends its answer.
+    @classmethod
+    def for_model(
+        cls, special: BlankTokens, forbidden_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, vocabulary: int
+    ) -> "Sampler":
+        """That of a model with so many embeddings: those behind the tokenizer's last are never part of an answer."""
+        padding = range(len(tokenizer), vocabulary)
+        return cls((special.eop, special.eos), {*forbidden_ids, *padding})
+
+    def choose(
+        self, logits: Tensor, states: Sequence[SamplerState], answers: Sequence[tuple[int, ...]]
+    ) -> tuple[list[int], list[float], Tensor]:
+        """The next tokens of R rows.
+
+        A row that may write nothing ends its answer. A constraint that cannot be met is the row's `SamplerState.error`.
+
+        Args:
+            logits: float32 ``[R, V]``.
+            states: of the rows.
+            answers: the ids of the answers that they are writing.
+
+        Returns:
+            The tokens; their log-probabilities, which are not numbers where some of the row's logits are none; and
+            all log-probabilities ``[R, V]``.
         """
         scores = logits.clone()
-        scores[:, self.forbidden.to(scores.device)] = -torch.inf
-        for row, (hypothesis, die) in enumerate(zip(live, dice, strict=True)):
-            if die.parameters.changes_scores:
-                self._change(scores[row], die)
-            if len(hypothesis.open.ids) < die.parameters.min_tokens:
-                self._forbid_ends(scores[row])
-        return self._draw(scores, dice)
+        for row, state in enumerate(states):
+            if state.sampling.changes_scores:
+                self._change(scores[row], state)
+        self.forbid(scores, answers, [state.sampling for state in states])
+        tokens = self._draw(scores, states)
+        logprobs = logits.log_softmax(-1)
+        chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
+        return tokens.tolist(), chosen.tolist(), logprobs
 
-    def _change(self, scores: Tensor, die: Dice) -> None:
-        parameters = die.parameters
-        if die.said:
-            said = torch.tensor(list(die.said), device=scores.device)
-            times = torch.tensor(list(die.said.values()), device=scores.device, dtype=scores.dtype)
-            old = scores[said]
-            penalty = parameters.repetition_penalty
+    def forbid(self, scores: Tensor, answers: Sequence[tuple[int, ...]], samplings: Sequence[Sampling]) -> None:
+        """Writes minus infinity into ``scores [R, V]`` at what may not follow: forbidden tokens, n-grams that would
+        stand twice, and the end of an answer that is too short and could go on."""
+        scores[:, self._forbidden.to(scores.device)] = -torch.inf
+        for row, (ids, sampling) in enumerate(zip(answers, samplings, strict=True)):
+            if sampling.no_repeat_ngram and (repeats := find_repeats(ids, sampling.no_repeat_ngram)):
+                scores[row, repeats] = -torch.inf
+        short = [row for row, ids in enumerate(answers) if len(ids) < samplings[row].min_tokens]
+        if not short:
+            return
+        rows, ends = torch.tensor(short, device=scores.device)[:, None], self._ends.to(scores.device)
+        before = scores[rows, ends]
+        scores[rows, ends] = -torch.inf
+        if any(samplings[row].no_repeat_ngram or samplings[row].constraint for row in short):
+            is_stuck = scores[rows[:, 0]].amax(-1) == -torch.inf  # nothing but the end is left
+            scores[rows, ends] = torch.where(is_stuck[:, None], before, -torch.inf)
+
+    def _change(self, scores: Tensor, state: SamplerState) -> None:
+        """Penalties, bias and constraint of one row ``[V]``, in place."""
+        sampling = state.sampling
+        if state.counts:
+            written = torch.tensor(list(state.counts), device=scores.device)
+            times = torch.tensor(list(state.counts.values()), device=scores.device, dtype=scores.dtype)
+            old = scores[written]
+            penalty = sampling.repetition_penalty
             new = torch.where(old > 0, old / penalty, old * penalty)
-            scores[said] = new - parameters.presence_penalty - parameters.frequency_penalty * times
-        for token, bias in parameters.logit_bias.items():
+            scores[written] = new - sampling.presence_penalty - sampling.frequency_penalty * times
+        for token, bias in sampling.logit_bias.items():
             scores[token] += bias
-        if parameters.constraint is not None:
+        if sampling.constraint is not None:
             try:
-                self._constrain(scores, die, parameters.constraint)
+                self._constrain(scores, state, sampling.constraint)
             except GmaskError as error:  # the row's own fault, and no other's
-                die.fault = error
+                state.error = error
 
-    def _constrain(self, scores: Tensor, die: Dice, constraint: Constraint) -> None:
-        if die.mask is None:
-            die.mask = constraint.start()
-        allowed = die.mask.allowed().to(scores.device)
-        ends = scores[self.ends.to(scores.device)].clone()
+    def _constrain(self, scores: Tensor, state: SamplerState, constraint: Constraint) -> None:
+        if state.mask is None:
+            state.mask = constraint.start()
+        allowed, ends = state.mask.allowed().to(scores.device), self._ends.to(scores.device)
+        end_scores = scores[ends]
         scores.masked_fill_(~allowed, -torch.inf)
-        scores[self.ends.to(scores.device)] = ends if die.mask.is_complete() else -torch.inf
+        scores[ends] = end_scores if state.mask.is_complete() else -torch.inf
 
-    def _forbid_ends(self, scores: Tensor) -> None:
-        kept = scores.clone()
-        scores[self.ends.to(scores.device)] = -torch.inf
-        if not bool((scores > -torch.inf).any()):  # a constraint may leave nothing but the end
-            scores.copy_(kept)
-
-    def _draw(self, scores: Tensor, dice: Sequence[Dice]) -> list[int]:
+    def _draw(self, scores: Tensor, states: Sequence[SamplerState]) -> Tensor:
+        """Tokens ``[R]``; rows of like settings are drawn together."""
         tokens = scores.argmax(-1)
         drawing: dict[tuple[float, int, float], list[int]] = {}
-        for row, die in enumerate(dice):
-            kind = (die.parameters.temperature, die.parameters.top_k, die.parameters.top_p)
-            if kind[0] > 0:
+        for row, state in enumerate(states):
+            if state.sampling.temperature > 0:
+                kind = (state.sampling.temperature, state.sampling.top_k, state.sampling.top_p)
                 drawing.setdefault(kind, []).append(row)
-        for rows in drawing.values():
+        for (temperature, top_k, top_p), rows in drawing.items():
             index = torch.tensor(rows, device=scores.device)
-            quantiles = torch.tensor([dice[row].generator.random() for row in rows], device=scores.device)
-            tokens[index] = draw_tokens(scores[index], quantiles, dice[rows[0]].parameters)
-        nothing = scores.amax(-1) == -torch.inf
-        tokens[nothing] = self.ends[0].to(tokens.device)
-        chosen: list[int] = tokens.tolist()
-        return chosen
+            quantiles = torch.tensor([states[row].generator.random() for row in rows], device=scores.device)
+            tokens[index] = draw_tokens(scores[index], quantiles, temperature=temperature, top_k=top_k, top_p=top_p)
+        nothing = scores.gather(-1, tokens[:, None])[:, 0] == -torch.inf
+        return torch.where(nothing, self._ends[0].to(tokens.device), tokens)
+
+
+def find_repeats(ids: Sequence[int], size: int) -> list[int]:
+    """The tokens that would complete a ``size``-gram that the ids hold already."""
+    start = len(ids) - size + 1
+    if start < 0:
+        return []
+    last = tuple(ids[start:])
+    return [ids[index + size - 1] for index in range(start) if tuple(ids[index : index + size - 1]) == last]
 
 
 def top_tokens(logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:
@@ -170,27 +170,17 @@ def top_tokens(logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:
     return tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
-class Cut(Protocol):
-    """How a distribution is tempered and cut."""
-
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_k(self) -> int: ...
-    @property
-    def top_p(self) -> float: ...
-
-
-def draw_tokens(logprobs: Tensor, draws: Tensor, settings: Cut) -> Tensor:
-    """Tokens ``[B]`` at the quantiles ``draws [B]`` (in [0, 1)) of the tempered and cut distributions ``[B, V]``."""
-    scores, order = _in_order(logprobs / settings.temperature, settings.top_k)
-    probabilities = scores.double().softmax(-1)
+def draw_tokens(scores: Tensor, quantiles: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Tokens ``[R]`` at quantiles ``[R]`` (in [0, 1)) of the distributions that scores ``[R, V]`` give, tempered and
+    cut."""
+    ranked, order = _in_order(scores / temperature, top_k)
+    probabilities = ranked.double().softmax(-1)
     cumulative = probabilities.cumsum(-1)
     # The first token stays in any case; each further one while those before it hold less than top_p.
-    kept = (cumulative - probabilities < settings.top_p) & (probabilities > 0)
+    kept = (cumulative - probabilities < top_p) & (probabilities > 0)
     kept[:, 0] = True
     mass = torch.where(kept, probabilities, 0.0).cumsum(-1)
-    rank = torch.searchsorted(mass, (draws.double() * mass[:, -1])[:, None], right=True)
+    rank = torch.searchsorted(mass, (quantiles.double() * mass[:, -1])[:, None], right=True)
     rank = torch.minimum(rank, kept.sum(-1, keepdim=True) - 1)
     return order.gather(-1, rank)[:, 0]
 
@@ -202,9 +192,3 @@ def _in_order(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     order = scores.topk(top_k, dim=-1, sorted=False).indices.sort(dim=-1).values  # a tenth of the time of a sort
     best, rank = scores.gather(-1, order).sort(dim=-1, descending=True, stable=True)
     return best, order.gather(-1, rank)
-
-
-def make_seeds(settings: Settings, count: int) -> list[int]:
-    """Seeds of the first ``count`` texts; from a throw of the dice if the settings have none."""
-    first = int(np.random.default_rng().integers(2**62)) if settings.seed is None else settings.seed
-    return list(range(first, first + count))

@@ -5,20 +5,21 @@ Shape letters: B contexts, R rows of answers, T positions, V vocabulary.
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, cast, get_args, overload
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
 from gmask.generation.answers import Answer, Choices, Combination, Token, token_texts
-from gmask.generation.decode import log_softmax, stack_contexts
+from gmask.generation.batches import batches_by_length, log_softmax, stack_contexts
 from gmask.generation.text import BlankedText, Context, TextReader
 from gmask.infilling.blanks import BlankTokens
+from gmask.models.cache import GrowingCache
 from gmask.models.glm import GLMForConditionalGeneration
 
 Normalization = Literal["sum", "mean", "unconditional"]
@@ -153,7 +154,7 @@ class Question:
     @property
     def blank_id(self) -> int:
         context = self.blanked.context
-        return context.ids[context.places[0]]
+        return context.ids[context.blanks[0]]
 
 
 @dataclass(frozen=True)
@@ -166,9 +167,7 @@ class Scorer:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        if self.normalization not in get_args(Normalization):
-            known = ", ".join(get_args(Normalization))
-            raise GmaskError(f"normalization must be one of {known}, not {self.normalization!r}")
+        check_normalization(self.normalization)
         if self.batch_size < 1:
             raise GmaskError(f"batch_size must be at least 1, not {self.batch_size}")
 
@@ -179,9 +178,9 @@ class Scorer:
     def read(self, text: str, answers: Sequence[str]) -> Question:
         """Cuts and encodes a text and its answers, and checks that they fit the model."""
         blanked = self.reader.read(text)
-        if len(blanked.context.places) > 1:
+        if len(blanked.context.blanks) > 1:
             raise GmaskError(
-                f"the text has {len(blanked.context.places)} blanks, and answers are scored for one: "
+                f"the text has {len(blanked.context.blanks)} blanks, and answers are scored for one: "
                 "gmask.infill(choices=...) scores several jointly"
             )
         blanked.context.check_length(self.model.config.max_position_embeddings)
@@ -198,31 +197,18 @@ class Scorer:
         """Scores questions that were read by this scorer."""
         asked = [(question.blanked.context, question.ids) for question in questions]
         found = score_answers(self.model, asked, self.reader.special, batch_size=self.batch_size)
-        if self.normalization == "unconditional":
-            baselines = self._score_without_text(questions)
-        else:
-            baselines = [[0.0] * len(question.ids) for question in questions]
-        return list(map(self._assemble, questions, found, baselines))
+        bare = [self.reader.read_blank(question.blank_id) for question in questions]
+        scores = normalize(self.model, found, bare, self.reader.special, self.normalization, batch_size=self.batch_size)
+        return list(map(self._assemble, questions, found, scores))
 
-    def _score_without_text(self, questions: Sequence[Question]) -> list[list[float]]:
-        """The log-probability of each answer to each question where the text is nothing but the question's blank."""
-        bare = [(self.reader.read_blank(question.blank_id), question.ids) for question in questions]
-        return score_shared(self.model, bare, self.reader.special, batch_size=self.batch_size)
-
-    def _assemble(self, question: Question, answers: Sequence[Answer], baselines: Sequence[float]) -> Scoring:
-        logprobs = [sum(answer.logprobs) for answer in answers]
-        if self.normalization == "mean":
-            scores = [logprob / len(ids) for logprob, ids in zip(logprobs, question.ids, strict=True)]
-        else:
-            scores = [logprob - baseline for logprob, baseline in zip(logprobs, baselines, strict=True)]
+    def _assemble(self, question: Question, answers: Sequence[Answer], scores: Sequence[float]) -> Scoring:
         weights = [math.exp(value - max(scores)) for value in scores]
         scored = []
-        for text, answer, logprob, value, weight in zip(
-            question.answers, answers, logprobs, scores, weights, strict=True
-        ):
+        for text, answer, value, weight in zip(question.answers, answers, scores, weights, strict=True):
             tokens = tuple(map(Token, answer.ids, token_texts(answer.ids, self.tokenizer), answer.logprobs))
             assert answer.end_logprob is not None, "a scored answer has an end"
-            scored.append(ScoredAnswer(text, logprob, value, weight / sum(weights), tokens, answer.end_logprob))
+            probability = weight / sum(weights)
+            scored.append(ScoredAnswer(text, sum(answer.logprobs), value, probability, tokens, answer.end_logprob))
         return Scoring(question.text, tuple(scored))
 
 
@@ -338,6 +324,44 @@ def encode_answer(
     return ids
 
 
+def check_normalization(normalization: str) -> None:
+    """Raises `GmaskError` for one that is not known."""
+    if normalization not in get_args(Normalization):
+        raise GmaskError(f"normalization must be one of {', '.join(get_args(Normalization))}, not {normalization!r}")
+
+
+def normalize(
+    model: PreTrainedModel,
+    answers: Sequence[Sequence[Answer]],
+    bare: Sequence[Context],
+    special: BlankTokens,
+    normalization: Normalization,
+    *,
+    batch_size: int,
+) -> list[list[float]]:
+    """The scores of scored answers, as of `score`.
+
+    Args:
+        answers: to each question.
+        bare: the context of each question whose text tells nothing: its blank alone.
+    """
+    sums = [[sum(answer.logprobs) for answer in found] for found in answers]
+    if normalization == "sum":
+        return sums
+    if normalization == "mean":
+        return [[sum(answer.logprobs) / len(answer.ids) for answer in found] for found in answers]
+    wanted: dict[Context, dict[tuple[int, ...], float]] = {}  # questions share contexts, and each is read once
+    for context, found in zip(bare, answers, strict=True):
+        wanted.setdefault(context, {}).update((answer.ids, 0.0) for answer in found)
+    asked = [(context, list(ids)) for context, ids in wanted.items()]
+    for (context, _), found in zip(asked, score_answers(model, asked, special, batch_size=batch_size), strict=True):
+        wanted[context].update((answer.ids, sum(answer.logprobs)) for answer in found)
+    return [
+        [total - wanted[context][answer.ids] for total, answer in zip(totals, found, strict=True)]
+        for context, totals, found in zip(bare, sums, answers, strict=True)
+    ]
+
+
 def score_answers(
     model: PreTrainedModel,
     questions: Sequence[tuple[Context, Sequence[tuple[int, ...]]]],
@@ -349,35 +373,13 @@ def score_answers(
 
     ``batch_size`` contexts of like length are read together, and as many answers are scored together.
     """
-    order = sorted(range(len(questions)), key=lambda index: len(questions[index][0].ids))  # little padding
     found: list[list[Answer]] = [[] for _ in questions]
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    for batch in batches_by_length([len(context.ids) for context, _ in questions], batch_size):
         scorer = AnswerScorer(model, [questions[index][0] for index in batch], special, batch_size=batch_size)
-        rows = [AnswerRow(place, (ids,)) for place, index in enumerate(batch) for ids in questions[index][1]]
+        rows = [AnswerRow(number, (ids,)) for number, index in enumerate(batch) for ids in questions[index][1]]
         for row, (answer,) in zip(rows, scorer.score(rows), strict=True):
             found[batch[row.context]].append(answer)
     return found
-
-
-def score_shared(
-    model: PreTrainedModel,
-    questions: Sequence[tuple[Context, Sequence[tuple[int, ...]]]],
-    special: BlankTokens,
-    *,
-    batch_size: int,
-) -> list[list[float]]:
-    """The summed log-probabilities of answers to contexts that several questions share.
-
-    Each context is read once, and each answer to it is scored once.
-    """
-    wanted: dict[Context, dict[tuple[int, ...], float]] = {}
-    for context, answers in questions:
-        wanted.setdefault(context, {}).update(dict.fromkeys(answers, 0.0))
-    asked = [(context, list(answers)) for context, answers in wanted.items()]
-    for (context, _), found in zip(asked, score_answers(model, asked, special, batch_size=batch_size), strict=True):
-        wanted[context].update((answer.ids, sum(answer.logprobs)) for answer in found)
-    return [[wanted[context][ids] for ids in answers] for context, answers in questions]
 
 
 class AnswerScorer:
@@ -398,41 +400,49 @@ class AnswerScorer:
         self.contexts = contexts
         self.special = special
         self.batch_size = batch_size
-        self.cache = DynamicCache(config=model.config)
-        input_ids, layout, is_real = stack_contexts(contexts, pad=special.pad)
-        self.is_real = is_real
+        self.cache = GrowingCache(model.config, spare=False)
+        input_ids, layout, self.is_real = stack_contexts(contexts, pad=special.pad)
         with torch.inference_mode():
-            self._read(input_ids, layout, is_real, self.cache)
+            model.base_model(
+                **self._inputs(input_ids, layout, self.is_real), past_key_values=self.cache, use_cache=True
+            )
 
     def score(self, rows: Sequence[AnswerRow]) -> list[tuple[Answer, ...]]:
         """The answers of R rows with their log-probabilities; ``batch_size`` rows of like length run together."""
-        order = sorted(range(len(rows)), key=lambda index: sum(map(len, rows[index].answers)))
         scored: dict[int, tuple[Answer, ...]] = {}
-        with torch.inference_mode():
-            for start in range(0, len(rows), self.batch_size):
-                chunk = order[start : start + self.batch_size]
-                scored.update(zip(chunk, self._score_chunk([rows[index] for index in chunk]), strict=True))
+        for batch in batches_by_length([sum(map(len, row.answers)) for row in rows], self.batch_size):
+            chunk = [rows[index] for index in batch]
+            input_ids, targets, layout = self._stack_answers(chunk)
+            is_answer = layout[:, 1] > 0  # the rest is padding
+            layout[:, 1][~is_answer] = 1
+            contexts = torch.tensor([row.context for row in chunk])
+            mask = None if self.is_real is None else torch.cat((self.is_real[contexts], is_answer), dim=1)
+            with torch.inference_mode():
+                cache = self.cache.select(contexts.to(self.model.device), room=input_ids.shape[1])
+                outputs = self.model.base_model(
+                    **self._inputs(input_ids, layout, mask), past_key_values=cache, use_cache=True
+                )
+                found = self._split(chunk, outputs.last_hidden_state, is_answer, targets)
+            scored.update(zip(batch, found, strict=True))
         return [scored[index] for index in range(len(rows))]
 
-    def _score_chunk(self, rows: Sequence[AnswerRow]) -> Iterator[tuple[Answer, ...]]:
-        input_ids, targets, layout = self._stack_answers(rows)
-        is_answer = layout[:, 1] > 0  # the rest is padding
-        layout[:, 1][~is_answer] = 1
-        index = torch.tensor([row.context for row in rows])
-        mask = None if self.is_real is None else torch.cat((self.is_real[index], is_answer), dim=1)
-        hidden_states = self._read(input_ids, layout, mask, self._select(index))
+    def _split(
+        self, rows: Sequence[AnswerRow], hidden_states: Tensor, is_answer: Tensor, targets: Tensor
+    ) -> list[tuple[Answer, ...]]:
+        """The answers of rows, from what the model makes of their tokens ``[R, T, H]``."""
         is_answer, targets = is_answer.to(self.model.device), targets.to(self.model.device)
         logprobs = log_softmax(self.model.lm_head(hidden_states[is_answer]))  # all tokens of all rows, V
         of_target = logprobs.gather(-1, targets[is_answer][:, None])[:, 0].tolist()
         of_end = logprobs[:, [self.special.eop, self.special.eos]].amax(-1).tolist()
-        start = 0
+        found, start = [], 0
         for row in rows:
             answers = []
             for ids in row.answers:
                 end = start + len(ids)
                 answers.append(Answer(ids, tuple(of_target[start:end]), of_end[end], "end"))
                 start = end + 1
-            yield tuple(answers)
+            found.append(tuple(answers))
+        return found
 
     def _stack_answers(self, rows: Sequence[AnswerRow]) -> tuple[Tensor, Tensor, Tensor]:
         """Ids ``[R, T]``, the tokens that follow them ``[R, T]`` and the layout ``[R, 2, T]``, 0 at padding.
@@ -445,32 +455,19 @@ class AnswerScorer:
         layout = torch.zeros(len(rows), 2, width, dtype=torch.long)
         for index, row in enumerate(rows):
             start = 0
-            for place, ids in zip(self.contexts[row.context].places, row.answers, strict=False):
+            for position, ids in zip(self.contexts[row.context].blanks, row.answers, strict=False):
                 piece = slice(start, start + len(ids) + 1)
                 input_ids[index, piece] = torch.tensor((self.special.sop, *ids))
                 targets[index, piece] = torch.tensor((*ids, self.special.eop))
-                layout[index, 0, piece] = place
+                layout[index, 0, piece] = position
                 layout[index, 1, piece] = torch.arange(1, len(ids) + 2)
                 start = piece.stop
         return input_ids, targets, layout
 
-    def _select(self, index: Tensor) -> DynamicCache:
-        """A cache of its own for each row, of the row's context.
-
-        Each grows once, by the answer: the room to spare of a `GrowingCache` would only take memory.
-        """
-        index = index.to(self.model.device)
-        layers = [(layer.keys[index], layer.values[index]) for layer in self.cache.layers]
-        return DynamicCache(layers, config=self.model.config)
-
-    def _read(self, input_ids: Tensor, layout: Tensor, mask: Tensor | None, cache: DynamicCache) -> Tensor:
+    def _inputs(self, input_ids: Tensor, layout: Tensor, mask: Tensor | None) -> dict[str, Any]:
         device = self.model.device
-        outputs = self.model.base_model(
-            input_ids=input_ids.to(device),
-            layout=layout.to(device),
-            attention_mask=None if mask is None else mask.to(device),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        hidden_states: Tensor = outputs.last_hidden_state
-        return hidden_states
+        return {
+            "input_ids": input_ids.to(device),
+            "layout": layout.to(device),
+            "attention_mask": None if mask is None else mask.to(device),
+        }

@@ -26,7 +26,7 @@ class Context:
     """What the model reads in both directions."""
 
     ids: tuple[int, ...]
-    places: tuple[int, ...]  # of the blanks among the ids, ascending
+    blanks: tuple[int, ...]  # their positions among the ids, ascending
 
     def check_length(self, positions: int) -> None:
         """Raises `GmaskError` for a context longer than the positions of the model."""
@@ -127,7 +127,7 @@ class TextReader:
             GmaskError: no blank, or another special token that is not escaped.
         """
         blanked = self.read_any(text)
-        if not blanked.context.places:
+        if not blanked.context.blanks:
             raise GmaskError(
                 f"the text has no blank: put {BLANKS[0]}, {BLANKS[1]} or {BLANKS[2]} where words are missing"
             )
@@ -195,17 +195,17 @@ class TextReader:
         blanks = set(self.blank_ids.values())
         if not any(part in self.prompt_ids for part in parts):
             parts = [*self.prompt_ids, *parts]
-        ids, places = [self.special.cls], []
+        ids, positions = [self.special.cls], []
         for index, part in enumerate(parts):
             if isinstance(part, str):
                 ids += self.encode_plain(part if index == len(parts) - 1 else part.rstrip())
                 continue
             if part in blanks:
-                places.append(len(ids))
+                positions.append(len(ids))
             ids.append(part)
         if ids[-1] != self.blank_ids.get("[gMASK]"):
             ids.append(self.special.eos)
-        return Context(tuple(ids), tuple(places))
+        return Context(tuple(ids), tuple(positions))
 
 
 class PromptFormat(Protocol):

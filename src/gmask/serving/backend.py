@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
@@ -24,8 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gmask.checkpoints.load import LanguageModel
 from gmask.conversation import Conversation
 from gmask.errors import GmaskError
-from gmask.generation.engine import Engine, EngineClosed, Progress, Request, Ticket
-from gmask.generation.sampling import SamplingParameters
+from gmask.generation.engine import Engine, EngineClosed, Progress, Request, Submission
+from gmask.generation.settings import Sampling
 from gmask.generation.text import BLANKS, Context, Prompt, PromptFormat, TextReader, find_format, fit_prompt
 from gmask.models.glm import GLMForConditionalGeneration
 from gmask.serving.middleware import ApiError, Metrics, as_api_error
@@ -137,7 +138,7 @@ class Backend:
         self,
         http_request: HttpRequest | None,
         contexts: Sequence[Context],
-        sampling: SamplingParameters,
+        sampling: Sampling,
         *,
         n: int = 1,
         adapter: str | None = None,
@@ -156,11 +157,10 @@ class Backend:
             raise ApiError(400, f"{samples} answers in one request; this server writes at most {limit}")
         job = Job(self, http_request, samples, wakes_every_token=is_streamed)
         try:
+            sampling = replace(sampling, n=n)
             for index, context in enumerate(contexts):
-                request = Request(
-                    context=context, sampling=sampling, n=n, adapter=adapter, timeout=self.deadline(timeout)
-                )
-                job.tickets.append(self.engine.submit(request, job.listener(index)))
+                request = Request(context=context, sampling=sampling, adapter=adapter, timeout=self.deadline(timeout))
+                job.submissions.append(self.engine.submit(request, job.listener(index)))
                 job.prompt_tokens += len(context.ids) + 1  # <sop>
         except BaseException:
             job.close()
@@ -250,7 +250,7 @@ class Job:
         self, backend: "Backend", http_request: HttpRequest | None, samples: int, *, wakes_every_token: bool
     ) -> None:
         self.backend = backend
-        self.tickets: list[Ticket] = []
+        self.submissions: list[Submission] = []
         self.prompt_tokens = 0
         self.unread: dict[Key, Progress] = {}
         self.top_logprobs: defaultdict[Key, dict[int, TopLogprobs]] = defaultdict(dict)
@@ -273,8 +273,8 @@ class Job:
 
     def cancel(self) -> None:
         """Has the engine stop; the last progress of each sample still comes."""
-        for ticket in self.tickets:
-            ticket.cancel()
+        for submission in self.submissions:
+            submission.cancel()
 
     async def _watch(self, http_request: HttpRequest) -> None:
         await _await_leaving(http_request)

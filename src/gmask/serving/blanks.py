@@ -13,8 +13,8 @@ from fastapi.responses import JSONResponse, Response
 from gmask.generation.answers import Infilling, assemble_infilling, settle_blank
 from gmask.generation.engine import Progress
 from gmask.generation.infill import infill
-from gmask.generation.sampling import SamplingParameters
 from gmask.generation.score import score
+from gmask.generation.settings import Sampling
 from gmask.generation.text import BlankedText
 from gmask.serving.backend import STREAMED, Backend, Job, stream
 from gmask.serving.middleware import ApiError, log_fields
@@ -62,7 +62,7 @@ async def fill(request: Request, body: InfillRequest) -> Response:
     return JSONResponse(_write(best, body, backend, job.prompt_tokens, tokens))
 
 
-async def read_filled(job: Job, blanked: BlankedText, sampling: SamplingParameters) -> Infilling:
+async def read_filled(job: Job, blanked: BlankedText, sampling: Sampling) -> Infilling:
     """The text that a job has filled, and its alternatives, best first; errors as of `Job.updates`."""
     with closing(job):
         results = await job.results()
@@ -71,7 +71,7 @@ async def read_filled(job: Job, blanked: BlankedText, sampling: SamplingParamete
     return replace(filled[0], alternatives=tuple(filled[1:]))
 
 
-async def _search(request: Request, body: InfillRequest, sampling: SamplingParameters, prompt_tokens: int) -> Response:
+async def _search(request: Request, body: InfillRequest, sampling: Sampling, prompt_tokens: int) -> Response:
     """What the engine does not do: candidates that are scored, and beams."""
     backend: Backend = request.app.state.backend
     if body.stream:
@@ -116,12 +116,12 @@ def _check_choices(body: InfillRequest) -> None:
         raise ApiError(400, "there are more than 1024 choices", param="choices")
 
 
-def _assemble(blanked: BlankedText, progress: Progress, sampling: SamplingParameters, backend: Backend) -> Infilling:
+def _assemble(blanked: BlankedText, progress: Progress, sampling: Sampling, backend: Backend) -> Infilling:
     """The text of one sample; blanks that it had no time for stay empty."""
     answers = [*progress.done]
-    if len(answers) < len(blanked.context.places):
+    if len(answers) < len(blanked.context.blanks):
         answers.append(replace(progress.open, finish="length"))
-    missing = len(blanked.context.places) - len(answers)
+    missing = len(blanked.context.blanks) - len(answers)
     answers += [replace(answers[-1], ids=(), logprobs=(), end_logprob=None, finish="length")] * missing
     return assemble_infilling(blanked, answers, backend.tokenizer, stops=sampling.stop)
 
@@ -146,10 +146,10 @@ def _write(found: Infilling, body: InfillRequest, backend: Backend, prompt_token
 
 
 async def _fragments(
-    job: Job, blanked: BlankedText, sampling: SamplingParameters, body: InfillRequest, backend: Backend
+    job: Job, blanked: BlankedText, sampling: Sampling, body: InfillRequest, backend: Backend
 ) -> AsyncIterator[dict[str, Any]]:
     """Stretches of the answers as they become certain, and the whole at the end."""
-    settles = [settle_blank(blanked, blank) for blank in range(len(blanked.context.places))]
+    settles = [settle_blank(blanked, blank) for blank in range(len(blanked.context.blanks))]
     reader = IncrementalDetokenizer(backend.tokenizer, settles, sampling.stop, logprobs=False)
     async for key, progress in job.updates():
         for delta in reader.read(progress, job.top_logprobs[key]):

@@ -375,8 +375,10 @@ class EngineCollector(Collector):
         counts = self.counts()
         yield GaugeMetricFamily("gmask_queue_length", "Requests that wait for their turn", counts.waiting)
         yield GaugeMetricFamily("gmask_running_rows", "Answers that are being written: the batch size", counts.running)
-        yield GaugeMetricFamily("gmask_cache_places_in_use", "Positions of keys and values taken", counts.places)
-        yield GaugeMetricFamily("gmask_cache_places", "Positions of keys and values that there are", counts.max_places)
+        yield GaugeMetricFamily("gmask_cache_places_in_use", "Positions of keys and values taken", counts.positions)
+        yield GaugeMetricFamily(
+            "gmask_cache_places", "Positions of keys and values that there are", counts.max_positions
+        )
         yield CounterMetricFamily("gmask_prompt_tokens", "Tokens that were read", counts.prompt_tokens)
         yield CounterMetricFamily("gmask_generated_tokens", "Tokens that were written", counts.answer_tokens)
         yield CounterMetricFamily("gmask_decoding_steps", "Passes that write a token of every row", counts.steps)

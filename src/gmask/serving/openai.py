@@ -24,12 +24,12 @@ from gmask.conversation import Conversation, History, read_content, read_convers
 from gmask.errors import GmaskError
 from gmask.generation import constraints
 from gmask.generation.answers import settle_blank, token_texts
+from gmask.generation.batches import log_softmax
 from gmask.generation.chat import DEFAULTS
 from gmask.generation.constraints import Constraint
-from gmask.generation.decode import log_softmax
 from gmask.generation.embed import as_floats, embed
 from gmask.generation.engine import Progress
-from gmask.generation.sampling import SamplingParameters
+from gmask.generation.settings import Sampling
 from gmask.generation.text import Context, encode_plain
 from gmask.serving import replies
 from gmask.serving.backend import STREAMED, Backend, Job, Key, stream
@@ -201,7 +201,7 @@ async def _answer(
     body: ChatRequest | CompletionRequest,
     builder: ReplyBuilder,
     questions: Sequence[Question],
-    sampling: SamplingParameters,
+    sampling: Sampling,
     *,
     n: int,
     samples: int | None = None,
@@ -312,7 +312,7 @@ SAMPLED = ("temperature", "top_p", "top_k", "min_tokens", "seed", "repetition_pe
 
 def read_sampling(
     request: Sampled, defaults: Mapping[str, Any], backend: Backend, *, max_tokens: int, **others: Any
-) -> SamplingParameters:
+) -> Sampling:
     """The parameters of a request, with an endpoint's defaults for those that are not stated.
 
     Raises:
@@ -332,7 +332,7 @@ def read_sampling(
     stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
     values = {**defaults, **stated, "max_tokens": max_tokens, "stop": stop, **others}
     try:
-        return SamplingParameters(**values)
+        return Sampling(**values)
     except GmaskError as error:  # which begins with the name of the parameter
         name = str(error).partition(" ")[0]
         raise ApiError(400, str(error), param=name if name in values else None) from error
@@ -431,7 +431,7 @@ async def reply(request: Request, body: PublishedRequest) -> Response:
     prompt = await backend.fit(conversation, longest=longest, max_tokens=None)
     stated = {name: value for name in ("temperature", "top_p") if (value := getattr(body, name)) is not None}
     max_tokens = min(longest - prompt.length, backend.longest_answer)
-    sampling = SamplingParameters(**{**DEFAULTS, **stated, "max_tokens": max_tokens})
+    sampling = Sampling(**{**DEFAULTS, **stated, "max_tokens": max_tokens})
     if backend.settings.log_prompts:
         log_fields(request, prompt=body.prompt)
     with closing(backend.submit(request, [prompt.context], sampling)) as job:

@@ -21,7 +21,7 @@ from gmask.checkpoints.load import load
 from gmask.config import parse_yaml
 from gmask.errors import GmaskError, nearest, one_line
 from gmask.generation.engine import Engine, Request
-from gmask.generation.sampling import SamplingParameters
+from gmask.generation.settings import Sampling
 from gmask.generation.text import find_format
 from gmask.serving.app import create_app
 from gmask.serving.settings import ServerSettings, called, environment_keys
@@ -43,7 +43,7 @@ class EngineProbe:
 
     def __init__(self, engine: Engine) -> None:
         context = find_format(engine.model, engine.tokenizer).encode("", ())
-        sampling = SamplingParameters(max_tokens=1)
+        sampling = Sampling(max_tokens=1)
         self.engine = engine
         self.request = Request(context=context, sampling=sampling, timeout=PROBE_SECONDS)
         self.work, self.since = (0, 0), time.monotonic()

@@ -20,7 +20,7 @@ from gmask.generation.answers import Infilling
 from gmask.generation.chat import DEFAULTS, Reply
 from gmask.generation.engine import Progress
 from gmask.generation.infill import infill
-from gmask.generation.sampling import SamplingParameters
+from gmask.generation.settings import Sampling
 from gmask.generation.text import Prompt
 from gmask.serving.backend import Backend
 from gmask.serving.blanks import read_filled
@@ -54,7 +54,7 @@ async def fill_blanks(
         search = partial(infill, model, backend.tokenizer, text, choices=choices or None, n=n, **settings)
         return await backend.offline(None, search)
     blanked = await asyncio.to_thread(backend.reader.read, text)
-    sampling = SamplingParameters(**settings)
+    sampling = Sampling(**settings)
     return await read_filled(backend.submit(None, [blanked.context], sampling, n=n), blanked, sampling)
 
 
@@ -69,7 +69,7 @@ async def stream_reply(
     """
     check_length(conversation.require_query())
     prompt = await backend.fit(conversation, longest=backend.positions, max_tokens=settings["max_tokens"])
-    sampling = SamplingParameters(**{**DEFAULTS, **settings})
+    sampling = Sampling(**{**DEFAULTS, **settings})
     reader = IncrementalDetokenizer(backend.tokenizer, [backend.format.settle], (), logprobs=False)
     text = ""
     with closing(backend.submit(None, [prompt.context], sampling, is_streamed=True)) as job:

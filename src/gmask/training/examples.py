@@ -247,7 +247,7 @@ class SampleEncoder:
         return self.kind in ("seq2seq", "infill", "chat")
 
     def _make_examples(self, question: ReadSample, sample: Sample) -> list[Example]:
-        context, answers, places = question.context, question.answers, question.context.places
+        context, answers, places = question.context, question.answers, question.context.blanks
         if self.kind == "classification":
             return [self._join(context, [], choice=_known_label(sample, None))]
         if not answers:
@@ -264,7 +264,7 @@ class SampleEncoder:
 
     def _join_candidates(self, question: ReadSample, right: int, kept: Sequence[int]) -> Example:
         """The context and the candidates ``kept``, of which one is right."""
-        place = question.context.places[0]
+        place = question.context.blanks[0]
         candidates = [Piece(place, question.answers[index], NOT_SCORED) for index in kept]
         return self._join(question.context, candidates, choice=kept.index(right))
 

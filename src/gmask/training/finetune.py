@@ -23,7 +23,7 @@ from gmask.errors import GmaskError
 from gmask.estimation.training import describe_memory
 from gmask.evaluation.harness import Evaluation
 from gmask.files import write_json, write_text, written_folder
-from gmask.generation.settings import make_settings
+from gmask.generation.settings import make_sampling
 from gmask.generation.text import PROMPT
 from gmask.hardware import describe_training_dtype
 from gmask.recipes.tuning import USUAL_RATES, TuningRecipe, differing_keys, hint_learning_rate, load_tuning_recipe
@@ -117,7 +117,7 @@ class Finetuning:
             torch.set_num_threads(recipe.run.threads)
         self.task: Task = read_task({"use": recipe.task} if isinstance(recipe.task, str) else recipe.task)
         self._check_prompts()
-        self.settings = make_settings(recipe.written)
+        self.settings = make_sampling(recipe.written)
         self.splits: Splits = read_splits(self.task, recipe.data, seed=recipe.run.seed)
         self._check_folder(resume=resume)
         self.args = training_arguments(self.recipe)

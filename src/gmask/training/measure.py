@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
 from gmask.evaluation.harness import Evaluation, evaluate
+from gmask.generation.batches import batches_by_length
 from gmask.generation.predict import predict
-from gmask.generation.settings import Settings
+from gmask.generation.settings import Sampling
 from gmask.recipes.tuning import ForgettingSettings, TuningDataSettings
 from gmask.tasks.metrics import Rows
 from gmask.tasks.records import Prediction, Record, Sample, TaskKind, read_records
@@ -35,14 +36,14 @@ class Measurer:
         task: Task,
         data: TuningDataSettings,
         *,
-        settings: Settings,
+        settings: Sampling,
         batch_size: int,
         accelerator: Accelerator,
         dtype: torch.dtype,
     ) -> None:
         """
         Args:
-            settings: by which texts are written.
+            settings: how texts are written.
             batch_size: samples that are read together.
             dtype: what the forward pass computes in.
         """
@@ -81,11 +82,11 @@ class Measurer:
     def loss(self, kind: TaskKind, samples: Sequence[Sample]) -> float:
         """The mean loss in nats: over the labelled tokens, or over the samples of a task that chooses."""
         objective = Objective(self.tokenizer, self.model.config, kind, self.data)
-        items = sorted(objective.encode(self._share(samples)).items, key=lambda item: -examples_of(item)[0].length)
+        items = objective.encode(self._share(samples)).items
         total, count = 0.0, 0
         with self._computing():
-            for start in range(0, len(items), self.batch_size):
-                batch = objective.collate(items[start : start + self.batch_size])
+            for indices in batches_by_length([examples_of(item)[0].length for item in items], self.batch_size):
+                batch = objective.collate([items[index] for index in indices])
                 found, _ = objective.loss(
                     self.model, {name: value.to(self.accelerator.device) for name, value in batch.items()}
                 )
