@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
-from accelerate.utils import gather_object  # type: ignore[import-untyped]
+from accelerate.utils import DistributedType, gather_object  # type: ignore[import-untyped]
 from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -230,8 +230,7 @@ class Loop:
                 loss = loss * processes  # the processes' gradients are averaged
                 if self.ranks is not None:
                     loss = loss + self.ranks.penalty() / len(data.batches)
-                lomo = {"learning_rate": rate} if self.accelerator.has_lomo_optimizer else {}
-                self.accelerator.backward(loss, **lomo)
+                self.accelerator.backward(loss, **self._backward_options(rate))
         total = torch.stack(losses).sum()
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         gradient_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
@@ -246,6 +245,13 @@ class Loop:
             tokens=self._sum(data.tokens),
             seconds=time.monotonic() - started,
         )
+
+    def _backward_options(self, rate: float) -> dict[str, Any]:
+        if self.accelerator.has_lomo_optimizer:
+            return {"learning_rate": rate}  # it makes its steps within the backward pass
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return {"scale_wrt_gas": False}  # the losses are divided already
+        return {}
 
     def _update(self, number: int) -> None:
         for optimizer in self.optimizers:
