@@ -173,16 +173,22 @@ class PlainChat(gr.ChatInterface):
         for number in replies:
             Dependency(self.textbox, {}, number, None).failure(
                 self._take_back,
-                [self.saved_input, self.chatbot_state],
-                [self.textbox, self.chatbot],
+                [self.saved_input, self.chatbot, self.chatbot_state],
+                [self.textbox, self.chatbot, self.chatbot_state],
                 queue=False,
                 show_progress="hidden",
                 api_visibility="private",
             )
 
-    def _take_back(self, message: str, history: Any) -> tuple[gr.Textbox, Any]:
-        """The message goes back into its box, to be mended; the conversation is what it was before."""
-        return gr.Textbox(value=message, interactive=True, submit_btn=True, stop_btn=False), history
+    def _take_back(self, message: str, shown: Any, before: Any) -> tuple[gr.Textbox, Any, Any]:
+        """The message goes back into its box, to be mended, and the conversation is what it was before.
+
+        A reply that has begun stays: Gradio takes one that the user stops for one that failed.
+        """
+        usable: dict[str, Any] = {"interactive": True, "submit_btn": True, "stop_btn": False}
+        if shown and shown[-1]["role"] == "assistant":
+            return gr.Textbox(**usable), shown, shown
+        return gr.Textbox(value=message, **usable), before, before
 
     def _append_message_to_history(self, message: Any, history: Any, role: Role = "user") -> Any:
         parts: Any = [{"type": "text", "text": guard(read_content(message))}]
