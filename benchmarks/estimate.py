@@ -95,10 +95,7 @@ def run_model(model: Any, context_length: int) -> None:
     special = BlankTokens(mask=5, smask=6, gmask=7, sop=8, eop=9, pad=0, cls=1, eos=2)
     prompt = Context((*[10] * (context_length - ANSWER - 2), special.gmask), (context_length - ANSWER - 2,))
     sampling = Sampling(max_tokens=ANSWER, min_tokens=ANSWER)
-    for _ in Stepper(model, None, Sampler((special.eop,)), special).stream(
-        Request(context=prompt, sampling=sampling), seed=0
-    ):
-        pass
+    Stepper(model, None, Sampler((special.eop,)), special).run([prompt], sampling, seeds=[0])
 
 
 def measure(cases: list[dict[str, Any]]) -> Iterator[dict[str, int]]:

@@ -264,6 +264,18 @@ def test_cancelling_gives_the_slots_back(slow: SlowEngine) -> None:
     assert_idle(slow.engine)
 
 
+def test_a_row_that_goes_between_two_steps_leaves_the_others_as_they_are(
+    loaded: tuple[Any, Any], slow: SlowEngine
+) -> None:
+    with slow.engine._wake:  # so that both are read together
+        cancelled, running = slow.submit(), slow.submit()
+    wait_until(lambda: slow.engine.counts().running == 2)
+    cancelled.cancel()
+    slow.gate.set()
+    assert cancelled.wait(20)[0].end == "cancelled"
+    assert_as_alone(running.wait(20)[0], {"text": "a [MASK] b", "max_tokens": 8}, loaded, min_tokens=8)
+
+
 def test_what_is_too_late_ends_where_it_stands(slow: SlowEngine) -> None:
     context = slow.reader.read("a [MASK]").context
     sampling = Sampling(max_tokens=8, min_tokens=8, n=2)

@@ -329,7 +329,7 @@ def test_models_are_listed_and_found(client: TestClient) -> None:
         (
             "/v1/completions",
             {"prompt": "a", "max_tokens": 2, "min_tokens": 3},
-            "min_tokens must be from 0 to max_tokens",
+            "it must be at most max_tokens",
         ),
         ("/v1/completions", {"prompt": "a", "stop": ""}, "stop"),
         ("/v1/infill", {"text": "no blank"}, "no blank"),

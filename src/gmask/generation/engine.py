@@ -578,12 +578,13 @@ class Engine(Stepper):
         end: End = "cancelled"
         fault: EngineClosed | None = None
         try:
-            while self._wait():
-                try:
-                    self._drop_ended()
-                    self.step()
-                except Exception as error:  # a fault of one step must not end the service
-                    self._fail_all(error)
+            with torch.inference_mode():  # rows are dropped between the steps, too
+                while self._wait():
+                    try:
+                        self._drop_ended()
+                        self.step()
+                    except Exception as error:  # a fault of one step must not end the service
+                        self._fail_all(error)
         except BaseException as error:  # what could not be mended must still reach those who wait
             log.critical("the engine has ended", exc_info=error)
             end, fault = "failed", EngineClosed("the engine has failed for good: the server must be started again")

@@ -87,6 +87,7 @@ class GrowingLayer(DynamicLayer):
         shape = (batch, heads, length + room, size)
         rooms = chosen._rooms = (self.keys.new_empty(shape), self.values.new_empty(shape))
         chosen.keys, chosen.values = rooms[0][..., :length, :], rooms[1][..., :length, :]
+        rows = rows.to(self.keys.device)
         torch.index_select(self.keys, 0, rows, out=chosen.keys)
         torch.index_select(self.values, 0, rows, out=chosen.values)
         return chosen
@@ -150,6 +151,7 @@ class SlotLayer(CacheLayerMixin):
             self.keys[:count, :, width - 1] = key_states[:, :, 0]
             self.values[:count, :, width - 1] = value_states[:, :, 0]
         else:
+            rows, positions = rows.to(self.keys.device), positions.to(self.keys.device)  # a model may lie on several
             self.keys[rows, :, positions] = key_states[:, :, 0]
             self.values[rows, :, positions] = value_states[:, :, 0]
         return self.keys[:count, :, :width], self.values[:count, :, :width]
