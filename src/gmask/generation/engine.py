@@ -625,6 +625,7 @@ class Engine(Stepper):
             for submission in batch:
                 self._remove_rows(submission)
             if len(batch) == 1 or is_shortage(error):
+                log.error("reading a context failed", exc_info=error)
                 for submission in batch:
                     self._give_up(submission, "failed", error)
             else:

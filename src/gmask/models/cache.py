@@ -55,7 +55,7 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         past = self.get_seq_length()
         if not past and not self.spare:
-            self.keys, self.values = key_states, value_states
+            self.keys, self.values = _own(key_states), _own(value_states)
             return self.keys, self.values
         length = past + key_states.shape[-2]
         rooms = self._rooms
@@ -100,6 +100,12 @@ class GrowingLayer(DynamicLayer):
     def reset(self) -> None:
         self._rooms = None
         super().reset()
+
+
+def _own(states: Tensor) -> Tensor:
+    """The states in memory of their own: as a part of queries, keys and values they would keep all three."""
+    is_part = states.untyped_storage().nbytes() > states.nbytes
+    return states.clone(memory_format=torch.contiguous_format) if is_part else states
 
 
 class GrowingCache(DynamicCache):

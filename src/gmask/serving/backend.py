@@ -331,7 +331,10 @@ class Job:
         if progress.end == "failed":
             if isinstance(progress.error, GmaskError) and not isinstance(progress.error, EngineClosed):
                 raise ApiError(500, str(progress.error))
-            raise progress.error or RuntimeError("the engine failed at this request")
+            if progress.error is None:
+                raise RuntimeError("the engine failed at this request")
+            # All requests of a step share the error: raised with its traceback, that would grow with each of them.
+            raise progress.error.with_traceback(None)
         if progress.end in ("timeout", "cancelled") and not (progress.done or progress.open.ids):
             if progress.end == "timeout":
                 raise ApiError(504, "there was no time for this request: the server is busy; ask later", retry_after=5)
