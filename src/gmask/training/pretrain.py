@@ -12,14 +12,14 @@ ICML 2023), with a chosen neighbour in place of the token itself.
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from gmask.errors import GmaskError
@@ -108,8 +108,7 @@ class Pretraining:
         )
         self.average: AveragedModel | None = None
         if self.recipe.optimization.ema is not None:
-            update = get_ema_multi_avg_fn(self.recipe.optimization.ema)  # type: ignore[no-untyped-call]
-            self.average = AveragedModel(self.model, multi_avg_fn=update)
+            self.average = AveragedModel(self.model, multi_avg_fn=moving_average(self.recipe.optimization.ema))
         self.loop = Loop(
             self,
             self.model,
@@ -367,6 +366,24 @@ def make_optimizers(model: GLMForConditionalGeneration, settings: OptimizationSe
         rate, decay = settings.learning_rate, settings.weight_decay
         optimizers.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
+
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
+def moving_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
+    """The update of an exponential moving average, for `AveragedModel`.
+
+    The average of the first steps forgets faster: after ``n`` updates its decay is ``(1 + n) / (10 + n)`` where that is
+    less than ``decay``, so that a young run is not judged by its first weights. The rule is that of TensorFlow's
+    ExponentialMovingAverage (``num_updates``).
+    """
+
+    def update(average: Tensors, current: Tensors, count: Tensor | int) -> None:
+        updates = int(count)
+        torch._foreach_lerp_(average, current, 1 - min(decay, (1 + updates) / (10 + updates)))
+
+    return update
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
