@@ -142,7 +142,9 @@ def test_a_text_that_is_not_utf8_is_one_line(run: Run, folder: Path, verb: list[
     assert piped.err == "gmask: standard input, line 2: not UTF-8 text; save the file as UTF-8\n"
     typed = run(*verb, "-m", folder, os.fsdecode(GBK))
     assert (typed.code, typed.out) == (2, "") and len(typed.err.splitlines()) == 1
-    assert typed.err.startswith("gmask: the text holds half of a character, or a byte that is not UTF-8, in '")
+    assert typed.err.startswith(
+        "gmask: the text holds half of a character (a lone surrogate), or a byte that is not UTF-8, in '"
+    )
 
 
 MISTAKES = [
@@ -158,7 +160,10 @@ MISTAKES = [
     (["chat", "hello", "--set", "context_length=5"], "there is no setting 'context_length'"),
     (["infill", "[MASK]", "--choices", "a||b"], "candidate is empty"),
     (["infill", "[MASK]", "--choices", "a", "--choices", "b"], "choices for 2 blanks"),
-    (["infill", "[MASK]", "--choices", "a|\udcd0"], "--choices holds half of a character, or a byte that is not UTF-8"),
+    (
+        ["infill", "[MASK]", "--choices", "a|\udcd0"],
+        "--choices holds half of a character (a lone surrogate), or a byte that is not UTF-8",
+    ),
     (["infill", "[MASK]", "--set", "stop=\udcd0"], "--set stop=\\udcd0: the value cannot be read (the text holds half"),
     (["infill", "[MASK]", "--input", "x"], "--input and --output go together"),
     (["infill", "[MASK]", "--input", "x", "--output", "y"], "not both"),

@@ -320,13 +320,14 @@ def test_a_file_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
             read(tmp_path)
 
 
+LONE = "a text holds half of a character (a lone surrogate), or a byte that is not UTF-8,"
 BAD_VALUES = [
     ('{"a": ', "not JSON (Expecting value at column 7)"),
     ('{"a": NaN}', "holds NaN, which JSON cannot say: write null, or leave it out"),
     ('{"a": [1, -Infinity]}', "holds an infinite number, which JSON cannot say: write null, or leave it out"),
     ("1e999", "holds an infinite number, which JSON cannot say: write null, or leave it out"),
-    (r'{"a": [{"b": "see \ud83d."}]}', r"a text holds half of a character, or a byte that is not UTF-8, in 'see "),
-    (r'{"\ude00": 1}', r"a text holds half of a character, or a byte that is not UTF-8, in '\ude00'"),
+    (r'{"a": [{"b": "see \ud83d."}]}', f"{LONE} in 'see "),
+    (r'{"\ude00": 1}', LONE + r" in '\ude00'"),
     ("[" * 100_000, "not read, since its values are nested too deeply"),
     ("9" * 5000, "not JSON (Exceeds the limit (4300 digits) for integer string conversion"),
 ]  # fmt: skip
@@ -381,7 +382,9 @@ def test_a_text_is_refused_exactly_if_it_has_no_utf8(text: str) -> None:
 
 
 def test_bytes_of_an_argument_are_told_by_their_name() -> None:
-    with pytest.raises(GmaskError, match=r"^--prompt holds half of a character, or a byte that is not UTF-8, in '"):
+    with pytest.raises(
+        GmaskError, match=r"^--prompt holds half of a character \(a lone surrogate\), or a byte that is not UTF-8, in '"
+    ):
         check_text(os.fsdecode("你好".encode("gbk")), "--prompt")
     assert check_text("你好") == "你好"
 

@@ -109,6 +109,51 @@ def test_a_left_padded_batch_gives_what_single_runs_give(
         assert row[width - len(prompt) :] == recompute(model, prompt, 8)
 
 
+@pytest.mark.parametrize("has_mask", [True, False])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_right_padded_batch_gives_what_single_runs_give(
+    model: GLMForConditionalGeneration, caching: dict[str, Any], has_mask: bool, copies: int
+) -> None:
+    width = max(map(len, PROMPTS))
+    ids = torch.tensor([prompt + [PAD] * (width - len(prompt)) for prompt in PROMPTS])
+    mask = {"attention_mask": (ids != PAD).long()} if has_mask else {"pad_token_id": PAD}
+    beams = {"num_beams": 2, "num_return_sequences": 2} if copies == 2 else {}
+    output = greedy(model, ids, max_new_tokens=8, **mask, **caching, **beams)
+    assert torch.equal(output[:, :width], ids.repeat_interleave(copies, dim=0))
+    for row, prompt in zip(output.unflatten(0, (-1, copies)), PROMPTS, strict=True):
+        alone = greedy(model, torch.tensor([prompt]), max_new_tokens=8, **caching, **beams)
+        assert row[:, width:].tolist() == alone[:, len(prompt) :].tolist()
+
+
+def test_a_layout_and_embeddings_are_moved_with_right_padded_prompts(model: GLMForConditionalGeneration) -> None:
+    width = max(map(len, PROMPTS))
+    ids = torch.tensor([prompt + [PAD] * (width - len(prompt)) for prompt in PROMPTS])
+    mask = (ids != PAD).long()
+    layout = model.read_prompt_layout(ids, mask)
+    inputs = {"inputs_embeds": model.get_input_embeddings()(ids), "attention_mask": mask}
+    expected = greedy(model, ids, attention_mask=mask, max_new_tokens=8)[:, width:]
+    assert torch.equal(greedy(model, **inputs, layout=layout, max_new_tokens=8), expected)
+    assert torch.equal(greedy(model, ids, **inputs, max_new_tokens=8)[:, -8:], expected)
+
+
+def test_embeddings_without_ids_need_a_layout(model: GLMForConditionalGeneration) -> None:
+    ids = torch.tensor([PROMPTS[0]])
+    embeds = model.get_input_embeddings()(ids)
+    with pytest.raises(ValueError, match="inputs_embeds carry no layout: pass input_ids, or layout"):
+        greedy(model, inputs_embeds=embeds, max_new_tokens=2)
+    with pytest.raises(ValueError, match="both must be of one"):
+        greedy(model, ids[:, 1:], inputs_embeds=embeds, max_new_tokens=2)
+    found = greedy(model, inputs_embeds=embeds, layout=model.read_prompt_layout(ids, None), max_new_tokens=6)
+    assert found[0].tolist() == recompute(model, PROMPTS[0], 6)[len(PROMPTS[0]) :]
+
+
+def test_a_right_padded_prompt_cannot_continue_a_cache(model: GLMForConditionalGeneration) -> None:
+    ids = torch.tensor([PROMPTS[0] + [PAD]])
+    cache = model(ids[:, :-1], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="padded on the left"):
+        greedy(model, ids, attention_mask=(ids != PAD).long(), past_key_values=cache, max_new_tokens=2)
+
+
 def test_a_row_that_has_ended_is_filled_with_padding(
     model: GLMForConditionalGeneration, caching: dict[str, Any]
 ) -> None:

@@ -20,6 +20,7 @@ LFS_POINTER = b"version https://git-lfs"
 UTF8_MARK = b"\xef\xbb\xbf"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 READ_BYTES = 1 << 20
+MAX_OBJECT_BYTES = 64 << 20  # of a JSON file in a model's folder; an index of tensors has less than 1 MB
 
 # torch.save and safetensors wrap what the system says of a disk into messages of their own.
 TORCH_WRITER = re.compile("PytorchStreamWriter|inline_container")
@@ -292,7 +293,8 @@ def check_text(text: str, name: str = "the text") -> str:
         except UnicodeEncodeError as error:
             shown = text[max(error.start - 10, 0) : error.start + 11]
             raise GmaskError(
-                f"{name} holds half of a character, or a byte that is not UTF-8, in {shown!r}: write it in UTF-8"
+                f"{name} holds half of a character (a lone surrogate), or a byte that is not UTF-8, in {shown!r}: "
+                "write it in UTF-8"
             ) from error
     return text
 
@@ -309,9 +311,11 @@ def read_object(path: Path, *, required: bool = True) -> dict[str, Any]:
     if not required and not path.is_file():
         return {}
     refuse_placeholder(path)
+    if (size := path.stat().st_size) > MAX_OBJECT_BYTES:
+        raise GmaskError(f"{path}: has {size >> 20:,} MB, and no such file of a model is as large; copy it again")
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise GmaskError(f"{path}: not JSON, download or copy it again ({one_line(error)})") from error
     if not isinstance(values, dict):
         raise GmaskError(f"{path}: expected a JSON object")

@@ -21,7 +21,7 @@ from gmask.checkpoints.weights import PREFIX, Checkpoint, bare_name, is_megatron
 from gmask.checkpoints.zoo import FAMILIES, Family, family_of_shape, find_family
 from gmask.errors import GmaskError, one_line
 from gmask.files import read_object
-from gmask.models.base import Mismatch
+from gmask.models.base import Mismatch, check_config_values
 from gmask.models.chatglm import ChatGLMConfig
 from gmask.models.glm import GLMConfig
 from gmask.quantization.quantizer import QuantizationConfig, form_of, lay_out
@@ -300,17 +300,22 @@ def _make_config(values: dict[str, Any], source: Path, folder: Path) -> Config:
     values.pop("auto_map", None)  # names remote code
     architecture = find_architecture(values, source)
     values["architectures"] = [find_class_name(values, source)]
-    if any(values.get(role) is None for role in architecture.special_ids):
-        values |= special_ids(folder, values, architecture)
     config_class = architecture.config_class
     try:
+        check_config_values(config_class, values)
+    except ValueError as error:
+        raise GmaskError(f"{source}: {error}") from error
+    if any(values.get(role) is None for role in architecture.special_ids):
+        values |= special_ids(folder, values, architecture)
+    try:
         config: Config = config_class.from_dict({**values, "model_type": config_class.model_type})
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # transformers raises what it meets of values of a wrong kind
         raise GmaskError(f"{source}: {one_line(error)}") from error
     for role in architecture.special_ids:
         token_id = getattr(config, role)
-        if isinstance(token_id, int) and token_id >= config.vocab_size:
-            raise GmaskError(f"{source}: {role} {token_id} is beyond the vocab_size of {config.vocab_size}")
+        for number in token_id if isinstance(token_id, list) else [token_id]:
+            if number is not None and not 0 <= number < config.vocab_size:
+                raise GmaskError(f"{source}: {role} {number} is beyond the vocab_size of {config.vocab_size}")
     config.name_or_path = str(folder)
     return config
 

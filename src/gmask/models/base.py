@@ -131,6 +131,61 @@ class SelfAttention(nn.Module):
         return output, weights
 
 
+RANGES: Mapping[str, tuple[float, float]] = {
+    "vocab_size": (1, 1 << 24),
+    "hidden_size": (1, 1 << 17),
+    "num_hidden_layers": (1, 1000),
+    "num_attention_heads": (1, 1 << 12),
+    "intermediate_size": (1, 1 << 20),
+    "max_position_embeddings": (1, 1 << 24),
+    "pre_seq_len": (1, 1 << 16),
+    "prompt_tokens": (0, 1 << 16),
+    "num_labels": (1, 1 << 20),
+    "layer_norm_eps": (0, 1),
+    "initializer_range": (0, 100),
+    "residual_alpha": (-1e6, 1e6),
+    "embedding_dropout": (0, 1),
+    "attention_dropout": (0, 1),
+    "hidden_dropout": (0, 1),
+    "classifier_dropout": (0, 1),
+}
+"""The least and the greatest value of the numbers in a config, with room above any model that was ever made."""
+
+WHOLE = frozenset(name for name, (_, highest) in RANGES.items() if highest >= 1000 and name != "residual_alpha")
+"""Those that are whole numbers."""
+
+MAY_BE_NONE = frozenset({"pre_seq_len", "classifier_dropout", "num_labels"})
+"""Those that may be None."""
+
+FLAGS = ("block_position_encoding", "position_encoding_2d", "prefix_projection", "tie_word_embeddings", "use_cache")
+
+
+def check_config_values(config_class: type[PreTrainedConfig], values: Mapping[str, Any]) -> None:
+    """Checks the values of a config before memory or time is spent on them.
+
+    Args:
+        values: under their own or their published names; the class has a default for those that are missing.
+
+    Raises:
+        ValueError: a number that no model can have, or no number where one is expected.
+    """
+    found = {config_class.attribute_map.get(name, name): (name, value) for name, value in values.items()}
+    for name, (lowest, highest) in RANGES.items():
+        said, value = found.get(name, (name, None))
+        if name not in found or (value is None and name in MAY_BE_NONE):
+            continue
+        is_number = isinstance(value, int if name in WHOLE else int | float) and not isinstance(value, bool)
+        if not is_number or not lowest <= value <= highest:
+            kind = "a whole number" if name in WHOLE else "a number"
+            raise ValueError(f"{said} is {value!r:.40}, and must be {kind} from {lowest:,} to {highest:,}")
+    for name, (said, value) in found.items():
+        if name in FLAGS and not isinstance(value, bool):
+            raise ValueError(f"{said} is {value!r:.40}, and must be true or false")
+        ids = value if name == "eos_token_id" and isinstance(value, list) and value else [value]
+        if name.endswith("_token_id") and not all(type(one) is int or one is None for one in ids):
+            raise ValueError(f"{said} is {value!r:.40}, and must be the id of a token")
+
+
 class PrefixConfig(Protocol):
     """The values of a model's config that a prefix needs."""
 
@@ -290,8 +345,11 @@ def _name_some(names: Sequence[str]) -> str:
 
 
 UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError)
-PLACEMENTS = ("device_map", "distributed_config", "gguf_file", "quantization_config", "tp_plan", "tp_size")
-"""Keywords of `from_pretrained` that put weights on other devices than the CPU, or load other weights than floats."""
+QUANTIZERS = ("gguf_file", "quantization_config")
+"""Keywords of `from_pretrained` that load other weights than floats: the quantizer chooses their dtype."""
+
+PLACEMENTS = (*QUANTIZERS, "device_map", "distributed_config", "tp_plan", "tp_size")
+"""Keywords of `from_pretrained` with which the weights may not all be floats on the CPU."""
 
 OTHER_FILES = ("gguf_file", "key_mapping", "state_dict", "subfolder", "use_safetensors", "variant")
 """Keywords of `from_pretrained` that load other weights than those of the folder, or rename them."""
@@ -313,15 +371,15 @@ class StrictLoadingMixin:
 
         All weights of a head for a task (not of the one that predicts tokens) may be missing: the head is then new, and
         transformers warns as usual. A model without a head ignores those of a checkpoint. Without a ``dtype`` the
-        weights are float32, as with the published code, whatever their number (`gmask.load` takes bfloat16 on a CPU for
-        more than 3 billion); ``dtype="auto"`` takes the stored one.
+        weights are float32, as with the published code, whatever their number and their devices (`gmask.load` takes
+        bfloat16 on a CPU for more than 3 billion); ``dtype="auto"`` takes the stored one.
 
         Raises:
             GmaskError: missing, unexpected or ill-shaped weights, which are named; unreadable files.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         lets_shapes_differ = kwargs.pop("ignore_mismatched_sizes", False)
-        if all(kwargs.get(name) is None for name in ("dtype", "torch_dtype", *PLACEMENTS)):
+        if all(kwargs.get(name) is None for name in ("dtype", "torch_dtype", *QUANTIZERS)):
             kwargs["dtype"] = torch.float32
         is_plain = not model_args and not lets_shapes_differ and all(not kwargs.get(name) for name in OTHER_FILES)
         if cls.check_source is not None and is_plain:

@@ -26,7 +26,14 @@ from transformers.utils import ModelOutput
 
 from gmask.architectures import refuse_other_chatglm
 from gmask.errors import GmaskError
-from gmask.models.base import PrefixEncoder, PrefixLMModel, PrefixLMPreTrainedModel, SelfAttention, run_blocks
+from gmask.models.base import (
+    PrefixEncoder,
+    PrefixLMModel,
+    PrefixLMPreTrainedModel,
+    SelfAttention,
+    check_config_values,
+    run_blocks,
+)
 from gmask.models.chatglm_chat import ChatMixin
 from gmask.models.generate import PrefixLMForConditionalGeneration
 from gmask.models.layout import continues
@@ -104,6 +111,7 @@ class ChatGLMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_other_chatglm({"architectures": self.architectures, **kwargs})
+        check_config_values(type(self), {**vars(self), **kwargs})
         quarters = 4 * self.num_attention_heads  # two rotary groups of channels, each of which turns in pairs
         if self.hidden_size % quarters:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {quarters}, 4 * num_attention_heads")

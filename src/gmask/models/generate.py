@@ -21,6 +21,22 @@ from gmask.models.cache import GrowingCache
 from gmask.models.layout import continues, derive_layout, extend_layout, keep_positions
 
 
+def _left_padded_columns(mask: Tensor) -> Tensor:
+    """For each column, the column ``[B, S]`` that comes there when padding on the right of a mask goes to the left."""
+    column = torch.arange(mask.shape[1], device=mask.device)
+    end = ((mask != 0) * (column + 1)).amax(-1, keepdim=True)  # behind the last token
+    return (column + end) % mask.shape[1]
+
+
+def _take_columns(values: Tensor, columns: Tensor) -> Tensor:
+    """The given columns ``[B, S]`` of ids or a mask ``[B, S]``, a layout ``[B, 2, S]`` or embeddings ``[B, S, H]``."""
+    if values.ndim == 2:
+        return values.gather(1, columns)
+    if values.shape[1] == columns.shape[1] and values.is_floating_point():
+        return values.gather(1, columns[..., None].expand(-1, -1, values.shape[-1]))
+    return values.gather(2, columns[:, None].expand(-1, values.shape[1], -1))
+
+
 class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin):
     """A model whose head ``lm_head`` predicts tokens; its forward takes ``layout`` and builds its own mask."""
 
@@ -88,10 +104,16 @@ class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin)
         GLM's ``generation_attention_mask [B, 1, >= S, >= S]`` (1 = visible) and ChatGLM's boolean ``attention_mask
         [B, 1, S, S]`` (True = hidden).
 
+        Prompts that are padded on the right, by their ``attention_mask [B, S]`` or without one by trailing padding ids,
+        get the answers that they get alone; each stands in the result as it was given, with its answer behind the
+        padding.
+
         Raises:
-            ValueError: no blank or no ``<sop>`` in a prompt; chunked prefill, which a bidirectional context rules out.
+            ValueError: no blank or no ``<sop>`` in a prompt; ``inputs_embeds`` without ``input_ids`` or ``layout``, or
+                of another length; a chunked prefill, which a bidirectional context rules out.
         """
         input_ids = kwargs.get("input_ids", inputs)
+        self._check_embeddings(input_ids, kwargs)
         if position_ids is not None and position_ids.ndim == 3 and input_ids is not None:
             kwargs["layout"] = position_ids[:, :, : input_ids.shape[1]]
         if generation_attention_mask is not None and input_ids is not None:
@@ -102,8 +124,54 @@ class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin)
             kwargs["attention_mask"] = (~hidden[:, 0, -1]).long()
         if self._grows_a_cache(kwargs):
             kwargs["past_key_values"] = GrowingCache(self.config)
-        output: GenerateOutput | Tensor = super().generate(inputs, *args, **kwargs)
+        mask = self._right_padded_mask(input_ids, kwargs)
+        if mask is None:
+            output: GenerateOutput | Tensor = super().generate(inputs, *args, **kwargs)
+            return output
+        columns = _left_padded_columns(mask)
+        kwargs["attention_mask"] = mask
+        moved = {name: kwargs.pop(name, None) for name in ("input_ids", "attention_mask", "layout", "inputs_embeds")}
+        moved["input_ids"] = input_ids
+        kwargs |= {name: _take_columns(value, columns) for name, value in moved.items() if value is not None}
+        output = super().generate(None, *args, **kwargs)
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        if input_ids is not None:
+            copies = len(sequences) // len(input_ids)  # num_return_sequences
+            sequences[:, : input_ids.shape[1]] = input_ids.repeat_interleave(copies, dim=0)
         return output
+
+    def _check_embeddings(self, input_ids: Tensor | None, kwargs: dict[str, Any]) -> None:
+        """Raises `ValueError` for ``inputs_embeds`` whose layout is not known."""
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None or kwargs.get("layout") is not None:
+            return
+        if input_ids is None:
+            raise ValueError("inputs_embeds carry no layout: pass input_ids, or layout [B, 2, S], beside them")
+        if input_ids.shape != embeds.shape[:2]:
+            raise ValueError(
+                f"input_ids are {list(input_ids.shape)} and inputs_embeds {list(embeds.shape)}: both must be of one "
+                "prompt"
+            )
+
+    def _right_padded_mask(self, input_ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+        """The mask ``[B, S]`` of prompts (0 at padding), if one of them is padded on the right; else None.
+
+        Raises:
+            ValueError: such prompts continue a cache.
+        """
+        mask: Tensor | None = kwargs.get("attention_mask")
+        if mask is None:
+            default = (kwargs.get("generation_config") or self.generation_config).pad_token_id
+            pad = kwargs.get("pad_token_id", self.config.pad_token_id if default is None else default)
+            if input_ids is None or pad is None:
+                return None
+            is_token = (input_ids != pad).long()  # the same id may end a context: padding is before or behind all else
+            mask = ((is_token.cumsum(-1) > 0) & (is_token.flip(-1).cumsum(-1).flip(-1) > 0)).long()
+        if mask.ndim != 2 or bool(mask[:, -1].all()):
+            return None
+        if continues(kwargs.get("past_key_values")):
+            raise ValueError("prompts that continue a cache must be padded on the left, not on the right")
+        return mask
 
     def _grows_a_cache(self, kwargs: dict[str, Any]) -> bool:
         """Whether `generate` would make a `DynamicCache`: no other cache is asked for, and one is wanted."""

@@ -26,7 +26,14 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gmask.models.base import PrefixEncoder, PrefixLMModel, PrefixLMPreTrainedModel, SelfAttention, run_blocks
+from gmask.models.base import (
+    PrefixEncoder,
+    PrefixLMModel,
+    PrefixLMPreTrainedModel,
+    SelfAttention,
+    check_config_values,
+    run_blocks,
+)
 from gmask.models.generate import PrefixLMForConditionalGeneration
 from gmask.models.layout import continues, derive_layout
 
@@ -109,10 +116,13 @@ class GLMConfig(PreTrainedConfig):
         return values, rest
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_config_values(type(self), {**vars(self), **kwargs})
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
             )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act {self.hidden_act!r:.40} is not known; there are {', '.join(sorted(ACT2FN))}")
         super().__post_init__(**kwargs)
 
     @property
