@@ -219,7 +219,7 @@ def evaluate_infilling(
         sentences: of each language; one blank of each length is hidden in each of them.
         loss_tokens: held-out tokens of each source and objective.
         longest: tokens of a piece whose loss is measured; the model should have been trained on pieces as long.
-        on_progress: called with what begins.
+        on_progress: called with a description of each step, before it begins.
 
     Raises:
         GmaskError: a text file is missing, or no held-out sentence can be used.
@@ -279,6 +279,7 @@ def _compare(
     *,
     rng: np.random.Generator,
 ) -> LanguageReport:
+    """Hides spans of each length in the chosen sentences, and compares how the systems fill them."""
     comparisons: dict[str, Comparison] = {}
     tables: list[dict[str, npt.NDArray[np.float64]]] = []  # of each length: system -> [3, S]
     shown: list[FilledBlank] = []
