@@ -56,8 +56,9 @@ bench: $(VENV)/.installed-dev  ## measure against peers, all in one run
 bundled: $(VENV)/.installed-dev  ## train, evaluate and ship the bundled model: make bundled CORPUS=folder
 	$(BIN)/gmask pretrain recipes/bundled.yaml data.root=$(CORPUS)
 	cp runs/bundled/model/* src/gmask/pretrained/
-	$(BIN)/gmask evaluate bundled --recipe recipes/bundled.yaml --corpus $(CORPUS) \
-	  --card src/gmask/pretrained/README.md $(if $(HARDWARE),--hardware "$(HARDWARE)")
+	$(BIN)/gmask evaluate bundled --recipe recipes/bundled.yaml --corpus $(CORPUS)
+	$(BIN)/python recipes/bundled_card.py src/gmask/pretrained --output src/gmask/pretrained/README.md \
+	  $(if $(HARDWARE),--hardware "$(HARDWARE)")
 
 bundled-chat: $(VENV)/.installed-dev  ## tune, measure and ship the bundled chat model: make bundled-chat SFT=folder
 	$(BIN)/python recipes/chat_data.py $(SFT) data/chat

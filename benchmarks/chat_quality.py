@@ -18,7 +18,7 @@ import torch
 import gmask
 from gmask.generation.predict import predict
 from gmask.generation.settings import make_sampling
-from gmask.tasks.metrics import evaluate
+from gmask.tasks.metrics import score_predictions
 from gmask.tasks.records import Prediction, Sample, read_records
 from gmask.tasks.task import load_task
 
@@ -33,7 +33,7 @@ def is_exact(prediction: Prediction, sample: Sample) -> bool:
 def measure(model: Any, tokenizer: Any, samples: list[Sample]) -> dict[str, float]:
     settings = make_sampling({"max_tokens": 96})
     predictions = predict(model, tokenizer, "chat", samples, settings=settings, max_source=256)
-    found = evaluate(METRICS, predictions, samples)
+    found = score_predictions(METRICS, predictions, samples)
     exact = sum(map(is_exact, predictions, samples)) / len(samples)
     return {"exact": 100 * exact, **found}
 

@@ -119,13 +119,13 @@ def tune(recipe_path: str, overrides: list[str]) -> None:
     """Runs a recipe, writes its costs beside its results, and keeps the numbers alone."""
     import peft  # noqa: F401 - part of what is imported, whether a method needs it or not
 
-    from gmask.tasks.metrics import evaluate
+    from gmask.tasks.metrics import score_predictions
     from gmask.tasks.records import Prediction, Sample
     from gmask.training import finetune
     from gmask.training.loop import Loop
 
     for text in ("一", "one"):  # loads the libraries and dictionaries of the metrics
-        evaluate(["rouge-1", "bleu-4", "sacrebleu"], [Prediction(texts=(text,))], [Sample(answers=(text,))])
+        score_predictions(["rouge-1", "bleu-4", "sacrebleu"], [Prediction(texts=(text,))], [Sample(answers=(text,))])
     imported = peak_bytes()
     costs = {"cpu_seconds": 0.0, "peak_bytes": 0}
 

@@ -13,7 +13,7 @@ import gmask
 from gmask.generation.predict import predict
 from gmask.generation.settings import make_sampling
 from gmask.recipes.tuning import load_tuning_recipe
-from gmask.tasks.metrics import evaluate
+from gmask.tasks.metrics import score_predictions
 from gmask.tasks.records import read_records
 from gmask.tasks.task import load_task
 from gmask.training import finetune
@@ -117,7 +117,7 @@ def test_bleu_and_rouge_are_those_of_what_was_written(folder: Path, adapter: Pat
     assert [json.loads(line)["predicted_texts"] for line in lines] == [[*prediction.texts] for prediction in again]
     metrics: dict[str, Any] = results["metrics"]["validation"]
     assert set(metrics) == {"loss", "rouge-1", "rouge-2", "rouge-l", "bleu-4"}
-    assert {**metrics, **evaluate(task.metrics, again, samples, language="zh")} == pytest.approx(metrics)
+    assert {**metrics, **score_predictions(task.metrics, again, samples, language="zh")} == pytest.approx(metrics)
 
 
 def test_a_stopped_run_resumes_exactly(folder: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Does `gmask evaluate` measure a model and write a card that is true to the numbers?"""
+"""Does `gmask evaluate` measure a model on held-out texts?"""
 
 import json
 import math
@@ -19,13 +19,12 @@ from gmask.errors import GmaskError
 from gmask.evaluation.infilling import (
     HeldOutTokens,
     encode_texts,
+    evaluate_held_out,
     fill_greedily,
     fill_to_length,
     measure_losses,
-    run,
     sample_training_texts,
 )
-from gmask.evaluation.model_card import Card, render_card
 from gmask.evaluation.report import describe_leads
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from gmask.recipes.pretraining import make_mixture
@@ -44,18 +43,6 @@ CHINESE_TEXTS = [
     for size in ("小", "大", "老")
     for animal in ("狐狸", "山羊", "白马")
 ]
-SECTIONS = (
-    "# The bundled gmask model",
-    "## Intended use",
-    "## Filling blanks in held-out sentences",
-    "### The first blanks of the sample",
-    "## Held-out loss",
-    "## Training",
-    "## Training data",
-    "## Attribution",
-    "## Limits",
-    "## Reproduce",
-)
 METRICS = [
     {"step": 10, "loss": 5.0, "tokens": 2_000, "labelled_tokens": 400, "seconds": 1.0},
     {"step": 20, "loss": 4.5, "tokens": 4_000, "labelled_tokens": 800, "seconds": 2.0},
@@ -86,11 +73,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "optimization": {"steps": 1, "dtype": "float32"},
     }
     (folder / "toy.yaml").write_text(yaml.safe_dump(recipe))
-    origins = [
-        {"name": "en", "origin": "a farm", "licence": "CC BY 4.0", "credit": "the farmers"},
-        {"name": "zh", "origin": "a hill", "licence": "public domain"},
-    ]
-    (folder / "toy-sources.yaml").write_text(yaml.safe_dump(origins))
     save_model(folder / "model", train_tokenizer(ENGLISH_TEXTS + CHINESE_TEXTS, vocab_size=480))
     (folder / "model" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in METRICS))
     return folder
@@ -116,13 +98,11 @@ def save_model(folder: Path, tokenizer: Tokenizer) -> None:
 
 @pytest.fixture(scope="module")
 def evaluated(workplace: Path) -> dict[str, Any]:
-    out = run(
+    out = evaluate_held_out(
         str(workplace / "model"),
         recipe=str(workplace / "toy.yaml"),
         data_root=str(workplace),
         out=str(workplace / "out"),
-        card=str(workplace / "out" / "README.md"),
-        hardware="a slide rule",
         sentences=6,
         loss_tokens=128,
     )
@@ -153,34 +133,8 @@ def test_on_texts_made_by_a_pattern_counting_beats_random_weights(evaluated: dic
     assert "less often than the 3-gram" in describe_leads(evaluated, "English")[0]
 
 
-def test_the_card_has_every_section_and_the_numbers_of_the_files(evaluated: dict[str, Any], workplace: Path) -> None:
-    card = (workplace / "out" / "README.md").read_text(encoding="utf-8")
-    matter, _, text = card.removeprefix("---\n").partition("---\n")
-    assert yaml.safe_load(matter)["license"] == "apache-2.0"
-    assert yaml.safe_load(matter)["training_data_licenses"] == ["CC BY 4.0", "public domain"]
-    assert [line for line in text.splitlines() if line.startswith("#")] == list(SECTIONS)
-    exact = evaluated["languages"]["Chinese"]["comparisons"]["1 character"]["scores"]["trigram"]["exact"]
-    assert f"{100 * exact['mean']:.1f} [{100 * exact['low']:.1f}, {100 * exact['high']:.1f}]" in text
-    assert f"{evaluated['losses']['zh']['token']['nats_per_token']:.2f} (" in text
-    assert "4,000, of which 800 to be predicted" in text
-    assert "2,000 tokens/s" in text
-    assert "a slide rule" in text
-    assert "| en | a farm | CC BY 4.0 | 75.0 |" in text
-    assert "the farmers (CC BY 4.0)" in text
-
-
-def test_the_card_says_nothing_of_hardware_or_credits_that_it_does_not_know(
-    evaluated: dict[str, Any], workplace: Path
-) -> None:
-    model, _ = load(workplace / "model")
-    recipe = yaml.safe_load((workplace / "toy.yaml").read_text())
-    text = render_card(Card(evaluated, METRICS, model.config.to_dict(), recipe, "toy.yaml", {}, None))
-    assert "## Attribution" not in text
-    assert "| hardware |" not in text
-
-
 def test_the_same_seed_gives_the_same_evaluation(evaluated: dict[str, Any], workplace: Path) -> None:
-    again = run(
+    again = evaluate_held_out(
         str(workplace / "model"),
         recipe=str(workplace / "toy.yaml"),
         data_root=str(workplace),
@@ -225,20 +179,11 @@ def test_the_ngrams_count_as_many_tokens_of_each_source_as_the_model_saw(workpla
     assert len(sample_training_texts(sources, heldout, None, rng=np.random.default_rng(0))) == 16 + 5
 
 
-def test_a_card_needs_the_records_of_the_training(workplace: Path, tmp_path: Path) -> None:
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
-        (bare / name).write_bytes((workplace / "model" / name).read_bytes())
-    with pytest.raises(GmaskError, match=r"no metrics\.jsonl of its training"):
-        run(str(bare), recipe=str(workplace / "toy.yaml"), card=str(tmp_path / "card.md"))
-
-
 def test_missing_texts_are_one_clear_line(workplace: Path, tmp_path: Path) -> None:
     with pytest.raises(GmaskError, match=r"no text file at .*name a file or a glob"):
-        run(str(workplace / "model"), recipe=str(workplace / "toy.yaml"), data_root=str(tmp_path))
+        evaluate_held_out(str(workplace / "model"), recipe=str(workplace / "toy.yaml"), data_root=str(tmp_path))
     with pytest.raises(GmaskError, match=r"nowhere\.yaml: cannot be read"):
-        run(str(workplace / "model"), recipe=str(tmp_path / "nowhere.yaml"))
+        evaluate_held_out(str(workplace / "model"), recipe=str(tmp_path / "nowhere.yaml"))
 
 
 def test_the_verb_prints_the_figures_as_json(workplace: Path, tmp_path: Path) -> None:

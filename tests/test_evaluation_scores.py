@@ -7,20 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmask.evaluation.counting import (
+from gmask.evaluation.infilling import Estimate, draw_candidates, estimate_mean
+from gmask.evaluation.ngrams import (
     BORDER,
     DISCOUNT,
-    Estimate,
     NgramModel,
-    estimate_mean,
-    exact_match,
     fill_with_trigrams,
     fill_with_unigrams,
-    overlap_f1,
     train_ngrams,
 )
-from gmask.evaluation.infilling import draw_candidates
-from gmask.tasks.heldout import CHINESE, ENGLISH, HeldOutBlank, choose_sentences, cut_sentences, hide_span
+from gmask.tasks.heldout import CHINESE, ENGLISH, HeldOutBlank, cut_sentences, draw_sentences, hide_span
+from gmask.tasks.metrics import is_exact_match, overlap_f1
 
 TEXT = "a b c. a b d. a b c."
 
@@ -34,9 +31,9 @@ def ngrams() -> NgramModel:
 
 
 def test_exact_match_ignores_spaces_and_nothing_else() -> None:
-    assert exact_match(" the  cat ", "the cat")
-    assert not exact_match("The cat", "the cat")
-    assert not exact_match("", "the")
+    assert is_exact_match(" the  cat ", "the cat")
+    assert not is_exact_match("The cat", "the cat")
+    assert not is_exact_match("", "the")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +88,7 @@ def test_sentences_are_drawn_by_the_sources_weights() -> None:
         source: [f"The {source} story tells of {a} men and of {b} women in town." for a in names for b in names]
         for source in ("heavy", "light")
     }
-    chosen = choose_sentences(texts, {"heavy": 9.0, "light": 1.0}, ENGLISH, 100, rng=np.random.default_rng(0))
+    chosen = draw_sentences(texts, {"heavy": 9.0, "light": 1.0}, ENGLISH, 100, rng=np.random.default_rng(0))
     assert len({sentence for _, sentence in chosen}) == 100
     assert 80 <= sum(source == "heavy" for source, _ in chosen) <= 98
 

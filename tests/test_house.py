@@ -14,11 +14,9 @@ PACKAGE = ROOT / "src" / "gmask"
 READMES = ["README.md", "README.zh.md"]
 FOLDERS = ["src", "tests", "benchmarks", "docs", "docker", "recipes", ".ci", ".github"]  # beside the files of the root
 DEFINED_TWICE = {  # to be emptied
-    "BATCH", "Choices", "DTYPES", "HAN", "IntArray", "Item", "Job", "LANGUAGES", "Language", "Limits",
-    "Loss", "Model", "Normalization", "Objective", "PREFIX", "Progress", "Question", "READERS",
-    "SETTINGS", "SPELLINGS", "UNREADABLE", "Values", "WEIGHTS", "build",
-    "choose_sentences", "describe", "evaluate", "fingerprint", "pack", "read_choices",
-    "read_records", "router", "run", "score_answers",
+    "Choices", "DTYPES", "Item", "Job", "Language", "Model", "Normalization", "Objective", "PREFIX", "Progress",
+    "Question", "SETTINGS", "SPELLINGS", "UNREADABLE", "WEIGHTS", "build", "fingerprint", "pack", "read_choices",
+    "read_records", "router", "run",
 }  # fmt: skip
 
 

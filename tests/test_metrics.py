@@ -20,13 +20,13 @@ from gmask.tasks.metrics import (
     check_metrics,
     cut_chinese,
     cut_words,
-    evaluate,
     find_language,
     is_answered,
     normalize_english,
     predict_majority,
     read_pairs,
     score_bleu,
+    score_predictions,
     score_reading,
 )
 from gmask.tasks.records import Prediction, Sample, write_predictions
@@ -38,11 +38,11 @@ TEXTS = st.text(alphabet="abc ,.the中国北京，。", max_size=12)
 def measure_labels(metric: str, labels: Sequence[int], chosen: Sequence[int], groups: Sequence[str] = ()) -> float:
     groups = groups or ["all"] * len(labels)
     samples = [Sample(label=label, group=group) for label, group in zip(labels, groups, strict=True)]
-    return evaluate([metric], [Prediction(label=label) for label in chosen], samples)[metric]
+    return score_predictions([metric], [Prediction(label=label) for label in chosen], samples)[metric]
 
 
 def measure_text(metric: str, text: str, *references: str) -> float:
-    return evaluate([metric], [Prediction(texts=(text,))], [Sample(references=references)])[metric]
+    return score_predictions([metric], [Prediction(texts=(text,))], [Sample(references=references)])[metric]
 
 
 def test_accuracy_is_the_share_of_right_labels() -> None:
@@ -95,7 +95,7 @@ def test_multirc_judges_all_answers_and_whole_questions() -> None:
     assert measure_labels("multirc-em", labels, chosen, groups) == 50.0  # 1 question of 2
     assert measure_labels("multirc-f1a", labels, chosen, groups) == pytest.approx(100 * 2 / 3)  # tp 1, fp 0, fn 1
     with pytest.raises(GmaskError, match="do not tell which they belong to"):
-        evaluate(["multirc-em"], [Prediction(label=0)], [Sample(label=0)])
+        score_predictions(["multirc-em"], [Prediction(label=0)], [Sample(label=0)])
 
 
 def test_record_takes_the_best_of_the_references() -> None:
@@ -103,7 +103,7 @@ def test_record_takes_the_best_of_the_references() -> None:
         Sample(answers=("Paris", "The Obama administration"), references=("Barack Obama", "Obama")),
         Sample(answers=("the U.S.", "Cuba"), references=("US", "United States")),
     ]
-    found = evaluate(["record-f1", "record-em"], [Prediction(label=1), Prediction(label=0)], queries)
+    found = score_predictions(["record-f1", "record-em"], [Prediction(label=1), Prediction(label=0)], queries)
     # "obama administration" to "barack obama": 2 * 1 / (2 + 2); to "obama": 2 * 1 / (2 + 1); "us" to "us": 1
     assert found == {"record-f1": pytest.approx(100 * (2 / 3 + 1) / 2), "record-em": 50.0}
 
@@ -152,13 +152,13 @@ def test_exact_match_looks_past_spaces_and_at_every_reference() -> None:
 
 def test_blanks_are_measured_one_by_one() -> None:
     sample = Sample(text="[MASK] and [MASK]", answers=("salt", "pepper"))
-    assert evaluate(["exact-match"], [Prediction(texts=("salt", "sugar"))], [sample]) == {"exact-match": 50.0}
+    assert score_predictions(["exact-match"], [Prediction(texts=("salt", "sugar"))], [sample]) == {"exact-match": 50.0}
 
 
 def test_a_chosen_candidate_is_compared_as_text() -> None:
     sample = Sample(answers=("great", "terrible"), label=0)
     assert read_pairs(Prediction(label=1), sample) == [Pair("terrible", ("great",))]
-    assert evaluate(["exact-match", "accuracy"], [Prediction(label=0)], [sample]) == {
+    assert score_predictions(["exact-match", "accuracy"], [Prediction(label=0)], [sample]) == {
         "exact-match": 100.0,
         "accuracy": 100.0,
     }
@@ -220,7 +220,7 @@ def test_sacrebleu_pools_the_counts_of_all_texts() -> None:
     predictions = [Prediction(texts=("a b c d e",)), Prediction(texts=("g h i j",))]
     # matches of both over n-grams of both: 4+4 of 5+4, 3+3 of 4+3, 2+2 of 3+2, 1+1 of 2+1
     product = 8 / 9 * 6 / 7 * 4 / 5 * 2 / 3
-    assert evaluate(["sacrebleu"], predictions, samples)["sacrebleu"] == pytest.approx(100 * product**0.25)
+    assert score_predictions(["sacrebleu"], predictions, samples)["sacrebleu"] == pytest.approx(100 * product**0.25)
     # its Chinese tokenizer takes characters
     product = 4 / 5 * 3 / 4 * 2 / 3 * 1 / 2
     assert measure_text("sacrebleu", "甲乙丙丁戊", "甲乙丙丁己") == pytest.approx(100 * product**0.25)
@@ -233,8 +233,8 @@ def test_the_right_text_is_never_beaten(texts: list[str]) -> None:
         pytest.importorskip(module, reason="the extra eval is not installed")
     names = ("exact-match", "squad-em", "rouge-1", "rouge-l", "bleu-4", "sacrebleu")
     samples = [Sample(answers=(text,)) for text in texts]
-    right = evaluate(names, [Prediction(texts=(text,)) for text in texts], samples)
-    other = evaluate(names, [Prediction(texts=(text[::-1],)) for text in texts], samples)
+    right = score_predictions(names, [Prediction(texts=(text,)) for text in texts], samples)
+    other = score_predictions(names, [Prediction(texts=(text[::-1],)) for text in texts], samples)
     assert right["exact-match"] == right["squad-em"] == 100
     assert all(0 <= other[name] <= right[name] + 1e-9 <= 100 + 1e-6 for name in names)
 
@@ -261,20 +261,20 @@ def test_a_library_that_is_absent_is_named_with_its_extra(monkeypatch: pytest.Mo
 def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
     known = Sample(label=0, path=tmp_path / "dev.jsonl", line=7)
     with pytest.raises(GmaskError, match="no metric 'acuracy'; the nearest is 'accuracy'"):
-        evaluate(["acuracy"], [Prediction(label=0)], [known])
+        score_predictions(["acuracy"], [Prediction(label=0)], [known])
     with pytest.raises(GmaskError, match="the language 'de' is not known: en or zh"):
-        evaluate(["accuracy"], [Prediction(label=0)], [known], language="de")  # type: ignore[arg-type]
+        score_predictions(["accuracy"], [Prediction(label=0)], [known], language="de")  # type: ignore[arg-type]
     with pytest.raises(GmaskError, match="no samples"):
-        evaluate(["accuracy"], [], [])
+        score_predictions(["accuracy"], [], [])
     with pytest.raises(GmaskError, match=r"dev\.jsonl, line 7: a text was written and nothing chosen"):
-        evaluate(["accuracy"], [Prediction(texts=("x",))], [known])
+        score_predictions(["accuracy"], [Prediction(texts=("x",))], [known])
     with pytest.raises(GmaskError, match=r"dev\.jsonl, line 7: a class was chosen and no text"):
-        evaluate(["rouge-l"], [Prediction(label=0)], [known])
+        score_predictions(["rouge-l"], [Prediction(label=0)], [known])
     with pytest.raises(GmaskError, match=r"^the label is not known"):
-        evaluate(["accuracy"], [Prediction(label=0)], [Sample(answers=("a", "b"))])
+        score_predictions(["accuracy"], [Prediction(label=0)], [Sample(answers=("a", "b"))])
     for unanswered in (Sample(answers=("a", "b")), Sample(answers=("a",))):
         with pytest.raises(GmaskError, match=r"^the right answer is not known"):
-            evaluate(["exact-match"], [Prediction(label=0)], [unanswered])
+            score_predictions(["exact-match"], [Prediction(label=0)], [unanswered])
 
 
 def test_what_cannot_be_measured_is_told_before_the_prediction() -> None:

@@ -22,8 +22,8 @@ from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegac
 from gmask.checkpoints.load import BUNDLED
 from gmask.errors import GmaskError
 from gmask.tokenizers.folder import CLASS_NAMES, CLASSES, read_tokenizer
-from gmask.tokenizers.glm_published import GLMBatchEncoding
-from gmask.tokenizers.glm_special import TRAINING_TOKENS
+from gmask.tokenizers.glm_inputs import GLMBatchEncoding
+from gmask.tokenizers.special_tokens import TRAINING_TOKENS
 from published_vocabularies import FILES, SHARED, copy_vocabulary, needs_vocabularies
 
 pytestmark = needs_vocabularies

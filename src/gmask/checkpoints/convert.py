@@ -40,7 +40,7 @@ from gmask.models.chatglm import ChatGLMConfig
 from gmask.models.glm import GLMConfig
 from gmask.models.glm_heads import THUDM_CLASSIFIER_NAMES
 from gmask.quantization.quantizer import QuantizationConfig, find_layers, lay_out
-from gmask.tokenizers.glm_published import find_token_id
+from gmask.tokenizers.special_tokens import find_token_id
 
 FORMS = ("gmask", "huggingface", "megatron")
 

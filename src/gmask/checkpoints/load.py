@@ -40,7 +40,7 @@ from gmask.quantization.quantizer import (
     read_form,
     settle,
 )
-from gmask.tokenizers.glm_published import find_token_id
+from gmask.tokenizers.special_tokens import find_token_id
 
 BUNDLED = Path(__file__).parents[1] / "pretrained"
 BUNDLED_MODELS = {"bundled": BUNDLED, "bundled-chat": BUNDLED / "chat"}

@@ -142,10 +142,6 @@ def evaluate(
             show_default="the model's; of a task, none",
         ),
     ] = None,
-    card: Annotated[str | None, typer.Option(help="Write the model card to this file too.", show_default=False)] = None,
-    hardware: Annotated[
-        str | None, typer.Option(help="What it was trained on, in words, for the card.", show_default=False)
-    ] = None,
     sentences: Annotated[int, typer.Option(help="Held-out sentences of each language.")] = 300,
     as_json: AsJson = False,
 ) -> None:
@@ -159,17 +155,10 @@ def evaluate(
         return
     if adapter is not None or pairs:
         raise GmaskError("--adapter and --set are for a task: name one with --task, such as superglue/rte")
-    from gmask.evaluation.infilling import run
+    from gmask.evaluation.infilling import evaluate_held_out
 
-    written = run(
-        model,
-        recipe=recipe,
-        data_root=corpus,
-        out=out,
-        card=card,
-        hardware=hardware,
-        sentences=sentences,
-        tables=not as_json,
+    written = evaluate_held_out(
+        model, recipe=recipe, data_root=corpus, out=out, sentences=sentences, tables=not as_json
     )
     print(written.read_text(encoding="utf-8") if as_json else written)
 

@@ -1,1 +1,1 @@
-"""Memory that a model takes, before anything of it is loaded."""
+"""Estimates of the memory that a model takes, made before it is loaded."""

@@ -1,8 +1,8 @@
-"""Memory of inference: the weights, keys and values, and the intermediate tensors of a forward pass.
+"""Memory of inference: weights, keys and values, and the intermediate tensors of a forward pass.
 
-Most memory is taken while a whole prompt is read, in the multilayer perceptron of a block; with quantized weights also
-at the first product, which repacks them. The counts follow the tensors that `gmask.models` and `gmask.quantization`
-hold at that moment, line by line; change them together. The memory of training is in training.py.
+Memory is highest while a prompt is read, in the multilayer perceptron of a block; with quantized weights also at the
+first product, which repacks them. The counts are those of the tensors that `gmask.models` and `gmask.quantization` hold
+at that moment; change them together.
 
 Shape letters: B batch rows, T positions of the context, H hidden size, F width of the perceptron, V vocabulary.
 """
@@ -30,17 +30,17 @@ from gmask.quantization.quantizer import QuantizationConfig, form_of, lay_out
 DeviceKind: TypeAlias = Literal["cpu", "cuda", "mps"]
 INFERENCE_RUNTIME_BYTES: dict[DeviceKind, int] = {"cpu": 430_000_000, "mps": 430_000_000, "cuda": 500_000_000}
 """Bytes of a process without the model: Python and the imported libraries with the buffers of their kernels, measured
-after `gmask.load` and a forward (torch 2.x, Linux, x86-64); for CUDA its context on the GPU, which is an assumption."""
+after `gmask.load` and a forward pass (torch 2.x, Linux, x86-64); of CUDA, its context on the GPU, which is assumed."""
 
 BLOCK_STATES = 5
 """Tensors ``[B, T, H]`` that are held while the perceptron of a block runs: the embeddings, the input of the block, its
 normalised and its attended states, and their sum."""
 
 KERNEL_BYTES = {"avx512_vnni": 1.25}
-"""Bytes that the C++ kernel takes for each bfloat16 activation, by its path: int8 and a step for every 32."""
+"""Bytes that the C++ kernel takes for each bfloat16 activation, by instruction set: int8, and a scale for every 32."""
 
 KERNEL_FLOAT_BYTES = 4
-"""The same for float32 activations, and for bfloat16 ones on the other paths."""
+"""The same for float32 activations, and for bfloat16 ones with other instruction sets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +49,12 @@ class MemoryEstimate:
 
     weights: int
     cache: int  # keys and values
-    working: int  # the most that is held beside them at any moment
+    working: int  # the most of other tensors at any moment
     runtime: int  # of the process without a model, or of CUDA's context
 
     @property
     def resident(self) -> int:
-        """Bytes that are held between two tokens."""
+        """Bytes that are in use between two tokens."""
         return self.weights + self.cache + self.runtime
 
     @property
@@ -71,18 +71,18 @@ def estimate_inference(
     batch_size: int = 1,
     device_kind: DeviceKind = "cpu",
 ) -> MemoryEstimate:
-    """The memory that a model takes for prompts and answers, without loading it.
+    """Estimates the memory that a model takes to answer prompts, without loading it.
 
-    The prompt is assumed to fill the context, which takes most: a shorter one takes as much for the cache in the end,
-    and less while it is read.
+    The prompt is assumed to fill the context, the largest case: a shorter prompt takes less while it is read, and the
+    cache grows to the same size.
 
     Args:
         model: its config, or the folder of its weights, whose config or shapes are read.
         dtype: of the weights that are not quantized, and of the activations.
-        form: of the quantized weights; by default what the config says.
+        form: of the quantized weights; by default that of the config.
         context_length: tokens of the prompt and its answer together.
         batch_size: prompts that are answered at once.
-        device_kind: where they are. The figures of GPUs have not been measured.
+        device_kind: of the device. The figures of GPUs have not been measured.
 
     Raises:
         GmaskError: a length or size below 1, a GLM with fewer positions, a form that does not fit the model, or a
@@ -117,7 +117,7 @@ def _check_lengths(config: Config, context_length: int, batch_size: int) -> None
 def _working_bytes(
     model: PreTrainedModel, *, dtype: torch.dtype, length: int, batch_size: int, kind: DeviceKind
 ) -> int:
-    """The most that is held at any moment while the prompt is read or a token is chosen."""
+    """The most bytes of intermediate tensors, while the prompt is read or a token is chosen."""
     rows = batch_size * length
     mask = batch_size * length**2  # boolean
     block = max(
@@ -128,14 +128,14 @@ def _working_bytes(
 
 
 def _attention_bytes(config: Config, dtype: torch.dtype, batch_size: int, length: int) -> int:
-    """Input, normalised input, embeddings, queries, keys and values, rotated ones, and the mask as numbers."""
+    """Bytes in attention: inputs and embeddings, queries, keys and values, rotated copies, and the mask as numbers."""
     rotated = 2 if isinstance(config, ChatGLMConfig) else 0
     states = 3 + 3 + rotated + 1
     return dtype.itemsize * batch_size * (states * length * config.hidden_size + length**2)
 
 
 def _perceptron_bytes(model: PreTrainedModel, dtype: torch.dtype, rows: int, kind: DeviceKind) -> int:
-    """The most at its activation function, at its second product, or while the weight of that is repacked."""
+    """The most bytes in a perceptron: at its activation, at its second product, or while that weight is repacked."""
     narrow: int = rows * model.config.hidden_size * dtype.itemsize
     wide: int = rows * model.config.intermediate_size * dtype.itemsize
     second = next(layer for name, layer in model.named_modules() if name.endswith("mlp.dense_4h_to_h"))
@@ -144,7 +144,7 @@ def _perceptron_bytes(model: PreTrainedModel, dtype: torch.dtype, rows: int, kin
 
 
 def _product_bytes(layer: torch.nn.Module, rows: int, dtype: torch.dtype, kind: DeviceKind) -> int:
-    """Bytes of a product with a quantized weight beside its input and output."""
+    """Bytes of a product with a quantized weight, without its input and output."""
     if not isinstance(layer, QuantizedLayer):
         return 0
     columns = layer.weight.shape[1] * 8 // layer.bits
@@ -157,40 +157,40 @@ def _product_bytes(layer: torch.nn.Module, rows: int, dtype: torch.dtype, kind: 
 
 
 def _repacking_bytes(layer: torch.nn.Module, kind: DeviceKind) -> int:
-    """The second copy of a weight while the first product repacks it."""
+    """Bytes of the copy that the first product makes of a weight to repack it."""
     return layer.weight.nbytes if isinstance(layer, QuantizedLayer) and _has_kernel(kind) else 0
 
 
 def _head_bytes(model: PreTrainedModel, kind: DeviceKind) -> int:
-    """The head is repacked when all activations but the last are gone."""
+    """Bytes of the copy of the head; it is repacked when all activations but the last are freed."""
     head = model.get_output_embeddings()
     return 0 if head is None else _repacking_bytes(head, kind)
 
 
 def _choice_bytes(vocabulary: int, dtype: torch.dtype, batch_size: int) -> int:
-    """Logits, the same and their log-probabilities in float32, and these sorted with their ids."""
+    """Bytes of logits, the logits and their log-probabilities in float32, and these sorted with their ids."""
     return batch_size * vocabulary * (dtype.itemsize + 4 + 4 + 4 + 8)
 
 
 def _has_kernel(kind: DeviceKind) -> bool:
-    """Whether the package's C++ kernel is used, for which weights are repacked."""
+    """True if the package's C++ kernel, for which weights are repacked, is used."""
     return kind == "cpu" and available_paths()[0] not in ("aten", "torch")
 
 
 def read_shape_config(folder: Path) -> Config:
     """The config of a folder; of a checkpoint of the training code, the config that its shapes imply.
 
-    They do not imply the number of attention heads, on which no size depends.
+    The shapes do not imply the number of attention heads, on which no size depends.
 
     Raises:
         GmaskError: as of `gmask.checkpoints.folder.Folder`.
     """
-    with Folder(folder, heads=1) as opened:  # a folder with a config says more than this
+    with Folder(folder, heads=1) as opened:  # a folder with a config has its own number
         return opened.config
 
 
 def config_of_family(family: Family) -> Config:
-    """The config of a published model, by its entry in the catalog."""
+    """The config of a published model, from its entry in the catalog."""
     config_class: type[GLMConfig | ChatGLMConfig] = GLMConfig if family.architecture == "glm" else ChatGLMConfig
     stored = {"quantization_bit": family.bits, "quantization_embeddings": family.quantized_embeddings}
     return config_class(
@@ -204,14 +204,14 @@ def config_of_family(family: Family) -> Config:
 
 
 def shape_at(config: Config, *, dtype: torch.dtype, form: QuantizationConfig | None = None) -> PreTrainedModel:
-    """The model of a config on the meta device: shapes and dtypes without numbers.
+    """Makes the model of a config on the meta device: shapes and dtypes without values.
 
     Args:
         dtype: of the weights that are not quantized, and of the activations.
-        form: of those that are; by default what the config says.
+        form: of the quantized weights; by default that of the config.
 
     Raises:
-        GmaskError: a form that does not fit the model, or another one than its weights have already.
+        GmaskError: a form that does not fit the model, or weights that are already in another form.
     """
     stored = form_of(config)
     if form is not None and stored is not None and form.to_dict() != stored.to_dict():
@@ -227,5 +227,5 @@ def shape_at(config: Config, *, dtype: torch.dtype, form: QuantizationConfig | N
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of the parameters and buffers of a model or a part of it; a head tied to the embeddings counts once."""
-    tensors = [*model.parameters(), *model.buffers()]  # each shared one comes once
+    tensors = [*model.parameters(), *model.buffers()]  # a shared one is listed once
     return sum(tensor.nbytes for tensor in tensors)

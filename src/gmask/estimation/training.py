@@ -1,15 +1,14 @@
-"""Memory of training: weights, gradients, the optimizer, what autograd keeps, and what a step computes with.
+"""Memory of training: weights, gradients, the optimizer, activations and working memory.
 
-A step has four large moments: the loss, when all activations are kept; the backward pass of the last block, with the
-gradients of the head; that of the first block, with nearly all gradients and few activations; and the gradients of the
-embeddings, which come twice where the head shares them. The largest of them is what counts: gradients grow while
-activations go, and the two are never there whole together. What is counted is what `gmask.models`,
-`gmask.training.losses` and PEFT hold; change it with them.
+The peak of a step is at one of four moments: at the loss, when all activations are kept; in the backward pass of the
+last block, with the gradients of the head; in that of the first block, with nearly all gradients and few activations;
+or at the gradients of the embeddings, of which there are two where the head shares them. Activations are freed while
+gradients are made, so the two are never complete together. The counts are those of the tensors that `gmask.models`,
+`gmask.training.losses` and PEFT hold; change them together.
 
-The blocks of `gmask.models` are run here once more for what autograd keeps, with sizes in place of numbers: each
-operation notes what torch keeps for its gradient, once for all operations that share a tensor. Change it with the
-models; the tests compare it with what torch keeps. On CUDA devices dropout is taken to keep a byte for each number and
-attention no weights, which was not measured.
+To count activations, a `Tape` runs the blocks of `gmask.models` with sizes instead of numbers: each operation records
+the tensors that torch keeps for its gradient, each tensor once. The tests compare it with what torch keeps. On CUDA
+devices dropout is assumed to keep a byte for each number, and attention no weights; this was not measured.
 
 Shape letters: B rows, T positions, K key positions (a prefix first), H hidden size, F width of the perceptron, N heads,
 V vocabulary.
@@ -36,29 +35,28 @@ from gmask.quantization.quantizer import QuantizationConfig, read_form
 from gmask.recipes.tuning import LINEARS, LOW_RANK, MethodSettings, TuningRecipe, check_model
 
 RUNTIME_BYTES: dict[DeviceKind, int] = {"cpu": 530_000_000, "mps": 530_000_000, "cuda": 500_000_000}
-"""What a process takes beside the model: Python and the libraries that training imports, with the buffers of their
+"""Bytes of a process without the model: Python and the libraries that training imports, with the buffers of their
 kernels (torch 2.x, Linux, x86-64); of CUDA, its context on the GPU, which is assumed."""
 
 OPTIMIZER_BYTES = {
     "adamw": 8, "adamw_torch": 8, "adamw_torch_fused": 8, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw": 8,
     "paged_adamw_8bit": 2, "adafactor": 0, "sgd": 0,
 }  # fmt: skip
-"""Bytes of state for each number that trains, by the names of transformers; adamw is its default."""
+"""Bytes of state for each number that trains, by transformers' names of optimizers; adamw is its default."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingEstimate:
     """Bytes that a process of a training run takes on its device.
 
-    Gradients and activations are the most that there are of each, not at the same time, so that the parts add up to
-    more than the peak.
+    Gradients and activations are the most of each, at different moments, so the parts add up to more than the peak.
     """
 
-    weights: int  # with what the method adds
+    weights: int  # with those that the method adds
     gradients: int
     optimizer: int
     activations: int  # kept for the backward pass
-    working: int  # the largest that the loss or a block holds beside them for a moment
+    working: int  # the most of other tensors, at the loss or in a block
     runtime: int  # of the process without a model, or of CUDA's context
     peak: int
     trainable: int  # numbers that train, in all processes together
@@ -80,22 +78,22 @@ def estimate_training(
     shards: int = 1,
     device_kind: DeviceKind = "cpu",
 ) -> TrainingEstimate:
-    """The memory that tuning a model takes, without loading it.
+    """Estimates the memory that tuning a model takes, without loading it.
 
     Args:
-        model: its config, or the folder of its weights, of which the config or the shapes are read.
-        dtype: of the weights that do not train; what trains is float32, and all of it with the methods full and
-            frozen-embeddings.
-        autocast: whether the forward pass computes in bfloat16 (the recipe's ``optimization.dtype``); by default if
-            ``dtype`` is that.
-        form: of the weights, if they are quantized; by default what the config says.
+        model: its config, or the folder of its weights, whose config or shapes are read.
+        dtype: of the weights that do not train; those that train are float32, with the methods full and
+            frozen-embeddings all weights.
+        autocast: the forward pass computes in bfloat16 (the recipe's ``optimization.dtype``); by default if ``dtype``
+            is bfloat16.
+        form: of the weights, if they are quantized; by default that of the config.
         batch_size: rows of a forward and backward pass, in each process.
         length: tokens of a row.
-        answer_length: tokens of a row that are predicted; by default all, which is the largest case.
+        answer_length: tokens of a row that are predicted; by default all, the largest case.
         optimizer: a name of `OPTIMIZER_BYTES`.
         accumulation: passes of a step.
         shards: processes among which FSDP divides weights, gradients and optimizer.
-        device_kind: where they are. The figures of GPUs, and of shards, have not been measured.
+        device_kind: of the device. The figures of GPUs, and of shards, have not been measured.
 
     Raises:
         GmaskError: a number below 1, a GLM with fewer positions, a method or form that does not fit the model, an
@@ -120,15 +118,15 @@ def estimate_training(
         answer_length=answer_length,
         is_fused=device_kind == "cuda",
     )
-    added = _added_numbers(shaped, step)
-    trainable = _own_numbers(shaped, method) if trains_weights else added
+    added = _count_added(shaped, step)
+    trainable = _count_own(shaped, method) if trains_weights else added
     weights = weight_bytes(shaped) + FLOAT * added
     gradients, states = FLOAT * trainable, OPTIMIZER_BYTES[optimizer] * trainable
     activations, moments = _moments(shaped, step, gradients, checkpointing=gradient_checkpointing, shards=shards)
-    waiting = gradients // shards if accumulation > 1 else 0  # those of the passes before
+    accumulated = gradients // shards if accumulation > 1 else 0  # those of earlier passes
     held = (weights + states) // shards + (_gathered_bytes(shaped) if shards > 1 else 0)
     runtime = RUNTIME_BYTES[device_kind]
-    moment = max(moments.loss + waiting, moments.last_block + waiting, moments.first_block, moments.embeddings)
+    moment = max(moments.loss + accumulated, moments.last_block + accumulated, moments.first_block, moments.embeddings)
     return TrainingEstimate(
         weights=weights // shards,
         gradients=gradients // shards,
@@ -155,20 +153,20 @@ def _quantized_layers(model: PreTrainedModel) -> frozenset[str]:
     return frozenset(names)
 
 
-def _own_numbers(model: PreTrainedModel, method: MethodSettings) -> int:
-    """The numbers of a model that train with it; a head that is tied to the embeddings counts once."""
-    return _numbers(model) - (0 if method.name == "full" else _numbers(model.get_input_embeddings()))
+def _count_own(model: PreTrainedModel, method: MethodSettings) -> int:
+    """How many numbers of a model train; a head that is tied to the embeddings counts once."""
+    return _count_numbers(model) - (0 if method.name == "full" else _count_numbers(model.get_input_embeddings()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What decides how much a pass keeps."""
+    """The settings of a pass that decide how much it keeps."""
 
     config: Config
     method: MethodSettings
     dtype: torch.dtype  # of the weights that do not train
     autocast: bool  # to bfloat16
-    quantized: frozenset[str]  # linear layers of a block with integers, "lm_head"
+    quantized: frozenset[str]  # names of the linear layers with integers, "lm_head" among them
     batch_size: int
     length: int
     answer_length: int  # tokens of a row that are predicted
@@ -192,17 +190,17 @@ class Step:
 
     @property
     def itemsize(self) -> int:
-        """Of the weights."""
+        """Bytes of a weight."""
         return FLOAT if self.trains_weights else self.dtype.itemsize
 
     @property
     def has_dropout(self) -> bool:
-        """In attention, where it keeps the weights."""
+        """True if there is dropout in attention, whose weights are then kept."""
         return isinstance(self.config, GLMConfig) and self.config.attention_dropout > 0
 
 
-def _added_numbers(model: PreTrainedModel, step: Step) -> int:
-    """What a method adds to a model; all of it trains."""
+def _count_added(model: PreTrainedModel, step: Step) -> int:
+    """How many numbers a method adds to a model; all of them train."""
     method, config = step.method, copy.copy(step.config)
     layers = {layer: _shape_of(config, layer) for layer in method.adapted_layers}
     count = config.num_hidden_layers
@@ -216,19 +214,19 @@ def _added_numbers(model: PreTrainedModel, step: Step) -> int:
     with torch.device("meta"):
         if method.name == "p-tuning-v2":
             config.pre_seq_len, config.prefix_projection = method.prefix_length, method.projection
-            return _numbers(PrefixEncoder(config))
+            return _count_numbers(PrefixEncoder(config))
         if isinstance(config, GLMConfig) and method.name == "p-tuning":
             config.prompt_tokens, config.prompt_encoder = method.prompt_tokens, method.prompt_encoder
-            return _numbers(PromptEncoder(config))
+            return _count_numbers(PromptEncoder(config))
     return 0
 
 
-def _numbers(module: nn.Module) -> int:
+def _count_numbers(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _shape_of(config: Config, layer: str) -> tuple[int, int]:
-    """Columns and outputs of a linear layer of a block."""
+    """The inputs and outputs of a linear layer of a block."""
     size, width = config.hidden_size, config.intermediate_size
     shapes = ((size, 3 * size), (size, size), (size, width), (width, size))
     return dict(zip(LINEARS, shapes, strict=True))[layer]
@@ -248,11 +246,11 @@ class _Moments:
 def _moments(
     model: PreTrainedModel, step: Step, gradients: int, *, checkpointing: bool, shards: int
 ) -> tuple[int, _Moments]:
-    """What is kept when the loss is known, and the moments."""
+    """The bytes of activations that are kept at the loss, and the moments."""
     layers = step.config.num_hidden_layers
     inputs = state_between(step).nbytes
     block, first = block_bytes(step, is_first=False), block_bytes(step, is_first=True)
-    again = block if checkpointing else 0  # the block whose backward pass runs is computed anew
+    again = block if checkpointing else 0  # the block whose backward pass runs is computed again
     blocks = layers * inputs if checkpointing else first + (layers - 1) * block
     ends = end_bytes(step)
     logits = FLOAT * step.batch_size * step.answer_length * step.config.vocab_size
@@ -270,7 +268,7 @@ def _moments(
 
 
 def _block_working_bytes(step: Step) -> int:
-    """The gradients that the backward pass of a block holds at once, at its perceptron or at its attention."""
+    """The most bytes of gradients inside a block during its backward pass, in its perceptron or its attention."""
     config = step.config
     size = 2 if step.autocast else step.itemsize
     residual = step.rows * config.hidden_size * state_between(step).itemsize
@@ -285,7 +283,7 @@ def _block_working_bytes(step: Step) -> int:
 
 
 def _gathered_bytes(model: PreTrainedModel) -> int:
-    """What FSDP has whole for a moment: the embeddings, the block that runs and the next one."""
+    """Bytes of the weights that FSDP has gathered at once: the embeddings, the block that runs and the next one."""
     block = next(layer for name, layer in model.named_modules() if name.endswith("layers.0"))
     others: int = model.config.num_hidden_layers - 2
     return weight_bytes(model) - others * weight_bytes(block)
@@ -296,7 +294,7 @@ FLOAT = 4  # bytes of what trains, of attention weights and of log-probabilities
 
 @dataclass(eq=False, slots=True)
 class State:
-    """A tensor of the pass: how many numbers, of how many bytes each, and whether a gradient flows to it."""
+    """A tensor of the pass: its numbers, the bytes of each, and whether it has a gradient."""
 
     numbers: int
     itemsize: int
@@ -308,7 +306,7 @@ class State:
 
 
 class Tape:
-    """The operations of the models, and what is kept of them."""
+    """Runs the operations of the models on `State`s, and records those that autograd keeps."""
 
     def __init__(self, step: Step) -> None:
         self.step = step
@@ -322,11 +320,11 @@ class Tape:
         self.kept.update(dict.fromkeys(states))
 
     def as_read(self, x: State) -> State:
-        """What a product reads: under autocast a rounded copy."""
+        """The input of a product: under autocast, a rounded copy."""
         return State(x.numbers, 2, x.has_grad) if self.step.autocast and x.itemsize > 2 else x
 
     def norm(self, x: State) -> State:
-        """Layer normalisation: its input, the means and the deviations."""
+        """Layer normalisation; it keeps its input, the means and the deviations."""
         size = FLOAT if self.step.autocast and self.step.is_fused else x.itemsize
         out = State(x.numbers, size, x.has_grad or self.step.trains_weights)
         if out.has_grad:
@@ -335,7 +333,11 @@ class Tape:
         return out
 
     def linear(self, layer: str, x: State, outputs: int, *, trains: bool | None = None) -> State:
-        """A product; a layer of integers keeps nothing. ``trains``: whether its weight does."""
+        """A linear layer, which keeps nothing if its weight is quantized.
+
+        Args:
+            trains: its weight trains; by default as the other weights do.
+        """
         trains = self.step.trains_weights if trains is None else trains
         is_quantized = layer in self.step.quantized
         read = self.as_read(x)
@@ -357,12 +359,12 @@ class Tape:
         return config.intermediate_size if layer == "dense_4h_to_h" else config.hidden_size
 
     def _keep_weight(self, numbers: int, itemsize: int) -> None:
-        """The copy of a float32 weight that autocast has rounded."""
+        """Keeps the rounded copy that autocast makes of a float32 weight."""
         if self.step.autocast and itemsize == FLOAT:
             self.keep(State(numbers, 2))
 
     def _scale(self, layer: str, x: State, out: State) -> State:
-        """ia3: the product, or in the perceptron its input, times a trained vector."""
+        """The layer with ia3: its output, in the perceptron its input, times a trained vector."""
         is_input = layer == "dense_4h_to_h"
         if is_input:
             self.keep(x if x.itemsize == FLOAT else State(x.numbers, FLOAT))
@@ -374,7 +376,7 @@ class Tape:
         return State(out.numbers, out.itemsize, True)
 
     def _add_low_rank(self, x: State, out: State, columns: int, outputs: int) -> None:
-        """lora and its like read their input in float32."""
+        """Adds lora or a method like it, which reads its input in float32."""
         step = self.step
         wide = x if x.itemsize == FLOAT else State(x.numbers, FLOAT, x.has_grad)
         if step.method.dropout:
@@ -389,11 +391,11 @@ class Tape:
         out.has_grad = True
 
     def attention(self, fused: State) -> State:
-        """Attention from queries, keys and values in one tensor ``[B, T, 3 H]``."""
+        """Attention, of queries, keys and values in one tensor ``[B, T, 3 H]``."""
         step, heads = self.step, self.step.config.num_attention_heads
         if isinstance(step.config, GLMConfig):
             query, keys = fused, 0
-        else:  # turned queries and keys beside the values
+        else:  # rotated queries and keys, and the values
             query, keys = State(step.rows * step.config.hidden_size, fused.itemsize), 1
             self._keep_angles(fused.itemsize)
         prefix = step.prefix_length * step.batch_size * step.config.hidden_size
@@ -401,7 +403,7 @@ class Tape:
         size = 2 if step.autocast else fused.itemsize
         weights = step.batch_size * heads * step.length * (step.length + step.prefix_length)
         out = State(step.rows * step.config.hidden_size, size, fused.has_grad or bool(prefix))
-        if step.has_dropout and not step.is_fused:  # written out, in float32
+        if step.has_dropout and not step.is_fused:  # attention operation by operation, in float32
             self.keep(State(step.rows * step.config.hidden_size + 2 * positions, FLOAT), State(3 * weights, FLOAT))
             return out
         if size < fused.itemsize:  # rounded by autocast
@@ -415,7 +417,7 @@ class Tape:
         return out
 
     def _keep_angles(self, itemsize: int) -> None:
-        """Cosines and sines of a head, rounded for queries and for keys; float32 ones are shared by all layers."""
+        """Keeps cosines and sines of a head, rounded for queries and for keys; all layers share those in float32."""
         if itemsize < FLOAT:
             self.keep(State(4 * self.step.rows * self.step.config.head_dim, itemsize))
 
@@ -450,7 +452,7 @@ def run_block(tape: Tape, hidden: State) -> State:
 
 
 def run_embeddings(tape: Tape) -> State:
-    """Words and places; those of a GLM train with everything but the words, too."""
+    """The embeddings of tokens and positions; the positions of a GLM also train when the tokens do not."""
     step, config = tape.step, tape.step.config
     is_glm = isinstance(config, GLMConfig)
     has_grad = step.method.name in ("full", "p-tuning") or (step.trains_weights and is_glm)
@@ -459,7 +461,7 @@ def run_embeddings(tape: Tape) -> State:
 
 
 def run_head(tape: Tape, hidden: State) -> None:
-    """The head at the positions that predict something, and the log-probabilities in float32."""
+    """The head, at the positions with a label, and the log-probabilities in float32."""
     step = tape.step
     normed = tape.norm(hidden)
     predicted = step.batch_size * step.answer_length
@@ -469,7 +471,7 @@ def run_head(tape: Tape, hidden: State) -> None:
 
 
 def block_bytes(step: Step, *, is_first: bool) -> int:
-    """What a block keeps; below the first one gradients may end, and less is kept."""
+    """Bytes that a block keeps; the first one keeps less where its input has no gradient."""
     tape = Tape(step)
     hidden = run_embeddings(Tape(step)) if is_first else state_between(step)
     run_block(tape, hidden)
@@ -477,12 +479,12 @@ def block_bytes(step: Step, *, is_first: bool) -> int:
 
 
 def state_between(step: Step) -> State:
-    """What one block hands to the next."""
+    """The hidden states between two blocks."""
     return run_block(Tape(step), run_embeddings(Tape(step)))
 
 
 def end_bytes(step: Step) -> int:
-    """What the embeddings and the head keep, with the log-probabilities."""
+    """Bytes that the embeddings and the head keep, with the log-probabilities."""
     tape = Tape(step)
     run_embeddings(tape)
     run_head(tape, state_between(step))
@@ -499,17 +501,17 @@ def describe_memory(
     device: torch.device,
     dtype: torch.dtype,
 ) -> str | None:
-    """The estimated peak of a run against what is there, in a line; None for an optimizer whose state is not known.
+    """Compares the estimated peak of a run with the free memory, in a line; None for an unknown optimizer.
 
     Args:
-        length: of the longest row, in tokens.
-        labelled: the most tokens of a row that something is to be learnt from.
-        processes: that share the weights, where the recipe has them shared.
-        dtype: what the forward pass computes in.
+        length: tokens of the longest row.
+        labelled: the most tokens with a label in a row.
+        processes: that share the weights, if the recipe shards them.
+        dtype: of the forward pass.
     """
     optimization = recipe.optimization
-    rows = -(-length // model.config.max_position_embeddings)  # as which a packed row that is longer counts
-    shares = optimization.trainer.get("fsdp") or optimization.trainer.get("deepspeed")
+    rows = -(-length // model.config.max_position_embeddings)  # a longer, packed row counts as several
+    is_sharded = optimization.trainer.get("fsdp") or optimization.trainer.get("deepspeed")
     optimizer = str(optimization.trainer.get("optim", "adamw"))
     if optimizer not in OPTIMIZER_BYTES:
         return None
@@ -526,24 +528,24 @@ def describe_memory(
         batch_size=optimization.batch_size * rows,
         length=-(-length // rows),
         answer_length=max(1, -(-labelled // rows)),
-        shards=processes if shares else 1,
+        shards=processes if is_sharded else 1,
         optimizer=optimizer,
         gradient_checkpointing=optimization.gradient_checkpointing,
         accumulation=optimization.accumulation,
         device_kind=kind,  # type: ignore[arg-type]  # asserted above
     ).peak
     room = free_bytes(device) + _held_bytes(device)
-    told = f"memory: about {format_bytes(needed)} at the most, {format_bytes(room)} are there"
+    summary = f"memory: about {format_bytes(needed)} at the most, {format_bytes(room)} are there"
     if needed <= room:
-        return told
+        return summary
     return (
-        f"{told}: lower optimization.batch_size (and raise accumulation), set optimization.gradient_checkpointing, or "
-        "choose lora or qlora"
+        f"{summary}: lower optimization.batch_size (and raise accumulation), set optimization.gradient_checkpointing, "
+        "or choose lora or qlora"
     )
 
 
 def _held_bytes(device: torch.device) -> int:
-    """What this run has taken already."""
+    """Bytes that this run has already taken."""
     if device.type == "cuda":
         return int(torch.cuda.memory_reserved(device))
     return int(psutil.Process().memory_info().rss)

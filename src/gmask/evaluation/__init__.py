@@ -1,1 +1,1 @@
-"""How good a model is: at tasks with their own metrics, and at filling blanks of held-out texts."""
+"""Evaluation: on tasks with their metrics, and on blanks in held-out texts."""

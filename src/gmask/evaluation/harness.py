@@ -1,4 +1,4 @@
-"""A model's score at a task: `gmask evaluate --task`. `gmask.evaluation.infilling` judges by held-out texts."""
+"""The scores of a model on a task: `gmask evaluate --task`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from gmask.files import write_json
 from gmask.generation.predict import predict
 from gmask.generation.settings import make_sampling
 from gmask.recipes.tuning import TuningRecipe, find_tuning_recipe
-from gmask.tasks.metrics import Rows, check_metrics, is_answered, predict_majority
-from gmask.tasks.metrics import evaluate as measure
+from gmask.tasks.metrics import Rows, check_metrics, is_answered, predict_majority, score_predictions
 from gmask.tasks.records import Prediction, Sample, TaskKind, Truncation, read_records, write_predictions
 from gmask.tasks.task import Task, load_task
 
 
-class Limits(TypedDict):
-    """How long a question may be; arguments of `predict`."""
+class SourceLimits(TypedDict):
+    """How long the text of a sample may be, as arguments of `predict`."""
 
     max_source: int | None
     truncation: Truncation
@@ -32,11 +31,11 @@ class Limits(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What a model made of samples. Scores are in per cent, a loss in nats; there are none without answers."""
+    """The predictions and scores of a model. Scores are in per cent, a loss in nats; without answers there are none."""
 
     predictions: Sequence[Prediction]
     scores: Mapping[str, float]
-    majority: Mapping[str, float]  # of the most frequent label; empty where there is none
+    majority: Mapping[str, float]  # scores of the most frequent label; empty where there is none
 
 
 def evaluate(
@@ -47,11 +46,11 @@ def evaluate(
     loss: Callable[[Sequence[Sample]], float] | None = None,
     known: Sequence[Sample] = (),
 ) -> Evaluation:
-    """Asks a model, and measures its answers by the metrics of a task, beside the majority baseline.
+    """Measures a model by the metrics of a task, beside the majority baseline.
 
     Args:
         predict: gives a prediction for each sample.
-        loss: of the samples; it stands among the scores as ``loss``.
+        loss: gives the loss of the samples, which is the score ``loss``.
         known: samples whose most frequent label is the baseline's answer.
     """
     has_answers = all(is_answered(sample, task.kind) for sample in samples)
@@ -60,15 +59,15 @@ def evaluate(
         return Evaluation(predictions, {}, {})
     scores = {} if loss is None else {"loss": loss(samples)}
     if task.metrics:
-        scores |= measure(task.metrics, predictions, samples, language=task.language)
+        scores |= score_predictions(task.metrics, predictions, samples, language=task.language)
     baseline = predict_majority(known, samples)
-    majority = {} if baseline is None else measure(task.metrics, baseline, samples, language=task.language)
+    majority = {} if baseline is None else score_predictions(task.metrics, baseline, samples, language=task.language)
     return Evaluation(predictions, scores, majority)
 
 
 @dataclass(frozen=True, slots=True)
 class TaskReport:
-    """What an evaluation found, and what it was made with. Scores are in per cent; there are none without answers."""
+    """The scores of an evaluation, and its settings. Scores are in per cent; without answers there are none."""
 
     task: str
     kind: TaskKind
@@ -78,7 +77,7 @@ class TaskReport:
     samples: int
     settings: Mapping[str, Any]
     scores: Mapping[str, float]
-    majority: Mapping[str, float]  # of the label that is most frequent in the same samples; empty where there is none
+    majority: Mapping[str, float]  # scores of the label most frequent in these samples; empty where there is none
     versions: Mapping[str, str]
 
 
@@ -99,19 +98,19 @@ def run_task(
 ) -> TaskReport:
     """Measures a model on the samples of a task.
 
-    A model or an adapter of ``gmask finetune`` is asked as it was tuned: ``settings``, ``max_source`` and
-    ``truncation`` are those of its recipe, where they are not given.
+    For a model or an adapter of ``gmask finetune``, the defaults of ``settings``, ``max_source`` and ``truncation`` are
+    those of its recipe.
 
     Args:
         model: a folder, the name of a published model, or ``"bundled"``.
         task: one of gmask's own, such as ``"superglue/rte"``, or the YAML file of another.
         data: a file of records, or a glob.
         adapter: a folder that was trained for the model.
-        out: the folder for ``predictions.jsonl``, which is there before anything is measured, and ``scores.json``.
-        limit: records that are read, from the first.
-        settings: of the decoding, by name, where the task has texts written.
-        max_source, truncation: tokens of a question, and where a longer one is cut, as of `predict`.
-        batch_size: samples that are read together; the predictions do not depend on it.
+        out: the folder for ``predictions.jsonl``, which is written before anything is measured, and ``scores.json``.
+        limit: the number of records that are read, from the first one.
+        settings: of the decoding, by name, if the model writes texts.
+        max_source, truncation: as of `predict`.
+        batch_size: samples of a batch; the predictions do not depend on it.
         tables: print the scores.
 
     Raises:
@@ -122,7 +121,7 @@ def run_task(
         UserWarning: texts had to be cut, or rounds of conversations left out.
     """
     console = Console(stderr=not tables)
-    make_sampling(settings or {})  # a mistake in them is told before a model is fetched
+    make_sampling(settings or {})  # a mistake is reported before a model is fetched
     plan, samples = _read_samples(task, data, limit)
     _check_answers(plan, samples)
     recipe = find_tuning_recipe(Path(adapter).expanduser() if adapter else find_folder(model))
@@ -186,16 +185,16 @@ def _read_samples(task: str, data: str, limit: int | None) -> tuple[Task, list[S
     return plan, plan.samples(read_records(data, limit=limit), require_answers=False)
 
 
-def _choose_limits(recipe: TuningRecipe | None, max_source: int | None, truncation: Truncation | None) -> Limits:
+def _choose_limits(recipe: TuningRecipe | None, max_source: int | None, truncation: Truncation | None) -> SourceLimits:
     tuned = recipe.data if recipe else None
-    return Limits(
+    return SourceLimits(
         max_source=max_source or (tuned.max_source if tuned else None),
         truncation=truncation or (tuned.truncation if tuned else "left"),
     )
 
 
 def _check_answers(plan: Task, samples: Sequence[Sample]) -> None:
-    """Raises `GmaskError` if some samples have an answer and others not, or a metric does not fit."""
+    """Raises `GmaskError` if only some of the samples have an answer, or if a metric does not fit."""
     unanswered = [sample for sample in samples if not is_answered(sample, plan.kind)]
     if len(unanswered) == len(samples):
         return

@@ -1,4 +1,8 @@
-"""`gmask evaluate` without a task: losses on held-out texts, and blanks filled beside models that only count."""
+"""How well a model fills blanks in held-out texts: `gmask evaluate` without a task.
+
+The losses of each source and objective are measured, and sentences with one hidden span each are filled, by the model
+and by n-gram models.
+"""
 
 from __future__ import annotations
 
@@ -20,67 +24,62 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from gmask.checkpoints.load import find_folder, load
-from gmask.config import read_yaml
-from gmask.errors import GmaskError
-from gmask.evaluation.counting import (
-    Estimate,
-    NgramModel,
-    estimate_mean,
-    exact_match,
-    fill_with_trigrams,
-    fill_with_unigrams,
-    overlap_f1,
-    train_ngrams,
-)
-from gmask.evaluation.model_card import Card, render_card
+from gmask.evaluation.ngrams import NgramModel, fill_with_trigrams, fill_with_unigrams, train_ngrams
 from gmask.evaluation.report import print_evaluation
-from gmask.files import read_json_lines, write_json, write_text
+from gmask.files import read_json_lines, write_json
+from gmask.generation.batches import batches_by_length
 from gmask.generation.infill import infill
 from gmask.infilling.blanks import NOT_SCORED, BlankTokens, InfillingExample, IntArray
 from gmask.infilling.collator import collate
 from gmask.infilling.objectives import OBJECTIVES, Mixture, Objective
 from gmask.models.glm import GLMForConditionalGeneration
 from gmask.recipes.pretraining import Recipe, load_recipe, make_mixture
-from gmask.tasks.heldout import LANGUAGES, HeldOutBlank, Language, choose_sentences, hide_span
+from gmask.tasks.heldout import HELD_OUT_LANGUAGES, HeldOutBlank, LanguageRules, draw_sentences, hide_span
+from gmask.tasks.metrics import is_exact_match, overlap_f1
 from gmask.tasks.records import Source, find_files, read_texts
 
+ALTERNATIVES = 8  # answers among which one of the hidden text's length is looked for
+MAX_ANSWER_TOKENS = 24  # no hidden span has as many; an answer that is cut there is wrong
+CANDIDATES = 10  # texts that a blank is chosen from, the hidden one among them
+FIRST_BLANKS = 6  # blanks of each length that the report shows
+ALL_SPANS = "all"
+EXAMPLES_PER_PASS = 8  # of a forward pass, where losses are measured
+SPARE_POSITIONS = 4  # hiding moves positions on by two at most
+RESAMPLES = 2_000  # of the bootstrap
 
-def run(
+
+def evaluate_held_out(
     model: str = "bundled",
     *,
     recipe: str,
     data_root: str | None = None,
     out: str | None = None,
-    card: str | None = None,
-    hardware: str | None = None,
     sentences: int = 300,
     loss_tokens: int = 8192,
     seed: int = 0,
     device: str | None = None,
     tables: bool = True,
 ) -> Path:
-    """Measure a model by the recipe that it was trained with and return the path of evaluation.json.
+    """Measures a model on the held-out texts of the recipe that it was trained by.
 
-    data_root: the corpus folder, if it is not the recipe's own.
-    out: the folder for evaluation.json, which holds every number; the model's own if not given.
-    card: write the bundled model's card to this path as well. Its numbers come from evaluation.json, the config, the
-        recipe and the model folder's metrics.jsonl; origins, licences and credits from RECIPE-sources.yaml beside the
-        recipe, a list of `{name, origin, licence, credit}`.
-    hardware: what the model was trained on, in words, for the card.
-    sentences, loss_tokens, seed: as in `evaluate_infilling`.
-    tables: print what was found.
+    Args:
+        model: a folder, the name of a published model, or ``"bundled"``.
+        data_root: the corpus folder, if it is not the recipe's own.
+        out: the folder for ``evaluation.json``, which holds every number; by default the model's own.
+        sentences, loss_tokens, seed: as of `evaluate_infilling`.
+        tables: print what was found.
 
-    Raises `GmaskError`: a file that is missing or cannot be read.
+    Returns:
+        The path of ``evaluation.json``.
+
+    Raises:
+        GmaskError: a file that is missing or cannot be read.
     """
     console = Console(stderr=not tables)
     folder = find_folder(model)
     plan = load_recipe(recipe, [] if data_root is None else [f"data.root={json.dumps(data_root)}"])
-    metrics = _read_metrics(folder / "metrics.jsonl")
-    if card and not metrics:
-        raise GmaskError(f"{folder}: no metrics.jsonl of its training there, which the model card needs")
-    origins = _read_origins(recipe) if card else {}
+    tokens_seen = _read_tokens_seen(folder / "metrics.jsonl")
     network, tokenizer = load(folder, dtype="float32", device=device, model_class=GLMForConditionalGeneration)
-    tokens_seen = metrics[-1]["tokens"] if metrics else None
     settings = {"sentences": sentences, "loss_tokens": loss_tokens, "seed": seed}
     with console.status("evaluating") as status:
         evaluation = _measure(network, tokenizer, plan, settings, tokens_seen, status.update)
@@ -88,18 +87,13 @@ def run(
         print_evaluation(evaluation, console)
     written = Path(out or folder) / "evaluation.json"
     write_json(written, evaluation)
-    if card:
-        facts = Card(
-            evaluation=evaluation,
-            metrics=metrics,
-            config=network.config.to_dict(),
-            recipe=plan.to_dict(),
-            recipe_path=recipe,
-            origins=origins,
-            hardware=hardware,
-        )
-        write_text(card, render_card(facts))
     return written
+
+
+def _read_tokens_seen(path: Path) -> int | None:
+    """The tokens of a model's training by its metrics.jsonl; None where there is no such file."""
+    records = [record for _, record in read_json_lines(path)] if path.is_file() else []
+    return records[-1]["tokens"] if records else None
 
 
 def _measure(
@@ -110,7 +104,7 @@ def _measure(
     tokens_seen: int | None,
     on_progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    """What evaluation.json holds; arguments as of `evaluate_infilling`."""
+    """The contents of evaluation.json; arguments as of `evaluate_infilling`."""
     report = evaluate_infilling(
         network,
         tokenizer,
@@ -130,27 +124,27 @@ def _measure(
     }
 
 
-def _read_origins(recipe: str) -> dict[str, Any]:
-    """Origin, licence and credit of each source, from the table beside the recipe."""
-    table = Path(recipe)
-    return {entry["name"]: entry for entry in read_yaml(table.with_name(f"{table.stem}-sources.yaml"))}
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean with its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
 
 
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [record for _, record in read_json_lines(path)]
+@dataclass(frozen=True, slots=True)
+class HeldOutLoss:
+    """Cross-entropy of the hidden tokens, end tokens included."""
 
-
-ALTERNATIVES = 8  # among which the model that is told the length finds an answer that has it
-MAX_ANSWER_TOKENS = 24  # no hidden span has as many; an answer cut there is wrong
-CANDIDATES = 10  # the true answer among them
-ALL_SPANS = "all"
+    nats_per_token: float
+    bits_per_character: float  # of the hidden text
+    tokens: int  # labelled
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How one system does on the blanks of one kind."""
+    """The scores of one system, such as the model or the trigrams, on the blanks of one length."""
 
     exact: Estimate  # share of answers equal to the hidden text
     f1: Estimate  # of words or characters
@@ -159,16 +153,16 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All systems on the same blanks."""
+    """The scores of all systems on the same blanks."""
 
     n_blanks: int
     scores: Mapping[str, Score]  # "model", "model_told_length", "trigram", "unigram"
-    leads: Mapping[str, Estimate]  # exact match of either model less that of the trigrams, sentence by sentence
+    leads: Mapping[str, Estimate]  # exact match of "model" and "model_told_length" less the trigrams', by sentence
 
 
 @dataclass(frozen=True, slots=True)
 class FilledBlank:
-    """One blank of the sample and what became of it."""
+    """A blank with its answer, and the answers of the model and of the trigrams."""
 
     source: str
     text: str
@@ -179,6 +173,8 @@ class FilledBlank:
 
 @dataclass(frozen=True, slots=True)
 class LanguageReport:
+    """What was found in the sentences of one language."""
+
     n_sentences: int
     counted_symbols: int  # of training text, by the n-gram models
     vocabulary: int  # of the n-gram models
@@ -188,13 +184,15 @@ class LanguageReport:
 
 @dataclass(frozen=True, slots=True)
 class InfillingReport:
-    losses: Mapping[str, Mapping[str, Loss]]  # by source and objective
+    """What `evaluate_infilling` finds."""
+
+    losses: Mapping[str, Mapping[str, HeldOutLoss]]  # by source and objective
     languages: Mapping[str, LanguageReport]
 
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """One system's answers to blanks [S], and whether it chose the hidden text."""
+    """The answers of one system to S blanks, and ``chosen [S]``: whether it chose the hidden text of each."""
 
     answers: Sequence[str]
     chosen: npt.NDArray[np.bool_]
@@ -213,15 +211,18 @@ def evaluate_infilling(
     seed: int = 0,
     on_progress: Callable[[str], None] = lambda message: None,
 ) -> InfillingReport:
-    """Losses of every source and objective, and blanks in held-out sentences filled by the model and by counting.
+    """Measures the losses of each source and objective, and the answers to blanks in held-out sentences.
 
-    tokens_seen: by the model in training; the n-gram models count as many of each source (each text once at most).
-        None counts every training text once.
-    sentences: of each language; one blank of each length is hidden in each of them.
-    loss_tokens: held-out tokens of each source and objective.
-    longest: tokens of a piece whose loss is measured; the model should have been trained on pieces as long.
+    Args:
+        tokens_seen: by the model in training; the n-gram models count as many of each source (each text once at most).
+            None counts every training text once.
+        sentences: of each language; one blank of each length is hidden in each of them.
+        loss_tokens: held-out tokens of each source and objective.
+        longest: tokens of a piece whose loss is measured; the model should have been trained on pieces as long.
+        on_progress: called with a description of each step, before it begins.
 
-    Raises `GmaskError` where a text file is missing or no held-out sentence can be used.
+    Raises:
+        GmaskError: a text file is missing, or no held-out sentence can be used.
     """
     heldout = {s.name: list(read_texts(find_files(s.validation))) for s in sources if s.validation}
     encoded = {name: encode_texts(tokenizer, texts) for name, texts in heldout.items()}
@@ -231,9 +232,9 @@ def evaluate_infilling(
     weights = {source.name: source.weight or 1.0 for source in sources}
     training = sample_training_texts(sources, encoded, tokens_seen, rng=np.random.default_rng([seed, 1]))
     reports = {}
-    for number, language in enumerate(LANGUAGES):
+    for number, language in enumerate(HELD_OUT_LANGUAGES):
         rng = np.random.default_rng([seed, 2, number])
-        chosen = choose_sentences(heldout, weights, language, sentences, rng=rng)
+        chosen = draw_sentences(heldout, weights, language, sentences, rng=rng)
         on_progress(f"counting {language.name} n-grams")
         ngrams = train_ngrams(training, language)
         on_progress(f"filling {language.name} blanks")
@@ -248,8 +249,11 @@ def sample_training_texts(
     *,
     rng: np.random.Generator,
 ) -> list[str]:
-    """Random documents of each source: its weight's share of `tokens_seen`, by the characters per token of its
-    held-out texts, or all documents where there are fewer, no share is given or there is no held-out text."""
+    """Draws the documents that the n-gram models count.
+
+    Each source gives its weight's share of ``tokens_seen``, with as many characters a token as its held-out texts. It
+    gives all documents where they hold fewer, and where it has no weight or no held-out text.
+    """
     weights = sum(source.weight or 0.0 for source in sources)
     chosen: list[str] = []
     for source in sources:
@@ -271,10 +275,11 @@ def _compare(
     tokenizer: PreTrainedTokenizerBase,
     ngrams: NgramModel,
     chosen: Sequence[tuple[str, str]],
-    language: Language,
+    language: LanguageRules,
     *,
     rng: np.random.Generator,
 ) -> LanguageReport:
+    """Hides spans of each length in the chosen sentences, and compares how the systems fill them."""
     comparisons: dict[str, Comparison] = {}
     tables: list[dict[str, npt.NDArray[np.float64]]] = []  # of each length: system -> [3, S]
     shown: list[FilledBlank] = []
@@ -294,18 +299,22 @@ def _compare(
                 _choose(blanks, candidates, lambda _, text: ngrams.unigram_score(language.symbol.findall(text))),
             ),
         }
-        tables.append({name: score_answers(blanks, o.answers, o.chosen, language) for name, o in outcomes.items()})
+        tables.append({name: score_fills(blanks, o.answers, o.chosen, language) for name, o in outcomes.items()})
         comparisons[span] = _summarise(tables[-1], len(blanks), rng=rng)
         answers = zip(blanks, outcomes["model"].answers, outcomes["trigram"].answers, strict=True)
-        shown += [FilledBlank(b.source, b.text, b.answer, ours, theirs) for b, ours, theirs in list(answers)[:6]]
+        shown += [
+            FilledBlank(b.source, b.text, b.answer, ours, theirs) for b, ours, theirs in list(answers)[:FIRST_BLANKS]
+        ]
     together = {name: np.mean([table[name] for table in tables], axis=0) for name in tables[0]}
     comparisons[ALL_SPANS] = _summarise(together, len(tables) * len(chosen), rng=rng)
     return LanguageReport(len(chosen), len(ngrams.ids), len(ngrams.symbols), comparisons, shown)
 
 
 def draw_candidates(blanks: Sequence[HeldOutBlank], *, rng: np.random.Generator) -> list[list[str]]:
-    """For each blank its own answer and, of those hidden in the other sentences, `CANDIDATES - 1` different ones
-    with as many words or characters (fewer where there are not as many). The own answer stands first."""
+    """The candidates of each blank: its own answer first, then answers of other sentences, all different.
+
+    There are `CANDIDATES`, all of as many words or characters, and fewer where there are not as many.
+    """
     candidates = []
     for blank in blanks:
         others = sorted({b.answer for b in blanks if b.n_units == blank.n_units} - {blank.answer})
@@ -314,12 +323,12 @@ def draw_candidates(blanks: Sequence[HeldOutBlank], *, rng: np.random.Generator)
     return candidates
 
 
-def score_answers(
-    blanks: Sequence[HeldOutBlank], answers: Sequence[str], chosen: npt.NDArray[np.bool_], language: Language
+def score_fills(
+    blanks: Sequence[HeldOutBlank], answers: Sequence[str], chosen: npt.NDArray[np.bool_], language: LanguageRules
 ) -> npt.NDArray[np.float64]:
-    """[3, S]: exact match, F1 and choice of each blank."""
+    """Exact match, F1 and choice of each blank: ``[3, S]``."""
     units = language.unit.findall
-    exact = [float(exact_match(answer, blank.answer)) for blank, answer in zip(blanks, answers, strict=True)]
+    exact = [float(is_exact_match(answer, blank.answer)) for blank, answer in zip(blanks, answers, strict=True)]
     f1 = [overlap_f1(units(answer), units(blank.answer)) for blank, answer in zip(blanks, answers, strict=True)]
     return np.array([exact, f1, chosen.astype(np.float64)])
 
@@ -335,7 +344,7 @@ def _summarise(table: Mapping[str, npt.NDArray[np.float64]], n_blanks: int, *, r
 def fill_greedily(
     model: GLMForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, blanks: Sequence[HeldOutBlank]
 ) -> list[str]:
-    """The most probable token each time, until the model ends the answer; cut answers count as empty."""
+    """The greedy answer to each blank; empty where the model does not end it."""
     filled = infill(model, tokenizer, [blank.text for blank in blanks], max_tokens=MAX_ANSWER_TOKENS)
     return [result.blanks[0].text if result.blanks[0].finished else "" for result in filled]
 
@@ -344,9 +353,9 @@ def fill_to_length(
     model: GLMForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
     blanks: Sequence[HeldOutBlank],
-    language: Language,
+    language: LanguageRules,
 ) -> list[str]:
-    """The best of `ALTERNATIVES` answers that has the hidden text's number of words or characters, else the best."""
+    """The best of `ALTERNATIVES` answers with as many words or characters as the hidden text, else the best of all."""
     texts = [blank.text for blank in blanks]
     answers = []
     filled = infill(model, tokenizer, texts, n=ALTERNATIVES, max_tokens=MAX_ANSWER_TOKENS, batch_size=64)
@@ -363,7 +372,7 @@ def _choose_with_model(
     blanks: Sequence[HeldOutBlank],
     candidates: Sequence[Sequence[str]],
 ) -> npt.NDArray[np.bool_]:
-    """[S]: is the hidden text the most probable of the candidates?"""
+    """``[S]``: true where the hidden text is the most probable of the candidates."""
     best = []
     for blank, texts in zip(blanks, candidates, strict=True):
         choices = infill(model, tokenizer, blank.text, choices=texts).choices
@@ -375,32 +384,27 @@ def _choose_with_model(
 def _choose(
     blanks: Sequence[HeldOutBlank], candidates: Sequence[Sequence[str]], score: Callable[[HeldOutBlank, str], float]
 ) -> npt.NDArray[np.bool_]:
-    """[S]: is the hidden text, which stands first, scored above all other candidates? A tie is lost."""
+    """``[S]``: true where the hidden text, the first candidate, has a higher score than all others."""
     scores = [[score(blank, text) for text in texts] for blank, texts in zip(blanks, candidates, strict=True)]
     return np.array([own > max(others, default=-np.inf) for own, *others in scores])
 
 
-def _trigram_score(ngrams: NgramModel, blank: HeldOutBlank, answer: str, language: Language) -> float:
+def _trigram_score(ngrams: NgramModel, blank: HeldOutBlank, answer: str, language: LanguageRules) -> float:
     find = language.symbol.findall
     return ngrams.score(find(blank.left), find(answer), find(blank.right))
 
 
-BATCH = 8  # examples of one forward pass
-MARGIN = 4  # positions kept free: hiding moves places on by two at most
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """Cross-entropy of the hidden tokens, end tokens included."""
-
-    nats_per_token: float
-    bits_per_character: float  # of the hidden text
-    tokens: int  # labelled
+def estimate_mean(values: npt.ArrayLike, *, rng: np.random.Generator) -> Estimate:
+    """The mean of N independent scores, with the percentile bootstrap over `RESAMPLES` resamples."""
+    scores = np.asarray(values, np.float64)
+    resampled = scores[rng.integers(len(scores), size=(RESAMPLES, len(scores)))].mean(axis=1)
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    return Estimate(float(scores.mean()), float(low), float(high))
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOutTokens:
-    """The documents of one source as ids [L] without `[CLS]` and end-of-text, and their characters."""
+    """The documents of one source, each as ids ``[L]`` without ``[CLS]`` and end of text, and their characters."""
 
     documents: Sequence[IntArray]
     characters: int
@@ -411,7 +415,7 @@ class HeldOutTokens:
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> HeldOutTokens:
-    """Special tokens spelt out in a text are text here."""
+    """Encodes the texts of a source. A special token that is spelt out in a text is read as text."""
     encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     encoder.encode_special_tokens = True
     encodings = encoder.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -429,15 +433,18 @@ def measure_losses(
     max_tokens: int,
     seed: int,
     longest: int | None = None,
-) -> dict[str, dict[str, Loss]]:
-    """The loss of every source and objective, on pieces and blanks that depend on nothing but `seed`.
+) -> dict[str, dict[str, HeldOutLoss]]:
+    """The loss of each source and objective; objectives without a share in the mixture are left out.
 
-    longest: tokens of a piece; as many as the model has positions for, if not given.
-    max_tokens: of each source, from its first documents. Objectives without a share in the mixture are left out.
+    Pieces and blanks depend on ``seed`` alone.
+
+    Args:
+        max_tokens: of each source, from its first documents.
+        longest: tokens of a piece; by default as many as the model has positions for.
     """
     objectives = [objective for objective in OBJECTIVES if getattr(mixture, objective) > 0]
-    limit = min(longest or sys.maxsize, model.config.max_position_embeddings - MARGIN)
-    losses: dict[str, dict[str, Loss]] = {}
+    limit = min(longest or sys.maxsize, model.config.max_position_embeddings - SPARE_POSITIONS)
+    losses: dict[str, dict[str, HeldOutLoss]] = {}
     for name, tokens in heldout.items():
         pieces = list(_cut_pieces(tokens.documents, mixture.special, longest=limit, max_tokens=max_tokens))
         losses[name] = {}
@@ -457,20 +464,20 @@ def _measure_loss(
     objective: Objective,
     *,
     rng: np.random.Generator,
-) -> Loss | None:
-    """None where nothing can be hidden in any piece."""
+) -> HeldOutLoss | None:
+    """The loss of one objective on pieces; None where nothing can be hidden in any of them."""
     drawn = [mixture.sample(piece, rng, objective) for piece in pieces]
-    examples = sorted((example for example in drawn if example is not None), key=lambda e: len(e.input_ids))
+    examples = [example for example in drawn if example is not None]
     if not examples:
         return None
     nats, tokens = 0.0, 0
-    for start in range(0, len(examples), BATCH):
-        batch = collate([[e] for e in examples[start : start + BATCH]], row_length=None, pad_id=mixture.special.pad)
+    for indices in batches_by_length([len(example.input_ids) for example in examples], EXAMPLES_PER_PASS):
+        batch = collate([[examples[index]] for index in indices], row_length=None, pad_id=mixture.special.pad)
         scores = model.token_losses(**{key: tensor.to(model.device) for key, tensor in batch.items()})
         nats += float(scores.double().sum())
         tokens += len(scores)
     characters = sum(_count_characters(example, tokenizer) for example in examples)
-    return Loss(nats / tokens, nats / math.log(2) / max(characters, 1), tokens)
+    return HeldOutLoss(nats / tokens, nats / math.log(2) / max(characters, 1), tokens)
 
 
 def _count_characters(example: InfillingExample, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -481,7 +488,7 @@ def _count_characters(example: InfillingExample, tokenizer: PreTrainedTokenizerB
 def _cut_pieces(
     documents: Sequence[IntArray], special: BlankTokens, *, longest: int, max_tokens: int
 ) -> Iterator[IntArray]:
-    """`[CLS] document <eos>`, cut every `longest` tokens, until `max_tokens` are out."""
+    """Cuts ``[CLS] document <eos>`` every ``longest`` tokens, and ends after ``max_tokens``."""
     left = max_tokens
     for document in documents:
         whole = np.concatenate(([special.cls], document, [special.eos]))

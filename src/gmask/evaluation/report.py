@@ -1,4 +1,4 @@
-"""The numbers of an evaluation in tables, for the terminal and, as markdown, for the model card."""
+"""Tables of a held-out evaluation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from gmask.tasks.metrics import Rows as Rows
+from gmask.tasks.metrics import Rows
 
 SYSTEMS = {
     "model": "this model",
@@ -19,7 +19,7 @@ MEASURES = {"exact": "exact match", "f1": "F1", "choice": "one of 10"}
 
 
 def fill_rows(evaluation: Mapping[str, Any]) -> Rows:
-    """Exact match with its interval, F1 and choice, by language, span length and system; in per cent."""
+    """Exact match with its interval, F1 and choice, in per cent, by language, span length and system."""
     rows = []
     for language, report in evaluation["languages"].items():
         for span, comparison in report["comparisons"].items():
@@ -39,7 +39,7 @@ def fill_rows(evaluation: Mapping[str, Any]) -> Rows:
 
 
 def loss_rows(evaluation: Mapping[str, Any]) -> Rows:
-    """Nats per labelled token (bits per hidden character), by source and objective."""
+    """Nats per labelled token, with bits per hidden character, by source and objective."""
     objectives = list(dict.fromkeys(name for losses in evaluation["losses"].values() for name in losses))
     rows = [
         (source, *(_format_loss(losses[name]) if name in losses else "-" for name in objectives))
@@ -51,20 +51,13 @@ def loss_rows(evaluation: Mapping[str, Any]) -> Rows:
 
 
 def mean_loss(evaluation: Mapping[str, Any], objective: str) -> float:
-    """Nats per labelled token, every source counting the same."""
+    """Nats per labelled token: the mean over the sources, each with the same weight."""
     values = [losses[objective]["nats_per_token"] for losses in evaluation["losses"].values() if objective in losses]
     return float(sum(values) / len(values))
 
 
-def example_rows(evaluation: Mapping[str, Any], language: str) -> Rows:
-    """The first blanks of the sample, with the answers of the model and of the trigrams."""
-    blanks = evaluation["languages"][language]["first_blanks"]
-    columns = ("held-out sentence", "hidden", "this model", "3-gram")
-    return Rows(columns, [[_cell(b[key]) for key in ("text", "answer", "model", "trigram")] for b in blanks], 4)
-
-
 def describe_leads(evaluation: Mapping[str, Any], language: str) -> list[str]:
-    """What the paired differences to the trigrams allow to say."""
+    """Sentences that compare the exact match of the model with that of the trigrams, by the paired differences."""
     leads = evaluation["languages"][language]["comparisons"]["all"]["leads"]
     return [f"{language}: {_describe_lead(SYSTEMS[system], lead)}" for system, lead in leads.items()]
 
@@ -92,7 +85,3 @@ def print_evaluation(evaluation: Mapping[str, Any], console: Console) -> None:
 
 def _format_loss(loss: Mapping[str, float]) -> str:
     return f"{loss['nats_per_token']:.2f} ({loss['bits_per_character']:.2f})"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("[MASK]", "`[MASK]`").strip() or "(nothing)"

@@ -1,5 +1,5 @@
-"""The blank-infilling objective: the sequences that a GLM learns from; no model needed.
+"""The blank-infilling objective: the sequences that a GLM learns from, without a model.
 
-`spans` chooses what to hide, `blanks` builds the sequence, `objectives` mixes the tasks, `collator` makes the
-batch.
+`spans` chooses what to hide, `blanks` builds the sequence, `objectives` mixes the objectives, `collator` makes
+the batch.
 """

@@ -1,4 +1,4 @@
-"""A text and the spans hidden in it become one training sequence."""
+"""Training sequences, made of a text and the spans that are hidden in it."""
 
 from dataclasses import dataclass, replace
 
@@ -24,17 +24,17 @@ class BlankTokens:
     dblock: int | None = None
 
     def with_one_mask(self) -> "BlankTokens":
-        """The same ids, with `[MASK]` for every task (published as training without `--task-mask`)."""
+        """Returns the ids with `[MASK]` for all objectives (published as training without `--task-mask`)."""
         return replace(self, smask=self.mask, gmask=self.mask)
 
 
 @dataclass(frozen=True, slots=True)
 class InfillingExample:
-    """One context with its answers."""
+    """A context with its answers, as one sequence."""
 
     input_ids: IntArray  # [T]: context, then `<sop> answer` pieces
     labels: IntArray  # [T], not shifted; NOT_SCORED in the context
-    layout: IntArray  # [2, T]: place in the context; place inside the answer (0 in the context)
+    layout: IntArray  # [2, T]: position in the context; position inside the answer (0 in the context)
     context_length: int
     objective: str  # "token" | "sentence" | "document"
 
@@ -48,15 +48,15 @@ def blank_out(
     objective: str,
     order: IntArray | None = None,
 ) -> InfillingExample:
-    """Put one `mask` in the place of each span and append the spans as answers.
+    """Replaces each span by one `mask`, and appends the spans as answers.
 
     Args:
         tokens: [L], the text.
         spans: [N, 2], one or more `[start, end)`, ascending, not empty, not overlapping (they may touch).
-        order: [N], a permutation: `order[k]` is the span answered k-th. None answers from left to right.
+        order: [N], a permutation: `order[k]` is the span answered k-th; by default from left to right.
 
-    The sequence has `L + 2 * N` tokens: each span costs a mask and a `<sop>`; its `<eop>` is only a label.
-    An answer stands at the place of its mask and counts 1, 2, ... from `<sop>`.
+    The sequence has `L + 2 * N` tokens: a mask and a `<sop>` more for each span, whose `<eop>` is only a label.
+    The tokens of an answer have the position of its mask in the context, and count 1, 2, ... from `<sop>`.
     Source: GLM (Du et al. 2022), section 2.1; THUDM/GLM blocklm_utils.py.
     """
     starts = spans[:, 0]
@@ -64,43 +64,43 @@ def blank_out(
     assert (starts[1:] >= spans[:-1, 1]).all(), "spans must be ascending and must not overlap"
     surplus = lengths - 1  # a mask is one token
     removed = surplus.cumsum()
-    places = starts - removed + surplus  # of the masks, in the context
+    masks = starts - removed + surplus  # positions in the context
     total = len(tokens) + 2 * len(spans)
     context_length = len(tokens) - int(removed[-1])
     input_ids = np.empty(total, np.int64)
     labels = np.empty(total, np.int64)
     layout = np.zeros((2, total), np.int64)
 
-    step = np.ones(context_length + 1, np.int64)  # how far the text moves on at each place of the context
+    step = np.ones(context_length + 1, np.int64)  # tokens of the text from each position of the context to the next
     step[0] = 0
-    step[places + 1] = lengths
+    step[masks + 1] = lengths
     context = tokens[step[:-1].cumsum()]
-    context[places] = mask
+    context[masks] = mask
     input_ids[:context_length] = context
     labels[:context_length] = NOT_SCORED
     layout[0, :context_length] = np.arange(context_length)
 
     if order is not None:
-        starts, lengths, places = starts[order], lengths[order], places[order]
+        starts, lengths, masks = starts[order], lengths[order], masks[order]
     pieces = lengths + 1  # `<sop>` and the span
     piece_ends = pieces.cumsum()
     piece_starts = piece_ends - pieces
     within = np.arange(total - context_length) - piece_starts.repeat(pieces)
     answers = labels[context_length:]
-    # The last index of a piece points behind its span, perhaps behind the text; `<eop>` takes its place.
+    # The last index of a piece is behind its span, perhaps behind the text; `<eop>` replaces what is read there.
     tokens.take(starts.repeat(pieces) + within, out=answers, mode="clip")
     answers[piece_ends - 1] = special.eop
     input_ids[context_length + 1 :] = answers[:-1]
     input_ids[context_length + piece_starts] = special.sop
-    layout[0, context_length:] = places.repeat(pieces)
+    layout[0, context_length:] = masks.repeat(pieces)
     layout[1, context_length:] = within + 1
     return InfillingExample(input_ids, labels, layout, context_length, objective)
 
 
 def cut_suffix(tokens: IntArray, length: int, *, special: BlankTokens) -> InfillingExample:
-    """Put `[gMASK]` in the place of the last `length` tokens, which become one open-ended answer.
+    """Replaces the last `length` tokens by `[gMASK]`; they become one open-ended answer.
 
-    The sequence has `L + 1` tokens. The answer has no `<eop>`: the text may go on where the row was cut.
+    The sequence has `L + 1` tokens. The answer has no `<eop>`: the text may go on after the end of the row.
     The start of a further document (`[CLS]`) in the answer is not scored, as published.
     """
     assert 0 < length < len(tokens), f"cannot cut {length} of {len(tokens)} tokens"
@@ -125,9 +125,9 @@ def cut_suffix(tokens: IntArray, length: int, *, special: BlankTokens) -> Infill
 def hide_answers(
     example: InfillingExample, probability: float, *, dblock: int, rng: np.random.Generator
 ) -> InfillingExample:
-    """Replace each answer token of the input by `[dBLOCK]` with the given probability; labels stay.
+    """Replaces each answer token of the input by `[dBLOCK]` with the given probability; labels stay.
 
-    Published as `block_mask_prob`: the model then leans less on the answer so far.
+    Published as `block_mask_prob`: the model then relies less on the answer so far.
     """
     hidden = (example.layout[1] > 1) & (rng.random(len(example.input_ids)) < probability)
     return replace(example, input_ids=np.where(hidden, dblock, example.input_ids))
@@ -142,7 +142,7 @@ def hide_context(
     rng: np.random.Generator,
     reach: int = 3,
 ) -> InfillingExample:
-    """Replace `count` context tokens at most `reach` from a mask, or from the context's end, by `[dBLOCK]`.
+    """Replaces `count` context tokens at most `reach` from a mask, or from the context's end, by `[dBLOCK]`.
 
     Published as `context_mask_ratio` and `context_mask_range`. Masks and `[CLS]` stay; where fewer than
     `count` tokens are near enough, all of them are replaced (the published code stops with an error).

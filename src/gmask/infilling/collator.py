@@ -1,4 +1,4 @@
-"""Examples become the tensors of one batch."""
+"""Batches of examples, as tensors."""
 
 from collections.abc import Sequence
 
@@ -12,15 +12,15 @@ from gmask.infilling.blanks import NOT_SCORED, InfillingExample
 def collate(
     rows: Sequence[Sequence[InfillingExample]], *, row_length: int | None, pad_id: int
 ) -> dict[str, torch.Tensor]:
-    """Pack each row's examples behind one another and pad the rows on the right.
+    """Packs the examples of each row one after the other, and pads the rows on the right.
 
     Args:
         rows: B rows; the examples of one row share it and do not see one another.
         row_length: T; None takes the longest row.
 
     Returns:
-        int64 tensors: `input_ids` [B, T]; `labels` [B, T], -100 where nothing is scored; `layout` [B, 2, T],
-        which starts anew with each example; `sequence_ids` [B, T], 0, 1, ... along a row, -1 on padding.
+        int64 tensors: `input_ids` [B, T]; `labels` [B, T], -100 where nothing is scored; `layout` [B, 2, T], of each
+        example for itself; `sequence_ids` [B, T], 0, 1, ... along a row, -1 on padding.
 
     Raises:
         GmaskError: a row holds more than `row_length` tokens.
@@ -36,12 +36,12 @@ def collate(
     for b, row in enumerate(rows):
         start = 0
         for sequence, example in enumerate(row):
-            place = slice(start, start + len(example.input_ids))
-            input_ids[b, place] = example.input_ids
-            labels[b, place] = example.labels
-            layout[b, :, place] = example.layout
-            sequence_ids[b, place] = sequence
-            start = place.stop
+            columns = slice(start, start + len(example.input_ids))
+            input_ids[b, columns] = example.input_ids
+            labels[b, columns] = example.labels
+            layout[b, :, columns] = example.layout
+            sequence_ids[b, columns] = sequence
+            start = columns.stop
     return {
         "input_ids": torch.from_numpy(input_ids),
         "labels": torch.from_numpy(labels),

@@ -1,8 +1,8 @@
 """The objectives that a GLM is pretrained on, and their mixture.
 
-The published objective has three tasks: short spans (token), whole sentences (sentence), a long stretch
-(document). Not offered: `encoder_decoder` (the published code always stops in it), `masked_lm` (BERT's
-objective, not a blank to fill) and sentinel masks (no published model was trained with them).
+There are three: short spans (token), whole sentences (sentence) and a long span (document). Not offered are
+`encoder_decoder`, in which the published code always stops with an error, `masked_lm`, BERT's objective, and sentinel
+masks, which no published model was trained with.
 """
 
 from dataclasses import dataclass, fields
@@ -46,11 +46,14 @@ def token_infilling(
     word_edges: BoolArray | None = None,
     shuffle: bool = True,
 ) -> InfillingExample | None:
-    """Hide Poisson-long spans until they hold `ratio` of the text, or one such span (`single_span`).
+    """Hides spans of Poisson lengths that hold `ratio` of the text, or one such span (`single_span`).
 
-    `tokens` [L] is a row: `[CLS] text <eos>`, several such documents, or a piece cut off anywhere.
-    With `word_edges` [2, V] (see `spans.mark_word_edges`) the spans are widened to whole words.
-    None where nothing can be hidden: the text is too short, or its spans do not fit (dropped as published).
+    Args:
+        tokens: [L], a row: `[CLS] text <eos>`, several such documents, or a piece of one.
+        word_edges: [2, V] of `spans.mark_word_edges`; spans are widened to whole words.
+
+    Returns:
+        None where nothing can be hidden: the text is too short, or its spans do not fit (dropped as published).
     """
     row = np.asarray(tokens, np.int64)
     total = 1 if single_span else int(ratio * len(row))
@@ -75,10 +78,14 @@ def sentence_infilling(
     ratio: float = 0.15,
     shuffle: bool = True,
 ) -> InfillingExample | None:
-    """Hide whole sentences, each behind a `[sMASK]`, until they hold `ratio` of the text.
+    """Hides whole sentences that hold `ratio` of the text, each behind a `[sMASK]`.
 
-    `sentence_ends` [V] marks the ids that end a sentence (see `spans.mark_sentence_ends`).
-    None where the row [L] has no sentence.
+    Args:
+        tokens: [L], a row.
+        sentence_ends: [V] of `spans.mark_sentence_ends`, true for the ids that end a sentence.
+
+    Returns:
+        None where the row has no sentence.
     """
     row = np.asarray(tokens, np.int64)
     sentences = find_sentences(row, sentence_ends=sentence_ends, special=special)
@@ -97,11 +104,13 @@ def document_infilling(
     min_ratio: float = 0.25,
     suffix_prob: float = 0.5,
 ) -> InfillingExample | None:
-    """Hide one stretch of `int(min_ratio * L)` to `L - 2` tokens, all equally likely, behind `[gMASK]`.
+    """Hides one span of `int(min_ratio * L)` to `L - 2` tokens, all equally likely, behind `[gMASK]`.
 
-    With `suffix_prob`, and always if the row [L] holds several documents, it is the end of the row and its
-    answer is left open (`cut_suffix`); else it stands anywhere and its answer ends with `<eop>`.
-    None where the text has fewer than three tokens.
+    With probability `suffix_prob`, and always if the row [L] holds several documents, the span is the end of the row,
+    and its answer has no end (`cut_suffix`). Otherwise it may be anywhere, and its answer ends with `<eop>`.
+
+    Returns:
+        None where the text has fewer than three tokens.
     """
     row = np.asarray(tokens, np.int64)
     if len(row) < 3:
@@ -120,9 +129,9 @@ def document_infilling(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mixture:
-    """The objectives in proportion `token : sentence : document`, with their settings.
+    """A mixture of the objectives in the proportion `token : sentence : document`, with their settings.
 
-    The defaults of the settings are those of the published models; names follow the published options.
+    Defaults and names are those of the published models and options.
     """
 
     special: BlankTokens
@@ -134,14 +143,14 @@ class Mixture:
     token_ratio: float = 0.15
     sentence_ratio: float = 0.15
     mean_span_length: float = 3.0
-    whole_words: bool = False  # spans of the token objective are widened to whole words; not published
+    whole_words: bool = False  # widens spans of the token objective; not published
     min_ratio: float = 0.25  # of a text that the document objective hides
     suffix_prob: float = 0.5  # published as gpt_infill_prob
-    single_span_prob: float = 0.0  # of an example, before the objectives' shares apply
-    block_mask_prob: float = 0.0  # of an answer token in the token objective to read [dBLOCK]
-    context_mask_ratio: float = 0.0  # of the text, near the masks of the token objective, to read [dBLOCK]
+    single_span_prob: float = 0.0  # that an example hides one short span; the shares hold for the others
+    block_mask_prob: float = 0.0  # that an answer token of the token objective becomes [dBLOCK]
+    context_mask_ratio: float = 0.0  # of the text, near masks of the token objective, that becomes [dBLOCK]
     shuffle: bool = True
-    task_mask: bool = True  # [sMASK] and [gMASK] for their tasks; False takes [MASK] for all
+    task_mask: bool = True  # sentences have [sMASK], documents [gMASK]; if False, all have [MASK]
 
     def __post_init__(self) -> None:
         shares = (self.token, self.sentence, self.document)
@@ -160,9 +169,10 @@ class Mixture:
     def sample(
         self, tokens: npt.ArrayLike, rng: np.random.Generator, objective: Objective | None = None
     ) -> InfillingExample | None:
-        """One example of the row `tokens` [L]; of the given objective, or of one drawn by the shares.
+        """Draws an example of a row `tokens` [L], by the given objective or by one drawn by the shares.
 
-        None where the objective cannot hide anything in this row: skip it.
+        Returns:
+            None where the objective cannot hide anything in this row.
         """
         single_span = False
         if objective is None:

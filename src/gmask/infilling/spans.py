@@ -1,7 +1,7 @@
 """The spans of a text that are hidden.
 
-Every law here is that of the published sampler (THUDM/GLM blocklm_utils.py); randomness is an argument.
-A span is a row `(start, end)` of an int64 array, end exclusive.
+All distributions are those of the published sampler (THUDM/GLM blocklm_utils.py). A span is a row `(start, end)` of an
+int64 array, end exclusive.
 """
 
 import math
@@ -18,36 +18,36 @@ from gmask.infilling.blanks import BlankTokens, IntArray
 BoolArray = npt.NDArray[np.bool_]
 
 LONGEST_SPAN = 39
-SENTENCE_MARKS = ".?!;:。\n" + "？！；："  # as published; its tokenizer folded the last four into ASCII
+SENTENCE_MARKS = ".?!;:。\n" + "？！；："  # as published; the tokenizer there made ASCII of the last four
 
 
 @cache
 def span_length_cdf(mean: float = 3.0, longest: int = LONGEST_SPAN) -> npt.NDArray[np.float64]:
-    """[longest]: the chance that a span has at most 1, 2, ... tokens; Poisson restricted to 1..longest."""
+    """The probability that a span has at most 1, 2, ... tokens: [longest]; Poisson restricted to 1..longest."""
     lengths = np.arange(1, longest + 1)
     log_factorials = np.cumsum(np.log(lengths))
     cdf = np.cumsum(np.exp(lengths * math.log(mean) - log_factorials))
     cdf /= cdf[-1]
-    cdf.setflags(write=False)  # it is shared by every caller
+    cdf.setflags(write=False)  # all callers share it
     return cdf
 
 
 def draw_span_lengths(total: int, *, mean: float = 3.0, rng: np.random.Generator) -> IntArray:
-    """Span lengths, drawn until they add up to at least `total`; in random order. None are drawn for 0."""
+    """Draws span lengths until their sum is at least `total`; returns them in random order."""
     if total <= 0:
         return np.empty(0, np.int64)
     # A span has one token or more, so `total` draws always suffice.
     lengths = span_length_cdf(mean).searchsorted(rng.random(total), side="right") + 1
     lengths = lengths[: lengths.cumsum().searchsorted(total) + 1]
-    rng.shuffle(lengths)  # else the last one, which crossed the line, would be longer than the others
+    rng.shuffle(lengths)  # else the last one, which reached the total, would tend to be the longest
     return lengths
 
 
 def find_documents(tokens: IntArray, *, special: BlankTokens) -> list[tuple[int, int]]:
-    """The maskable part `(start, end)` of each document in a row [L], the longest last.
+    """The part `(start, end)` of each document in a row [L] that can be hidden, the longest last.
 
-    `[CLS]` and the end-of-text token are outside, and so is the last token of a row that was cut inside a
-    document. Documents of equal length come from right to left, as published.
+    It excludes `[CLS]`, the end-of-text token, and the last token of a row that ends inside a document. Documents of
+    equal length come from right to left, as published.
     """
     documents = []
     start = 0
@@ -63,32 +63,32 @@ def find_documents(tokens: IntArray, *, special: BlankTokens) -> list[tuple[int,
 
 
 def place_spans(lengths: IntArray, start: int, end: int, *, rng: np.random.Generator) -> IntArray:
-    """[N, 2]: spans of these lengths, in this order, inside `[start, end)` with a token or more between them.
+    """Spans of these lengths, in this order, inside `[start, end)`, with a token or more between them: [N, 2].
 
-    The places are sorted uniform draws of where the k-th span starts in the text that is left when all spans
-    and one token behind each are taken out. This is the published law; it leaves exactly one token between
-    two spans less often than a uniform choice among all arrangements would.
+    Take all spans, and one token behind each, out of the text: the starts of the spans in what is left are sorted
+    uniform draws. This is the published distribution. It leaves exactly one token between two spans less often than a
+    uniform choice among all arrangements would.
     """
     used = (lengths + 1).cumsum()
-    free = end - start - int(used[-1]) + 1  # nothing has to follow the last span
+    free = end - start - int(used[-1]) + 1  # behind the last span no token is needed
     assert free >= 0, f"spans cannot take {used[-1] - 1} of {end - start} tokens"
     spans = np.empty((len(lengths), 2), np.int64)
-    places = rng.integers(0, free + 1, len(lengths))
-    places.sort()
-    places += start
-    places[1:] += used[:-1]
-    spans[:, 0] = places
-    spans[:, 1] = places + lengths
+    starts = rng.integers(0, free + 1, len(lengths))
+    starts.sort()
+    starts += start
+    starts[1:] += used[:-1]
+    spans[:, 0] = starts
+    spans[:, 1] = starts + lengths
     return spans
 
 
 def place_in_documents(
     lengths: IntArray, documents: Sequence[tuple[int, int]], *, ratio: float, rng: np.random.Generator
 ) -> IntArray | None:
-    """[N, 2] ascending: spans of these lengths that stay inside documents, or None where they do not all fit.
+    """Spans of these lengths inside documents, ascending: [N, 2]; None where they do not all fit.
 
-    Each document but the last takes, from the front of `lengths` (one or more), what stays within `ratio` of
-    it; the last (the longest) takes all the rest.
+    Each document but the last takes from the front of `lengths` as many spans as stay within `ratio` of it. The last
+    document, which is the longest, takes the others.
     """
     placed: list[IntArray] = []
     for start, end in documents[:-1]:
@@ -108,18 +108,21 @@ def place_in_documents(
 
 
 def mark_sentence_ends(pieces: Sequence[str]) -> BoolArray:
-    """[V]: does the text of each vocabulary entry hold one of SENTENCE_MARKS?
+    """Marks the vocabulary entries whose text holds one of SENTENCE_MARKS: [V].
 
-    Pass the decoded text of every id, with "" for the special tokens.
+    Args:
+        pieces: the decoded text of each id, "" for special tokens.
     """
     return np.fromiter((not set(piece).isdisjoint(SENTENCE_MARKS) for piece in pieces), np.bool_, len(pieces))
 
 
 def mark_word_edges(pieces: Sequence[str]) -> BoolArray:
-    """[2, V]: can the text of each vocabulary entry go on with a word (row 0), and can a word go on behind it (row 1)?
+    """Marks the entries that can continue a word (row 0), and those that a word can continue after (row 1): [2, V].
 
-    Words are runs of letters other than Han, with an ending such as 's; the bytes of one character stay together too.
-    Pass the text of every id as its token spells it, with "" for the special tokens.
+    Words are runs of letters other than Han, with an ending such as 's; the bytes of one character stay together, too.
+
+    Args:
+        pieces: the text of each id as its token spells it, "" for special tokens.
     """
     edges = np.zeros((2, len(pieces)), np.bool_)
     for index, piece in enumerate(pieces):
@@ -134,11 +137,12 @@ def mark_word_edges(pieces: Sequence[str]) -> BoolArray:
 
 
 def widen_to_words(spans: IntArray, tokens: IntArray, word_edges: BoolArray) -> IntArray:
-    """[M, 2]: the spans [N, 2] of a row [L], each widened to whole words; M < N where one swallows its neighbour.
+    """Widens the spans [N, 2] of a row [L] to whole words: [M, 2], with M < N where a span covers the next one.
 
-    `word_edges` is a table [2, V] (see `mark_word_edges`).
+    Args:
+        word_edges: [2, V], of `mark_word_edges`.
     """
-    inside = np.zeros(len(tokens) + 1, np.bool_)  # a position that goes on with the word before it
+    inside = np.zeros(len(tokens) + 1, np.bool_)  # positions that continue the word before them
     inside[1:-1] = word_edges[0, tokens[1:]] & word_edges[1, tokens[:-1]]
     edges = np.flatnonzero(~inside)
     widened = np.empty_like(spans)
@@ -149,11 +153,11 @@ def widen_to_words(spans: IntArray, tokens: IntArray, word_edges: BoolArray) -> 
 
 
 def find_sentences(tokens: IntArray, *, sentence_ends: BoolArray, special: BlankTokens) -> IntArray:
-    """[S, 2]: the sentences of a row, left to right. `sentence_ends` is a table [V].
+    """The sentences of a row, from left to right: [S, 2].
 
-    A sentence ends behind a token that the table marks. Words between the last such token and the end of a
-    document are no sentence; at the end of the row they are (both as published). `[CLS]` is outside: the
-    published code lets the first sentence of the second and later documents begin with it.
+    A sentence ends with a token that `sentence_ends` [V] marks. The tokens between the last such token and the end of a
+    document are no sentence; at the end of the row they are one (both as published). `[CLS]` is no part of a sentence:
+    in the published code the first sentence of the second and later documents begins with it.
     """
     closed = sentence_ends[tokens]
     stops = np.flatnonzero(closed | (tokens == special.eos))
@@ -169,7 +173,7 @@ def find_sentences(tokens: IntArray, *, sentence_ends: BoolArray, special: Blank
 
 
 def choose_sentences(sentences: IntArray, total: int, *, rng: np.random.Generator) -> IntArray:
-    """[N, 2] ascending: random sentences, one or more, until they hold `total` tokens or none is left."""
+    """Chooses random sentences, one or more, until they hold `total` tokens or none is left: [N, 2], ascending."""
     shuffled = rng.permutation(len(sentences))
     lengths = (sentences[:, 1] - sentences[:, 0])[shuffled]
     chosen = shuffled[: lengths.cumsum().searchsorted(total) + 1]
@@ -185,10 +189,10 @@ def split_short(
     special: BlankTokens,
     rng: np.random.Generator,
 ) -> list[IntArray]:
-    """Random short pieces of one row [L], about one row length in all; published as `short_seq_prob`.
+    """Cuts random short pieces out of a row [L], about one row length in all; published as `short_seq_prob`.
 
-    One length of 32 to `row_length - 2` tokens is drawn for all pieces. A piece starts at a sentence and ends
-    with one if that leaves half the length or more. Each has its own `[CLS]` in front; pieces may overlap.
+    All pieces have one length, drawn from 32 to `row_length - 2` tokens. A piece starts with a sentence, and ends with
+    one if that leaves half the length or more. Each begins with its own `[CLS]`; pieces may overlap.
     """
     length = int(rng.integers(32, row_length - 1))
     count = (row_length - 1) // length
@@ -196,7 +200,7 @@ def split_short(
     if length >= len(body):
         return [np.concatenate(((special.cls,), body))] * count
     is_eos = body == special.eos
-    breaks = np.flatnonzero(sentence_ends[body] | is_eos) + 1  # behind a sentence or a document
+    breaks = np.flatnonzero(sentence_ends[body] | is_eos) + 1  # ends of sentences and documents
     starts = np.append(0, breaks[:-1] if breaks.size and breaks[-1] == len(body) else breaks)
     starts = starts[(starts == 0) | ~is_eos[starts]]
     pieces = []
@@ -205,6 +209,6 @@ def split_short(
         end = int(breaks[: breaks.searchsorted(start + length, side="right")].max(initial=start))
         if end - start < length // 2:
             end = start + length
-        start += int(body[start] == special.cls)  # a further document brings its own
+        start += int(body[start] == special.cls)  # a further document has its own [CLS]
         pieces.append(np.concatenate(((special.cls,), body[start:end])))
     return pieces

@@ -32,7 +32,7 @@ from gmask.infilling.objectives import Mixture
 from gmask.infilling.spans import BoolArray, mark_sentence_ends, mark_word_edges
 from gmask.models.glm import GLMConfig
 from gmask.tasks.records import Source
-from gmask.tokenizers.glm_published import find_token_id
+from gmask.tokenizers.special_tokens import find_token_id
 
 Precision = Literal["auto", "float32", "bfloat16"]
 

@@ -1,1 +1,1 @@
-"""What training and evaluation share: tasks, their records, samples and metrics."""
+"""Tasks, with their records, samples and metrics: what training and evaluation share."""

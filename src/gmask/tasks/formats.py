@@ -1,4 +1,4 @@
-"""Published nested formats become plain records, and conversations samples."""
+"""Published formats: nested records into plain ones, and conversations into samples."""
 
 import string
 from collections.abc import Callable, Iterator, Mapping
@@ -7,22 +7,20 @@ from typing import Any
 
 from gmask.conversation import read_conversation
 from gmask.errors import GmaskError
-from gmask.tasks.records import Record, Sample
-
-Values = Mapping[str, Any]
+from gmask.tasks.records import Record, Sample, Values
 
 
 def flatten(reader: str, record: Record) -> Iterator[Record]:
-    """The plain records of one record of a published format, each with the place of that record.
+    """The plain records of one record of a published format, each with the file and line of that record.
 
     Args:
-        reader: a name of `READERS`.
+        reader: a name of `FORMAT_READERS`.
 
     Raises:
         GmaskError: the record is not of that format.
     """
     try:
-        for values in READERS[reader](record.values):
+        for values in FORMAT_READERS[reader](record.values):
             yield replace(record, values=dict(values))
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         what = f"there is no {error}" if isinstance(error, KeyError) else str(error)
@@ -40,7 +38,7 @@ def _read_copa(values: Values) -> Iterator[Values]:
 
 
 def _read_multirc(values: Values) -> Iterator[Values]:
-    """One record an answer; the answers to a question share their ``group``."""
+    """Makes a record of each answer; the answers to a question share their ``group``."""
     for question in values["passage"]["questions"]:
         for answer in question["answers"]:
             yield {
@@ -53,10 +51,10 @@ def _read_multirc(values: Values) -> Iterator[Values]:
 
 
 def _read_record(values: Values) -> Iterator[Values]:
-    """One record a query: what stands ``before`` and ``after`` its blank, the ``candidates`` and the ``answers``.
+    """Makes a record of each query: the texts ``before`` and ``after`` its blank, the ``candidates`` and ``answers``.
 
-    As published, the candidates are the different entities of the passage, and its highlights become a list. The
-    label is the first right answer.
+    As published, the candidates are the different entities of the passage, and the highlights of the passage become a
+    list. The label is that of the first right answer.
     """
     text = values["passage"]["text"]
     entities = [text[entity["start"] : entity["end"] + 1] for entity in values["passage"]["entities"]]
@@ -83,35 +81,35 @@ def _read_wsc(values: Values) -> Iterator[Values]:
     """
     target, words = values["target"], values["text"].split()
     pronoun, index = target["span2_text"], target["span2_index"]
-    places = [place for place, word in enumerate(words) if word.strip(string.punctuation) == pronoun]
-    places = places or [place for place, word in enumerate(words) if word.startswith(pronoun)]
-    if not places:
+    found = [position for position, word in enumerate(words) if word.strip(string.punctuation) == pronoun]
+    found = found or [position for position, word in enumerate(words) if word.startswith(pronoun)]
+    if not found:
         raise GmaskError(f"the pronoun {pronoun!r} is not in the text")
-    place = min(places, key=lambda place: abs(place - index))
-    words[place] = words[place].replace(pronoun, f"*{pronoun}*", 1)
+    nearest = min(found, key=lambda position: abs(position - index))
+    words[nearest] = words[nearest].replace(pronoun, f"*{pronoun}*", 1)
     yield {**values, "marked": " ".join(words), "pronoun": pronoun, "span": target["span1_text"]}
 
 
 def _read_wsc_referent(values: Values) -> Iterator[Values]:
-    """As WSC, but only where the span is what the pronoun refers to: these can be learnt as text."""
+    """Reads as `_read_wsc`, and leaves out spans that the pronoun does not refer to: the rest can be learnt as text."""
     if values.get("label", True):
         yield from _read_wsc(values)
 
 
 def _read_cluewsc(values: Values) -> Iterator[Values]:
-    """As WSC; the indexes count characters, and the pronoun stands in brackets."""
+    """Adds what `_read_wsc` adds; here the indices count characters, and brackets mark the pronoun."""
     target, text = values["target"], values["text"]
     pronoun, index = target["span2_text"], target["span2_index"]
-    places = [place for place in range(len(text)) if text.startswith(pronoun, place)]
-    if not pronoun or not places:
+    found = [position for position in range(len(text)) if text.startswith(pronoun, position)]
+    if not pronoun or not found:
         raise GmaskError(f"the pronoun {pronoun!r} is not in the text")
-    place = min(places, key=lambda place: abs(place - index))
-    marked = f"{text[:place]}【{pronoun}】{text[place + len(pronoun) :]}"
+    nearest = min(found, key=lambda position: abs(position - index))
+    marked = f"{text[:nearest]}【{pronoun}】{text[nearest + len(pronoun) :]}"
     yield {**values, "marked": marked, "pronoun": pronoun, "span": target["span1_text"]}
 
 
 def _read_squad(values: Values) -> Iterator[Values]:
-    """One record a question that has an answer: ``context``, ``question``, the first ``answer`` and all ``answers``."""
+    """Makes a record of each question but the impossible ones, with the first ``answer`` and all ``answers``."""
     for paragraph in values["paragraphs"]:
         for question in paragraph["qas"]:
             answers = list(dict.fromkeys(answer["text"] for answer in question.get("answers", ())))
@@ -121,7 +119,7 @@ def _read_squad(values: Values) -> Iterator[Values]:
 
 
 def _read_chid(values: Values) -> Iterator[Values]:
-    """Adds what stands ``before`` and ``after`` the missing idiom."""
+    """Adds the texts ``before`` and ``after`` the missing idiom."""
     before, mark, after = values["content"].partition("#idiom#")
     if not mark:
         raise GmaskError("the content has no #idiom#")
@@ -134,7 +132,7 @@ def _read_csl(values: Values) -> Iterator[Values]:
 
 
 def _read_ocnli(values: Values) -> Iterator[Values]:
-    """Leaves out the sentences whose annotators did not agree, which have the label "-"."""
+    """Leaves out sentences with the label "-", on which the annotators did not agree."""
     if values.get("label") != "-":
         yield values
 
@@ -143,7 +141,7 @@ def _known(values: Values, column: str) -> Values:
     return {column: values[column]} if column in values else {}
 
 
-READERS: Mapping[str, Callable[[Values], Iterator[Values]]] = {
+FORMAT_READERS: Mapping[str, Callable[[Values], Iterator[Values]]] = {
     "plain": _read_plain,
     "copa": _read_copa,
     "multirc": _read_multirc,
@@ -159,16 +157,16 @@ READERS: Mapping[str, Callable[[Values], Iterator[Values]]] = {
 
 
 def samples_of(messages: Any, *, require_answers: bool) -> list[Sample]:
-    """One sample for each reply of the assistant to the user, with the rounds before it as history.
+    """The samples of a conversation: one for each reply to the user, with the rounds before it as history.
 
-    A reply is learnt from a context that is read in both directions, so that one text cannot serve for several of them.
+    A context is read in both directions, so each reply needs a sample of its own.
 
     Args:
-        messages: as `gmask.conversation.read_conversation` reads them.
-        require_answers: without it a last message of the user is a sample whose answer is not known.
+        messages: as of `gmask.conversation.read_conversation`.
+        require_answers: if false, a last message of the user is a sample without an answer.
 
     Raises:
-        GmaskError: not a conversation, an empty reply, or none.
+        GmaskError: not a conversation, an empty reply, or no reply.
     """
     conversation = read_conversation(messages)
     rounds = conversation.rounds

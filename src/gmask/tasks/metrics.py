@@ -1,4 +1,4 @@
-"""Every metric by its name, in per cent, and tables of results.
+"""Metrics by name, in per cent, and tables of results.
 
 Chinese is compared as the evaluation of ChatGLM-6B's P-tuning does: ROUGE over the words that jieba finds, BLEU-4 over
 characters. English ROUGE is that of GLM's evaluation, without its clean-up of the tokens of particular data sets.
@@ -26,12 +26,12 @@ from gmask.tasks.records import LABELLED, Prediction, Sample, TaskKind
 
 NOTHING_CHOSEN = "a text was written and nothing chosen: take exact-match, rouge-l or bleu-4"
 NOTHING_WRITTEN = "a class was chosen and no text: take accuracy, f1 or macro-f1"
-"""What is told of a metric that does not fit."""
+"""Why a metric does not fit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The candidate or class that was chosen, the right one, and the name that the samples of one question share."""
+    """The index that was chosen and the right one, of candidates or classes; samples of one question share a group."""
 
     chosen: int
     label: int
@@ -39,42 +39,42 @@ class Choice:
 
 
 ChoiceMetric: TypeAlias = Callable[[Sequence[Choice]], float]  # 0 to 1
-Language = Literal["en", "zh"]
+MetricLanguage = Literal["en", "zh"]
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A text that a model gave, and those that count as right; there is at least one."""
+    """A text that a model gave, and the texts that count as right, one or more."""
 
     text: str
     references: tuple[str, ...]
 
 
-PairMetrics: TypeAlias = Callable[[Pair, Language], Mapping[str, float]]  # by name, 0 to 1
+PairMetrics: TypeAlias = Callable[[Pair, MetricLanguage], Mapping[str, float]]  # by name, 0 to 1
 
 
-def evaluate(
+def score_predictions(
     task_metrics: Sequence[str],
     predictions: Sequence[Prediction],
     samples: Sequence[Sample],
     *,
-    language: Language | None = None,
+    language: MetricLanguage | None = None,
 ) -> dict[str, float]:
-    """Measures predictions by the metrics that are named, in per cent.
+    """Scores predictions by metrics, in per cent.
 
     - ``accuracy``; ``f1`` of class 1 among two; ``macro-f1``, the mean over the classes that occur.
     - ``multirc-f1a``, F1 over all answers, and ``multirc-em``, the questions whose answers are all judged right;
       ``record-f1`` and ``record-em``: SuperGLUE (Wang et al. 2019, arXiv:1905.00537).
     - ``squad-f1`` and ``squad-em``: as SQuAD, and in Chinese as CMRC 2018.
-    - ``exact-match``: the same text but for spaces.
+    - ``exact-match``: the same text but for the number of spaces.
     - ``rouge-1``, ``rouge-2``, ``rouge-l``, ``bleu-4``: the mean over the texts; ``sacrebleu``: of all together.
 
     A text is compared with the sample's references, or with its right answer, blank by blank.
 
     Args:
-        task_metrics: names, of those above.
+        task_metrics: the names of metrics.
         predictions: one for each sample.
-        language: of the right texts; by default each is looked at.
+        language: of the right texts; by default what `find_language` says of each.
 
     Raises:
         GmaskError: an unknown metric or language, a metric that does not fit the task, a sample without a known answer
@@ -83,8 +83,8 @@ def evaluate(
     assert len(predictions) == len(samples), f"{len(predictions)} predictions of {len(samples)} samples"
     for name in task_metrics:
         check_metric(name)
-    if language not in (None, *get_args(Language)):
-        raise GmaskError(f"the language {language!r} is not known: {' or '.join(get_args(Language))}")
+    if language not in (None, *get_args(MetricLanguage)):
+        raise GmaskError(f"the language {language!r} is not known: {' or '.join(get_args(MetricLanguage))}")
     if not samples:
         raise GmaskError("there are no samples to measure")
     scores = dict[str, float]()
@@ -98,14 +98,14 @@ def evaluate(
 
 
 def check_metric(name: str) -> None:
-    """Raises `GmaskError` for a name that is no metric's; the nearest is named."""
+    """Raises `GmaskError` for an unknown metric, with the nearest name."""
     if name not in METRICS:
         near = nearest(name, METRICS)
         raise GmaskError(f"there is no metric {name!r}; the nearest is {near!r}, all are {', '.join(METRICS)}")
 
 
 def check_kind(name: str, kind: TaskKind) -> None:
-    """Raises `GmaskError` for a metric that no answer of this kind of task can be measured by."""
+    """Raises `GmaskError` for a metric that does not fit this kind of task."""
     if name in CHOICE_METRICS and kind not in LABELLED:
         raise GmaskError(f"{name} does not fit the kind {kind}: {NOTHING_CHOSEN}")
     if name not in CHOICE_METRICS and kind == "classification":
@@ -113,9 +113,9 @@ def check_kind(name: str, kind: TaskKind) -> None:
 
 
 def predict_majority(known: Sequence[Sample], samples: Sequence[Sample]) -> list[Prediction] | None:
-    """The baseline that always chooses the label which is most frequent in `known`, the lowest of several.
+    """Predicts the most frequent label of ``known`` for every sample; of several, the lowest.
 
-    None where that means nothing: labels are missing, or candidates differ in number from sample to sample.
+    None where the baseline means nothing: labels are missing, or samples differ in their number of candidates.
     """
     labels = [sample.label for sample in known if sample.label is not None]
     if len(labels) < len(known) or not known or len({len(sample.answers) for sample in (*known, *samples)}) > 1:
@@ -125,23 +125,23 @@ def predict_majority(known: Sequence[Sample], samples: Sequence[Sample]) -> list
 
 
 def is_answered(sample: Sample, kind: TaskKind) -> bool:
-    """Whether anything is known that a prediction can be compared with."""
+    """True if the sample has an answer, a label or references to compare a prediction with."""
     is_known = bool(sample.references) or sample.label is not None
     return is_known or (kind not in LABELLED and bool(sample.answers))
 
 
 def check_metrics(task_metrics: Sequence[str], sample: Sample, kind: TaskKind) -> None:
-    """Measures one right answer, so that what cannot be measured is told before hours of prediction.
+    """Scores the right answer of one sample, so that a metric that does not work fails before hours of prediction.
 
     Raises:
-        GmaskError: as `evaluate`.
+        GmaskError: as `score_predictions`.
     """
     right = Prediction(label=sample.label or 0) if kind in LABELLED else Prediction(texts=sample.answers)
-    evaluate(task_metrics, [right], [sample])
+    score_predictions(task_metrics, [right], [sample])
 
 
 def read_pairs(prediction: Prediction, sample: Sample) -> list[Pair]:
-    """What was written, or chosen, in each blank, with what counts as right there.
+    """The text that was written or chosen for each blank, with those that count as right there.
 
     Raises:
         GmaskError: the answer is not known, or it is a class, which has no text.
@@ -150,13 +150,13 @@ def read_pairs(prediction: Prediction, sample: Sample) -> list[Pair]:
     right: list[tuple[str, ...]] = [(answer,) for answer in sample.answers]
     if prediction.label is not None:
         if not sample.answers:
-            raise GmaskError(f"{_place(sample)}{NOTHING_WRITTEN}")
+            raise GmaskError(f"{_location(sample)}{NOTHING_WRITTEN}")
         texts = (sample.answers[prediction.label],)
         right = [] if sample.label is None else [(sample.answers[sample.label],)]
     if sample.references:
         right = [sample.references]
     if not right:
-        raise GmaskError(f"{_place(sample)}the right answer is not known, so nothing can be measured")
+        raise GmaskError(f"{_location(sample)}the right answer is not known, so nothing can be measured")
     return [Pair(text, references) for text, references in zip(texts, right, strict=True)]
 
 
@@ -173,9 +173,9 @@ def binary_f1(choices: Sequence[Choice]) -> float:
 
 
 def macro_f1(choices: Sequence[Choice]) -> float:
-    """The plain mean of F1 over every class that is a label or was chosen."""
+    """The mean of F1 over the classes that are a label or were chosen, each with the same weight."""
     classes = {choice.label for choice in choices} | {choice.chosen for choice in choices}
-    return sum(_class_f1(choices, of) for of in classes) / len(classes)
+    return sum(_class_f1(choices, index) for index in classes) / len(classes)
 
 
 def multirc_exact_match(choices: Sequence[Choice]) -> float:
@@ -188,23 +188,27 @@ def multirc_exact_match(choices: Sequence[Choice]) -> float:
     return sum(map(all, questions.values())) / len(questions)
 
 
-def _class_f1(choices: Sequence[Choice], of: int) -> float:
+def _class_f1(choices: Sequence[Choice], index: int) -> float:
     """2 tp / (2 tp + fp + fn); 0 where the class is neither a label nor chosen, as scikit-learn has it."""
-    counts = Counter((choice.chosen == of, choice.label == of) for choice in choices)
+    counts = Counter((choice.chosen == index, choice.label == index) for choice in choices)
     hits, errors = counts[True, True], counts[True, False] + counts[False, True]
     return 2 * hits / (2 * hits + errors) if hits else 0.0
 
 
-def _exact_match(pair: Pair, language: Language) -> dict[str, float]:
-    given = pair.text.split()
-    return {"exact-match": float(any(given == reference.split() for reference in pair.references))}
+def is_exact_match(text: str, reference: str) -> bool:
+    """True if two texts are the same but for the number of spaces; case counts."""
+    return text.split() == reference.split()
 
 
-def _record(pair: Pair, language: Language) -> dict[str, float]:
+def _exact_match(pair: Pair, language: MetricLanguage) -> dict[str, float]:
+    return {"exact-match": float(any(is_exact_match(pair.text, reference) for reference in pair.references))}
+
+
+def _record(pair: Pair, language: MetricLanguage) -> dict[str, float]:
     return dict(zip(("record-f1", "record-em"), score_reading(pair, "en"), strict=True))
 
 
-def _squad(pair: Pair, language: Language) -> dict[str, float]:
+def _squad(pair: Pair, language: MetricLanguage) -> dict[str, float]:
     return dict(zip(("squad-f1", "squad-em"), score_reading(pair, language), strict=True))
 
 
@@ -217,7 +221,7 @@ CHOICE_METRICS: Mapping[str, ChoiceMetric] = {
 }
 
 
-def score_rouge(pair: Pair, language: Language) -> dict[str, float]:
+def score_rouge(pair: Pair, language: MetricLanguage) -> dict[str, float]:
     """F-measures of ROUGE-1, ROUGE-2 and ROUGE-L, 0 to 1; of several references, the best of each.
 
     English by rouge-score, with Porter stemming, which sees Latin letters and digits only; Chinese by rouge-chinese
@@ -228,7 +232,7 @@ def score_rouge(pair: Pair, language: Language) -> dict[str, float]:
     return {name: max(found[name] for found in scores) for name in scores[0]}
 
 
-def score_bleu(pair: Pair, language: Language) -> dict[str, float]:
+def score_bleu(pair: Pair, language: MetricLanguage) -> dict[str, float]:
     """BLEU-4 of one text, 0 to 1: over characters in Chinese, over words and punctuation marks otherwise.
 
     Orders without a match are smoothed by NLTK's method 3, the geometric sequence of NIST's ``mteval-v13a``.
@@ -247,52 +251,53 @@ PAIR_METRICS: Mapping[tuple[str, ...], PairMetrics] = {
     ("rouge-1", "rouge-2", "rouge-l"): score_rouge,
     ("bleu-4",): score_bleu,
 }
-"""What one look at a pair gives; a corpus has the mean."""
+"""The functions that score one pair, by the metrics that they give; the score of a corpus is the mean."""
 
 METRICS = (*CHOICE_METRICS, *(name for names in PAIR_METRICS for name in names), "sacrebleu")
 
 
-def _score_texts(names: Sequence[str], pairs: Sequence[Pair], language: Language | None) -> dict[str, float]:
-    """Every metric of texts that is named, and those that come with it, 0 to 1."""
+def _score_texts(names: Sequence[str], pairs: Sequence[Pair], language: MetricLanguage | None) -> dict[str, float]:
+    """The metrics of texts that are named, and those that are computed with them, 0 to 1."""
     scores = dict[str, float]()
     languages = [language or find_language(pair.references) for pair in pairs]
-    for together, score in PAIR_METRICS.items():
-        if not set(together).isdisjoint(names):
-            found = [score(pair, spoken) for pair, spoken in zip(pairs, languages, strict=True)]
-            scores |= {name: sum(each[name] for each in found) / len(found) for name in together}
+    for computed, score in PAIR_METRICS.items():
+        if not set(computed).isdisjoint(names):
+            found = [score(pair, its_language) for pair, its_language in zip(pairs, languages, strict=True)]
+            scores |= {name: sum(each[name] for each in found) / len(found) for name in computed}
     if "sacrebleu" in names:
-        everything = [reference for pair in pairs for reference in pair.references]
-        scores["sacrebleu"] = score_corpus_bleu(pairs, language or find_language(everything))
+        references = [reference for pair in pairs for reference in pair.references]
+        scores["sacrebleu"] = score_corpus_bleu(pairs, language or find_language(references))
     return scores
 
 
 def _read_choice(prediction: Prediction, sample: Sample) -> Choice:
     if prediction.label is None:
-        raise GmaskError(f"{_place(sample)}{NOTHING_CHOSEN}")
+        raise GmaskError(f"{_location(sample)}{NOTHING_CHOSEN}")
     if sample.label is None:
-        raise GmaskError(f"{_place(sample)}the label is not known, so nothing can be measured")
+        raise GmaskError(f"{_location(sample)}the label is not known, so nothing can be measured")
     return Choice(prediction.label, sample.label, sample.group)
 
 
-def _place(sample: Sample) -> str:
+def _location(sample: Sample) -> str:
     return "" if sample.path is None else f"{sample.path}, line {sample.line}: "
 
 
-HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+HAN_RANGES = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # Chinese characters, as ranges of a regular expression
+HAN_CHARACTER = re.compile(f"[{HAN_RANGES}]")
 LATIN_WORD = re.compile(r"[A-Za-z]+")
 WORD_OR_MARK = re.compile(r"\w+|[^\w\s]")
 ENGLISH_ROUGE = {"rouge-1": "rouge1", "rouge-2": "rouge2", "rouge-l": "rougeLsum"}
-"""What rouge-score calls them. ``rougeLsum`` takes a line for a sentence, as GLM's evaluation; of one line it is
-``rougeL``."""
+"""The names that rouge-score has. ``rougeLsum`` takes each line for a sentence, as GLM's evaluation does; of a single
+line it is ``rougeL``."""
 
 
-def find_language(texts: Sequence[str]) -> Language:
-    """Chinese, if there are at least as many Chinese characters as words in Latin letters."""
-    han, words = (sum(len(pattern.findall(text)) for text in texts) for pattern in (HAN, LATIN_WORD))
+def find_language(texts: Sequence[str]) -> MetricLanguage:
+    """The language of texts: Chinese if they have at least as many Chinese characters as words in Latin letters."""
+    han, words = (sum(len(pattern.findall(text)) for text in texts) for pattern in (HAN_CHARACTER, LATIN_WORD))
     return "zh" if han and han >= words else "en"
 
 
-def score_corpus_bleu(pairs: Sequence[Pair], language: Language) -> float:
+def score_corpus_bleu(pairs: Sequence[Pair], language: MetricLanguage) -> float:
     """sacrebleu's BLEU of all texts together, 0 to 1, by its tokenizer ``zh`` or ``13a``."""
     streams = list(zip_longest(*(pair.references for pair in pairs)))  # None where a text has fewer references
     tokenizer = "zh" if language == "zh" else "13a"
@@ -325,8 +330,8 @@ def _english_scorer() -> Any:
 
 @cache
 def _segmenter() -> Any:
-    """A jieba tokenizer whose dictionary is read here: its own way logs to standard error, and trusts and writes a
-    cache in the folder for temporary files, which all users share."""
+    """A jieba tokenizer. Its dictionary is read here: jieba would log to standard error, and read and write a cache in
+    the folder for temporary files, which all users share."""
     segmenter = load_library("jieba").Tokenizer()
     segmenter.FREQ, segmenter.total = segmenter.gen_pfdict(segmenter.get_dict_file())
     segmenter.initialized = True
@@ -334,10 +339,10 @@ def _segmenter() -> Any:
 
 
 def load_library(module: str) -> Any:
-    """Imports a library of the extra ``metrics``. What some warn of while they are imported is not for the user."""
+    """Imports a library of the extra ``metrics``."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # warnings of an import are not for the user
             return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise GmaskError(f"{error.name} is not installed; ROUGE and BLEU need pip install 'gmask[metrics]'") from error
@@ -346,15 +351,15 @@ def load_library(module: str) -> Any:
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
 CMRC_MARKS = "-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』"
-"""What CMRC's script leaves out. The ellipsis and Western full stops and commas are not in its list."""
+"""The marks that CMRC's script leaves out. The ellipsis, and Western full stops and commas, are not among them."""
 
 CMRC_LEFT_OUT = str.maketrans("", "", CMRC_MARKS)
 CMRC_HAN = re.compile(r"[\u4e00-\u9fa5]")
 CMRC_HAN_OR_RUN = re.compile(r"[\u4e00-\u9fa5]|[^\u4e00-\u9fa5]+")
 
 
-def score_reading(pair: Pair, language: Language) -> tuple[float, float]:
-    """F1 and exact match of an answer, 0 to 1: of each the best over the references.
+def score_reading(pair: Pair, language: MetricLanguage) -> tuple[float, float]:
+    """F1 and exact match of an answer, 0 to 1, each the best over the references.
 
     English as SQuAD: lower case, without punctuation and articles, F1 over words. Chinese as CMRC 2018: without
     punctuation, F1 over the longest run of characters that both have.
@@ -367,12 +372,12 @@ def score_reading(pair: Pair, language: Language) -> tuple[float, float]:
 
 
 def normalize_english(text: str) -> str:
-    """Lower case, no ASCII punctuation, no articles, one space between words."""
+    """The text in lower case, without ASCII punctuation and articles, with one space between words."""
     return " ".join(ARTICLES.sub(" ", text.lower().translate(ASCII_PUNCTUATION)).split())
 
 
 def cut_chinese(text: str) -> list[str]:
-    """Chinese characters one by one, other runs in words as NLTK cuts them, lower case and without CMRC's marks."""
+    """The Chinese characters of a text, and the words that NLTK finds in the rest; lower case, without CMRC's marks."""
     units = list[str]()
     for run in CMRC_HAN_OR_RUN.findall(_drop_marks(text)):
         units += [run] if CMRC_HAN.match(run) else load_library("nltk.tokenize").NLTKWordTokenizer().tokenize(run)
@@ -380,8 +385,7 @@ def cut_chinese(text: str) -> list[str]:
 
 
 def _squad_f1(text: str, reference: str) -> float:
-    words, right = normalize_english(text).split(), normalize_english(reference).split()
-    return _f1((Counter(words) & Counter(right)).total(), len(words), len(right))
+    return overlap_f1(normalize_english(text).split(), normalize_english(reference).split())
 
 
 def _squad_exact(text: str, reference: str) -> float:
@@ -398,8 +402,13 @@ def _cmrc_exact(text: str, reference: str) -> float:
     return float(_drop_marks(text) == _drop_marks(reference))
 
 
+def overlap_f1(given: Sequence[str], right: Sequence[str]) -> float:
+    """F1 of two texts as bags of words or characters, 0 to 1."""
+    return _f1((Counter(given) & Counter(right)).total(), len(given), len(right))
+
+
 def _f1(shared: int, given: int, right: int) -> float:
-    """Harmonic mean of shared/given and shared/right; 0 where nothing is shared, also between two empty texts."""
+    """The harmonic mean of shared/given and shared/right; 0 where nothing is shared, so of two empty texts too."""
     return 2 * shared / (given + right) if shared else 0.0
 
 
@@ -409,7 +418,7 @@ def _drop_marks(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A table of texts; the first `n_labels` columns are words, the others numbers."""
+    """The rows of a table, as texts; the first ``n_labels`` columns are labels, the others numbers."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]

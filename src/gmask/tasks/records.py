@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from gmask.config import Positive, check_fields
 from gmask.errors import GmaskError, one_line
@@ -26,18 +26,18 @@ from gmask.files import (
 
 TaskKind = Literal["cloze", "multiple-choice", "classification", "seq2seq", "infill", "language-model", "chat"]
 CHOICES: tuple[TaskKind, ...] = ("cloze", "multiple-choice")
-"""The kinds whose answers are candidates."""
+"""The kinds of task whose answers are candidates."""
 
 LABELLED: tuple[TaskKind, ...] = (*CHOICES, "classification")
-"""The kinds whose predictions have a label; those of the others have texts."""
+"""The kinds of task whose predictions have a label. Predictions of the other kinds have texts."""
 
 Truncation = Literal["left", "right"]
-"""Where a text that is too long loses tokens: before its first blank and then at its end, or at its end alone."""
+"""Where a long text is cut: ``left``, before its first blank and then at its end; ``right``, at its end only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One question and what is known of its answer.
+    """A question to a model, and what is known of its answer.
 
     By kind:
 
@@ -50,9 +50,9 @@ class Sample:
     - chat: ``history`` holds the rounds before, ``text`` the prompt, ``answers`` is ``(reply,)``.
 
     A backslash before a blank in ``text`` makes it plain text, as in `gmask.infill`; a chat has no such escapes.
-    What is not known is ``()`` or None. ``group`` names the samples that a metric takes together (a MultiRC question, a
-    ReCoRD query). ``references`` are all the texts that a metric counts as right, where these are not
-    ``answers[label]``. ``path`` and ``line`` say where the sample was read.
+    What is not known is ``()`` or None. A metric takes the samples of one ``group`` together (a MultiRC question, a
+    ReCoRD query). ``references`` are the texts that count as right, if these are others than ``answers[label]``.
+    ``path`` and ``line`` say where the sample was read.
     """
 
     text: str = ""
@@ -67,12 +67,16 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What a model answers: the most probable candidate or class, the log-probability of each in nats, and the texts
-    that it wrote, one a blank."""
+    """A model's answer: the index of the most probable candidate or class, the log-probability of each in nats, and the
+    texts that it wrote, one a blank."""
 
     label: int | None = None
     scores: tuple[float, ...] = ()
     texts: tuple[str, ...] = ()
+
+
+Values: TypeAlias = Mapping[str, Any]
+"""The values of a record by the names of its columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +88,7 @@ class Record:
     line: int  # where it begins, from 1; in a .parquet file, the row
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         return f"{self.path}, line {self.line}"
 
 
@@ -102,7 +106,8 @@ def read_records(
 
     Args:
         limit: read no more than so many records.
-        on_bad: told of each line that is no record, and it is left out; without it the first one raises.
+        on_bad: called with the error of each line that is no record, which is left out; without it the first one
+            raises.
 
     Raises:
         GmaskError: no such file, an unknown format, a line that is no record (with its number), a file that cannot be
@@ -119,10 +124,10 @@ def read_records(
 
 
 def _read_file(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[Record]:
-    ending = next((ending for ending in READERS if path.name.endswith(ending)), None)
+    ending = next((ending for ending in FILE_READERS if path.name.endswith(ending)), None)
     if ending is None:
-        raise GmaskError(f"{path}: only {', '.join(READERS)} files are read (a .target file by its .source file)")
-    for line, values in READERS[ending](path, on_bad):
+        raise GmaskError(f"{path}: only {', '.join(FILE_READERS)} files are read (a .target file by its .source file)")
+    for line, values in FILE_READERS[ending](path, on_bad):
         if isinstance(values, dict):
             yield Record(values, path, line)
         else:
@@ -155,37 +160,37 @@ def _read_json(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[tup
 
 
 def _find_array(text: str) -> int:
-    """Where the array of valid JSON opens: the text itself, or the value of "data" in it."""
-    place = _skip_space(text, 0)
-    if text[place] == "[":
-        return place
+    """The index of the bracket that opens the array of valid JSON: the text itself, or the value of "data" in it."""
+    index = _skip_space(text, 0)
+    if text[index] == "[":
+        return index
     decoder = json.JSONDecoder()
     key = None
     while key != "data":
-        key, place = decoder.raw_decode(text, _skip_space(text, place + 1))  # behind "{" or ","
-        place = _skip_space(text, _skip_space(text, place) + 1)  # behind ":"
+        key, index = decoder.raw_decode(text, _skip_space(text, index + 1))  # behind "{" or ","
+        index = _skip_space(text, _skip_space(text, index) + 1)  # behind ":"
         if key != "data":
-            _, place = decoder.raw_decode(text, place)
-            place = _skip_space(text, place)
-    return place
+            _, index = decoder.raw_decode(text, index)
+            index = _skip_space(text, index)
+    return index
 
 
-def _walk_array(text: str, place: int) -> Iterator[tuple[int, Any]]:
-    """The values of the array that opens at a place of valid JSON, each with the place where it begins."""
+def _walk_array(text: str, index: int) -> Iterator[tuple[int, Any]]:
+    """The values of the array that opens at an index of valid JSON, each with the index where it begins."""
     decoder = json.JSONDecoder()
-    place = _skip_space(text, place + 1)
-    while text[place] != "]":
-        value, end = decoder.raw_decode(text, place)
-        yield place, value
-        place = _skip_space(text, end)
-        if text[place] == ",":
-            place = _skip_space(text, place + 1)
+    index = _skip_space(text, index + 1)
+    while text[index] != "]":
+        value, end = decoder.raw_decode(text, index)
+        yield index, value
+        index = _skip_space(text, end)
+        if text[index] == ",":
+            index = _skip_space(text, index + 1)
 
 
-def _skip_space(text: str, place: int) -> int:
-    while text[place].isspace():
-        place += 1
-    return place
+def _skip_space(text: str, index: int) -> int:
+    while text[index].isspace():
+        index += 1
+    return index
 
 
 def _read_table(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -213,7 +218,7 @@ def _read_table(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[tu
 
 
 def _check_delimiter(path: Path, header: list[str]) -> None:
-    """Raises `GmaskError` for a single column whose name holds what other tables are separated by."""
+    """Raises `GmaskError` if the header is one column, whose name has the delimiter of another kind of table."""
     marks = ";|," if path.suffix == ".tsv" else ";|\t"
     mark = next((mark for mark in marks if len(header) == 1 and mark in header[0]), None)
     if mark is not None:
@@ -250,14 +255,14 @@ def _read_source(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[t
 
 
 def _read_stripped(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a file, none of which may be left out."""
+    """The lines of a file, without the space around them. Raises `GmaskError` for a line that cannot be read."""
     for number, line in read_lines(path):
         if isinstance(line, GmaskError):
             raise at_line(path, number, line)
         yield number, line.strip()
 
 
-READERS: Mapping[str, Callable[[Path, Callable[[GmaskError], None]], Iterator[tuple[int, Any]]]] = {
+FILE_READERS: Mapping[str, Callable[[Path, Callable[[GmaskError], None]], Iterator[tuple[int, Any]]]] = {
     ".jsonl": read_json_lines,
     ".jsonl.zst": read_json_lines,
     ".json": _read_json,
@@ -266,20 +271,21 @@ READERS: Mapping[str, Callable[[Path, Callable[[GmaskError], None]], Iterator[tu
     ".parquet": _read_parquet,
     ".source": _read_source,
 }
-"""By the end of the file's name: the rows with the lines where they begin; bad ones are told."""
+"""The reader of each file format, by the end of the file's name. It gives the line and the values of each record, and
+calls ``on_bad`` with the error of each that cannot be read."""
 
 LONGEST_CELL = 2**31 - 1  # characters; Python's own limit is less than a text of 132 kB
 
 TXT_DOCUMENT_CHARS = 8_192
-"""A document of a .txt file ends at the first blank line after this many characters ..."""
+"""A document of a .txt file ends at the first blank line after so many characters."""
 
 TXT_DOCUMENT_MAX_CHARS = 65_536
-"""... and, where no blank line comes, at the first line end after this many."""
+"""Without a blank line, it ends at the first end of a line after so many."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text, in NFC, with the place it came from."""
+    """One text, in NFC, with its file and line."""
 
     text: str
     path: Path
@@ -288,13 +294,14 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One entry of a recipe's `sources`: a kind of text and how much of it to use.
+    """One entry of a recipe's ``sources``: some texts, and how much of them to use.
 
-    train, validation: a path or a glob of .jsonl, .jsonl.zst or .txt files.
-    weight: share of the training tokens, relative to the other sources' weights.
-    epochs: instead of a weight, the number of passes relative to the other such sources
-        (weight = epochs x tokens of the source). Neither given: epochs = 1.
-    kind: of text, such as "literature": what is measured on held-out sentences is told for each kind.
+    Args:
+        train, validation: a path or a glob of .jsonl, .jsonl.zst or .txt files.
+        weight: share of the training tokens, relative to the other sources' weights.
+        epochs: instead of a weight, the number of passes relative to the other such sources (weight = epochs x tokens
+            of the source). Neither given: epochs = 1.
+        kind: of text, such as "literature"; measurements on held-out sentences are reported for each kind.
     """
 
     name: str
@@ -310,7 +317,7 @@ class Source:
         check_fields(self, f"source {self.name}: ")
 
     def share_of(self, size: int) -> float:
-        """The source's weight when it holds `size` tokens (or bytes)."""
+        """The weight of the source, if it has ``size`` tokens (or bytes)."""
         if self.weight is not None:
             return self.weight
         return size * (1.0 if self.epochs is None else self.epochs)
@@ -327,13 +334,17 @@ def find_files(pattern: str) -> list[Path]:
 def read_documents(
     path: Path | str, *, field: str = "text", on_bad_line: Callable[[GmaskError], None] | None = None
 ) -> Iterator[Document]:
-    """Read the documents of one file: .jsonl and .jsonl.zst hold one object a line, .txt is plain text.
+    """Reads the documents of one file: .jsonl and .jsonl.zst hold one object a line, .txt is plain text.
 
     A .txt file is one document up to `TXT_DOCUMENT_CHARS` characters; a longer one is cut at blank lines into
     documents just above that size. Documents without any text are left out.
 
-    on_bad_line: told of each line that is no UTF-8, no JSON object or has no string `field`, and the line is
-        skipped; without it the first such line raises `GmaskError` with the file and the line number.
+    Args:
+        on_bad_line: called with the error of each line that is no UTF-8, no JSON object or has no string ``field``;
+            the line is skipped. Without it the first such line raises.
+
+    Raises:
+        GmaskError: a file of another kind, or a bad line, with its file and number.
     """
     path = Path(path)
     on_bad = on_bad_line or _raise
@@ -353,7 +364,7 @@ def read_texts(files: Sequence[Path], *, on_bad_line: Callable[[GmaskError], Non
 
 
 def _read_text_lines(path: Path, field: str, on_bad: Callable[[GmaskError], None]) -> Iterator[tuple[int, str]]:
-    """The texts of JSON lines; what else stands beside them is not looked at."""
+    """The texts of JSON lines; the other values of a line are not checked."""
     for number, line in read_lines(path):
         try:
             if isinstance(line, GmaskError):
@@ -384,17 +395,17 @@ def _read_txt(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[tupl
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction], samples: Sequence[Sample]) -> None:
-    """Writes one JSON object a line: the sample, and what the model made of it. What is empty is left out.
+    """Writes one JSON object a line: a sample and its prediction.
 
     Raises:
         GmaskError: the file cannot be written.
     """
-    lines = (describe(*answered) for answered in zip(predictions, samples, strict=True))
+    lines = (_prediction_line(*answered) for answered in zip(predictions, samples, strict=True))
     write_json_lines(path, lines)
 
 
-def describe(prediction: Prediction, sample: Sample) -> dict[str, Any]:
-    """A sample and its prediction as a line of a predictions file: with the scores in nats, rounded to 4 places."""
+def _prediction_line(prediction: Prediction, sample: Sample) -> dict[str, Any]:
+    """The line of a sample and its prediction, without empty values; scores are in nats, rounded to 4 decimals."""
     values = {
         "history": sample.history,
         "text": sample.text,

@@ -1,4 +1,4 @@
-"""A task, read from YAML, makes samples of records."""
+"""Tasks: read from YAML, they make samples of records."""
 
 import dataclasses
 import re
@@ -12,9 +12,9 @@ from typing import Annotated, Any
 from gmask.config import Choices, build, field_names, load_tree
 from gmask.conversation import read_conversation
 from gmask.errors import GmaskError, nearest
-from gmask.tasks.formats import READERS, flatten, samples_of
-from gmask.tasks.metrics import Language, check_kind, check_metric
-from gmask.tasks.records import Record, Sample, TaskKind
+from gmask.tasks.formats import FORMAT_READERS, flatten, samples_of
+from gmask.tasks.metrics import MetricLanguage, check_kind, check_metric
+from gmask.tasks.records import Record, Sample, TaskKind, Values
 from gmask.tasks.templates import as_text, count_blanks, escape_blanks, parse_template, read_value, split_marks
 
 HERE = Path(__file__).parent
@@ -22,14 +22,14 @@ HERE = Path(__file__).parent
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """A task as data: how a record becomes a question, and how the answers are measured.
+    """A task as data: how a record becomes a sample, and which metrics measure the answers.
 
-    Templates are described at `gmask.tasks.templates.parse_template`. Which fields a kind of task needs:
+    Templates are those of `gmask.tasks.templates.parse_template`. The fields that each kind of task needs:
 
     - cloze, multiple-choice: ``template`` with one blank, ``label``, and ``choices`` or ``candidates``;
     - classification: ``template`` without a blank (or ``plain_template``), ``label``, ``choices``;
     - seq2seq: ``template`` with one blank, ``target``;
-    - infill: ``template`` for a text that has blanks; its answers are marked in it or stand in ``answers``;
+    - infill: ``template`` for a text with blanks; the answers are marked in the text, or are in the column ``answers``;
     - language-model: ``template``;
     - chat: ``template`` of the prompt and ``target``, or ``messages``.
     """
@@ -37,7 +37,7 @@ class Task:
     name: str
     kind: TaskKind
     template: str = ""
-    plain_template: str | None = None  # the text without a blank, for the kind classification
+    plain_template: str | None = None  # of the text without a blank, for the kind classification
     label: str | None = None  # column
     choices: Mapping[str, str] = dataclasses.field(default_factory=dict)  # value of the label: template of the answer
     candidates: str | None = None  # column with a list of answers, instead of choices; the label is the index
@@ -46,11 +46,11 @@ class Task:
     history: str | None = None  # column with the rounds before: a list of [prompt, reply], or of messages
     messages: str | None = None  # column with a whole conversation
     references: str | None = None  # column with a list of all texts that count as right
-    group: str | None = None  # template of the name that the samples of one question share
-    reader: Annotated[str, Choices(tuple(READERS))] = "plain"  # a name of gmask.tasks.formats.READERS
+    group: str | None = None  # template of a name that the samples of one question share
+    reader: Annotated[str, Choices(tuple(FORMAT_READERS))] = "plain"  # of the format of the records
     metrics: tuple[str, ...] = ()
-    best: str = "loss"  # what picks the best checkpoint: "loss" or one of the metrics
-    language: Language | None = None  # of the answers, for the metrics
+    best: str = "loss"  # "loss" or the metric by which the best checkpoint is chosen
+    language: MetricLanguage | None = None  # of the answers, for the metrics
     source: str = ""  # paper or repository, and the licence of the data
 
     def samples(
@@ -63,21 +63,22 @@ class Task:
         """The samples of records, in their order.
 
         Args:
-            require_answers: an answer that is absent or empty is an error; without it such a sample is a question, as
-                in test files without labels.
-            on_bad: told of each question that cannot be used, and it is left out; without it the first one raises.
+            require_answers: an absent or empty answer is an error; if false, such a sample has no answer, as in test
+                files without labels.
+            on_bad: called with the error of each record that cannot be used, which is left out; without it the first
+                one raises.
 
         Raises:
-            GmaskError: an absent column (those that are there and the nearest are named), an empty one, a label outside
-                the choices, each with file and line; or there is no sample.
+            GmaskError: a column that is absent (with the nearest name) or empty, a label outside the choices, each with
+                file and line; or no record gives a sample.
         """
         samples = list[Sample]()
         for record in records:
             plain = list[Record]()
-            with _placed(record, on_bad):
+            with _located(record, on_bad):
                 plain = list(flatten(self.reader, record))
             for one in plain:
-                with _placed(record, on_bad):
+                with _located(record, on_bad):
                     samples += make_samples(self, one, require_answers=require_answers)
         if not samples:
             raise GmaskError(f"task {self.name}: no record gives a sample")
@@ -90,18 +91,18 @@ def task_names() -> list[str]:
 
 
 def load_task(name_or_path: str | Path) -> Task:
-    """Reads a task of gmask's by its name, or a YAML file.
+    """Reads a task: one of gmask's by its name, or a YAML file.
 
     Raises:
-        GmaskError: no such task (the nearest is named), or what `read_task` raises.
+        GmaskError: no such task (with the nearest name), or what `read_task` raises.
     """
     return read_task({"use": str(name_or_path)})
 
 
 def read_task(tree: Mapping[str, Any]) -> Task:
-    """Checks a task's plain values, as they stand in a YAML file or in a recipe, and gives them types.
+    """Makes a task of plain values, those of a YAML file or a recipe, and checks them.
 
-    ``use: superglue/rte`` starts from another task, by its name or file; the other keys then replace that one's.
+    ``use: superglue/rte`` starts from another task, by its name or file; the other keys replace its values.
 
     Raises:
         GmaskError: an unknown or missing key, kind, metric or reader; a template that does not fit the kind.
@@ -127,19 +128,23 @@ def read_task(tree: Mapping[str, Any]) -> Task:
 
 
 @contextmanager
-def _placed(record: Record, on_bad: Callable[[GmaskError], None] | None) -> Iterator[None]:
-    """Adds file and line to an error, and raises it or tells it."""
+def _located(record: Record, on_bad: Callable[[GmaskError], None] | None) -> Iterator[None]:
+    """Adds file and line to an error, and raises it or calls ``on_bad`` with it."""
     try:
         yield
     except GmaskError as error:
-        placed = GmaskError(f"{record.place}: {error}")
+        located = GmaskError(f"{record.location}: {error}")
         if on_bad is None:
-            raise placed from error
-        on_bad(placed)
+            raise located from error
+        on_bad(located)
 
 
 def _expand(tree: Mapping[str, Any], users: tuple[str, ...]) -> dict[str, Any]:
-    """The values with those of the task that they use."""
+    """The values of a task, completed by those of the task that it uses.
+
+    Args:
+        users: the tasks that use this one.
+    """
     values = dict(tree)
     if (name := values.pop("use", None)) is None:
         return values
@@ -157,7 +162,7 @@ def _expand(tree: Mapping[str, Any], users: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _read_choices(choices: Any, where: str) -> dict[str, str]:
-    """A mapping, or a list of texts whose labels are 0, 1, ..."""
+    """The text of each label, from a mapping or from a list of texts, whose labels are 0, 1, ..."""
     if isinstance(choices, list):
         choices = dict(enumerate(choices))
     if not isinstance(choices, Mapping):
@@ -175,7 +180,7 @@ def _read_choices(choices: Any, where: str) -> dict[str, str]:
 
 
 def _check_fields(task: Task) -> None:
-    """Whether the fields that the kind needs are there, and the templates fit it."""
+    """Raises `GmaskError` for a field that the kind needs and lacks, and for a template that does not fit it."""
     needed = {
         "cloze": ["template", "label"],
         "multiple-choice": ["template", "label"],
@@ -202,19 +207,18 @@ def _check_fields(task: Task) -> None:
         check_kind(metric, task.kind)
 
 
-Values = Mapping[str, Any]
 WHOLE_FLOAT = re.compile(r"(?<=\d)\.0+$")
-"""What a whole number ends with that became a float, as in a table with empty cells."""
+"""The decimals of a whole number that became a float, as in a table with empty cells."""
 
 UNKNOWN_LABELS = ("", "-1")
-"""What stands in the place of the label in published test files."""
+"""Labels of published test files that mean no label."""
 
 
 def make_samples(task: Task, record: Record, *, require_answers: bool) -> list[Sample]:
     """The samples of one plain record: several for a conversation, else one.
 
     Args:
-        require_answers: raise an error for an answer that is absent or empty; without it such samples are questions.
+        require_answers: as of `Task.samples`.
 
     Raises:
         GmaskError: a column that is absent, empty or of the wrong kind; a label outside the choices; a number of blanks
@@ -306,7 +310,7 @@ def _read_target(task: Task, values: Values, require_answers: bool) -> tuple[str
 def _read_label(
     task: Task, values: Values, names: Sequence[str], texts: Sequence[str], require_answers: bool
 ) -> int | None:
-    """The index of the right choice; a label is the name of a choice or its text."""
+    """The index of the right choice. The label is the name of a choice or its text."""
     assert task.label is not None, "read_task checks it"
     if not require_answers and task.label not in values:
         return None
@@ -320,12 +324,12 @@ def _read_label(
         return None
     if not label:
         raise GmaskError(f"column {task.label!r} is empty")
-    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    raise GmaskError(f"the label {label!r} is none of the choices: {shown}")
+    listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    raise GmaskError(f"the label {label!r} is none of the choices: {listed}")
 
 
 def find_repeated(texts: Sequence[str]) -> str | None:
-    """The first text that comes more than once."""
+    """The first text that occurs more than once, or None."""
     return next((text for text, count in Counter(texts).items() if count > 1), None)
 
 
@@ -338,7 +342,7 @@ def _read_references(task: Task, values: Values) -> tuple[str, ...]:
 
 
 def _read_texts(values: Values, column: str) -> tuple[str, ...]:
-    """A column that holds a list of texts."""
+    """The texts of a column that holds a list."""
     value = read_value(values, column)
     if not isinstance(value, list) or not value:
         raise GmaskError(f"column {column!r} is not a list of texts, or an empty one")

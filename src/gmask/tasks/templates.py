@@ -1,4 +1,4 @@
-"""A template makes a text of a record."""
+"""Templates, which make a text of a record."""
 
 import re
 import string
@@ -11,11 +11,11 @@ from typing import Any
 from gmask.errors import GmaskError, nearest
 
 BLANK = re.compile(r"(\\*)(\[[sg]?MASK\])")
-"""A blank and the backslashes before it; an odd number of them makes it plain text, as `gmask.infill` reads it."""
+"""A blank with the backslashes before it. An odd number of them makes it plain text, as in `gmask.infill`."""
 LIKE_A_BLANK = re.compile(r"(\\*)(\[(?i:[a-z]*mask)\])")
-"""What `gmask.infill` takes for a blank, or refuses for its likeness to one."""
+"""A blank, or what `gmask.infill` refuses because it looks like one."""
 MARKED_BLANK = re.compile(r"\[([sg]?MASK)=((?:[^\]\\]|\\.)+)\]")
-"""A blank with its answer, as in ``[MASK=Paris]``; a backslash takes the next character into the answer."""
+"""A blank with its answer, as in ``[MASK=Paris]``; a backslash makes the next character part of the answer."""
 FIELD = re.compile(r"([^|?]+)(?:\|([^?]+))?(\?)?")
 FINAL_PUNCTUATION = string.punctuation + "。！？；：，、…"
 
@@ -29,12 +29,12 @@ FILTERS: dict[str, Callable[[str], str]] = {
     "unpunctuated": lambda text: text.rstrip().rstrip(FINAL_PUNCTUATION),
     "lower-first": _lower_first,
 }
-"""What may stand behind a column's name: ``{question|unpunctuated}``, ``{choice1|unpunctuated|lower-first}``."""
+"""The filters of a column: ``{question|unpunctuated}``, ``{choice1|unpunctuated|lower-first}``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """The place of a column's value."""
+    """A part of a template that the value of a column fills."""
 
     column: str
     filters: tuple[str, ...]
@@ -45,7 +45,7 @@ class Field:
 class Template:
     """A text with fields, cut at its blanks."""
 
-    segments: tuple[tuple[str | Field, ...], ...]  # what stands before, between and behind the blanks
+    segments: tuple[tuple[str | Field, ...], ...]  # before, between and behind the blanks
     blanks: tuple[str, ...]
 
     @property
@@ -57,8 +57,8 @@ class Template:
     def fill(self, values: Mapping[str, Any]) -> str:
         """The text for the values of a record, in NFC.
 
-        Where the template has blanks they are the only ones: a blank in a value is escaped with a backslash. Where it
-        has none, those in the values stay.
+        If the template has blanks, those in the values are escaped with a backslash. If it has none, those in the
+        values are blanks.
 
         Raises:
             GmaskError: no such column, an empty value, or one that is no text.
@@ -83,7 +83,7 @@ def parse_template(source: str) -> Template:
     plain text.
 
     Raises:
-        GmaskError: a brace without its partner, or an unknown filter.
+        GmaskError: a single brace, or an unknown filter.
     """
     segments: list[list[str | Field]] = [[]]
     blanks: list[str] = []
@@ -101,23 +101,23 @@ def parse_template(source: str) -> Template:
 
 
 def count_blanks(text: str) -> int:
-    """The blanks of a text, without those that a backslash makes plain text."""
+    """The number of blanks in a text; those that a backslash makes plain text do not count."""
     return sum(len(match.group(1)) % 2 == 0 for match in BLANK.finditer(text))
 
 
 def escape_blanks(text: str) -> str:
-    """The text with its blanks, and what looks like one, made plain text by a backslash."""
+    """Makes the blanks of a text, and what looks like one, plain text by a backslash."""
     return LIKE_A_BLANK.sub(r"\1\1\\\2", text)
 
 
 def split_marks(text: str) -> tuple[str, tuple[str, ...]]:
-    """A text with marked answers, as in ``It is [MASK=sunny] today.``, as a text with blanks, and the answers."""
+    """Splits a text with answers, such as ``It is [MASK=sunny] today.``, into a text with blanks and the answers."""
     answers = tuple(re.sub(r"\\(.)", r"\1", match.group(2)) for match in MARKED_BLANK.finditer(text))
     return MARKED_BLANK.sub(r"[\1]", text), answers
 
 
 def read_value(values: Mapping[str, Any], column: str) -> Any:
-    """The value of a column. Raises `GmaskError` with the columns that there are."""
+    """The value of a column. Raises `GmaskError` with the known columns if there is none."""
     if column not in values:
         known = ", ".join(values)
         near = f"; the nearest is {nearest(column, values)!r}" if values else ""
@@ -151,7 +151,7 @@ def _parse_field(source: str, template: str) -> Field:
 
 
 def _add_text(text: str, segments: list[list[str | Field]], blanks: list[str]) -> None:
-    """Adds a piece without fields, cut at its blanks; escapes are undone, as `Template.fill` makes them anew."""
+    """Adds text without fields, cut at its blanks; its escapes are removed, and `Template.fill` adds them again."""
     end = 0
     for match in BLANK.finditer(text):
         backslashes, blank = match.groups()

@@ -1,1 +1,1 @@
-"""The tokenizers of the published vocabularies, and what a folder holds of one."""
+"""The tokenizers of the published vocabularies, and how a folder's is read."""

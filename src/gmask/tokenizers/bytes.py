@@ -1,8 +1,7 @@
 """The bytes that each token of a vocabulary stands for, and the texts that its tokens can spell.
 
-Two kinds of decoder look at where a token stands: SentencePiece's and WordPiece's drop the space of the first token.
-The bytes here are those of a token inside a text. A text of theirs may therefore stand behind one space, which the
-decoder drops; in the other vocabularies it may too, and there the space is the answer's own.
+The bytes are those of a token inside a text. The decoders of SentencePiece and WordPiece drop the space of the first
+token, so the tokens of a text may spell one space before it. In other vocabularies such a space is part of the text.
 """
 
 import json
@@ -26,17 +25,17 @@ BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 
 @dataclass(frozen=True, slots=True)
 class Spelling:
-    """How the tokens of a vocabulary spell a text, which follows none or one space.
+    """How the tokens of a vocabulary spell a text, before which there may be one space.
 
-    The two patterns are written so that Python and Rust read them alike.
+    Both patterns mean the same in Python and in Rust.
     """
 
-    tokens: tuple[bytes, ...]  # by id; empty for those without a text: special and unknown ones
+    tokens: tuple[bytes, ...]  # by id; empty for special and unknown tokens
     spellable: str  # pattern of the texts that are sequences of tokens
-    reserved: str | None = None  # pattern of texts that the decoder replaces, from their < to their >
+    reserved: str | None = None  # pattern of texts that the decoder replaces, such as <n>
 
     def can_spell(self, text: str) -> bool:
-        """Is a text a sequence of tokens?"""
+        """True if a sequence of tokens spells the text."""
         is_reserved = self.reserved is not None and re.search(self.reserved, text)
         return not is_reserved and re.fullmatch(self.spellable, text) is not None
 
@@ -45,7 +44,7 @@ def read_spelling(tokenizer: PreTrainedTokenizerBase) -> Spelling:
     """The spelling of a tokenizer; special and added tokens spell nothing.
 
     Raises:
-        GmaskError: the tokenizer's decoder is none of those that are known here.
+        GmaskError: an unknown decoder.
     """
     if isinstance(tokenizer, ChatGLMTokenizer):
         texts = _sentencepiece_bytes(tokenizer.pieces, first_id=tokenizer.first_id, restore=restore_white_space)
@@ -77,7 +76,7 @@ def _in_order(texts: Mapping[int, bytes], tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _decoder(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The settings of the decoder of the `tokenizers` library; empty if that is not what decodes."""
+    """The settings of the decoder of the `tokenizers` library; empty if the tokenizer has none."""
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     settings: dict[str, Any] = json.loads(decoder.__getstate__()) if decoder is not None else {}
     return settings
@@ -93,7 +92,7 @@ def _sentencepiece_bytes(
         piece = model.id_to_piece(index)
         if model.is_byte(index):
             text = _fallback_bytes(piece)
-            texts[first_id + index] = b"" if text == b" " else text  # the first token's would not be dropped
+            texts[first_id + index] = b"" if text == b" " else text  # the decoder does not drop it at the beginning
         else:
             texts[first_id + index] = restore(piece).replace(SPACE_MARK, " ").encode()
     return texts
@@ -109,7 +108,7 @@ def _word_piece_bytes(piece: str, prefix: str) -> bytes:
 
 
 def _byte_level_bytes(pieces: Mapping[str, int]) -> dict[int, bytes]:
-    """The bytes of pieces in GPT-2's alphabet: a character for each byte, its own where that can be seen."""
+    """The bytes of pieces in GPT-2's alphabet, which has a visible character for each byte."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]
     alphabet = {chr(byte): byte for byte in visible} | {chr(256 + rank): byte for rank, byte in enumerate(hidden)}
@@ -121,7 +120,7 @@ def _byte_level_bytes(pieces: Mapping[str, int]) -> dict[int, bytes]:
 
 
 def _pattern(tokens: Iterable[bytes], *, drops_space: bool) -> str:
-    """Any text if there is a token for every byte, else texts of the characters that are tokens."""
+    """A pattern of texts that tokens spell: any text if every byte is a token, else texts of characters that are."""
     known = set(tokens)
     letters = _single_letters(known)
     if all(bytes([byte]) in known for byte in UTF8_BYTES):
@@ -131,7 +130,7 @@ def _pattern(tokens: Iterable[bytes], *, drops_space: bool) -> str:
 
 
 def _word_pattern(tokens: Iterable[bytes]) -> str:
-    """Texts of the characters that both begin and continue a word, with single spaces between them."""
+    """A pattern of texts of the characters that both begin and continue a word, with single spaces between them."""
     known = set(tokens)
     letter = _one_of({letter for letter in _single_letters(known) if f" {letter}".encode() in known})
     return f"(?:{letter}(?: ?{letter})*)?"
@@ -143,7 +142,7 @@ def _single_letters(tokens: Iterable[bytes]) -> set[str]:
 
 
 def _one_of(letters: Iterable[str]) -> str:
-    """A class of letters, in which neighbours are a range."""
+    """A character class of letters, with neighbours as a range."""
     runs: list[list[int]] = []
     for code in sorted(map(ord, letters)):
         if runs and code == runs[-1][1] + 1:

@@ -3,9 +3,9 @@
 White space is spelt in pieces of its own before SentencePiece, which would lose it, reads the text. Special tokens
 are the six of the prompt format; ``[gMASK]``, ``[sMASK]``, ``</s>``, ``<ENC>`` and ``<dBLOCK>`` in a text are text.
 
-The first published vocabulary begins with 20000 image tokens. Its file holds the ordinary pieces alone. The special
-ones, those of white space and those of bytes follow them in the order of the later vocabulary, and every id is counted
-on by the image tokens.
+The first published vocabulary begins with 20000 image tokens, so the id of a piece is its index plus 20000. Its file
+holds ordinary pieces only. Special pieces and those of white space and bytes follow them, in the order of the later
+vocabulary.
 
 Source: published tokenization_chatglm.py, revision of the 130528-entry vocabulary.
 Source: published tokenization_chatglm.py of March 2023 and the icetk package that it used.
@@ -27,21 +27,21 @@ from gmask.files import refuse_placeholder
 
 VOCABULARY_FILE = "ice_text.model"
 LINE_END = "<n>"
-LONGEST_BLANK = 80
-"""Spaces that one piece can stand for; shorter runs have pieces down to two."""
+LONGEST_SPACES = 80
+"""The most spaces of one piece; there are pieces from two spaces on."""
 
-SPACES = re.compile(f" {{2,{LONGEST_BLANK}}}")
+SPACES = re.compile(f" {{2,{LONGEST_SPACES}}}")
 WHITE_PIECES = re.compile(r"<n>|<\|tab\|>|<\|blank_(\d+)\|>")
 
 
 def spell_white_space(text: str) -> str:
-    """Line ends, tabs and runs of spaces as pieces; runs are cut into the longest pieces first."""
+    """Replaces line ends, tabs and runs of spaces by their pieces, the longest first."""
     text = text.replace("\n", LINE_END).replace("\t", "<|tab|>")
     return SPACES.sub(lambda run: f"<|blank_{len(run[0])}|>", text)
 
 
 def restore_white_space(text: str) -> str:
-    """The text that the pieces of white space stand for."""
+    """Replaces the pieces of white space by what they spell."""
     fixed = {LINE_END: "\n", "<|tab|>": "\t"}
     return WHITE_PIECES.sub(lambda piece: fixed.get(piece[0]) or " " * int(piece[1]), text)
 
@@ -49,13 +49,13 @@ def restore_white_space(text: str) -> str:
 class ChatGLMTokenizer(PreTrainedTokenizer):
     """The published tokenizer of ChatGLM-6B; a prompt ends with ``[gMASK] <sop>``, an answer with ``<eop>``.
 
-    Padding goes to the left. The attention mask is ``[B, S]`` with 1 at tokens, from which the model derives layout
-    and visibility; the published code made a mask ``[B, 1, S, S]`` and positions here, and the latter by another rule
-    than the model's: a ``[MASK]`` in the text went before the ``[gMASK]`` at its end. Decoding gives the text as the
-    model wrote it; with ``clean_up_tokenization_spaces=True``, as published, spaces before punctuation are lost.
+    Padding goes to the left. The attention mask is ``[B, S]``, 1 at tokens; the model derives layout and visibility
+    from it. The published code made a mask ``[B, 1, S, S]`` and positions here, and the positions by another rule than
+    the model's: a ``[MASK]`` in the text took precedence over the ``[gMASK]`` at its end. Decoding gives the text as
+    the model wrote it; with ``clean_up_tokenization_spaces=True``, as published, spaces before punctuation are lost.
 
-    Published folders call the class of either vocabulary by this name: a file of the first one, which has no ``<sop>``,
-    gives a `ChatGLMTokenizerV0`.
+    Published folders use this name for both vocabularies. The file of the first one, which has no ``<sop>``, makes a
+    `ChatGLMTokenizerV0`.
 
     Args:
         vocab_file: the published ``ice_text.model``.
@@ -114,13 +114,13 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         super().__init__(
             **special, padding_side=padding_side, do_lower_case=do_lower_case, remove_space=remove_space, **kwargs
         )
-        # Not given to the base class, which would make them special in texts.
+        # The base class would make them special in texts.
         self.end_token, self.gmask_token = str(end_token), str(gmask_token)
         self.init_kwargs |= {"end_token": self.end_token, "gmask_token": self.gmask_token}
 
     @staticmethod
     def read_vocabulary(path: str) -> SentencePieceProcessor:
-        """The pieces of a vocabulary file."""
+        """Reads the pieces of a vocabulary file."""
         return read_pieces(path)
 
     @property
@@ -142,7 +142,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self._convert_token_to_id(self.end_token)
 
     def get_vocab(self) -> dict[str, int]:
-        """Pieces and their ids."""
+        """The pieces with their ids."""
         count = self.pieces.vocab_size()
         return {self.pieces.id_to_piece(index): self.first_id + index for index in range(count)}
 
@@ -170,7 +170,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         clean_up_tokenization_spaces: bool | None = None,
         **kwargs: Any,
     ) -> str:
-        """The text of ids; control pieces and ids beyond the vocabulary have none."""
+        """The text of ids; control pieces and unknown ids spell nothing."""
         ids = [token_ids] if isinstance(token_ids, int) else [int(index) for index in token_ids]
         silent = {self.pad_token_id, *(self.all_special_ids if skip_special_tokens else ())}
         pieces = [index - self.first_id for index in ids if index not in silent and self._has_piece(index)]
@@ -192,7 +192,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return prompt if token_ids_1 is None else [*prompt, *token_ids_1, self.eos_token_id]
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
-        """What `build_inputs_with_special_tokens` adds."""
+        """The number of tokens that `build_inputs_with_special_tokens` adds."""
         return 3 if pair else 2
 
     def create_token_type_ids_from_sequences(
@@ -210,7 +210,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
 
 def read_pieces(path: str) -> SentencePieceProcessor:
-    """The vocabulary in a file.
+    """Reads the pieces of a vocabulary file.
 
     Raises:
         GmaskError: no such file, not a SentencePiece model, or that of another model.
@@ -236,10 +236,10 @@ APPENDED = (
     *((piece, CONTROL) for piece in ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>")),
     ("<dBLOCK>", CONTROL),
     ("<|tab|>", USER_DEFINED),
-    *((f"<|blank_{length}|>", USER_DEFINED) for length in range(2, LONGEST_BLANK + 1)),
+    *((f"<|blank_{length}|>", USER_DEFINED) for length in range(2, LONGEST_SPACES + 1)),
     *((f"<0x{byte:02X}>", BYTE) for byte in range(256)),
 )
-"""Pieces that the vocabulary file lacks, in the order of their ids."""
+"""The pieces that the vocabulary file lacks, with their types, in the order of their ids."""
 
 
 class ChatGLMTokenizerV0(ChatGLMTokenizer):
@@ -273,7 +273,7 @@ class ChatGLMTokenizerV0(ChatGLMTokenizer):
 
     @staticmethod
     def read_vocabulary(path: str) -> SentencePieceProcessor:
-        """The pieces of the file and those that it lacks.
+        """Reads the pieces of a vocabulary file, and adds those that it lacks.
 
         Raises:
             GmaskError: no such file, or not a SentencePiece model.
@@ -284,7 +284,7 @@ class ChatGLMTokenizerV0(ChatGLMTokenizer):
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """``A [gMASK] <sop>``; behind a prompt with a mask of its own ``</s> <sop>``, or ``<sop>`` if it is last."""
+        """``A [gMASK] <sop>``; if the prompt has a mask, ``A </s> <sop>``, or ``A <sop>`` if the mask is last."""
         masks = {self.mask_token_id, self.gmask_token_id}
         prompt = list(token_ids_0)
         if not masks & set(prompt):
@@ -296,10 +296,10 @@ class ChatGLMTokenizerV0(ChatGLMTokenizer):
 
 
 def append_pieces(model: bytes) -> bytes:
-    """A serialized SentencePiece model with `APPENDED` behind its pieces, and unknown characters read as bytes.
+    """Adds `APPENDED` to the pieces of a serialized SentencePiece model, and lets it read unknown characters as bytes.
 
-    In the protocol-buffer format, a repeated field goes on and a single message is merged where it occurs again, so
-    nothing has to be taken apart.
+    In the protocol-buffer format, further values of a repeated field are appended, and a second message is merged with
+    the first, so the new fields are written behind the model.
     """
     pieces = b"".join(_field(1, _field(1, piece.encode()) + b"\x18" + bytes([kind])) for piece, kind in APPENDED)
     byte_fallback = _field(2, b"\x98\x02\x01")  # trainer_spec.byte_fallback, field 35, true

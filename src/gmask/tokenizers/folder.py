@@ -1,4 +1,4 @@
-"""The vocabulary files of a folder become a tokenizer."""
+"""The tokenizer of a folder, from its vocabulary files."""
 
 from pathlib import Path
 from typing import Any
@@ -11,27 +11,27 @@ from gmask.files import read_object, refuse_placeholder
 from gmask.tokenizers import glm
 from gmask.tokenizers.chatglm import VOCABULARY_FILE, ChatGLMTokenizer
 from gmask.tokenizers.glm import ADDED_TOKENS, GLMTokenizer, read_ids
-from gmask.tokenizers.glm_special import TRAINING_TOKENS
+from gmask.tokenizers.special_tokens import TRAINING_TOKENS
 
 CLASSES: dict[str, type[Any]] = {kind: getattr(glm, name) for name, kind in GLM.tokenizers.items() if kind}
-"""By kind of vocabulary, as the table of published models calls it."""
+"""The class of each kind of vocabulary; kinds are those of the table of published models."""
 
 CLASS_NAMES: dict[str, type[Any]] = {
     **{tokenizer_class.__name__: tokenizer_class for tokenizer_class in CLASSES.values()},
     **dict.fromkeys(CHATGLM.tokenizers, ChatGLMTokenizer),
     **dict.fromkeys(("GLMTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend"), GLMTokenizer),
 }
-"""What ``tokenizer_class`` may say in ``tokenizer_config.json``."""
+"""The classes by the names that ``tokenizer_class`` may have in ``tokenizer_config.json``."""
 
 SETTINGS_FILES = frozenset({"tokenizer_config.json", "special_tokens_map.json", ADDED_TOKENS})
-"""Files that say more of a vocabulary, and hold none."""
+"""Files with settings of a tokenizer, without a vocabulary."""
 
 VOCABULARY_FILES = {
     "tokenizer.json",
     VOCABULARY_FILE,
     *(name for tokenizer_class in CLASSES.values() for name in tokenizer_class.vocab_files_names.values()),
 } - SETTINGS_FILES
-"""Files of which every folder with a vocabulary has one."""
+"""Files with a vocabulary; a folder of a tokenizer has one of them."""
 
 WANTED = {
     "chinese": "cog-pretrain.model",
@@ -39,14 +39,14 @@ WANTED = {
     "bert": "vocab.txt of BERT (uncased)",
     "roberta": "vocab.json and merges.txt of RoBERTa",
 }
-"""What a user has to bring for a kind of vocabulary, in words."""
+"""The files that a kind of vocabulary needs, in words."""
 
 
 def require_vocabulary(folder: Path, kind: str | None) -> None:
-    """Raises `GmaskError` for a folder with weights alone, with the files that are missing.
+    """Raises `GmaskError` if a folder has no vocabulary, with the files that it needs.
 
     Args:
-        kind: of the vocabulary that is wanted; None for any.
+        kind: of the vocabulary; None for any.
     """
     if any((folder / name).is_file() for name in VOCABULARY_FILES):
         return
@@ -58,18 +58,18 @@ def require_vocabulary(folder: Path, kind: str | None) -> None:
 
 
 def read_tokenizer(folder: Path, *, kind: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder in one of the published forms, or in ours.
+    """Reads the tokenizer of a folder in one of the published forms, or in ours.
 
-    ``tokenizer_config.json`` says of which class it is, else ``kind``, else the files that are there. Vocabulary files
-    alone, as they stand beside a checkpoint of the training code, are read as that code read them (``spacing``
-    "training"); a folder in the Hugging Face form as the code published there did.
+    Its class is that of ``tokenizer_config.json``, else that of ``kind``, else that of the files. A folder with
+    vocabulary files only, as beside a checkpoint of the training code, is read as that code read it (``spacing``
+    "training"); a Hugging Face folder is read as the code published there did.
 
     Args:
-        kind: ``chinese``, ``gpt2``, ``bert`` or ``roberta``; or, for vocabulary files alone, another row of
+        kind: ``chinese``, ``gpt2``, ``bert`` or ``roberta``; or, for vocabulary files only, another key of
             `TRAINING_TOKENS`, such as ``chinese-nofix`` for GLM-10B-Chinese.
 
     Raises:
-        GmaskError: a missing or damaged file, which is named; a kind or class that is not known.
+        GmaskError: a missing or damaged file, or an unknown kind or class.
     """
     if not folder.is_dir():
         raise GmaskError(f"{folder}: no such folder; name the one that holds the vocabulary files")
@@ -101,7 +101,7 @@ def read_tokenizer(folder: Path, *, kind: str | None = None) -> PreTrainedTokeni
 
 
 def _from_folder(tokenizer_class: type[Any], folder: Path, path: Path) -> PreTrainedTokenizerBase:
-    """Lets transformers put files and settings together; ``path`` is blamed for what only it can say."""
+    """Reads a tokenizer by ``from_pretrained``; errors of transformers name ``path``."""
     if path.name in tokenizer_class.vocab_files_names.values() and not path.is_file():
         raise GmaskError(f"{path}: missing; download or copy it there")
     try:

@@ -1,8 +1,8 @@
 """The published vocabularies of GLM: text to ids and back.
 
-Three classes stand on the `tokenizers` library. `GLMChineseTokenizer` stands on sentencepiece: that is faster here
-(a text is one word to it, so a cache of words finds nothing), and the normalizer of `tokenizers` loses characters: it
-looks up whole graphemes, such as a letter with two accents, which its table may not hold.
+Three classes use the `tokenizers` library. `GLMChineseTokenizer` uses sentencepiece, for two reasons. It is faster
+here: a text is one word to it, so the cache of words in `tokenizers` finds nothing. And the normalizer of `tokenizers`
+loses characters: it looks up whole graphemes, such as a letter with two accents, which its table may lack.
 """
 
 import os
@@ -19,14 +19,14 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from gmask.errors import GmaskError
 from gmask.files import read_object, read_text, write_json
-from gmask.tokenizers.glm_published import BlankFilling
-from gmask.tokenizers.glm_special import (
+from gmask.tokenizers.glm_inputs import BlankFilling
+from gmask.tokenizers.special_tokens import (
     COMMANDS,
     PUBLISHED_TOKENS,
     ROLES,
     SPACING_RULES,
     TRAINING_TOKENS,
-    Ids,
+    AddedIds,
     Sides,
     Spacing,
 )
@@ -35,13 +35,13 @@ ADDED_TOKENS = "added_tokens.json"
 
 
 class PublishedVocabulary(BlankFilling):
-    """What the published vocabularies share: special tokens in a table of their own, and the white space at them.
+    """The base of the published vocabularies: special tokens in a table, and the white space beside them.
 
-    Several spellings may have one id, which neither backend knows: GLM-10B-Chinese has one for ``[gMASK]`` and
-    ``<|endofpiece|>``, and the training code calls RoBERTa's ``<s>`` ``[CLS]``.
+    Several spellings may have one id, which neither backend allows: in GLM-10B-Chinese ``[gMASK]`` and
+    ``<|endofpiece|>`` share an id, and the training code calls RoBERTa's ``<s>`` ``[CLS]``.
     """
 
-    # What comes from transformers
+    # transformers' own
     all_special_ids: list[int]
     clean_up_tokenization_spaces: bool
     split_special_tokens: bool
@@ -54,9 +54,18 @@ class PublishedVocabulary(BlankFilling):
     model_input_names: ClassVar[list[str]] = ["input_ids", "position_ids", "attention_mask"]
 
     def _read_special_tokens(
-        self, pieces: Mapping[str, int], added_ids_file: str | None, added_ids: Ids | None, settings: dict[str, Any]
+        self,
+        pieces: Mapping[str, int],
+        added_ids_file: str | None,
+        added_ids: AddedIds | None,
+        settings: dict[str, Any],
     ) -> dict[str, Any]:
-        """Fills the table from the file, the given ids or the published ones; returns settings for transformers."""
+        """Fills the table of special tokens, and returns the settings for transformers.
+
+        Args:
+            pieces: ids of the vocabulary file.
+            added_ids_file: has the ids of special tokens, unless ``added_ids`` are given; by default the published ids.
+        """
         spacing: Spacing = settings.setdefault("spacing", "published")
         if (self.kind, spacing) not in SPACING_RULES:
             raise GmaskError(f"spacing {spacing!r} is neither published nor training")
@@ -80,7 +89,7 @@ class PublishedVocabulary(BlankFilling):
         return settings
 
     def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
-        """Adds tokens behind the others, with the sides that the rule gives them; those of the table are there."""
+        """Adds the tokens that the table does not have, behind all others, with the sides of the spacing rule."""
         new = []
         for token in new_tokens:
             is_special = special_tokens or (isinstance(token, AddedToken) and token.special)
@@ -97,7 +106,7 @@ class PublishedVocabulary(BlankFilling):
         return AddedToken(token, lstrip=sides.left, rstrip=sides.right, normalized=False, special=is_special)
 
     def _table_tokens(self) -> dict[int, AddedToken]:
-        """The tokens of the table by id; of several names of an id, the last."""
+        """The tokens of the table by id; of several names for an id, the last."""
         return {
             index: self._as_added(token, is_special=token not in self._ordinary)
             for token, index in self._added_ids.items()
@@ -105,25 +114,25 @@ class PublishedVocabulary(BlankFilling):
 
     @property
     def vocab_size(self) -> int:
-        """Entries of the vocabulary file."""
+        """The number of entries in the vocabulary file."""
         return self._vocab_size
 
     def __len__(self) -> int:
         return max(self._vocab_size, 1 + max(self.get_added_vocab().values()))
 
     def _prepare_text(self, text: str, *, has_special_tokens: bool) -> str | list[int]:
-        """A text as the backend takes it, or its ids.
+        """The text that the backend encodes, or its ids.
 
-        Under the training rule, a text of white space alone is empty; but not the white space between special tokens,
-        so neither is a text without them: it may be a piece of another.
+        By the training rule a text of white space alone has no tokens. This does not hold for a piece of a text, which
+        is encoded without special tokens.
         """
         return "" if has_special_tokens and self.rule.drops_blank_texts and not text.strip() else text
 
     def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:
-        if kwargs.get("is_split_into_words") or _is_ids(text):  # nothing to prepare, or transformers' own second call
+        if kwargs.get("is_split_into_words") or _is_ids(text):  # transformers' own second call, or words
             return super()._encode_plus(text=text, text_pair=text_pair, **kwargs)  # type: ignore[misc]
         batch = text if isinstance(text, list | tuple) else ()
-        is_pair = text_pair is not None or any(isinstance(row, list | tuple) and not _is_ids(row) for row in batch)
+        is_pair = text_pair is not None or any(isinstance(one, list | tuple) and not _is_ids(one) for one in batch)
         if is_pair and not self.takes_pairs:
             raise GmaskError("this vocabulary has no form for pairs of texts: join the two into one text")
         split_special_tokens = kwargs.get("split_special_tokens")
@@ -145,23 +154,23 @@ class PublishedVocabulary(BlankFilling):
         clean_up_tokenization_spaces: bool | None = None,
         **kwargs: Any,
     ) -> str:
-        """Decodes the text between special tokens piece by piece; ids that stand for nothing are left out."""
-        apart = {token_id: token for token, token_id in self.get_added_vocab().items()}  # of two names, the last
+        """The text of ids. What is between special tokens is decoded for itself; unknown ids are left out."""
+        separate = {token_id: token for token, token_id in self.get_added_vocab().items()}  # of two names, the last
         skipped = set(self.all_special_ids) if skip_special_tokens else set()
-        if not self.rule.is_apart:
-            apart = {token_id: token for token_id, token in apart.items() if token_id >= self._vocab_size}
+        if not self.rule.separates_all:
+            separate = {token_id: token for token_id, token in separate.items() if token_id >= self._vocab_size}
         parts: list[str] = []
         piece: list[int] = []
         for token_id in [token_ids] if isinstance(token_ids, int) else token_ids:
             if token_id in skipped:
                 continue
-            if token_id in apart:
-                parts += [self._decode_piece(piece), apart[token_id]] if piece else [apart[token_id]]
+            if token_id in separate:
+                parts += [self._decode_piece(piece), separate[token_id]] if piece else [separate[token_id]]
                 piece = []
             elif 0 <= token_id < self._vocab_size:
                 piece.append(token_id)
         parts += [self._decode_piece(piece)] if piece else []
-        text = self.rule.joint.join(parts)
+        text = self.rule.separator.join(parts)
         cleans_up = (
             self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
         )
@@ -173,7 +182,7 @@ class PublishedVocabulary(BlankFilling):
     def _save_pretrained(
         self, save_directory: str | os.PathLike[str], file_names: tuple[str, ...], **kwargs: Any
     ) -> tuple[str, ...]:
-        """Writes the vocabulary in its published files, and beside them the ids of all added tokens."""
+        """Writes the published files of the vocabulary, and the ids of all added tokens."""
         prefix = kwargs.get("filename_prefix")
         path = Path(save_directory, f"{prefix}-{ADDED_TOKENS}" if prefix else ADDED_TOKENS)
         table = dict(sorted(self.get_added_vocab().items(), key=lambda item: item[1]))
@@ -201,19 +210,22 @@ def _is_ids(value: Any) -> bool:
 
 
 def check_file(path: str | None, tokenizer: Any, key: str, settings: Mapping[str, Any]) -> str:
-    """The path of a vocabulary file that must be there: ``key`` of the tokenizer's ``vocab_files_names``.
+    """Returns the path of a vocabulary file.
+
+    Args:
+        key: of the tokenizer's ``vocab_files_names``.
 
     Raises:
-        GmaskError: it is not.
+        GmaskError: there is no such file.
     """
     if path is None or not os.path.isfile(path):
-        place = path or os.path.join(str(settings.get("name_or_path") or "."), tokenizer.vocab_files_names[key])
-        raise GmaskError(f"{place}: missing; {type(tokenizer).__name__} needs it, so download or copy it there")
+        expected = path or os.path.join(str(settings.get("name_or_path") or "."), tokenizer.vocab_files_names[key])
+        raise GmaskError(f"{expected}: missing; {type(tokenizer).__name__} needs it, so download or copy it there")
     return path
 
 
 def read_ids(path: str) -> dict[str, int]:
-    """A JSON object of tokens and their ids."""
+    """Reads a JSON object of tokens and their ids."""
     values = read_object(Path(path))
     if not values or not all(isinstance(value, int) for value in values.values()):
         raise GmaskError(f"{path}: expected a JSON object of tokens and their ids")
@@ -221,7 +233,7 @@ def read_ids(path: str) -> dict[str, int]:
 
 
 class GLMTokenizer(BlankFilling, TokenizersBackend):
-    """Any ``tokenizer.json`` that has the tokens of a GLM, such as that of our own models."""
+    """The tokenizer of a ``tokenizer.json`` that has the tokens of a GLM, such as those of our own models."""
 
 
 class GLMChineseTokenizer(PublishedVocabulary, PreTrainedTokenizer):
@@ -230,7 +242,7 @@ class GLMChineseTokenizer(PublishedVocabulary, PreTrainedTokenizer):
     Args:
         vocab_file: ``cog-pretrain.model``.
         added_ids_file: ``added_tokens.json``, the ids of special tokens.
-        added_ids: a row of `special_tokens`, in place of that file.
+        added_ids: a table of `TRAINING_TOKENS`, in place of that file.
         spacing: ``"published"``, as the Hugging Face code (white space on both sides of a special token is dropped),
             or ``"training"``, as the code of the training (only before masks).
 
@@ -247,7 +259,7 @@ class GLMChineseTokenizer(PublishedVocabulary, PreTrainedTokenizer):
         self,
         vocab_file: str | None = None,
         added_ids_file: str | None = None,
-        added_ids: Ids | None = None,
+        added_ids: AddedIds | None = None,
         **settings: Any,
     ) -> None:
         self.vocab_file = check_file(vocab_file, self, "vocab_file", settings)
@@ -286,7 +298,7 @@ class GLMChineseTokenizer(PublishedVocabulary, PreTrainedTokenizer):
         return [1, *[0] * len(token_ids_0), *pair, 1]
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        """The pieces of a text; each stretch between special tokens is encoded for itself, as a text of its own."""
+        """The pieces of a text; what is between special tokens is encoded as a text of its own."""
         if kwargs.pop("split_special_tokens", self.split_special_tokens):
             return self._tokenize(text)
         tokens: list[str] = []
@@ -301,7 +313,7 @@ class GLMChineseTokenizer(PublishedVocabulary, PreTrainedTokenizer):
         for part in self._cut(text) if has_special_tokens else (text,):
             added = self._added_tokens_encoder.get(part) if has_special_tokens else None
             ids += self.model.encode(part) if added is None else [added]
-        return ids or ""  # which transformers takes for a text, as it does not take an empty list
+        return ids or ""  # transformers takes no empty list of ids
 
     def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> int | list[int]:
         added, pieces, unknown = self._added_tokens_encoder, self._piece_ids, self.model.unk_id()
@@ -316,7 +328,7 @@ class GLMChineseTokenizer(PublishedVocabulary, PreTrainedTokenizer):
         return text
 
     def _cut(self, text: str) -> Iterator[str]:
-        """The text cut at special tokens, which take the white space beside them by their rule."""
+        """Cuts a text at special tokens, and removes the white space beside them by their rule."""
         parts = self._pattern.split(text)
         for index in range(1, len(parts), 2):
             sides = self.rule.sides_of(parts[index])
@@ -358,15 +370,15 @@ class GLMChineseTokenizer(PublishedVocabulary, PreTrainedTokenizer):
 class PublishedBackend(PublishedVocabulary, TokenizersBackend):
     """A published vocabulary on the `tokenizers` library; arguments as of `GLMChineseTokenizer`."""
 
-    pair_form: ClassVar[str | None] = None
-    single_form: ClassVar[str]
+    pair_template: ClassVar[str | None] = None
+    single_template: ClassVar[str]
 
     def __init__(
         self,
         vocab_file: str | None = None,
         merges_file: str | None = None,
         added_ids_file: str | None = None,
-        added_ids: Ids | None = None,
+        added_ids: AddedIds | None = None,
         **settings: Any,
     ) -> None:
         self.vocab_file = check_file(vocab_file, self, "vocab_file", settings)
@@ -374,7 +386,7 @@ class PublishedBackend(PublishedVocabulary, TokenizersBackend):
             self.merges_file = check_file(merges_file, self, "merges_file", settings)
         pieces = self._read_pieces()
         settings = self._read_special_tokens(pieces, added_ids_file, added_ids, settings)
-        # The backend knows one name for each id
+        # The backend has one name for each id.
         names = {index: token for token, index in self._added_ids.items()}
         self._second_names = {token: names[index] for token, index in self._added_ids.items() if names[index] != token}
         named = {names.get(index, piece): index for piece, index in pieces.items()}
@@ -382,15 +394,15 @@ class PublishedBackend(PublishedVocabulary, TokenizersBackend):
         self._tokenizer.add_special_tokens(list(self._table_tokens().values()))
         roles = {role: str(settings[f"{role}_token"]) for role in ("cls", "sep", "eos")}
         self._tokenizer.post_processor = processors.TemplateProcessing(
-            single=self.single_form.format(**roles),
-            pair=(self.pair_form or "$A $B:1").format(**roles),
+            single=self.single_template.format(**roles),
+            pair=(self.pair_template or "$A $B:1").format(**roles),
             special_tokens=[(token, self._added_ids[token]) for token in dict.fromkeys(roles.values())],
         )
         super().__init__(**settings)
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """Leaves the files to the constructor."""
+        """Returns the arguments unchanged: the constructor reads the files."""
         return kwargs
 
     def get_added_vocab(self) -> dict[str, int]:
@@ -426,7 +438,7 @@ class PublishedBackend(PublishedVocabulary, TokenizersBackend):
         return read_ids(self.vocab_file)
 
     def _make_backend(self, pieces: dict[str, int], settings: Mapping[str, Any]) -> Tokenizer:
-        """Byte-level BPE."""
+        """Byte-level BPE of vocabulary and merges."""
         lines = read_text(self.merges_file).split("\n")
         merges = [line.partition(" ")[::2] for line in lines if line and not line.startswith("#version")]
         try:
@@ -439,11 +451,11 @@ class PublishedBackend(PublishedVocabulary, TokenizersBackend):
 
 
 class GLMGPT2Tokenizer(PublishedBackend):
-    """The GPT-2 vocabulary of GLM-2B and GLM-10B, which has no form for pairs; see `GLMChineseTokenizer`."""
+    """The GPT-2 vocabulary of GLM-2B and GLM-10B; it takes no pairs of texts. See `GLMChineseTokenizer`."""
 
     kind = "gpt2"
     takes_pairs = False
-    single_form = "{cls} $A {eos}"
+    single_template = "{cls} $A {eos}"
     vocab_files_names: ClassVar[dict[str, str]] = {
         "vocab_file": "vocab.json",
         "merges_file": "merges.txt",
@@ -452,20 +464,20 @@ class GLMGPT2Tokenizer(PublishedBackend):
 
 
 class GLMRobertaTokenizer(PublishedBackend):
-    """The RoBERTa vocabulary of GLM-RoBERTa-Large; see `GLMChineseTokenizer`."""
+    """The RoBERTa vocabulary of GLM-RoBERTa-Large. See `GLMChineseTokenizer`."""
 
     kind = "roberta"
-    single_form = "{cls} $A {eos}"
-    pair_form = "{cls} $A {sep} {sep} $B:1 {eos}:1"
+    single_template = "{cls} $A {eos}"
+    pair_template = "{cls} $A {sep} {sep} $B:1 {eos}:1"
     vocab_files_names = GLMGPT2Tokenizer.vocab_files_names
 
 
 class GLMBertTokenizer(PublishedBackend):
-    """The uncased BERT vocabulary of GLM-Base to GLM-515M; see `GLMChineseTokenizer`."""
+    """The uncased BERT vocabulary of GLM-Base to GLM-515M. See `GLMChineseTokenizer`."""
 
     kind = "bert"
-    single_form = "{cls} $A {sep}"
-    pair_form = "{cls} $A {sep} $B:1 {sep}:1"
+    single_template = "{cls} $A {sep}"
+    pair_template = "{cls} $A {sep} $B:1 {sep}:1"
     continuation = "##"  # begins the pieces that continue a word
     vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": "vocab.txt", "added_ids_file": ADDED_TOKENS}
 

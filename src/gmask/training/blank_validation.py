@@ -18,7 +18,7 @@ from gmask.errors import GmaskError
 from gmask.infilling.blanks import NOT_SCORED, BlankTokens, InfillingExample, blank_out
 from gmask.infilling.collator import collate
 from gmask.models.glm import GLMForConditionalGeneration
-from gmask.tasks.heldout import LANGUAGES, HeldOutBlank, choose_sentences, hide_span
+from gmask.tasks.heldout import HELD_OUT_LANGUAGES, HeldOutBlank, draw_sentences, hide_span
 from gmask.tasks.records import Source, find_files, read_texts
 
 BATCH = 64
@@ -46,10 +46,10 @@ def choose_blanks(
     kinds = {source.name: source.kind for source in sources}
     examples: list[InfillingExample] = []
     groups = defaultdict[str, list[int]](list)
-    for number, language in enumerate(LANGUAGES):
+    for number, language in enumerate(HELD_OUT_LANGUAGES):
         rng = np.random.default_rng([number])
         try:
-            chosen = choose_sentences(texts, weights, language, sentences, rng=rng)
+            chosen = draw_sentences(texts, weights, language, sentences, rng=rng)
         except GmaskError:
             continue
         size = next(iter(language.spans.values()))

@@ -199,7 +199,7 @@ def read_general_set(settings: ForgettingSettings, place: Callable[[str], str]) 
     ]
     if len(texts) + len(prompts) < len(records):
         bad = next(r for r in records if not (_holds(r, "text") or _holds(r, "prompt", "response")))
-        raise GmaskError(f'{bad.place}: expected a "text", or a "prompt" and a "response"')
+        raise GmaskError(f'{bad.location}: expected a "text", or a "prompt" and a "response"')
     return GeneralSet(texts, prompts)
 
 

@@ -1,4 +1,4 @@
-"""The published helpers: texts with a mask become inputs of generation, training and multiple choice."""
+"""Inputs of a GLM from texts with a mask, as published: for generation, training and multiple choice."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -9,10 +9,11 @@ from torch.nn import functional as F
 from transformers import BatchEncoding
 
 from gmask.errors import GmaskError
+from gmask.tokenizers.special_tokens import GLM_SPELLINGS
 
 
 class GLMBatchEncoding(BatchEncoding):
-    """A `BatchEncoding` whose lists of tensors move to a device, too, and which has the published ``cuda()``."""
+    """A `BatchEncoding` that moves lists of tensors, too, and has the published ``cuda()``."""
 
     data: dict[str, Any]
 
@@ -32,18 +33,12 @@ def _move(value: Any, device: str | torch.device | int, non_blocking: bool) -> A
     return [_move(part, device, non_blocking) for part in value] if isinstance(value, list) else value
 
 
-GLM_SPELLINGS = {
-    "sop_token": "<|startofpiece|>", "eop_token": "<|endofpiece|>", "smask_token": "[sMASK]", "gmask_token": "[gMASK]",
-}  # fmt: skip
-"""Of the tokens that transformers has no names for."""
-
-
 class BlankFilling:
-    """What every tokenizer of a GLM has: the tokens of blanks, and the inputs of generation and multiple choice."""
+    """Adds to a tokenizer the tokens of blanks, and the inputs of generation, training and multiple choice."""
 
-    truncation_side = "left"  # blanks and questions stand at the end
+    truncation_side = "left"  # blanks and questions are at the end
 
-    # What comes from transformers
+    # transformers' own
     mask_token: str
     mask_token_id: int
     pad_token_id: int
@@ -84,7 +79,7 @@ class BlankFilling:
 
     @property
     def mask_token_ids(self) -> list[int]:
-        """Ids of the mask tokens that the vocabulary has."""
+        """The ids of the mask tokens that the vocabulary has."""
         known = self.get_added_vocab()
         tokens = (self.mask_token, self._spelling("smask_token"), self._spelling("gmask_token"))
         return [known[token] for token in tokens if token in known]
@@ -96,21 +91,21 @@ class BlankFilling:
         targets: str | Sequence[str] | None = None,
         padding: bool = False,
     ) -> GLMBatchEncoding:
-        """The inputs of `generate` or, with targets, of training; only the first mask of a text is filled.
+        """The inputs of `generate` or, with targets, of training. The first mask of each text is filled.
 
         Args:
             model_input: what the tokenizer returned for the texts, as tensors.
-            max_gen_length: room for an answer, its start (or, of a target, its end) included.
+            max_gen_length: tokens of an answer with its ``<sop>`` or, of a target, its ``<eop>``.
             targets: the answer of each text; longer ones are cut.
-            padding: whether targets are padded to ``max_gen_length`` and not to the longest of them.
+            padding: targets are padded to ``max_gen_length``, by default to the longest of them.
 
         Raises:
-            GmaskError: a text without a mask; not one target for each text.
+            GmaskError: a text without a mask; another number of targets than of texts.
         """
-        context, mask = read_context(model_input)
-        places = find_first_masks(context, self.mask_token_ids)
+        context, padding_mask = read_context(model_input)
+        masks = find_first_masks(context, self.mask_token_ids)
         if targets is None:
-            inputs = generation_inputs(context, mask, places, sop=self.sop_token_id, length=max_gen_length)
+            inputs = generation_inputs(context, padding_mask, masks, sop=self.sop_token_id, length=max_gen_length)
             return GLMBatchEncoding(inputs)
         answers = self._encode_answers([targets] if isinstance(targets, str) else targets)
         if len(answers) != len(context):
@@ -119,30 +114,31 @@ class BlankFilling:
         pad: int = self.pad_token_id
         if padding:
             answers = [answer + [pad] * (max_gen_length - len(answer)) for answer in answers]
-        inputs = training_inputs(context, mask, places, answers, sop=self.sop_token_id, pad=pad)
+        inputs = training_inputs(context, padding_mask, masks, answers, sop=self.sop_token_id, pad=pad)
         return GLMBatchEncoding(inputs)
 
     def build_inputs_for_multiple_choice(
         self, model_input: Any, choices: Sequence[Sequence[str]], max_length: int | None = None
     ) -> GLMBatchEncoding:
-        """The inputs of a multiple-choice model: each choice in the place of the text's first ``[MASK]``.
+        """The inputs of a multiple-choice model, whose choices answer the first ``[MASK]`` of each text.
 
         Args:
             model_input: what the tokenizer returned for the texts, as tensors.
-            choices: those of each text.
-            max_length: the longest row allowed, in tokens (the published code takes it and ignores it).
+            choices: the choices of each text.
+            max_length: the most tokens of a row (the published code ignores it).
 
         Raises:
-            GmaskError: a text without ``[MASK]``; not a list for each text; an empty choice; a row that is too long.
+            GmaskError: a text without ``[MASK]``; another number of lists than of texts; an empty choice; a row that is
+                too long.
         """
-        context, mask = read_context(model_input)
+        context, padding_mask = read_context(model_input)
         if len(choices) != len(context):
             raise GmaskError(f"{len(choices)} lists of choices for {len(context)} texts: give one for each")
-        places = find_first_masks(context, [self.mask_token_id])
-        ids = [self._encode_answers(row) for row in choices]
-        if not all(row and all(row) for row in ids):
+        masks = find_first_masks(context, [self.mask_token_id])
+        ids = [self._encode_answers(texts) for texts in choices]
+        if not all(encoded and all(encoded) for encoded in ids):
             raise GmaskError("a choice is empty: give every text one or more choices of one token or more")
-        inputs = choice_inputs(context, mask, places, ids, sop=self.sop_token_id)
+        inputs = choice_inputs(context, padding_mask, masks, ids, sop=self.sop_token_id)
         length = inputs["input_ids"].shape[1]
         if max_length is not None and length > max_length:
             raise GmaskError(f"text and choices have {length} tokens, more than max_length={max_length}: shorten them")
@@ -162,20 +158,8 @@ class BlankFilling:
         return token
 
 
-def find_token_id(tokenizer: Any, name: str) -> int | None:
-    """The id that a tokenizer has under a name such as ``sop_token_id``; None if its vocabulary has no such token.
-
-    The published classes raise for those that they know and lack.
-    """
-    try:
-        token_id: int | None = getattr(tokenizer, name, None)
-    except NotImplementedError:
-        return None
-    return token_id
-
-
 def read_context(model_input: Any) -> tuple[Tensor, Tensor]:
-    """Ids ``[B, S]`` and padding mask ``[B, S]``, int64, of what a tokenizer returned for a batch of texts.
+    """The ids and the padding mask of what a tokenizer returned for a batch of texts: ``[B, S]`` each, int64.
 
     Raises:
         GmaskError: rows of different lengths.
@@ -191,10 +175,10 @@ def read_context(model_input: Any) -> tuple[Tensor, Tensor]:
 
 
 def find_first_masks(input_ids: Tensor, mask_ids: Sequence[int]) -> Tensor:
-    """The places ``[B]`` of the first mask of each row of ``[B, S]``.
+    """The position of the first mask in each row of ``[B, S]``: ``[B]``.
 
     Raises:
-        GmaskError: a row without one.
+        GmaskError: a row without a mask.
     """
     is_mask = torch.isin(input_ids, torch.tensor(mask_ids, device=input_ids.device))
     missing = (~is_mask.any(dim=1)).nonzero()
@@ -206,53 +190,57 @@ def find_first_masks(input_ids: Tensor, mask_ids: Sequence[int]) -> Tensor:
 
 
 def generation_inputs(
-    context: Tensor, padding_mask: Tensor, places: Tensor, *, sop: int, length: int
+    context: Tensor, padding_mask: Tensor, masks: Tensor, *, sop: int, length: int
 ) -> dict[str, Tensor]:
-    """What `generate` takes: the context ``[B, S]`` and ``<sop>``, with room for ``length`` tokens.
+    """The inputs of `generate`: the context ``[B, S]`` and ``<sop>``, with positions for ``length`` answer tokens.
+
+    Args:
+        masks: the position of the mask in each row, ``[B]``.
 
     Returns:
         ``input_ids [B, S + 1]``, ``position_ids [B, 2, S + length]`` (padding counts, as published) and
-        ``generation_attention_mask [B, 1, S + length, S + length]``: all rows see the context, answers are causal.
+        ``generation_attention_mask [B, 1, S + length, S + length]``: every token sees the context, answers are causal.
     """
     return {
         "input_ids": F.pad(context, (0, 1), value=sop),
-        "position_ids": _positions(context, places, length),
+        "position_ids": _positions(context, masks, length),
         "generation_attention_mask": _visibility(padding_mask, length),
     }
 
 
 def training_inputs(
-    context: Tensor, padding_mask: Tensor, places: Tensor, answers: Sequence[Sequence[int]], *, sop: int, pad: int
+    context: Tensor, padding_mask: Tensor, masks: Tensor, answers: Sequence[Sequence[int]], *, sop: int, pad: int
 ) -> dict[str, Tensor]:
-    """What the model takes to learn answers, each of which ends with ``<eop>``.
+    """The inputs of training; each answer ends with ``<eop>``.
 
     Returns:
         ``input_ids``, ``labels [B, S + G]`` with G the longest answer, ``position_ids [B, 2, S + G]`` and
-        ``attention_mask [B, 1, S + G, S + G]``. Labels are not shifted; ``pad`` stands where nothing is learnt.
+        ``attention_mask [B, 1, S + G, S + G]``. Labels are not shifted; those of tokens that are not learnt
+        are ``pad``.
     """
     length = max(map(len, answers))
     rows = torch.tensor([[*answer, *[pad] * (length - len(answer))] for answer in answers], device=context.device)
     return {
         "input_ids": torch.cat((F.pad(context, (0, 1), value=sop), rows[:, :-1]), dim=1),
-        "position_ids": _positions(context, places, length),
+        "position_ids": _positions(context, masks, length),
         "attention_mask": _visibility(padding_mask, length),
         "labels": torch.cat((torch.full_like(context, pad), rows), dim=1),
     }
 
 
 def choice_inputs(
-    context: Tensor, padding_mask: Tensor, places: Tensor, choices: Sequence[Sequence[Sequence[int]]], *, sop: int
+    context: Tensor, padding_mask: Tensor, masks: Tensor, choices: Sequence[Sequence[Sequence[int]]], *, sop: int
 ) -> dict[str, Any]:
-    """What a multiple-choice model takes: the choices of a row side by side, none of which sees another.
+    """The inputs of a multiple-choice model. The choices of a row follow each other, and none sees another.
 
     Returns:
         ``input_ids [B, T]`` padded with 0, ``position_ids [B, 2, T]``, ``attention_mask [B, 1, T, T]`` (padding sees
-        nothing), and for each row and choice ``choice_ids`` and ``choice_indices``, where their logits are.
+        nothing), and of each choice of a row ``choice_ids`` and ``choice_indices``, the positions of its logits.
     """
     start = context.shape[1]
     length = max(sum(map(len, row)) for row in choices)
     pieces = torch.zeros(len(choices), length, dtype=torch.long, device=context.device)
-    positions = _positions(context, places, length)
+    positions = _positions(context, masks, length)
     visible = F.pad(padding_mask[:, None, :].expand(-1, start, -1), (0, length, 0, length)).contiguous()
     choice_ids, choice_indices = [], []
     for index, row in enumerate(choices):
@@ -279,16 +267,16 @@ def choice_inputs(
     }
 
 
-def _positions(context: Tensor, places: Tensor, length: int) -> Tensor:
-    """Places in the context and places inside the answer ``[B, 2, S + length]``."""
+def _positions(context: Tensor, masks: Tensor, length: int) -> Tensor:
+    """Positions in the context and inside the answer: ``[B, 2, S + length]``."""
     rows, start = context.shape
     inside = F.pad(torch.arange(1, length + 1, device=context.device), (start, 0)).expand(rows, -1)
-    of_context = torch.arange(start, device=context.device).expand(rows, -1)
-    return torch.stack((torch.cat((of_context, places[:, None].expand(-1, length)), dim=1), inside), dim=1)
+    in_context = torch.arange(start, device=context.device).expand(rows, -1)
+    return torch.stack((torch.cat((in_context, masks[:, None].expand(-1, length)), dim=1), inside), dim=1)
 
 
 def _visibility(padding_mask: Tensor, length: int) -> Tensor:
-    """What may be seen ``[B, 1, S + length, S + length]``, 1 = visible."""
+    """The attention mask of context and answer: ``[B, 1, S + length, S + length]``, 1 where a key is visible."""
     start = padding_mask.shape[1]
     visible = F.pad(padding_mask[:, None, :].repeat(1, start + length, 1), (0, length))
     visible[:, start:, start:] = torch.ones(length, length, dtype=torch.long, device=padding_mask.device).tril()

@@ -1,36 +1,36 @@
-"""The special tokens of each published vocabulary, and the white space that they take from the text beside them."""
+"""The special tokens of GLM's published vocabularies: ids, roles, and what they do to white space beside them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Spacing = Literal["published", "training"]
-"""``published``: as the Hugging Face code did; ``training``: as the code that the models were trained with did."""
+"""How special tokens treat white space: as in the Hugging Face code, or as in the code of the training."""
 
-Ids = Mapping[str, int | str]
-"""By spelling: the distance of an id from the end of the vocabulary file, or the entry of that file it is another name
-of."""
+AddedIds = Mapping[str, int | str]
+"""The ids of special tokens. A number counts from the end of the vocabulary file; a text is the entry of the file that
+has the same id."""
 
 
-def _number(*tokens: str, start: int = 0) -> dict[str, int | str]:
+def _enumerate(*tokens: str, start: int = 0) -> dict[str, int | str]:
     return {token: start + index for index, token in enumerate(tokens)}
 
 
-_CHINESE = _number("<|endoftext|>", "[SEP]", "[CLS]", "[MASK]", "[UNK]") | _number(
+_CHINESE = _enumerate("<|endoftext|>", "[SEP]", "[CLS]", "[MASK]", "[UNK]") | _enumerate(
     "<|startofpiece|>", "<|endofpiece|>", start=6
 )
 
-_GPT2 = {"<|endoftext|>": "<|endoftext|>"} | _number(
+_GPT2 = {"<|endoftext|>": "<|endoftext|>"} | _enumerate(
     "<|startofpiece|>", "<|endofpiece|>", "[CLS]", "[MASK]", "[SEP]", "[UNK]", "[gMASK]", "[sMASK]"
 )
 
-_BERT = {token: token for token in ("[PAD]", "[CLS]", "[MASK]", "[UNK]", "[SEP]")} | _number(
+_BERT = {token: token for token in ("[PAD]", "[CLS]", "[MASK]", "[UNK]", "[SEP]")} | _enumerate(
     "<|startofpiece|>", "<|endofpiece|>"
 )
 
 _ROBERTA = {
     "<|endoftext|>": "</s>", "[SEP]": "</s>", "[CLS]": "<s>", "[MASK]": "<mask>", "[UNK]": "<unk>",
-} | _number("<|startofpiece|>", "<|endofpiece|>")  # fmt: skip
+} | _enumerate("<|startofpiece|>", "<|endofpiece|>")  # fmt: skip
 
 TRAINING_TOKENS: Mapping[str, dict[str, int | str]] = {
     "chinese": _CHINESE | {"[sMASK]": 8, "[gMASK]": 9},
@@ -43,26 +43,26 @@ TRAINING_TOKENS: Mapping[str, dict[str, int | str]] = {
     "roberta": _ROBERTA,
     "roberta-taskmask": _ROBERTA | {"[gMASK]": 2, "[sMASK]": 3},
 }
-"""By kind of vocabulary, and how the model was trained.
+"""The tokens of the training code, by kind of vocabulary and options of the training.
 
 Source: THUDM/GLM data_utils/tokenization.py; ``nofix`` is without ``--fix-command-token``, ``taskmask`` with
-``--task-mask`` (the Chinese and GPT-2 rows always are), ``dblock`` with a ``--block-mask-prob``.
+``--task-mask`` (always so for the Chinese and GPT-2 vocabularies), ``dblock`` with a ``--block-mask-prob``.
 """
 
-PUBLISHED_TOKENS: Mapping[str, Ids] = {
+PUBLISHED_TOKENS: Mapping[str, AddedIds] = {
     "chinese": TRAINING_TOKENS["chinese"] | {"[UNK]": "<unk>", "[UNUSED1]": 4, "[UNUSED2]": 5},
     "gpt2": _GPT2,
     "bert": _BERT,
     "roberta": {token: token for token in ("<s>", "<pad>", "</s>", "<unk>", "<mask>")}
-    | _number("<|startofpiece|>", "<|endofpiece|>"),
+    | _enumerate("<|startofpiece|>", "<|endofpiece|>"),
 }
-"""By kind of vocabulary, for a folder in the Hugging Face form without an ``added_tokens.json``."""
+"""The tokens of a Hugging Face folder without an ``added_tokens.json``, by kind of vocabulary."""
 
-ORDINARY = frozenset({"[UNUSED1]", "[UNUSED2]"})
+ORDINARY = frozenset({"[UNUSED1]", "[UNUSED2]"})  # of the tables, but not special
 COMMANDS = (
-    frozenset(token for row in (*TRAINING_TOKENS.values(), *PUBLISHED_TOKENS.values()) for token in row) - ORDINARY
+    frozenset(token for table in (*TRAINING_TOKENS.values(), *PUBLISHED_TOKENS.values()) for token in table) - ORDINARY
 )
-"""Tokens that are special whatever a folder says; others are, if its ``tokenizer_config.json`` names them."""
+"""Tokens that are always special. Others are special if the ``tokenizer_config.json`` of the folder names them."""
 
 _ROLES = {
     "pad_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "cls_token": "[CLS]", "sep_token": "[SEP]",
@@ -83,12 +83,12 @@ ROLES: Mapping[tuple[str, Spacing], Mapping[str, str]] = {
     },
     ("roberta", "training"): _ROLES,
 }  # fmt: skip
-"""What transformers calls the tokens, where the folder's ``tokenizer_config.json`` does not say."""
+"""The tokens of transformers' roles, where the folder's ``tokenizer_config.json`` does not name them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """Where a special token takes the white space beside it."""
+    """The sides on which a special token removes white space."""
 
     left: bool
     right: bool
@@ -99,12 +99,12 @@ BOTH, LEFT, NEITHER = Sides(True, True), Sides(True, False), Sides(False, False)
 
 @dataclass(frozen=True, slots=True)
 class SpacingRule:
-    """What special tokens do to the text beside them, and what stands between them and the text when it is decoded."""
+    """How special tokens change the white space of a text, when it is encoded and when ids are decoded."""
 
-    sides: Mapping[str, Sides]  # of the tokens that differ from the others
-    others: Sides
-    joint: str  # stands around a special token in decoded text
-    is_apart: bool  # of every special token; else only of those behind the vocabulary file
+    sides: Mapping[str, Sides]  # of single tokens
+    others: Sides  # of all other special tokens
+    separator: str  # between a special token and the text beside it, when ids are decoded
+    separates_all: bool  # all special tokens; else only those that are not in the vocabulary file
     cleans_up: bool  # decoded text loses the spaces before punctuation
     drops_blank_texts: bool  # a text of white space alone has no tokens
 
@@ -112,8 +112,8 @@ class SpacingRule:
         return self.sides.get(token, self.others)
 
 
-_PUBLISHED = {"joint": " ", "is_apart": False, "cleans_up": True, "drops_blank_texts": False}
-_TRAINING = {"joint": "", "is_apart": True, "cleans_up": False, "drops_blank_texts": True}
+_PUBLISHED = {"separator": " ", "separates_all": False, "cleans_up": True, "drops_blank_texts": False}
+_TRAINING = {"separator": "", "separates_all": True, "cleans_up": False, "drops_blank_texts": True}
 _MASKS = dict.fromkeys(("[MASK]", "[sMASK]", "[gMASK]"), LEFT)
 _NAMED_IN_ROBERTA = dict.fromkeys(("<s>", "<pad>", "</s>", "<unk>"), NEITHER) | {"<mask>": LEFT}
 SPACING_RULES: Mapping[tuple[str, Spacing], SpacingRule] = {
@@ -123,10 +123,24 @@ SPACING_RULES: Mapping[tuple[str, Spacing], SpacingRule] = {
     ("roberta", "published"): SpacingRule(_NAMED_IN_ROBERTA, BOTH, **_PUBLISHED),  # type: ignore[arg-type]
     ("chinese", "training"): SpacingRule(_MASKS, NEITHER, **_TRAINING),  # type: ignore[arg-type]
     ("gpt2", "training"): SpacingRule(_MASKS, NEITHER, **_TRAINING),  # type: ignore[arg-type]
-    ("bert", "training"): SpacingRule({}, NEITHER, **(_TRAINING | {"joint": " "})),  # type: ignore[arg-type]
+    ("bert", "training"): SpacingRule({}, NEITHER, **(_TRAINING | {"separator": " "})),  # type: ignore[arg-type]
     ("roberta", "training"): SpacingRule(_MASKS, NEITHER, **_TRAINING),  # type: ignore[arg-type]
 }
-"""By kind of vocabulary.
+"""The rule of each kind of vocabulary.
 
 Source: transformers 4.27.1, ``PreTrainedTokenizer.tokenize`` and ``decode``; THUDM/GLM data_utils/tokenization.py.
 """
+
+GLM_SPELLINGS = {
+    "sop_token": "<|startofpiece|>", "eop_token": "<|endofpiece|>", "smask_token": "[sMASK]", "gmask_token": "[gMASK]",
+}  # fmt: skip
+"""The spellings of roles that transformers does not know."""
+
+
+def find_token_id(tokenizer: Any, name: str) -> int | None:
+    """The id that a tokenizer has by a name such as ``sop_token_id``; None if its vocabulary has no such token."""
+    try:
+        token_id: int | None = getattr(tokenizer, name, None)
+    except NotImplementedError:  # what the published classes raise
+        return None
+    return token_id

@@ -1,4 +1,4 @@
-"""Models that only count, the held-out blanks that they and a model fill, and how an answer is scored."""
+"""N-gram models, and how they fill held-out blanks: the baselines of `gmask evaluate`."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from gmask.tasks.heldout import HeldOutBlank, Language, cut_sentences
+from gmask.infilling.blanks import IntArray
+from gmask.tasks.heldout import HeldOutBlank, LanguageRules, cut_sentences
 
-IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
-DISCOUNT = 0.75  # taken off each count; the usual choice
+DISCOUNT = 0.75  # taken off each count, the usual choice
 MAX_VOCABULARY = 50_000
 BEAM = 64  # partial answers kept while a longer blank is filled from the left
 RESCORED = 8_192  # complete answers whose fit to the text on the right is computed
-UNKNOWN, BORDER = 0, 1  # ids; BORDER stands between sentences
+UNKNOWN, BORDER = 0, 1  # ids: of a symbol outside the vocabulary, and of the border between sentences
 FIRST_SYMBOL = 2
 
 
 @dataclass(frozen=True)
 class NgramCounts:
-    """How often each sequence of n ids occurs; a sequence is the number that its ids spell in base V."""
+    """How often each sequence of n ids occurs. The key of a sequence is the number that its ids spell in base V."""
 
     keys: IntArray  # [K] ascending
     counts: IntArray  # [K]
@@ -32,62 +32,62 @@ class NgramCounts:
 
     @cached_property
     def running(self) -> IntArray:
-        """[K + 1]: occurrences of all keys before each."""
+        """``[K + 1]``: the occurrences of all keys before each one."""
         return np.concatenate(([0], np.cumsum(self.counts)))
 
     def find(self, keys: IntArray) -> IntArray:
-        """Occurrences of each sequence, in the shape of `keys`."""
-        places = self.keys.searchsorted(keys).clip(max=len(self.keys) - 1)
-        return np.where(self.keys[places] == keys, self.counts[places], 0)
+        """The occurrences of each sequence, in the shape of ``keys``."""
+        indices = self.keys.searchsorted(keys).clip(max=len(self.keys) - 1)
+        return np.where(self.keys[indices] == keys, self.counts[indices], 0)
 
     def continuations(self, contexts: IntArray) -> tuple[IntArray, IntArray]:
-        """Where in `keys` the sequences that begin with each context start and end."""
+        """The range of ``self.keys`` that begins with each context: its start and its end."""
         start = self.keys.searchsorted(contexts * self.vocabulary_size)
         end = self.keys.searchsorted((contexts + 1) * self.vocabulary_size)
         return start, end
 
 
 def count_ngrams(ids: IntArray, n: int, vocabulary_size: int) -> NgramCounts:
-    """Count the sequences of `n` ids in a stream [N]."""
+    """Counts the sequences of ``n`` ids in a stream ``[N]``."""
     assert vocabulary_size**n < 2**63, f"{n} ids of {vocabulary_size} do not fit in 64 bits"
     keys = np.zeros(len(ids) - n + 1, np.int64)
-    for place in range(n):
-        keys = keys * vocabulary_size + ids[place : len(ids) - n + 1 + place]
+    for offset in range(n):
+        keys = keys * vocabulary_size + ids[offset : len(ids) - n + 1 + offset]
     unique, counts = np.unique(keys, return_counts=True)
     return NgramCounts(unique, counts.astype(np.int64), vocabulary_size)
 
 
 @dataclass(frozen=True)
 class NgramModel:
-    """Interpolated absolute discounting over a stream of symbols.
+    """A trigram model with interpolated absolute discounting.
 
     P(w|uv) = max(c(uvw) - d, 0) / c(uv) + d * types(uv) / c(uv) * P(w|v), likewise P(w|v) over P(w), and
-    P(w) = (c(w) + 1) / (N + V). A context that was never seen passes all to the shorter one.
+    P(w) = (c(w) + 1) / (N + V). After a context that was never seen, the shorter context decides alone.
     Source: Ney, Essen and Kneser 1994 ("On structuring probabilistic dependences in stochastic language modelling").
     """
 
     symbols: Sequence[str]  # [V], by id
-    ids: IntArray  # [N]: the text that was counted, a BORDER between sentences
+    ids: IntArray  # [N]: the text that was counted, with a BORDER between sentences
     ids_of: dict[str, int] = field(repr=False)
-    hidable: npt.NDArray[np.bool_]  # [V]: may a blank hide this symbol?
+    hidable: npt.NDArray[np.bool_]  # [V]: true for the symbols that a blank may hide
 
     @cached_property
     def tables(self) -> tuple[NgramCounts, NgramCounts]:
-        """Counts of pairs and of triples."""
+        """The counts of pairs and of triples."""
         return count_ngrams(self.ids, 2, len(self.symbols)), count_ngrams(self.ids, 3, len(self.symbols))
 
     @cached_property
     def unigram(self) -> FloatArray:
-        """[V]: P(w)."""
+        """P(w): ``[V]``."""
         size = len(self.symbols)
         return (np.bincount(self.ids, minlength=size) + 1) / (len(self.ids) + size)
 
     def following(self, before: int, last: int) -> FloatArray:
-        """[V]: P(w | before last) of every symbol at once."""
+        """P(w | before last) of all symbols: ``[V]``."""
         size = len(self.symbols)
         probabilities = self.unigram
         for table, context in zip(self.tables, (last, before * size + last), strict=True):
-            start, end = (int(place) for place in table.continuations(np.array(context)))
+            start, end = (int(index) for index in table.continuations(np.array(context)))
             if start < end:
                 counts = table.counts[start:end]
                 total = int(counts.sum())
@@ -96,7 +96,7 @@ class NgramModel:
         return probabilities
 
     def probability(self, before: IntArray, last: IntArray, symbol: IntArray) -> FloatArray:
-        """P(symbol | before last), element by element; the plain twin of `following`."""
+        """P(symbol | before last), element by element."""
         size = len(self.symbols)
         probabilities = self.unigram[symbol]
         for table, context in zip(self.tables, (last, before * size + last), strict=True):
@@ -109,14 +109,14 @@ class NgramModel:
         return probabilities
 
     def most_frequent(self, length: int) -> list[str]:
-        """The run of `length` hidable symbols that occurs most often, whatever stands around it."""
+        """The run of ``length`` hidable symbols that occurs most often."""
         hidable = np.concatenate(([0], np.cumsum(self.hidable[self.ids])))
         starts = np.flatnonzero(hidable[length:] - hidable[:-length] == length)
         size = len(self.symbols)
         assert size**length < 2**63
         keys = np.zeros(len(starts), np.int64)
-        for place in range(length):
-            keys = keys * size + self.ids[starts + place]
+        for offset in range(length):
+            keys = keys * size + self.ids[starts + offset]
         unique, counts = np.unique(keys, return_counts=True)
         key, run = int(unique[counts.argmax()]), list[str]()
         for _ in range(length):
@@ -125,52 +125,51 @@ class NgramModel:
         return run
 
     def fill(self, left: Sequence[str], right: Sequence[str], length: int) -> list[str]:
-        """The most probable `length` hidable symbols between two texts.
+        """The most probable ``length`` hidable symbols between two texts.
 
-        P(answer | two symbols on the left) * P(two symbols on the right | answer), searched with a beam of
-        `BEAM` from the left; the `RESCORED` best complete answers meet the right. Exact for one symbol in so
-        far as the best stands among these.
+        The probability is P(answer | two symbols on the left) * P(two symbols on the right | answer). Answers grow from
+        the left in a beam of `BEAM`, by the first factor; the `RESCORED` best complete ones are compared by both.
         """
         answers = np.array([[BORDER, BORDER, *self.encode(left)][-2:]], np.int64)  # [beam, 2 + filled]
         scores = np.zeros(1)
         forbidden = np.where(self.hidable, 0.0, -np.inf)
         for filled in range(1, length + 1):
-            following = [self.following(int(row[-2]), int(row[-1])) for row in answers]
+            following = [self.following(int(answer[-2]), int(answer[-1])) for answer in answers]
             extended = scores[:, None] + np.log(np.stack(following)) + forbidden
             keep = min(RESCORED if filled == length else BEAM, int(np.isfinite(extended).sum()))
             best = np.argpartition(-extended, keep - 1, axis=None)[:keep]
-            rows, symbols = np.unravel_index(best, extended.shape)
-            answers = np.column_stack((answers[rows], symbols))
-            scores = extended[rows, symbols]
+            parents, symbols = np.unravel_index(best, extended.shape)
+            answers = np.column_stack((answers[parents], symbols))
+            scores = extended[parents, symbols]
         scores = scores + self._fit_right(answers, right)
         return [self.symbols[symbol] for symbol in answers[scores.argmax(), 2:]]
 
     def score(self, left: Sequence[str], answer: Sequence[str], right: Sequence[str]) -> float:
-        """What `fill` maximises, for one answer, in nats."""
-        row = [BORDER, BORDER, *self.encode(left)][-2:] + self.encode(answer)
-        triples = np.array([row[place - 2 : place + 1] for place in range(2, len(row))])
+        """The log-probability of one answer, in nats, that `fill` maximises."""
+        ids = [BORDER, BORDER, *self.encode(left)][-2:] + self.encode(answer)
+        triples = np.array([ids[end - 2 : end + 1] for end in range(2, len(ids))])
         fit_left = np.log(self.probability(*triples.T)).sum()
-        return float(fit_left + self._fit_right(np.array([row]), right)[0])
+        return float(fit_left + self._fit_right(np.array([ids]), right)[0])
 
     def unigram_score(self, answer: Sequence[str]) -> float:
-        """log P(answer) of symbols that stand for themselves."""
+        """The log-probability of an answer as independent symbols."""
         return float(np.log(self.unigram[self.encode(answer)]).sum())
 
-    def _fit_right(self, rows: IntArray, right: Sequence[str]) -> FloatArray:
-        """[beam]: log P(two symbols on the right | the end of each row)."""
-        fit = np.zeros(len(rows))
+    def _fit_right(self, answers: IntArray, right: Sequence[str]) -> FloatArray:
+        """log P(two symbols on the right | the end of each answer): ``[beam]``, of answers ``[beam, 2 + length]``."""
+        fit = np.zeros(len(answers))
         for symbol in [*self.encode(right), BORDER][:2]:
-            column = np.full(len(rows), symbol)
-            fit += np.log(self.probability(rows[:, -2], rows[:, -1], column))
-            rows = np.column_stack((rows, column))
+            column = np.full(len(answers), symbol)
+            fit += np.log(self.probability(answers[:, -2], answers[:, -1], column))
+            answers = np.column_stack((answers, column))
         return fit
 
     def encode(self, symbols: Iterable[str]) -> list[int]:
         return [self.ids_of.get(symbol, UNKNOWN) for symbol in symbols]
 
 
-def train_ngrams(texts: Sequence[str], language: Language) -> NgramModel:
-    """Count the symbols of the texts' sentences; those beyond the `MAX_VOCABULARY` most frequent are one unknown."""
+def train_ngrams(texts: Sequence[str], language: LanguageRules) -> NgramModel:
+    """Counts the symbols of the texts' sentences. Those beyond the `MAX_VOCABULARY` most frequent count as unknown."""
     frequencies = Counter[str]()
     lines = ["\n".join(cut_sentences(text, language)) + "\n" for text in texts]
     for line in lines:
@@ -186,44 +185,13 @@ def train_ngrams(texts: Sequence[str], language: Language) -> NgramModel:
     return NgramModel(symbols, np.concatenate([[BORDER], *encoded]), ids_of, hidable)
 
 
-def fill_with_unigrams(model: NgramModel, blanks: Sequence[HeldOutBlank], language: Language) -> list[str]:
+def fill_with_unigrams(model: NgramModel, blanks: Sequence[HeldOutBlank], language: LanguageRules) -> list[str]:
     """The most frequent run of each blank's true length."""
     runs = {length: model.most_frequent(length) for length in {blank.n_units for blank in blanks}}
     return [language.gap.join(runs[blank.n_units]) for blank in blanks]
 
 
-def fill_with_trigrams(model: NgramModel, blanks: Sequence[HeldOutBlank], language: Language) -> list[str]:
+def fill_with_trigrams(model: NgramModel, blanks: Sequence[HeldOutBlank], language: LanguageRules) -> list[str]:
     """The answers of `NgramModel.fill` for each blank's true length."""
     find = language.symbol.findall
     return [language.gap.join(model.fill(find(b.left), find(b.right), b.n_units)) for b in blanks]
-
-
-RESAMPLES = 2_000
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A mean with its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def exact_match(answer: str, reference: str) -> bool:
-    """Are the two the same but for spaces around them and their number inside? Case counts."""
-    return answer.split() == reference.split()
-
-
-def overlap_f1(answer: Sequence[str], reference: Sequence[str]) -> float:
-    """Harmonic mean of precision and recall over the units of two texts, as bags (SQuAD's F1, without its clean-up)."""
-    shared = sum((Counter(answer) & Counter(reference)).values())
-    return 2 * shared / (len(answer) + len(reference)) if shared else 0.0
-
-
-def estimate_mean(values: npt.ArrayLike, *, rng: np.random.Generator) -> Estimate:
-    """The mean of independent scores [N], with the percentile bootstrap over `RESAMPLES` resamples."""
-    scores = np.asarray(values, np.float64)
-    resampled = scores[rng.integers(len(scores), size=(RESAMPLES, len(scores)))].mean(axis=1)
-    low, high = np.quantile(resampled, (0.025, 0.975))
-    return Estimate(float(scores.mean()), float(low), float(high))

@@ -1,7 +1,13 @@
-"""The bundled model's card: prose that holds for any numbers, and the numbers of one evaluation."""
+"""Writes the card of the bundled model from the files of its folder.
 
-from __future__ import annotations
+    python recipes/bundled_card.py src/gmask/pretrained --output src/gmask/pretrained/README.md [--hardware WORDS]
 
+The folder has config.json, recipe.yaml and metrics.jsonl of the training, and evaluation.json of `gmask evaluate`.
+Origins, licences and credits of the texts come from recipes/bundled-sources.yaml.
+"""
+
+import argparse
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,19 +15,21 @@ from typing import Any
 
 import yaml
 
-from gmask.evaluation.report import describe_leads, example_rows, fill_rows, loss_rows
+from gmask.evaluation.report import describe_leads, fill_rows, loss_rows
 from gmask.tasks.metrics import Rows
+
+RECIPE = "recipes/bundled.yaml"
+SOURCES = Path(__file__).with_name("bundled-sources.yaml")
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """All that a card is made from."""
+    """What a card is made from."""
 
     evaluation: Mapping[str, Any]  # evaluation.json
     metrics: Sequence[Mapping[str, Any]]  # metrics.jsonl
     config: Mapping[str, Any]  # config.json
-    recipe: Mapping[str, Any]
-    recipe_path: str
+    recipe: Mapping[str, Any]  # recipe.yaml
     origins: Mapping[str, Mapping[str, str]]  # by source: origin, licence, credit
     hardware: str | None
 
@@ -39,7 +47,7 @@ def render_card(card: Card) -> str:
         _data(card),
         _credits(card),
         _limits(card),
-        _reproduction(card),
+        _reproduction(),
     )
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -112,8 +120,19 @@ hidden in other sentences and as long (the unigram model goes by the product of 
 {leads}"""
 
 
+def _example_rows(evaluation: Mapping[str, Any], language: str) -> Rows:
+    """The first blanks of the sample, with the answers of the model and of the trigrams."""
+    blanks = evaluation["languages"][language]["first_blanks"]
+    columns = ("held-out sentence", "hidden", "this model", "3-gram")
+    return Rows(columns, [[_cell(b[key]) for key in ("text", "answer", "model", "trigram")] for b in blanks], 4)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("[MASK]", "`[MASK]`").strip() or "(nothing)"
+
+
 def _examples(card: Card) -> str:
-    tables = "\n\n".join(example_rows(card.evaluation, name).to_markdown() for name in card.evaluation["languages"])
+    tables = "\n\n".join(_example_rows(card.evaluation, name).to_markdown() for name in card.evaluation["languages"])
     return f"""### The first blanks of the sample
 
 Not selected: the first six of each length.
@@ -195,10 +214,46 @@ def _limits(card: Card) -> str:
 - It follows no instructions and holds no conversation. Nothing was done to make its answers safe."""
 
 
-def _reproduction(card: Card) -> str:
-    name = Path(card.recipe_path).stem
+def _reproduction() -> str:
     return f"""## Reproduce
 
-`make {name} CORPUS=folder` trains by `{card.recipe_path}`, evaluates the result and writes this page. The numbers above
-alone: `gmask evaluate --recipe {card.recipe_path} --corpus folder`. All of them stand in `evaluation.json` and
+`make bundled CORPUS=folder` trains by `{RECIPE}`, evaluates the result and writes this page. The numbers above
+alone: `gmask evaluate --recipe {RECIPE} --corpus folder`. All of them stand in `evaluation.json` and
 `metrics.jsonl` beside this page."""
+
+
+def read_card(folder: Path, hardware: str | None = None) -> Card:
+    """Reads what the card of a folder is made from.
+
+    Raises:
+        FileNotFoundError: a file that the folder lacks.
+    """
+
+    def read(name: str) -> str:
+        return (folder / name).read_text("utf-8")
+
+    return Card(
+        evaluation=json.loads(read("evaluation.json")),
+        metrics=[json.loads(line) for line in read("metrics.jsonl").splitlines()],
+        config=json.loads(read("config.json")),
+        recipe=yaml.safe_load(read("recipe.yaml")),
+        origins={entry["name"]: entry for entry in yaml.safe_load(SOURCES.read_text("utf-8"))},
+        hardware=hardware,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--hardware", help="what the model was trained on, in words")
+    options = parser.parse_args()
+    try:
+        card = read_card(options.folder, options.hardware)
+    except FileNotFoundError as error:
+        parser.error(f"{error.filename}: missing; gmask pretrain writes the folder, and gmask evaluate evaluation.json")
+    options.output.write_text(render_card(card), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
