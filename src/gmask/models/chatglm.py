@@ -173,14 +173,16 @@ def derive_chat_layout(
     mask = torch.full_like(gmask, length) if mask_token_id is None else first(input_ids == mask_token_id)
     preferred, other = (mask, gmask) if rule == "v0" else (gmask, mask)
     blank = torch.where(preferred < length, preferred, other)
-    if bool(((sop == length) & is_real).any()):
+    if not native.is_captured() and bool(((sop == length) & is_real).any()):
         raise ValueError("a sequence has no <sop>: end the prompt with [gMASK] <sop>, as the tokenizer does")
-    if bool(((blank == length) & is_real).any()):
+    if not native.is_captured() and bool(((blank == length) & is_real).any()):
         raise ValueError("a sequence has no [gMASK] and no [MASK]: end the prompt with [gMASK] <sop>")
     before = torch.nn.functional.pad(is_real.long().cumsum(-1), (1, 0))  # real tokens before each column
     start = before.gather(1, first(is_real).clamp(max=length - 1))
     of_blank = before.gather(1, blank.clamp(max=length - 1))
-    moved = (column >= sop) & ((mask < length) if rule == "v0" else True)
+    moved = column >= sop
+    if rule == "v0":
+        moved = moved & (mask < length)
     context_position = torch.where(moved, of_blank, before[:, :-1]) - start
     answer_position = (column - sop + 1).clamp(min=0)
     return torch.stack((context_position, answer_position), dim=1) * is_real[:, None]

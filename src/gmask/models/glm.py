@@ -36,6 +36,7 @@ from gmask.models.base import (
 )
 from gmask.models.generate import PrefixLMForConditionalGeneration
 from gmask.models.layout import continues, derive_layout
+from gmask.native.ops import is_captured
 
 Network = Literal["lstm", "mlp", "none"]
 """The network that computes the prompt vectors of P-tuning from a table; `"none"`: they are the table."""
@@ -187,7 +188,7 @@ def check_layout(layout: Tensor, inputs_embeds: Tensor, *, config: GLMConfig) ->
     batch, length, _ = inputs_embeds.shape
     if layout.shape != (batch, 2, length):
         raise ValueError(f"layout is {list(layout.shape)}: for these inputs it must be {[batch, 2, length]}")
-    if not layout.is_cpu or torch.compiler.is_compiling():
+    if not layout.is_cpu or is_captured():
         return  # reading values would make the program wait for the device
     used = layout if config.block_position_encoding else layout[:, :1]
     lowest, highest = int(used.min()), int(used.max())

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from gmask.native.ops import is_captured
+
 
 def derive_layout(
     input_ids: Tensor,
@@ -81,7 +83,8 @@ def _find_blanks(sequence_ids: Tensor, is_blank: Tensor, sop_count: Tensor, in_a
     blank_keys, order = torch.where(is_blank, key + _count_within(sequence_ids, is_blank), none).sort(-1)
     found = torch.searchsorted(blank_keys, key + sop_count, right=True) - 1
     blank = found.clamp(min=0)
-    if bool((in_answer & ((found < 0) | (blank_keys.gather(1, blank) < key))).any()):
+    is_lost = in_answer & ((found < 0) | (blank_keys.gather(1, blank) < key))
+    if not is_captured() and bool(is_lost.any()):
         raise ValueError(
             "a sequence has <sop> but no [MASK], [sMASK] or [gMASK] before it: put the blank into the context"
         )
@@ -219,7 +222,7 @@ def build_mask(
 
 def _drop_idle(mask: Tensor) -> Tensor | None:
     """The mask, or None if it hides nothing: attention is faster without one."""
-    if not mask.is_cpu or torch.compiler.is_compiling():
+    if not mask.is_cpu or is_captured():
         return mask  # reading values would make the program wait for the device
     hides = ~mask if mask.dtype == torch.bool else mask
     return mask if bool(hides.any()) else None

@@ -76,9 +76,17 @@ def _as_array(strides: Sequence[int]) -> Any:
     return (ctypes.c_int64 * len(strides))(*strides)
 
 
+def is_captured() -> bool:
+    """Whether a graph is being made (torch.compile, torch.export, torch.jit.trace), which must hold for other values.
+
+    Nothing may then depend on the values of a tensor, so that what is wrong with them is not noticed.
+    """
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
 def _are_served(*tensors: Tensor) -> bool:
     """Whether the library can compute with these: on the CPU, without gradients, and not in a compiled graph."""
-    if torch.compiler.is_compiling() or not instruction_sets():
+    if is_captured() or not instruction_sets():
         return False
     has_gradients = torch.is_grad_enabled()
     for x in tensors:  # noqa: SIM110 - this runs in each layer for each token, and a generator is slower
