@@ -35,7 +35,7 @@ def test_two_processes_make_the_steps_of_one(tmp_path: Path, kind: str, method: 
         tmp_path, task=task, records=records, method={"name": method},
         optimization={"steps": 6, "batch_size": 2, "accumulation": 3, "evaluate_every": 3, "save_every": 3},
     )  # fmt: skip
-    finetune.run(path, [f"run.out={tmp_path / 'one'}"])
+    finetune.run_finetuning(path, [f"run.out={tmp_path / 'one'}"])
     done = run_in_two(path, f"run.out={tmp_path / 'two'}")
     assert done.returncode == 0, done.stderr[-4000:]
     one, two = (read_log(tmp_path / name) for name in ("one", "two"))

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from gmask.config import Choices, build, field_names, load_tree
+from gmask.config import OneOf, build_settings, field_names, load_tree
 from gmask.conversation import read_conversation
 from gmask.errors import GmaskError, nearest
 from gmask.tasks.formats import READERS, flatten, samples_of
@@ -47,7 +47,7 @@ class Task:
     messages: str | None = None  # column with a whole conversation
     references: str | None = None  # column with a list of all texts that count as right
     group: str | None = None  # template of the name that the samples of one question share
-    reader: Annotated[str, Choices(tuple(READERS))] = "plain"  # a name of gmask.tasks.formats.READERS
+    reader: Annotated[str, OneOf(tuple(READERS))] = "plain"  # a name of gmask.tasks.formats.READERS
     metrics: tuple[str, ...] = ()
     best: str = "loss"  # what picks the best checkpoint: "loss" or one of the metrics
     language: Language | None = None  # of the answers, for the metrics
@@ -114,7 +114,7 @@ def read_task(tree: Mapping[str, Any]) -> Task:
     values["metrics"] = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     values["choices"] = _read_choices(values.get("choices") or {}, where)
     values.setdefault("best", values["metrics"][0] if values["metrics"] else "loss")
-    task = build(Task, values, f"{where}: ", title=where)
+    task = build_settings(Task, values, f"{where}: ", title=where)
     for metric in task.metrics:
         check_metric(metric)
     if task.best not in ("loss", *task.metrics):
