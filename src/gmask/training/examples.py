@@ -60,17 +60,17 @@ def read_splits(task: Task, data: TuningDataSettings, *, seed: int) -> Splits:
             measured on the samples.
     """
     bad: list[GmaskError] = []
-    train, files = _read(task, data, data.train, "train", bad)
+    train, files = _read_split(task, data, data.train, "train", bad)
     validation, test = list[Sample](), list[Sample]()
     if isinstance(data.validation, str):
-        validation, more = _read(task, data, data.validation, "validation", bad)
+        validation, more = _read_split(task, data, data.validation, "validation", bad)
         files += more
     elif data.validation is not None:
         train, validation = hold_out(train, data.validation, seed=seed)
     elif data.folds is not None:
         train, validation = take_fold(train, data.folds, data.fold or 1, seed=seed)
     if data.test is not None:
-        test, more = _read(task, data, data.test, "test", bad)
+        test, more = _read_split(task, data, data.test, "test", bad)
         files += more
     if not train:
         raise GmaskError(f"{data.resolve(data.train)}: validation takes all samples, and none is left to train on")
@@ -81,14 +81,14 @@ def read_splits(task: Task, data: TuningDataSettings, *, seed: int) -> Splits:
 
 
 def hold_out(samples: Sequence[Sample], share: float, *, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Splits a share of the samples off, at least one record; returns the rest, and those."""
+    """Sets a share of the samples aside, at least one record; returns the rest, and those."""
     units = _shuffled_units(samples, seed)
     held = set(units[: max(1, round(share * len(units)))])
     return _divide(samples, held)
 
 
 def take_fold(samples: Sequence[Sample], folds: int, fold: int, *, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Splits one of several folds off, counted from 1; returns the rest, and the fold. A record is in exactly one fold.
+    """Sets one of several folds aside, counted from 1; returns the rest, and the fold. A record is in exactly one fold.
 
     Raises:
         GmaskError: fewer records than folds.
@@ -99,9 +99,10 @@ def take_fold(samples: Sequence[Sample], folds: int, fold: int, *, seed: int) ->
     return _divide(samples, set(units[fold - 1 :: folds]))
 
 
-def _read(
+def _read_split(
     task: Task, data: TuningDataSettings, pattern: str, split: str, bad: list[GmaskError]
 ) -> tuple[list[Sample], list[DataFile]]:
+    """The samples of a split and their files; errors that the recipe lets pass are added to ``bad``."""
     path_or_glob = data.resolve(pattern)
     on_bad = bad.append if data.skip_bad_lines else None
     records = read_records(path_or_glob, limit=data.limit, on_bad=on_bad)
@@ -128,11 +129,13 @@ def _unit(sample: Sample, index: int) -> Unit:
 
 
 def _shuffled_units(samples: Sequence[Sample], seed: int) -> list[Unit]:
+    """Each unit once, in random order."""
     units = list(dict.fromkeys(_unit(sample, index) for index, sample in enumerate(samples)))
     return [units[index] for index in np.random.default_rng([seed, 1]).permutation(len(units))]
 
 
 def _divide(samples: Sequence[Sample], held: set[Unit]) -> tuple[list[Sample], list[Sample]]:
+    """The samples whose units are not in ``held``, and those whose units are."""
     parts: tuple[list[Sample], list[Sample]] = ([], [])
     for index, sample in enumerate(samples):
         parts[_unit(sample, index) in held].append(sample)
@@ -152,12 +155,12 @@ class Example(InfillingExample):
 
     @property
     def length(self) -> int:
-        """In tokens."""
+        """The number of tokens."""
         return len(self.input_ids)
 
 
 @dataclass(slots=True)
-class Truncated:
+class TruncationCounts:
     """Counts of what was cut from samples."""
 
     samples: int = 0  # that were encoded
@@ -214,7 +217,7 @@ class SampleEncoder:
             raise GmaskError(f"max_target is {max_target}: give at least {max_target - self.longest + 1}")
         if max_target > positions:
             raise GmaskError(f"max_target is {max_target}, but the model has only {positions} positions")
-        self.truncated = Truncated()
+        self.truncated = TruncationCounts()
 
     def encode(self, sample: Sample) -> Example:
         """The only example of a sample. Documents, and choices with several right candidates, need `encode_all`.
@@ -252,7 +255,7 @@ class SampleEncoder:
         if not answers:
             raise GmaskError("the sample has no answer, so that nothing can be learnt from it")
         if self.kind in CHOICES:
-            return [self._join_candidates(question, right, kept) for right, kept in _contests(sample)]
+            return [self._join_candidates(question, right, kept) for right, kept in _comparisons(sample)]
         if self.kind != "infill" and len(answers) > 1:
             raise GmaskError(f"{self.kind} takes one answer, but the sample has {len(answers)}")
         if self.kind == "language-model":
@@ -305,7 +308,7 @@ class SampleEncoder:
         return (sop, *piece.ids, *end), (NOT_SCORED, *piece.ids, *end)
 
 
-def _contests(sample: Sample) -> list[tuple[int, list[int]]]:
+def _comparisons(sample: Sample) -> list[tuple[int, list[int]]]:
     """For each right candidate of a sample: its index, and the indices to compare, which are it and the wrong ones.
 
     Source: THUDM/GLM tasks/superglue, where ReCoRD gives an example for each right entity.

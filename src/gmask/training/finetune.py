@@ -37,7 +37,7 @@ from gmask.training.accelerator import (
 )
 from gmask.training.examples import Batch, BatchOrder, Splits, hash_file, read_splits, steps_of
 from gmask.training.loop import Loop, Schedule, StepData, StepResult, unsharded
-from gmask.training.losses import Encoded, TaskObjective, count_items, examples_of
+from gmask.training.losses import EncodedSamples, TaskObjective, count_items, examples_of
 from gmask.training.methods import choose_trainable, load_tuned_model, peak_memory, save_tuned_model
 from gmask.training.report import (
     CURVES_FILE,
@@ -327,7 +327,7 @@ class Finetuning:
 
     # Before the first step
 
-    def _show_start(self, objective: TaskObjective, encoded: Encoded, steps: int) -> None:
+    def _show_start(self, objective: TaskObjective, encoded: EncodedSamples, steps: int) -> None:
         recipe = self.recipe
         rate = recipe.optimization.learning_rate
         assert rate is not None

@@ -141,7 +141,7 @@ class Loop:
         self.progress = RunProgress()
         self.bare_model, self.bare_optimizers = model, list(optimizers)  # as they were before accelerate wrapped them
         self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
-        self.ranks = RankSchedule.of(model, steps=schedule.steps)  # of adalora
+        self.rank_schedule = RankSchedule.of(model, steps=schedule.steps)  # of adalora
         self.is_sharded = is_sharded(accelerator)
 
     # Steps
@@ -228,8 +228,8 @@ class Loop:
                 loss = self.run.loss(self.model, batch) / labelled
                 losses.append(loss.detach())
                 loss = loss * processes  # accelerate takes the mean of the processes' gradients
-                if self.ranks is not None:
-                    loss = loss + self.ranks.penalty() / len(data.batches)
+                if self.rank_schedule is not None:
+                    loss = loss + self.rank_schedule.penalty() / len(data.batches)
                 self.accelerator.backward(loss, **self._backward_options(rate))
         total = torch.stack(losses).sum()
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm)
@@ -256,8 +256,8 @@ class Loop:
     def _update(self, number: int) -> None:
         for optimizer in self.optimizers:
             optimizer.step()
-        if self.ranks is not None:
-            self.ranks.update(number)  # weighs the ranks by the gradients
+        if self.rank_schedule is not None:
+            self.rank_schedule.update(number)  # weighs the ranks by the gradients
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         if self.average is not None:
@@ -313,8 +313,8 @@ class Loop:
                     self.run.save_weights(folder)
                 tensors, numbers = optimizer_state(self.bare_model, [] if self.is_sharded else self.bare_optimizers)
                 tensors |= average_tensors(self.average)
-                if self.ranks is not None:
-                    tensors |= {f"ranks.{name}": value for name, value in self.ranks.state().items()}
+                if self.rank_schedule is not None:
+                    tensors |= {f"ranks.{name}": value for name, value in self.rank_schedule.state().items()}
                 for process, random in enumerate(random_states):
                     suffix = f".{process}" if process else ""
                     tensors |= {f"random.{name}{suffix}": value for name, value in random.items()}
@@ -338,8 +338,8 @@ class Loop:
             checkpoint.load_optimizers(self.bare_model, self.bare_optimizers)
         if self.average is not None:
             checkpoint.load_average(self.average)
-        if self.ranks is not None:
-            self.ranks.restore(checkpoint.group("ranks"))
+        if self.rank_schedule is not None:
+            self.rank_schedule.restore(checkpoint.group("ranks"))
         checkpoint.load_random_state(self.accelerator.process_index)
         self.progress = checkpoint.progress
         return checkpoint.state

@@ -123,8 +123,8 @@ def _predict(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -> 
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
-    """Encoded samples as items of batches, and the samples that each item was made of."""
+class EncodedSamples:
+    """EncodedSamples samples as items of batches, and the samples that each item was made of."""
 
     items: Sequence[BatchItem]
     sources: Sequence[Sequence[Sample]]
@@ -166,7 +166,7 @@ class TaskObjective:
         self.collate = find_collator(kind, pad_id=self.encoder.reader.special.pad)
         self.loss = find_loss(kind)
 
-    def encode(self, samples: Sequence[Sample]) -> Encoded:
+    def encode(self, samples: Sequence[Sample]) -> EncodedSamples:
         """The items of samples: one for each, several for a long document, fewer if they are packed.
 
         Raises:
@@ -174,12 +174,12 @@ class TaskObjective:
         """
         pairs = [(example, sample) for sample in samples for example in self.encoder.encode_all([sample])]
         if self.packing is None:
-            return Encoded([example for example, _ in pairs], [[sample] for _, sample in pairs])
+            return EncodedSamples([example for example, _ in pairs], [[sample] for _, sample in pairs])
         if self.kind in LABELLED:
             raise GmaskError(f"data.packing is for tasks that write, and a {self.kind} chooses: leave it out")
         origins = {id(example): sample for example, sample in pairs}
         rows = pack_examples([example for example, _ in pairs], row_length=self.packing)
-        return Encoded(rows, [[origins[id(example)] for example in row] for row in rows])
+        return EncodedSamples(rows, [[origins[id(example)] for example in row] for row in rows])
 
 
 def count_items(batch: Mapping[str, Tensor]) -> int:

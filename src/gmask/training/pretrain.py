@@ -31,6 +31,7 @@ from gmask.infilling.collator import collate
 from gmask.infilling.objectives import OBJECTIVES, Objective
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from gmask.recipes.pretraining import OptimizationSettings, Recipe, load_recipe, make_mixture
+from gmask.tasks.records import Source
 from gmask.training.accelerator import find_device, make_accelerator, make_arguments
 from gmask.training.corpus_rows import RowStream, TokenSource, open_sources, validation_rows
 from gmask.training.examples import Batch
@@ -73,20 +74,7 @@ class Pretraining:
         data = self.recipe.data
         sources = data.resolved_sources
         self.tokenizer_folder = Path(self.recipe.tokenizer.path or self.out / "tokenizer")
-        if not (self.tokenizer_folder / "tokenizer.json").is_file():
-            if self.recipe.tokenizer.path:
-                raise GmaskError(f"{self.tokenizer_folder}: no tokenizer.json there")
-            train_from_sources(
-                sources,
-                vocab_size=self.recipe.tokenizer.vocab_size,
-                alphabet_size=self.recipe.tokenizer.alphabet_size,
-                max_han_chars=self.recipe.tokenizer.max_han_chars,
-                sample_bytes=self.recipe.tokenizer.sample_bytes,
-                seed=settings.seed,
-                skip_bad_lines=data.skip_bad_lines,
-                out=self.tokenizer_folder,
-            )
-        tokenizer = Tokenizer.from_file(str(self.tokenizer_folder / "tokenizer.json"))
+        tokenizer = self._load_tokenizer(sources)
         self.mixture = make_mixture(tokenizer, self.recipe.objective)
         self.decay_mixture = make_mixture(tokenizer, self.recipe.objective | self.recipe.decay.objective)
         self.special = self.mixture.special
@@ -140,14 +128,33 @@ class Pretraining:
                 longest=self.model.config.max_position_embeddings,
             )
 
+    def _load_tokenizer(self, sources: Sequence[Source]) -> Tokenizer:
+        """The recipe's tokenizer. Without a path in the recipe it is learnt into the run's folder, once."""
+        settings, path = self.recipe.tokenizer, self.tokenizer_folder / "tokenizer.json"
+        if not path.is_file():
+            if settings.path:
+                raise GmaskError(f"{self.tokenizer_folder}: no tokenizer.json there")
+            train_from_sources(
+                sources,
+                vocab_size=settings.vocab_size,
+                alphabet_size=settings.alphabet_size,
+                max_han_chars=settings.max_han_chars,
+                sample_bytes=settings.sample_bytes,
+                seed=self.recipe.run.seed,
+                skip_bad_lines=self.recipe.data.skip_bad_lines,
+                out=self.tokenizer_folder,
+            )
+        return Tokenizer.from_file(str(path))
+
     def _model_config(self, tokenizer: Tokenizer) -> GLMConfig:
+        """The config of the model: the recipe's keys, and what follows from the tokenizer."""
         rows = -(-tokenizer.get_vocab_size() // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         special = self.special
         settings: dict[str, Any] = {
             "vocab_size": rows,
             "hidden_act": "gelu_pytorch_tanh",  # as in the published training code
             "pad_token_id": special.pad,
-            "eos_token_id": special.eop,  # what ends an answer
+            "eos_token_id": special.eop,  # the end of an answer
             "sop_token_id": special.sop,
             "eop_token_id": special.eop,
             "mask_token_id": special.mask,

@@ -17,7 +17,7 @@ from gmask.infilling.objectives import OBJECTIVES
 from gmask.recipes.tuning import TuningRecipe, base_name
 from gmask.tasks.metrics import Rows
 from gmask.tasks.task import Task
-from gmask.training.examples import DataFile, Example, Truncated
+from gmask.training.examples import DataFile, Example, TruncationCounts
 from gmask.training.methods import TrainableTable
 from gmask.training.validation import Forgetting
 
@@ -37,7 +37,7 @@ class StartSummary:
     example: Example
     sop: int
     trainable: TrainableTable
-    truncated: Truncated
+    truncated: TruncationCounts
     samples: int
     dropped: int  # records that could not be used
     steps: int
