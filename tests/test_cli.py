@@ -252,7 +252,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
         raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
     monkeypatch.setattr(metadata, "requires", lambda _: required)
-    monkeypatch.setattr("gmask.training.pretrain.run", fail)
+    monkeypatch.setattr("gmask.training.pretrain.run_pretraining", fail)
     done = run("pretrain", "r.yaml")
     assert (done.code, done.out) == (2, "")
     assert done.err == f"gmask: {module.partition('.')[0]} is not installed{advice}\n"
@@ -301,7 +301,9 @@ def test_pretrain_hands_recipe_and_overrides_over(run: Run, monkeypatch: pytest.
     from gmask.training import pretrain
 
     calls = []
-    monkeypatch.setattr(pretrain, "run", lambda *args, **keywords: calls.append((args, keywords)) or Path("model"))
+    monkeypatch.setattr(
+        pretrain, "run_pretraining", lambda *args, **keywords: calls.append((args, keywords)) or Path("model")
+    )
     assert run("pretrain", "r.yaml", "run.out=x", "optimization.steps=1", "--no-resume").out == "model\n"
     assert calls == [(("r.yaml", ["run.out=x", "optimization.steps=1"]), {"resume": False})]
 

@@ -14,9 +14,7 @@ PACKAGE = ROOT / "src" / "gmask"
 READMES = ["README.md", "README.zh.md"]
 FOLDERS = ["src", "tests", "benchmarks", "docs", "docker", "recipes", ".ci", ".github"]  # beside the files of the root
 DEFINED_TWICE = {  # to be emptied
-    "Choices", "DTYPES", "Item", "Job", "Language", "Model", "Normalization", "Objective", "PREFIX", "Progress",
-    "Question", "SETTINGS", "SPELLINGS", "UNREADABLE", "WEIGHTS", "build", "fingerprint", "pack", "read_choices",
-    "read_records", "router", "run",
+    "DTYPES", "Job", "Language", "Model", "Question", "SETTINGS", "UNREADABLE", "WEIGHTS", "read_choices", "router",
 }  # fmt: skip
 
 

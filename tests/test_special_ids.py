@@ -120,5 +120,5 @@ def test_another_models_vocabulary_and_damaged_files_are_named(tmp_path: Path) -
     with pytest.raises(GmaskError, match=r"the id 50009.*vocab_size of 30592"):
         special_ids(tmp_path, config_of("GLM-Large"))
     (tmp_path / "added_tokens.json").write_text('{"[MASK]": ')
-    with pytest.raises(GmaskError, match=r"added_tokens\.json: not JSON"):
+    with pytest.raises(GmaskError, match=r"added_tokens\.json, line 1: not JSON"):
         special_ids(tmp_path, config_of("GLM-Large"))

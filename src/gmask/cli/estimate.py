@@ -269,7 +269,7 @@ class Tuning:
         Raises:
             GmaskError: an unknown method or setting, or a value that it cannot have.
         """
-        from gmask.config import build
+        from gmask.config import build_settings
         from gmask.hardware import best_device
         from gmask.recipes.tuning import MethodSettings
 
@@ -280,7 +280,7 @@ class Tuning:
         for name in ("answer_length", "accumulation"):
             if not isinstance(others.get(name, 1), int):
                 raise GmaskError(f"--set {name}={others[name]}: expected a whole number")
-        settings = build(MethodSettings, {"name": method, **values}, "method")
+        settings = build_settings(MethodSettings, {"name": method, **values}, "method")
         return Tuning(settings, others, batch_size, gpus, gradient_checkpointing, "cuda" if gpus else best_device())
 
     def usable_forms(self, forms: Sequence[WeightForm]) -> list[WeightForm]:
