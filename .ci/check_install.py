@@ -5,6 +5,7 @@ The release workflow runs it where nothing but a wheel, or the sdist, was instal
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -37,7 +38,9 @@ def run(*command: str) -> str:
 
 
 def main() -> None:
-    program = str(Path(sysconfig.get_path("scripts")) / "gmask")
+    program = shutil.which("gmask", path=sysconfig.get_path("scripts"))
+    if program is None:
+        sys.exit("there is no command gmask in this environment")
     said = run(program, "--version").strip()
     if said != f"gmask {version('gmask')}":
         sys.exit(f"gmask --version says {said!r}, the metadata {version('gmask')}")
