@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer
 
 import gmask
-from gmask.checkpoints.load import BUNDLED
+from gmask.checkpoints.hub import BUNDLED
 from gmask.recipes.pretraining import find_blank_tokens
 from gmask.tasks.heldout import HeldOutBlank
 from gmask.training.validation import BlankSet, encode_blank, score_blanks

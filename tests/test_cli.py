@@ -418,7 +418,7 @@ def test_ctrl_c_stops_a_real_run_without_a_traceback(folder: Path, tmp_path: Pat
 
 
 def test_the_command_knows_the_bundled_models_without_loading_any() -> None:
-    from gmask.checkpoints.load import BUNDLED_MODELS
+    from gmask.checkpoints.hub import BUNDLED_MODELS
     from gmask.cli.options import BUNDLED_NAMES
 
     assert tuple(BUNDLED_MODELS) == BUNDLED_NAMES

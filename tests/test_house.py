@@ -181,6 +181,47 @@ def test_help_lists_the_verbs_without_loading_torch() -> None:
         assert verb in done.stdout
 
 
+def test_the_version_is_told_without_loading_anything_large() -> None:
+    import gmask
+
+    done = run_python(
+        "import sys; sys.argv = ['gmask', '--version']\n"
+        "from gmask.cli import main\n"
+        "try: main()\n"
+        "finally: print({'torch', 'transformers', 'numpy', 'rich'} & set(sys.modules))"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"gmask {gmask.__version__}\nset()\n", "")
+
+
+MISTYPED = [
+    "infill [MASK] --model {}", "chat hello --model {}", "score [MASK] --answers a|b --model {}",
+    "embed text --model {}", "convert {} new", "quantize {} new", "merge {} --adapter a --output new", "info {}",
+    "estimate {}", "evaluate {}", "evaluate {} --task superglue/rte --data d.jsonl", "serve {}", "webui {}",
+]  # fmt: skip
+
+
+def test_a_mistyped_model_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    pytest.importorskip("fastapi", reason="serving needs gmask[serve]")
+    (tmp_path / "file").write_text("not a folder", "utf-8")
+    names = ["no such folder", "runs/modle", str(tmp_path / "file")]
+    commands = [[part.format(name) for part in line.split()] for line in MISTYPED for name in names]
+    commands = [command for command in commands if command[0] not in ("info", "estimate") or command[1] != names[2]]
+    done = run_python(
+        "import os, sys; os.environ['HF_HUB_OFFLINE'] = '1'\n"
+        "from gmask.cli import main\n"
+        f"for command in {commands!r}:\n"
+        "    sys.argv = ['gmask', *command]\n"
+        "    try: main()\n"
+        "    except SystemExit as ended: assert ended.code == 2, command\n"
+        "    assert not {'torch', 'transformers'} & set(sys.modules), command"
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(commands)
+    for line, command in zip(lines, commands, strict=True):
+        assert any(line.startswith(f"gmask: {name}: ") for name in names if name in command), line
+
+
 def test_the_worked_example_of_the_documentation_is_what_the_code_computes() -> None:
     import numpy as np
     import torch

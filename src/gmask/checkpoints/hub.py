@@ -1,11 +1,13 @@
-"""The name of a published model becomes a folder of this machine.
+"""The name of a model becomes a folder of this machine: a bundled one, the user's, or a published one that is fetched.
 
-The downloading, its cache and its settings (``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_TOKEN``, ``HF_HOME``) are those
-of huggingface_hub.
+Nothing here needs torch, so that a mistyped name is refused before that is imported. The downloading, its cache and its
+settings (``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_TOKEN``, ``HF_HOME``) are those of huggingface_hub.
 """
 
+import contextlib
 import errno
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,42 @@ WEIGHTS = {"safetensors": "model*.safetensors", "bin": "pytorch_model*.bin"}
 
 MODELSCOPE = "ZhipuAI"
 """The organisation that publishes the GLMs on ModelScope; it has none on Hugging Face."""
+
+BUNDLED = Path(__file__).parents[1] / "pretrained"
+BUNDLED_MODELS = {"bundled": BUNDLED, "bundled-chat": BUNDLED / "chat"}
+"""What comes with gmask: a model that fills blanks, and the same tuned to answer."""
+
+
+def find_local(name: str | Path) -> Path | None:
+    """The folder of this machine that a name stands for; None for a published model, which a hub may have.
+
+    Raises:
+        GmaskError: a file, or the name of nothing.
+    """
+    path = BUNDLED_MODELS.get(str(name)) or Path(name).expanduser()
+    if path.is_dir() or name in BUNDLED_MODELS:
+        return path
+    if path.exists():
+        raise GmaskError(f"{path}: is a file; name the folder of a model")
+    if looks_like_hub_name(str(name)) or find_family(str(name)):
+        return None
+    raise GmaskError(f"{name}: no such folder; name the folder of a model, a published model, or bundled")
+
+
+def check_name(name: str) -> None:
+    """Refuses what no model is called, before anything large is imported or fetched.
+
+    A name that neither this machine nor the catalog knows, such as ``runs/modle``, is looked up on the hub.
+
+    Raises:
+        GmaskError: as of `find_local` and `fetch`.
+    """
+    if find_local(name) is not None:
+        return
+    repository = _find_repository(name)
+    if find_family(name) is None and find_cached(name) is None:
+        with _explained(repository, None):
+            _look_up(repository, None)
 
 
 def looks_like_hub_name(name: str) -> bool:
@@ -42,19 +80,21 @@ def fetch(name: str, *, revision: str | None = None) -> Path:
             line, with what to do.
     """
     repository = _find_repository(name)
-    try:
-        folder = _download(repository, revision, DESCRIPTIONS)
-        files = _list_files(repository, folder)
-        form = next((pattern for pattern in WEIGHTS.values() if any(Path(file).match(pattern) for file in files)), None)
-        if form is None:
-            raise GmaskError(f"{repository}: holds no weights, {' or '.join(WEIGHTS.values())}; name another model")
-        if find_family(repository) is None:
-            _refuse_other(folder, repository)
-        return _download(repository, folder.name, (*DESCRIPTIONS, form))
-    except GmaskError:
-        raise
-    except Exception as error:  # of this library, of the HTTP library below it, and of the operating system
-        raise GmaskError(_explain(error, repository, revision)) from error
+    with _explained(repository, revision):
+        commit, weights = _look_up(repository, revision)
+        return _download(repository, commit, (*DESCRIPTIONS, weights))
+
+
+def _look_up(repository: str, revision: str | None) -> tuple[str, str]:
+    """The commit of a revision and the pattern of its weights; config and vocabulary are fetched for it."""
+    folder = _download(repository, revision, DESCRIPTIONS)
+    files = _list_files(repository, folder)
+    form = next((pattern for pattern in WEIGHTS.values() if any(Path(file).match(pattern) for file in files)), None)
+    if form is None:
+        raise GmaskError(f"{repository}: holds no weights, {' or '.join(WEIGHTS.values())}; name another model")
+    if find_family(repository) is None:
+        _refuse_other(folder, repository)
+    return folder.name, form
 
 
 def find_cached(repository: str) -> Path | None:
@@ -120,6 +160,17 @@ def _refuse_other(folder: Path, repository: str) -> None:
     values = read_object(folder / "config.json", required=False)
     if values:
         find_architecture(values, repository)
+
+
+@contextlib.contextmanager
+def _explained(repository: str, revision: str | None) -> Iterator[None]:
+    """Any error of a download becomes a `GmaskError`."""
+    try:
+        yield
+    except GmaskError:
+        raise
+    except Exception as error:  # of this library, of the HTTP library below it, and of the operating system
+        raise GmaskError(_explain(error, repository, revision)) from error
 
 
 def _explain(error: Exception, repository: str, revision: str | None) -> str:

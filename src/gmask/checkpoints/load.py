@@ -14,11 +14,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from gmask.architectures import architecture_of
 from gmask.checkpoints.adapters import PREFIX_TUNING, Adapter, attach, read_adapter, read_parts
 from gmask.checkpoints.folder import Config, Folder
-from gmask.checkpoints.hub import fetch, looks_like_hub_name
+from gmask.checkpoints.hub import BUNDLED_MODELS, fetch, find_local
 from gmask.checkpoints.output import main_dtype
 from gmask.checkpoints.tensor_files import SCALES
 from gmask.checkpoints.weights import Checkpoint, bare_name, holds_published
-from gmask.checkpoints.zoo import find_family
 from gmask.errors import GmaskError
 from gmask.hardware import (
     best_device,
@@ -41,10 +40,6 @@ from gmask.quantization.quantizer import (
     settle,
 )
 from gmask.tokenizers.special_tokens import find_token_id
-
-BUNDLED = Path(__file__).parents[1] / "pretrained"
-BUNDLED_MODELS = {"bundled": BUNDLED, "bundled-chat": BUNDLED / "chat"}
-"""What comes with gmask: a model that fills blanks, and the same tuned to answer."""
 
 LanguageModel: TypeAlias = GLMForConditionalGeneration | ChatGLMForConditionalGeneration
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -163,8 +158,10 @@ def open_folder(
     Raises:
         GmaskError: there is none, or it holds no model.
     """
-    path = BUNDLED_MODELS.get(str(name)) or Path(name).expanduser()
-    if revision is not None and (name in BUNDLED_MODELS or path.exists()):
+    path = find_local(name)
+    if path is None:
+        return Folder(fetch(str(name), revision=revision), like=like, tokenizer=tokenizer)
+    if revision is not None:
         raise GmaskError(f"{name}: is a folder of this machine, which has no revision {revision}")
     folder = Folder(path, like=like, tokenizer=tokenizer)
     if folder.has_config:
@@ -173,17 +170,11 @@ def open_folder(
         raise GmaskError(
             "this installation lacks the bundled model: install gmask again, or name the folder of another model"
         )
-    if path.is_dir():
-        if folder.is_megatron:
-            return folder
-        if (path / "config.json").exists():
-            raise GmaskError(f"{path / 'config.json'}: is a folder, where a file is expected")
-        raise GmaskError(f"{path}: no config.json there, so it is not the folder of a model")
-    if path.exists():
-        raise GmaskError(f"{path}: is a file; name the folder of a model")
-    if looks_like_hub_name(str(name)) or find_family(str(name)):
-        return Folder(fetch(str(name), revision=revision), like=like, tokenizer=tokenizer)
-    raise GmaskError(f"{name}: no such folder; name the folder of a model, a published model, or bundled")
+    if folder.is_megatron:
+        return folder
+    if (path / "config.json").exists():
+        raise GmaskError(f"{path / 'config.json'}: is a folder, where a file is expected")
+    raise GmaskError(f"{path}: no config.json there, so it is not the folder of a model")
 
 
 def find_folder(name: str | Path, revision: str | None = None) -> Path:

@@ -7,10 +7,11 @@ import os
 import re
 import sys
 import warnings
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
+from gmask import __version__
 from gmask.cli.estimate import estimate
 from gmask.cli.models import convert, info, merge, quantize
 from gmask.cli.serving import serve, webui
@@ -31,6 +32,22 @@ VERBS = (
 )  # fmt: skip
 for verb in VERBS:
     app.command()(verb)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"gmask {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def take_options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    """The options that stand before a verb; the help of the program is that of `app`."""
 
 
 def main() -> None:

@@ -99,9 +99,9 @@ def estimate(
     as_json: AsJson = False,
 ) -> None:
     """Tell how much memory a model takes to run or to tune, and what fits here, without loading or fetching it."""
+    config = find_config(model)
     from gmask.hardware import best_device
 
-    config = find_config(model)
     lengths = sorted(set(context_length or (min(n, config.max_position_embeddings) for n in CONTEXT_LENGTHS)))
     forms = list_forms(config, dtype, quantize, group_size=group_size, embeddings=embeddings)
     if method is not None:
@@ -120,10 +120,10 @@ def find_config(name: str) -> "Config":
     Raises:
         GmaskError: neither a folder of a model nor a name in the catalog.
     """
+    source, family = find_source(name)  # a mistyped one is refused before torch is imported
     from gmask.checkpoints.load import find_folder
     from gmask.estimation.inference import config_of_family, read_shape_config
 
-    source, family = find_source(name)
     if family is not None:
         return config_of_family(family)
     assert source is not None

@@ -50,6 +50,9 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint in another form, and compare every bit of the result with the source."""
+    from gmask.checkpoints.hub import check_name
+
+    check_name(source)  # before torch is imported, which takes seconds
     from gmask.checkpoints import convert as conversion
     from gmask.checkpoints.load import find_folder
 
@@ -111,6 +114,9 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Write a model with int8 or int4 weights, which loads and runs as any other."""
+    from gmask.checkpoints.hub import check_name
+
+    check_name(source)  # before torch is imported
     from gmask.checkpoints.convert import quantize_folder
     from gmask.checkpoints.load import find_folder
     from gmask.hardware import format_bytes
@@ -155,6 +161,9 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Fold an adapter into the weights of its model, and write that as a model of its own."""
+    from gmask.checkpoints.hub import check_name
+
+    check_name(source)  # before torch is imported
     from gmask.checkpoints.convert import merge_folder
     from gmask.checkpoints.load import find_folder
     from gmask.hardware import format_bytes, read_dtype

@@ -187,6 +187,9 @@ def load_glm(
     model: str, adapter: Path | None, dtype: str | None, quantize: str | None
 ) -> "tuple[PreTrainedModel, GLMTokenizer]":
     """The model of the options ``--model``, ``--adapter``, ``--dtype`` and ``--quantize``, which must fill blanks."""
+    from gmask.checkpoints.hub import check_name
+
+    check_name(model)  # before torch is imported, which takes seconds
     from gmask.checkpoints.load import load
     from gmask.models.glm import GLMForConditionalGeneration
 

@@ -80,11 +80,14 @@ def serve(
     """Serve a model over HTTP: OpenAI's API, ChatGLM-6B's, and blanks to fill and to score."""
     check_installed()
     settings = read_settings(model, host, read_keys(api_key_file), log_prompts, parse_settings(pairs or []))
+    fixed, chosen = read_adapters(adapter or [])
+    from gmask.checkpoints.hub import check_name
+
+    check_name(model)  # before torch is imported, which takes seconds
     from gmask.checkpoints.load import load
     from gmask.serving.app import create_app, make_server, open_port
     from gmask.serving.middleware import log_as_json
 
-    fixed, chosen = read_adapters(adapter or [])
     sockets = open_port(host, port)  # before the model, which takes a while
     network, tokenizer = load(model, dtype=dtype, quantize=quantize, adapter=fixed)
     log_as_json()
@@ -202,6 +205,10 @@ def webui(
     quantize: Quantize = None,
 ) -> None:
     """Open a page in the browser: fill blanks and chat, in English and Chinese."""
+    if model is not None:
+        from gmask.checkpoints.hub import check_name
+
+        check_name(model)  # before torch and Gradio are imported, which takes seconds
     try:
         from gmask.serving.app import open_port
         from gmask.serving.webui import draw_page, make_backend

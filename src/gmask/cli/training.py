@@ -155,6 +155,9 @@ def evaluate(
         return
     if adapter is not None or pairs:
         raise GmaskError("--adapter and --set are for a task: name one with --task, such as superglue/rte")
+    from gmask.checkpoints.hub import check_name
+
+    check_name(model)  # before torch is imported, which takes seconds
     from gmask.evaluation.infilling import evaluate_held_out
 
     written = evaluate_held_out(
@@ -174,9 +177,12 @@ def _evaluate_task(
 ) -> None:
     if data is None:
         raise GmaskError("--task needs the records to measure: name their file with --data")
+    settings = parse_settings(pairs)
+    from gmask.checkpoints.hub import check_name
+
+    check_name(model)  # before torch is imported
     from gmask.evaluation.harness import run_task
 
-    settings = parse_settings(pairs)
     with warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("always", message="of .* samples", category=UserWarning)
         report = run_task(model, task=task, data=data, adapter=adapter, out=out, settings=settings, tables=not as_json)

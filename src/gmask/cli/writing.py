@@ -86,7 +86,6 @@ def infill(
     pairs: Pairs = None,
 ) -> None:
     """Fill the blanks of texts, from left to right, each answer with the earlier ones in sight."""
-    from gmask.generation.infill import Infiller
     from gmask.generation.settings import make_sampling
 
     settings = make_sampling(merge_settings(pairs, n=n, max_tokens=max_tokens))
@@ -94,7 +93,10 @@ def infill(
     files = read_files(texts, source, target)
     is_interactive = not files and not texts and sys.stdin.isatty()
     texts = [] if files or is_interactive else texts_or_stdin(texts)
-    infiller = Infiller(*load_glm(model, adapter, dtype, quantize), settings)
+    pair = load_glm(model, adapter, dtype, quantize)
+    from gmask.generation.infill import Infiller
+
+    infiller = Infiller(*pair, settings)
     if files:
         _fill_file(infiller, *files, candidates, skip_bad_lines)
     elif is_interactive:
@@ -257,14 +259,14 @@ def score(
     A line of a .jsonl file has a "text", its "answers" unless --answers gives them, and perhaps a "label": the right
     answer, or its index from 0.
     """
-    from gmask.generation import score as scoring
-
     candidates = None if answers is None else read_candidates(answers, option="--answers")
     files = read_files(texts, source, target)
     if not files and candidates is None:
         raise GmaskError("there are no answers: give them as --answers 'sunny|rainy'")
     texts = [] if files else texts_or_stdin(texts)
     pair = load_glm(model, adapter, dtype, quantize)
+    from gmask.generation import score as scoring
+
     scorer = scoring.Scorer(*pair, cast(scoring.Normalization, normalization), batch_size)
     if files:
         _score_file(scorer, *files, candidates, skip_bad_lines)
@@ -295,12 +297,13 @@ def embed(
     A model that fills blanks was not trained to put like texts near each other: these are features to train on, and
     poor sentence vectors to search with.
     """
-    from gmask.generation.embed import Embedder, as_floats
-
     settings: dict[str, Any] = {"pooling": pooling, "layer": layer, "normalize": normalize, "truncate": truncate}
     files = read_files(texts, source, target)
     texts = [] if files else texts_or_stdin(texts)
-    embedder = Embedder(*load_glm(model, adapter, dtype, quantize), **settings)
+    pair = load_glm(model, adapter, dtype, quantize)
+    from gmask.generation.embed import Embedder, as_floats
+
+    embedder = Embedder(*pair, **settings)
     if files:
         from gmask.generation.files import embed_file
 
@@ -394,13 +397,16 @@ def chat(
     pairs: Pairs = None,
 ) -> None:
     """Talk with a model: ChatGLM-6B, or another GLM by questions and answers."""
-    from gmask.checkpoints.load import load
-    from gmask.generation.chat import Chat
+    from gmask.checkpoints.hub import check_name
     from gmask.generation.settings import make_sampling
 
     settings = merge_settings(pairs, max_tokens=max_tokens)
     make_sampling({"max_tokens": sys.maxsize, **settings})  # a mistake is reported before the model is loaded
     chosen = model or (base_of(adapter, "bundled-chat") if adapter else "bundled-chat")
+    check_name(chosen)  # before torch is imported, which takes seconds
+    from gmask.checkpoints.load import load
+    from gmask.generation.chat import Chat
+
     network, tokenizer = load(chosen, dtype=dtype, quantize=quantize, adapter=adapter)
     conversation = Chat(network, tokenizer, context_length=context_length, **settings)
     _note_context(conversation.chatter.context_length, network.config.max_position_embeddings)
