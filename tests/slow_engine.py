@@ -8,8 +8,8 @@ import pytest
 
 import gmask
 from gmask.generation.engine import Engine, Progress, Request, Submission
+from gmask.generation.prompts import TextReader
 from gmask.generation.settings import Sampling
-from gmask.generation.text import TextReader
 
 
 class SlowEngine:

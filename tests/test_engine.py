@@ -16,8 +16,8 @@ import gmask
 from gmask.errors import GmaskError
 from gmask.generation.constraints import TokenMask
 from gmask.generation.engine import Engine, Progress, QueueFull, Request
+from gmask.generation.prompts import Context, TextReader
 from gmask.generation.settings import Sampling
-from gmask.generation.text import Context, TextReader
 from slow_engine import SlowEngine, assert_as_alone, assert_idle, wait_until
 from tiny_folder import make_folder
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import gmask
 from gmask.checkpoints.load import load_model
+from gmask.generation.prompts import Context
 from gmask.generation.score import AnswerRow, AnswerScorer, Scorer, Scoring, score
-from gmask.generation.text import Context
 from gmask.infilling.blanks import BlankTokens
 from tiny_folder import CHINESE, ENGLISH, make_folder
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gmask.architectures import architecture_of
+from gmask.checkpoints.formats import PREFIX, Checkpoint, open_checkpoint
 from gmask.checkpoints.tensor_files import PickledFile, SafetensorsFile, TensorFile
-from gmask.checkpoints.weights import PREFIX, Checkpoint, open_checkpoint
 from gmask.errors import GmaskError, one_line
 from gmask.files import read_object, write_json, written
 from gmask.models.base import Mismatch, attach_prefix

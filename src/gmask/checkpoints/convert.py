@@ -20,8 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gmask.architectures import architecture_of
 from gmask.checkpoints.adapters import LAYERS, merge_adapter, read_adapter
 from gmask.checkpoints.folder import HEAD, ROWS_APART, Folder, copies_of
+from gmask.checkpoints.formats import TRACKERS, Checkpoint, divide, find_rank_files, rank_file_name, same_bits
 from gmask.checkpoints.load import check_vocabulary, fill_model, plan_weights, stream_weights
-from gmask.checkpoints.output import (
+from gmask.checkpoints.rewrite import Advance, Plan, Report, rewrite
+from gmask.checkpoints.save import (
     EMBEDDING,
     Content,
     dtype_name,
@@ -30,9 +32,7 @@ from gmask.checkpoints.output import (
     write_rows,
     write_weights,
 )
-from gmask.checkpoints.rewrite import Advance, Plan, Report, rewrite
 from gmask.checkpoints.tensor_files import PickledWriter
-from gmask.checkpoints.weights import TRACKERS, Checkpoint, divide, find_rank_files, rank_file_name, same_bits
 from gmask.checkpoints.zoo import ITEM_BYTES, family_of_shape
 from gmask.errors import GmaskError
 from gmask.hardware import check_room

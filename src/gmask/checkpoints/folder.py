@@ -15,9 +15,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.architectures import VISUALGLM, architecture_of, class_of, find_architecture, find_class_name
+from gmask.checkpoints.formats import PREFIX, Checkpoint, bare_name, is_megatron, open_megatron, open_published
 from gmask.checkpoints.special_ids import special_ids
 from gmask.checkpoints.tensor_files import SCALES
-from gmask.checkpoints.weights import PREFIX, Checkpoint, bare_name, is_megatron, open_megatron, open_published
 from gmask.checkpoints.zoo import FAMILIES, Family, family_of_shape, find_family
 from gmask.errors import GmaskError, one_line
 from gmask.files import read_object

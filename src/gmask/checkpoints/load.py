@@ -14,10 +14,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from gmask.architectures import architecture_of
 from gmask.checkpoints.adapters import PREFIX_TUNING, Adapter, attach, read_adapter, read_parts
 from gmask.checkpoints.folder import Config, Folder
+from gmask.checkpoints.formats import Checkpoint, bare_name, holds_published
 from gmask.checkpoints.hub import fetch, looks_like_hub_name
-from gmask.checkpoints.output import main_dtype
+from gmask.checkpoints.save import main_dtype
 from gmask.checkpoints.tensor_files import SCALES
-from gmask.checkpoints.weights import Checkpoint, bare_name, holds_published
 from gmask.checkpoints.zoo import find_family
 from gmask.errors import GmaskError
 from gmask.hardware import (

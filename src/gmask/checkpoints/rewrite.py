@@ -12,8 +12,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from gmask.checkpoints.folder import Config, Folder
-from gmask.checkpoints.output import Content, verify_config, verify_weights, write_config, write_tokenizer
-from gmask.checkpoints.weights import RANK_FILE, TRACKERS
+from gmask.checkpoints.formats import RANK_FILE, TRACKERS
+from gmask.checkpoints.save import Content, verify_config, verify_weights, write_config, write_tokenizer
 from gmask.errors import GmaskError
 from gmask.files import written_folder
 from gmask.hardware import format_bytes

@@ -12,10 +12,10 @@ from typing import NoReturn
 import typer
 
 from gmask.cli.estimate import estimate
+from gmask.cli.generation import chat, embed, infill, score
 from gmask.cli.models import convert, info, merge, quantize
 from gmask.cli.serving import serve, webui
 from gmask.cli.training import evaluate, finetune, pretrain, train_tokenizer
-from gmask.cli.writing import chat, embed, infill, score
 from gmask.errors import GmaskError, is_shortage
 
 app = typer.Typer(

@@ -15,7 +15,7 @@ from gmask.errors import GmaskError
 if TYPE_CHECKING:
     from gmask.checkpoints.convert import ConversionReport
     from gmask.checkpoints.folder import Folder
-    from gmask.checkpoints.weights import Checkpoint
+    from gmask.checkpoints.formats import Checkpoint
     from gmask.checkpoints.zoo import Family
     from gmask.quantization.quantizer import QuantizationConfig
 

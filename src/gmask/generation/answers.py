@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from gmask.generation.prompts import BlankedText, Context
 from gmask.generation.settings import Sampling
-from gmask.generation.text import BlankedText, Context
 
 Finish = Literal["end", "stop", "length"]
 """Why an answer is complete: its end token, a stop text, or the limit on its tokens."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gmask.errors import GmaskError
-from gmask.generation.text import Context
+from gmask.generation.prompts import Context
 from gmask.infilling.blanks import BlankTokens
 
 NOT_NUMBERS = "the model computes values that are not numbers: its weights are damaged, or overflow in this dtype"

@@ -14,9 +14,9 @@ from gmask.errors import GmaskError, is_shortage
 from gmask.files import read_json, write_json
 from gmask.generation.answers import Answer, AnswerStream, answer_text
 from gmask.generation.engine import Request, Stepper
+from gmask.generation.prompts import Prompt, PromptFormat, find_format, fit_prompt
 from gmask.generation.sampling import Sampler
 from gmask.generation.settings import make_sampling
-from gmask.generation.text import Prompt, PromptFormat, find_format, fit_prompt
 
 DEFAULTS = {"temperature": 0.95, "top_p": 0.7, "top_k": 50}
 """Those of the published ``chat``, where transformers' top-k of 50 was active unsaid."""

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gmask.generation.answers import Hypothesis, StopMatcher
 from gmask.generation.batches import log_softmax, stack_prompts
 from gmask.generation.engine import Budget, Stepper
+from gmask.generation.prompts import Context
 from gmask.generation.sampling import Sampler
 from gmask.generation.settings import Sampling
-from gmask.generation.text import Context
 from gmask.infilling.blanks import BlankTokens
 from gmask.models.cache import GrowingCache
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
 from gmask.generation.batches import batches_by_length, check_numbers, stack_contexts
-from gmask.generation.text import Context, TextReader
+from gmask.generation.prompts import Context, TextReader
 from gmask.models.glm import GLMForConditionalGeneration
 
 Pooling = Literal["mean", "first", "last", "mask"]

@@ -28,9 +28,9 @@ from gmask.errors import GmaskError, is_shortage
 from gmask.generation.adapters import AdapterSet
 from gmask.generation.answers import Answer, Hypothesis, StopMatcher
 from gmask.generation.batches import NOT_NUMBERS, stack_prompts
+from gmask.generation.prompts import Context, find_format
 from gmask.generation.sampling import Sampler, SamplerState, top_tokens
 from gmask.generation.settings import Sampling
-from gmask.generation.text import Context, find_format
 from gmask.hardware import free_bytes
 from gmask.infilling.blanks import BlankTokens
 from gmask.models.cache import GrowingCache, SlotCache, capacity_for, total_positions

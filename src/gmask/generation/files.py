@@ -17,8 +17,8 @@ from gmask.errors import GmaskError
 from gmask.files import at_line, parse_json, read_json_lines, read_lines, writing, written
 from gmask.generation.embed import Embedder, as_floats
 from gmask.generation.infill import Infiller
+from gmask.generation.prompts import Context
 from gmask.generation.score import ChoiceLists, Question, Scorer, read_choices
-from gmask.generation.text import Context
 from gmask.models.glm import GLMForConditionalGeneration
 
 

@@ -11,10 +11,10 @@ from gmask.errors import GmaskError
 from gmask.generation.answers import Answer, AnswerStream, Hypothesis, Infilling, assemble_infilling, settle_blank
 from gmask.generation.decode import Decoder, make_decoder
 from gmask.generation.engine import Request, Stepper
+from gmask.generation.prompts import BlankedText, TextReader
 from gmask.generation.sampling import Sampler
 from gmask.generation.score import ChoiceLists, read_choices, score_choices
 from gmask.generation.settings import Sampling, SettingsKeywords, make_sampling
-from gmask.generation.text import BlankedText, TextReader
 from gmask.models.glm import GLMForConditionalGeneration
 
 

@@ -20,10 +20,10 @@ from gmask.errors import GmaskError
 from gmask.generation.answers import Answer, answer_text
 from gmask.generation.batches import batches_by_length, check_numbers, stack_contexts
 from gmask.generation.decode import make_decoder
+from gmask.generation.prompts import BLANKS, BlankedText, Context, TextReader, encode_plain, fit_prompt, format_of
 from gmask.generation.sampling import Sampler
 from gmask.generation.score import Normalization, check_normalization, normalize, score_answers
 from gmask.generation.settings import Sampling
-from gmask.generation.text import BLANKS, BlankedText, Context, TextReader, encode_plain, fit_prompt, format_of
 from gmask.models.chatglm import ChatGLMConfig
 from gmask.models.glm import GLMConfig
 from gmask.models.glm_heads import GLMForSequenceClassification

@@ -26,8 +26,8 @@ from gmask.checkpoints.load import LanguageModel
 from gmask.conversation import Conversation
 from gmask.errors import GmaskError
 from gmask.generation.engine import Engine, EngineClosed, Progress, Request, Submission
+from gmask.generation.prompts import BLANKS, Context, Prompt, PromptFormat, TextReader, find_format, fit_prompt
 from gmask.generation.settings import Sampling
-from gmask.generation.text import BLANKS, Context, Prompt, PromptFormat, TextReader, find_format, fit_prompt
 from gmask.models.glm import GLMForConditionalGeneration
 from gmask.serving.middleware import ApiError, Metrics, as_api_error
 from gmask.serving.replies import TopLogprobs, blank_of

@@ -13,9 +13,9 @@ from fastapi.responses import JSONResponse, Response
 from gmask.generation.answers import Infilling, assemble_infilling, settle_blank
 from gmask.generation.engine import Progress
 from gmask.generation.infill import infill
+from gmask.generation.prompts import BlankedText
 from gmask.generation.score import score
 from gmask.generation.settings import Sampling
-from gmask.generation.text import BlankedText
 from gmask.serving.backend import STREAMED, Backend, Job, stream
 from gmask.serving.middleware import ApiError, log_fields
 from gmask.serving.openai import read_sampling

@@ -29,8 +29,8 @@ from gmask.generation.chat import DEFAULTS
 from gmask.generation.constraints import Constraint
 from gmask.generation.embed import as_floats, embed
 from gmask.generation.engine import Progress
+from gmask.generation.prompts import Context, encode_plain
 from gmask.generation.settings import Sampling
-from gmask.generation.text import Context, encode_plain
 from gmask.serving import replies
 from gmask.serving.backend import STREAMED, Backend, Job, Key, stream
 from gmask.serving.middleware import ApiError, log_fields

@@ -21,8 +21,8 @@ from gmask.checkpoints.load import load
 from gmask.config import parse_yaml
 from gmask.errors import GmaskError, nearest, one_line
 from gmask.generation.engine import Engine, Request
+from gmask.generation.prompts import find_format
 from gmask.generation.settings import Sampling
-from gmask.generation.text import find_format
 from gmask.serving.app import create_app
 from gmask.serving.settings import ServerSettings, called, environment_keys
 

@@ -20,8 +20,8 @@ from gmask.generation.answers import Infilling
 from gmask.generation.chat import DEFAULTS, Reply
 from gmask.generation.engine import Progress
 from gmask.generation.infill import infill
+from gmask.generation.prompts import Prompt
 from gmask.generation.settings import Sampling
-from gmask.generation.text import Prompt
 from gmask.serving.backend import Backend
 from gmask.serving.blanks import read_filled
 from gmask.serving.middleware import ApiError

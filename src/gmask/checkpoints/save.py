@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from gmask.architectures import architecture_of
 from gmask.checkpoints.folder import Config, read_config
+from gmask.checkpoints.formats import Checkpoint, open_checkpoint, same_bits
 from gmask.checkpoints.tensor_files import SCALES, SafetensorsFile, SafetensorsWriter, plan_shards
-from gmask.checkpoints.weights import Checkpoint, open_checkpoint, same_bits
 from gmask.errors import GmaskError
 from gmask.files import read_object, write_json
 from gmask.models.chatglm import ChatGLMConfig
