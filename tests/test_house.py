@@ -14,11 +14,8 @@ PACKAGE = ROOT / "src" / "gmask"
 READMES = ["README.md", "README.zh.md"]
 FOLDERS = ["src", "tests", "benchmarks", "docs", "docker", "recipes", ".ci", ".github"]  # beside the files of the root
 DEFINED_TWICE = {  # to be emptied
-    "BATCH", "Choices", "DTYPES", "HAN", "IntArray", "Item", "Job", "LANGUAGES", "Language", "Limits",
-    "Loss", "Model", "Normalization", "Objective", "PREFIX", "Progress", "Question", "READERS",
-    "SETTINGS", "SPELLINGS", "UNREADABLE", "Values", "WEIGHTS", "build",
-    "choose_sentences", "describe", "evaluate", "fingerprint", "pack", "read_choices",
-    "read_records", "router", "run", "score_answers",
+    "BATCH", "Choices", "HAN", "IntArray", "Language", "Loss", "Objective", "READERS", "Values", "build",
+    "choose_sentences", "evaluate", "read_records", "run",
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gmask.architectures import architecture_of
-from gmask.checkpoints.formats import PREFIX, Checkpoint, open_checkpoint
+from gmask.checkpoints.formats import PREFIX_ENCODER, Checkpoint, open_checkpoint
 from gmask.checkpoints.tensor_files import PickledFile, SafetensorsFile, TensorFile
 from gmask.errors import GmaskError, one_line
 from gmask.files import read_object, write_json, written
@@ -127,7 +127,7 @@ class Adapter:
     def check_weights(self, model: PreTrainedModel) -> None:
         """Raises `GmaskError` if it was trained for other weights than those of a model of the same shape."""
         wanted = self.notes.get("base_fingerprint")
-        if wanted is not None and wanted != fingerprint(model):
+        if wanted is not None and wanted != weights_fingerprint(model):
             name = self.values.get("base_model_name_or_path") or "another model"
             raise GmaskError(
                 f"{self.folder}: was trained for {name}, and {model.name_or_path or 'this model'} has other weights: "
@@ -226,7 +226,7 @@ def _attach_prefix(
     model: PreTrainedModel, adapter: Adapter, tensors: Mapping[str, Tensor], *, trainable: bool
 ) -> nn.Module:
     """A prefix as it was stored; of PEFT's form and ours, the table that a network made, unless that is to learn."""
-    mark = PREFIX if adapter.is_published_prefix else ENCODERS[PREFIX_TUNING]
+    mark = PREFIX_ENCODER if adapter.is_published_prefix else ENCODERS[PREFIX_TUNING]
     network = {name.removeprefix(mark): tensor for name, tensor in tensors.items() if name.startswith(mark)}
     if not adapter.is_published_prefix and not (trainable and network):
         network = {"embedding.weight": _find(adapter, tensors, VECTORS)}
@@ -300,9 +300,9 @@ def _encoder_tensors(encoder: nn.Module, result: Tensor, mark: str) -> dict[str,
     return {VECTORS: result, **network}
 
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-OLD_WEIGHTS = "adapter_model.bin"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+OLD_ADAPTER_WEIGHTS = "adapter_model.bin"
 LAYERS = {"LORA": "lora_", "ADALORA": "lora_", "IA3": "ia3_"}
 """What the tensors that PEFT's layers add begin with, by ``peft_type``; DoRA is a kind of LORA."""
 
@@ -322,7 +322,7 @@ WRAPPER = "base_model.model."
 SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def weights_fingerprint(model: PreTrainedModel) -> str:
     """What tells the weights of a model from others of its shape: a digest of its last layer norm.
 
     That is never quantized, and rounded to bfloat16 it is the same in every precision. Weights with LoRA folded in keep
@@ -344,14 +344,14 @@ def read_adapter(folder: Path) -> Adapter:
     """
     if not folder.is_dir():
         raise GmaskError(f"{folder}: no such folder; name that of an adapter")
-    if not (folder / CONFIG).is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         return _read_published_prefix(folder)
-    values = read_object(folder / CONFIG)
+    values = read_object(folder / ADAPTER_CONFIG)
     kind = values.get("peft_type")
     if kind not in (*LAYERS, PREFIX_TUNING, PROMPTS):
         said = f"peft_type {kind!r} is" if kind else "names no peft_type, so it is"
         raise GmaskError(
-            f"{folder / CONFIG}: {said} none of {', '.join(LAYERS)} and {PREFIX_TUNING}, which gmask reads"
+            f"{folder / ADAPTER_CONFIG}: {said} none of {', '.join(LAYERS)} and {PREFIX_TUNING}, which gmask reads"
         )
     return Adapter(folder, kind, values, open_weights(folder))
 
@@ -362,17 +362,17 @@ def open_weights(folder: Path) -> TensorFile:
     Raises:
         GmaskError: missing or damaged.
     """
-    if not (folder / WEIGHTS).is_file() and (folder / OLD_WEIGHTS).is_file():
-        return PickledFile(folder / OLD_WEIGHTS)
-    return SafetensorsFile(folder / WEIGHTS)
+    if not (folder / ADAPTER_WEIGHTS).is_file() and (folder / OLD_ADAPTER_WEIGHTS).is_file():
+        return PickledFile(folder / OLD_ADAPTER_WEIGHTS)
+    return SafetensorsFile(folder / ADAPTER_WEIGHTS)
 
 
 def write_adapter(folder: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Writes an adapter into a folder; each of the two files is there as a whole, or as it was before."""
     own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    with written(folder / WEIGHTS) as draft:
+    with written(folder / ADAPTER_WEIGHTS) as draft:
         draft.write_bytes(save(own, metadata={"format": "pt"}))
-    write_json(folder / CONFIG, values, indent=2, sort_keys=True)
+    write_json(folder / ADAPTER_CONFIG, values, indent=2, sort_keys=True)
 
 
 def shape_of(config: PreTrainedConfig) -> dict[str, Any]:
@@ -387,18 +387,20 @@ def describe_base(model: PreTrainedModel) -> dict[str, Any]:
         "base_model_class": type(model).__name__,
         "parent_library": architecture_of(config).home,
         "base_shape": shape_of(config),
-        "base_fingerprint": fingerprint(model),
+        "base_fingerprint": weights_fingerprint(model),
         "num_labels": config.num_labels,
     }
 
 
 def _read_published_prefix(folder: Path) -> Adapter:
-    table, checkpoint = f"{PREFIX}embedding.weight", open_checkpoint(folder)
-    others = [key for key in checkpoint if not key.startswith(PREFIX)]
+    table, checkpoint = f"{PREFIX_ENCODER}embedding.weight", open_checkpoint(folder)
+    others = [key for key in checkpoint if not key.startswith(PREFIX_ENCODER)]
     if others or table not in checkpoint:
         held = f"holds {others[0]}" if others else f"has no {table}"
-        raise GmaskError(f"{folder}: {held}, so it is not a P-tuning prefix, and no {CONFIG} makes it an adapter")
-    projection = f"{PREFIX}trans.0.weight" in checkpoint
+        raise GmaskError(
+            f"{folder}: {held}, so it is not a P-tuning prefix, and no {ADAPTER_CONFIG} makes it an adapter"
+        )
+    projection = f"{PREFIX_ENCODER}trans.0.weight" in checkpoint
     values = {"num_virtual_tokens": checkpoint.shape(table)[0], "prefix_projection": projection}
     return Adapter(folder, PREFIX_TUNING, values, checkpoint)
 

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.architectures import VISUALGLM, architecture_of, class_of, find_architecture, find_class_name
-from gmask.checkpoints.formats import PREFIX, Checkpoint, bare_name, is_megatron, open_megatron, open_published
+from gmask.checkpoints.formats import PREFIX_ENCODER, Checkpoint, bare_name, is_megatron, open_megatron, open_published
 from gmask.checkpoints.special_ids import special_ids
 from gmask.checkpoints.tensor_files import SCALES
 from gmask.checkpoints.zoo import FAMILIES, Family, family_of_shape, find_family
@@ -253,7 +253,7 @@ class Folder:
 
     def _explain(self, mismatch: Mismatch, model: PreTrainedModel, taken: Collection[str]) -> str:
         has_integers = any(self.weights.dtype(key) == torch.int8 for key in self.weights)
-        if taken and all(key.startswith(PREFIX) for key in taken):
+        if taken and all(key.startswith(PREFIX_ENCODER) for key in taken):
             return (
                 "holds no more than a P-tuning prefix: load the model that it was trained for, with "
                 f"adapter={self.path}"

@@ -30,7 +30,7 @@ WEIGHT_FILES = (
 )
 """Where weights may lie, in the order of preference; an index names the files that they are spread over."""
 
-PREFIX = "transformer.prefix_encoder."
+PREFIX_ENCODER = "transformer.prefix_encoder."
 """What P-tuning adds to a ChatGLM; its published checkpoints hold nothing else."""
 
 Layout: TypeAlias = Literal["safetensors", "bin", "megatron"]

@@ -4,7 +4,7 @@ import copy
 import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from gmask.models.base import PLACEMENTS, new_parts
 from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, spread_layers
 from gmask.models.glm import GLMForConditionalGeneration
 from gmask.quantization.quantizer import (
+    ModelType,
     QuantizationConfig,
     finish,
     lay_out,
@@ -47,7 +48,6 @@ BUNDLED_MODELS = {"bundled": BUNDLED, "bundled-chat": BUNDLED / "chat"}
 """What comes with gmask: a model that fills blanks, and the same tuned to answer."""
 
 LanguageModel: TypeAlias = GLMForConditionalGeneration | ChatGLMForConditionalGeneration
-Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 @overload
@@ -90,8 +90,8 @@ def load(
     like: str | None = ...,
     tokenizer: str | Path | None = ...,
     adapter: str | Path | None = ...,
-    model_class: type[Model],
-) -> tuple[Model, PreTrainedTokenizerBase]: ...
+    model_class: type[ModelType],
+) -> tuple[ModelType, PreTrainedTokenizerBase]: ...
 def load(
     name: str | Path = "bundled",
     *,

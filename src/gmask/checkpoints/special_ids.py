@@ -9,7 +9,7 @@ from gmask.checkpoints.zoo import FAMILIES, Family, family_of_shape, find_family
 from gmask.errors import GmaskError
 from gmask.files import read_object
 
-SPELLINGS = {
+TOKEN_SPELLINGS = {
     "pad_token_id": ("</s>", "<|endoftext|>", "[PAD]"),  # RoBERTa's vocabulary has the second, too, and never uses it
     "eos_token_id": ("</s>", "<|endoftext|>", "[PAD]"),
     "sop_token_id": ("<|startofpiece|>",),
@@ -40,8 +40,8 @@ def special_ids(folder: Path | None, values: Mapping[str, Any], architecture: Ar
     """
     if architecture is CHATGLM:
         return _chat_ids(values)
-    stated = {role: values[role] for role in SPELLINGS if isinstance(values.get(role), int)}
-    if len(stated) == len(SPELLINGS):
+    stated = {role: values[role] for role in TOKEN_SPELLINGS if isinstance(values.get(role), int)}
+    if len(stated) == len(TOKEN_SPELLINGS):
         return {}
     settings = read_object(folder / "tokenizer_config.json", required=False) if folder else {}
     found = _read_vocabulary(folder, settings) if folder else {}
@@ -50,7 +50,7 @@ def special_ids(folder: Path | None, values: Mapping[str, Any], architecture: Ar
     family = _find_row(values, settings)
     if family and all(known.get(role, token_id) == token_id for role, token_id in family.special_ids.items()):
         known = {**family.special_ids, **known}
-    return {role: known[role] for role in SPELLINGS if role in known and values.get(role) is None}
+    return {role: known[role] for role in TOKEN_SPELLINGS if role in known and values.get(role) is None}
 
 
 def _chat_ids(values: Mapping[str, Any]) -> dict[str, int]:
@@ -72,7 +72,7 @@ def _check_range(found: Mapping[str, int], vocab_size: int | None, folder: Path 
 
 def _read_vocabulary(folder: Path, settings: Mapping[str, Any]) -> dict[str, int]:
     ids = _read_added_tokens(folder, settings)
-    wanted = {role: _spell(role, settings) for role in SPELLINGS}
+    wanted = {role: _spell(role, settings) for role in TOKEN_SPELLINGS}
     if any(not any(token in ids for token in tokens) for tokens in wanted.values()):  # the large files, if need be
         ids = {**_read_pieces(folder), **ids}
     found = {role: [ids[token] for token in tokens if token in ids] for role, tokens in wanted.items()}
@@ -84,7 +84,7 @@ def _spell(role: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
     token = settings.get(role.removesuffix("_id"))
     if isinstance(token, Mapping):  # a serialized AddedToken
         token = token.get("content")
-    return (token,) if isinstance(token, str) else SPELLINGS[role]
+    return (token,) if isinstance(token, str) else TOKEN_SPELLINGS[role]
 
 
 def _read_added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, int]:

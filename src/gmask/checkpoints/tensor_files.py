@@ -30,14 +30,14 @@ from gmask.errors import GmaskError, one_line
 from gmask.files import refuse_placeholder
 
 WEIGHTS_ENTRY = "module"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Of floating-point numbers, as safetensors calls them."""
 
-INTEGERS = {"I8": torch.int8}
+INTEGER_DTYPES = {"I8": torch.int8}
 """Of quantized weights, which are read where there are scales beside them (`SCALES` ends the keys of these)."""
 
 SCALES = "weight_scale"
-UNREADABLE = (
+DAMAGED_FILE_ERRORS = (
     SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, ValueError, EOFError, TypeError,
     AttributeError, LookupError, AssertionError, OSError,
 )  # fmt: skip
@@ -93,10 +93,10 @@ class SafetensorsFile:
         try:
             file: Any = safe_open(path, framework="pt")
             self._file, self._entries = file, {key: file.get_slice(key) for key in file.offset_keys()}
-        except UNREADABLE as error:
+        except DAMAGED_FILE_ERRORS as error:
             raise explain(path, error) from error
         for key, entry in self._entries.items():
-            if entry.get_dtype() not in DTYPES | (INTEGERS if _has_scales(self._entries) else {}):
+            if entry.get_dtype() not in FLOAT_DTYPES | (INTEGER_DTYPES if _has_scales(self._entries) else {}):
                 raise GmaskError(_explain_integers(path, key, entry.get_dtype()))
 
     def names(self) -> list[str]:
@@ -106,7 +106,7 @@ class SafetensorsFile:
         return torch.Size(self._entries[key].get_shape())
 
     def dtype(self, key: str) -> torch.dtype:
-        return (DTYPES | INTEGERS)[self._entries[key].get_dtype()]
+        return (FLOAT_DTYPES | INTEGER_DTYPES)[self._entries[key].get_dtype()]
 
     def read(self, key: str) -> Tensor:
         tensor: Tensor = self._file.get_tensor(key)
@@ -167,7 +167,7 @@ class PickledFile:
                 content = torch.load(self.path, map_location=place, mmap=self.is_mapped, weights_only=True)
         except GmaskError:
             raise
-        except UNREADABLE as error:
+        except DAMAGED_FILE_ERRORS as error:
             raise explain(self.path, error) from error
         if not isinstance(content, dict):
             raise GmaskError(f"{self.path}: holds a {type(content).__name__}, not weights by name")
@@ -270,7 +270,7 @@ class SafetensorsWriter(TensorWriter):
     """A file in the safetensors format: the length of a JSON header in 8 bytes, the header, the numbers."""
 
     def __init__(self, path: Path, plan: Mapping[str, Tensor]) -> None:
-        names = {dtype: name for name, dtype in (DTYPES | INTEGERS).items()}
+        names = {dtype: name for name, dtype in (FLOAT_DTYPES | INTEGER_DTYPES).items()}
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
         end = 0
         starts: dict[str, int] = {}

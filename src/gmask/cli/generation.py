@@ -265,7 +265,7 @@ def score(
         raise GmaskError("there are no answers: give them as --answers 'sunny|rainy'")
     texts = [] if files else texts_or_stdin(texts)
     pair = load_glm(model, adapter, dtype, quantize)
-    scorer = scoring.Scorer(*pair, cast(scoring.Normalization, normalization), batch_size)
+    scorer = scoring.Scorer(*pair, cast(scoring.ScoreNormalization, normalization), batch_size)
     if files:
         _score_file(scorer, *files, candidates, skip_bad_lines)
         return

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 FILLS, TALKS = BUNDLED_NAMES
-SETTINGS = [field.name for field in fields(ServerSettings) if field.name not in ("api_keys", "log_prompts")]
+SERVER_SETTINGS = [field.name for field in fields(ServerSettings) if field.name not in ("api_keys", "log_prompts")]
 """What ``--set`` takes; the other two have an option each."""
 
 Served = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or name of a model, or bundled, or bundled-chat.")]
@@ -55,12 +55,12 @@ Adapters = Annotated[
 ]
 
 LogPrompts = Annotated[bool, typer.Option("--log-prompts", help="Write what is asked to the log.")]
-Limits = Annotated[
+LimitPairs = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help=f"{', '.join(SETTINGS[:-1])} or {SETTINGS[-1]}, such as max_rows=16; once for each.",
+        help=f"{', '.join(SERVER_SETTINGS[:-1])} or {SERVER_SETTINGS[-1]}, such as max_rows=16; once for each.",
         show_default=False,
     ),
 ]
@@ -75,7 +75,7 @@ def serve(
     dtype: Dtype = None,
     adapter: Adapters = None,
     log_prompts: LogPrompts = False,
-    pairs: Limits = None,
+    pairs: LimitPairs = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI's API, ChatGLM-6B's, and blanks to fill and to score."""
     check_installed()
@@ -167,9 +167,11 @@ def read_settings(
         GmaskError: an unknown setting (the nearest one is named), or a value that does not fit.
     """
     for name in values:
-        if name not in SETTINGS:
-            near = nearest(name, SETTINGS)
-            raise GmaskError(f"there is no setting {name!r}; the nearest is {near!r}, all are {', '.join(SETTINGS)}")
+        if name not in SERVER_SETTINGS:
+            near = nearest(name, SERVER_SETTINGS)
+            raise GmaskError(
+                f"there is no setting {name!r}; the nearest is {near!r}, all are {', '.join(SERVER_SETTINGS)}"
+            )
     hosts = values.pop("allowed_hosts", None)
     names = tuple(str(hosts).split(",")) if hosts else (*LOOPBACK[:2], "[::1]") if host in LOOPBACK else ("*",)
     values.setdefault("model_name", called(model))
@@ -177,7 +179,7 @@ def read_settings(
     return ServerSettings(api_keys=keys, allowed_hosts=names, log_prompts=log_prompts, **values)
 
 
-Model = Annotated[
+ServedModel = Annotated[
     str | None,
     typer.Argument(
         help="Folder or name of a model.",
@@ -186,17 +188,17 @@ Model = Annotated[
 ]
 
 Share = Annotated[bool, typer.Option("--share", help="Make a public link, through a server of Gradio's.")]
-Language = Annotated[
+LanguageOption = Annotated[
     Literal["en", "zh", "auto"], typer.Option(help="Of the labels; auto is the browser's.", show_choices=True)
 ]
 
 
 def webui(
-    model: Model = None,
+    model: ServedModel = None,
     port: Port = 7860,
     host: Host = "127.0.0.1",
     share: Share = False,
-    language: Language = "auto",
+    language: LanguageOption = "auto",
     adapter: AdapterFolder = None,
     dtype: Dtype = None,
     quantize: Quantize = None,

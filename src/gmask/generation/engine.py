@@ -51,7 +51,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class SampleProgress:
     """A sample after one of its tokens, or at its end."""
 
     index: int  # which sample, from 0
@@ -62,7 +62,7 @@ class Progress:
     error: Exception | None = None  # why it failed
 
 
-OnProgress = Callable[[Progress], None]
+OnProgress = Callable[[SampleProgress], None]
 
 
 class QueueFull(GmaskError):
@@ -102,7 +102,7 @@ class Submission:
         self.seed, self.order, self.deadline, self.prefix = seed, order, deadline, prefix
         self.is_cancelled = False
         self.finished: list[Hypothesis] = []
-        self.latest = [Progress(index, (), Answer()) for index in range(request.sampling.n)]
+        self.latest = [SampleProgress(index, (), Answer()) for index in range(request.sampling.n)]
         self._left = request.sampling.n  # samples that have not ended
         self._is_over = threading.Event()
 
@@ -127,7 +127,7 @@ class Submission:
         """Has the engine stop; what was written so far is reported once more, with the end "cancelled"."""
         self.is_cancelled = True
 
-    def wait(self, timeout: float | None = None) -> list[Progress]:
+    def wait(self, timeout: float | None = None) -> list[SampleProgress]:
         """Waits for the end; returns the last progress of every sample.
 
         Raises:
@@ -137,7 +137,7 @@ class Submission:
             raise TimeoutError("the request is still running")
         return self.latest
 
-    def report(self, progress: Progress) -> None:
+    def report(self, progress: SampleProgress) -> None:
         """Reports the progress of a sample; for the engine. A listener that fails does no harm to other requests."""
         self.latest[progress.index] = progress
         if self.on_progress is not None:
@@ -154,7 +154,7 @@ class Submission:
         """Ends all samples that have not ended."""
         for latest in self.latest:
             if latest.end is None:
-                self.report(Progress(latest.index, latest.done, latest.open, latest.top_logprobs, end, error))
+                self.report(SampleProgress(latest.index, latest.done, latest.open, latest.top_logprobs, end, error))
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,12 +299,12 @@ class Stepper:
         penalty = sampling.length_penalty
         return [sorted(one.finished, key=lambda found: -found.score(penalty)) for one in submissions]
 
-    def stream(self, request: Request, *, seed: int) -> Iterator[Progress]:
+    def stream(self, request: Request, *, seed: int) -> Iterator[SampleProgress]:
         """Answers a request, and yields the progress of its samples token by token; errors as of `run`.
 
         The model stops where nobody asks for more.
         """
-        news: deque[Progress] = deque()
+        news: deque[SampleProgress] = deque()
         self.scheduler.push(self.prepare(request, news.append, seed=seed))
         try:
             while self.has_work:
@@ -438,7 +438,9 @@ class Stepper:
             self.ends[end] += 1
         hypothesis = row.hypothesis
         row.submission.report(
-            Progress(hypothesis.alternative, hypothesis.done, hypothesis.open, tuple(row.top_logprobs), end, error)
+            SampleProgress(
+                hypothesis.alternative, hypothesis.done, hypothesis.open, tuple(row.top_logprobs), end, error
+            )
         )
 
     def _remove(self, index: int) -> None:

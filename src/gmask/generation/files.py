@@ -18,7 +18,7 @@ from gmask.files import at_line, parse_json, read_json_lines, read_lines, writin
 from gmask.generation.embed import Embedder, as_floats
 from gmask.generation.infill import Infiller
 from gmask.generation.prompts import Context
-from gmask.generation.score import ChoiceLists, Question, Scorer, read_choices
+from gmask.generation.score import ChoiceLists, ChoiceQuestion, Scorer, read_choice_lists
 from gmask.models.glm import GLMForConditionalGeneration
 
 
@@ -42,14 +42,14 @@ def fill_file(
 ) -> FileReport:
     """Fills the text of each line of ``source`` and writes one JSON line for each to ``target``.
 
-    The line with index i (from 0) draws as a single run does with ``seed + i``. All else is as in `run_job`.
+    The line with index i (from 0) draws as a single run does with ``seed + i``. All else is as in `run_file_job`.
     """
     (first_seed,) = infiller.sampling.seeds(1)
 
     def read(values: Mapping[str, Any]) -> str:
         blanked = infiller.read(values["text"])
         if choices is not None:
-            read_choices(choices, len(blanked.context.blanks))
+            read_choice_lists(choices, len(blanked.context.blanks))
         return str(values["text"])
 
     def answer(texts: Sequence[tuple[int, str]]) -> Iterator[dict[str, Any]]:
@@ -58,8 +58,8 @@ def fill_file(
             yield infilling.to_dict()
 
     settings = ["infill", infiller.sampling.keywords(), repr(choices)]
-    job = Job(read, answer, infiller.batch_size, infiller.model, settings)
-    return run_job(job, source, target, skip_bad_lines=skip_bad_lines, progress=progress)
+    job = FileJob(read, answer, infiller.batch_size, infiller.model, settings)
+    return run_file_job(job, source, target, skip_bad_lines=skip_bad_lines, progress=progress)
 
 
 def score_file(
@@ -75,24 +75,24 @@ def score_file(
 
     A line has its own ``answers``, or gets those that are given here. It may have a ``label``, the right answer or its
     index from 0; its output then has the ``label`` (the answer) and whether the best answer is ``correct``. All else is
-    as in `run_job`.
+    as in `run_file_job`.
     """
 
-    def read(values: Mapping[str, Any]) -> tuple[Question, str | None]:
+    def read(values: Mapping[str, Any]) -> tuple[ChoiceQuestion, str | None]:
         candidates = values.get("answers", answers)
         if candidates is None:
             raise GmaskError('no "answers" here, and none given for all lines')
         question = scorer.read(values["text"], candidates)
         return question, _read_label(values["label"], question.answers) if "label" in values else None
 
-    def answer(items: Sequence[tuple[int, tuple[Question, str | None]]]) -> Iterator[dict[str, Any]]:
-        scorings = scorer.score([question for _, (question, _) in items])
-        for scoring, (_, (_, label)) in zip(scorings, items, strict=True):
+    def answer(queries: Sequence[tuple[int, tuple[ChoiceQuestion, str | None]]]) -> Iterator[dict[str, Any]]:
+        scorings = scorer.score([question for _, (question, _) in queries])
+        for scoring, (_, (_, label)) in zip(scorings, queries, strict=True):
             verdict = {} if label is None else {"label": label, "correct": scoring.best.text == label}
             yield {**scoring.to_dict(), **verdict}
 
-    job = Job(read, answer, scorer.batch_size, scorer.model, ["score", scorer.normalization, answers])
-    return run_job(job, source, target, skip_bad_lines=skip_bad_lines, progress=progress)
+    job = FileJob(read, answer, scorer.batch_size, scorer.model, ["score", scorer.normalization, answers])
+    return run_file_job(job, source, target, skip_bad_lines=skip_bad_lines, progress=progress)
 
 
 def _read_label(label: object, answers: Sequence[str]) -> str:
@@ -115,21 +115,22 @@ def embed_file(
     """Embeds the text of each line of ``source``.
 
     A ``target`` that ends with ``.npy`` becomes a float32 array ``[lines, H]``, with a row of NaN for a line that is
-    empty or was skipped; any other gets one JSON line for each, ``{"text", "embedding"}``. All else is as in `run_job`.
+    empty or was skipped. Any other target gets one JSON line for each, ``{"text", "embedding"}``. All else is as in
+    `run_file_job`.
     """
 
     def read(values: Mapping[str, Any]) -> tuple[str, Context]:
         return values["text"], embedder.read(values["text"])
 
-    def answer(items: Sequence[tuple[int, tuple[str, Context]]]) -> Iterator[dict[str, Any]]:
-        vectors = embedder.embed([context for _, (_, context) in items])
-        for vector, (_, (text, _)) in zip(vectors, items, strict=True):
+    def answer(queries: Sequence[tuple[int, tuple[str, Context]]]) -> Iterator[dict[str, Any]]:
+        vectors = embedder.embed([context for _, (_, context) in queries])
+        for vector, (_, (text, _)) in zip(vectors, queries, strict=True):
             yield {"text": text, "embedding": as_floats(vector)}
 
     settings = ["embed", embedder.pooling, embedder.layer, embedder.normalize, embedder.truncate]
     convert = partial(_write_array, width=embedder.model.config.hidden_size) if target.suffix == ".npy" else None
-    job = Job(read, answer, embedder.batch_size, embedder.model, settings, convert)
-    return run_job(job, source, target, skip_bad_lines=skip_bad_lines, progress=progress)
+    job = FileJob(read, answer, embedder.batch_size, embedder.model, settings, convert)
+    return run_file_job(job, source, target, skip_bad_lines=skip_bad_lines, progress=progress)
 
 
 def _write_array(lines: Path, target: Path, *, width: int) -> None:
@@ -143,34 +144,34 @@ def _write_array(lines: Path, target: Path, *, width: int) -> None:
             output.write(np.array(values.get("embedding", [np.nan] * width), "<f4").tobytes())
 
 
-Item = TypeVar("Item")
+Query = TypeVar("Query")
 LONGEST_LINE = 2**22
 """Bytes: far more than any of the models reads. Longer ones would only be cut into tokens to be refused."""
 
 
 @dataclass(frozen=True, slots=True)
-class Line(Generic[Item]):
+class Line(Generic[Query]):
     """One line of the input: what it asks for, an error, or neither if it is empty."""
 
     number: int  # from 1
-    item: Item | None = None
+    query: Query | None = None
     error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Job(Generic[Item]):
+class FileJob(Generic[Query]):
     """What is done with each line of a file."""
 
-    read: Callable[[Mapping[str, Any]], Item]  # what a line asks for, or GmaskError; its "text" is a string
-    answer: Callable[[Sequence[tuple[int, Item]]], Iterable[Mapping[str, Any]]]  # of lines by their index from 0
+    read: Callable[[Mapping[str, Any]], Query]  # what a line asks for, or GmaskError; its "text" is a string
+    answer: Callable[[Sequence[tuple[int, Query]]], Iterable[Mapping[str, Any]]]  # of lines by their index from 0
     batch_size: int
     model: GLMForConditionalGeneration
     settings: Any  # what was done with other ones is not taken over
     convert: Callable[[Path, Path], None] | None = None  # from the finished JSON lines to the form of the target
 
 
-def run_job(
-    job: Job[Item], source: Path, target: Path, *, skip_bad_lines: bool = False, progress: bool = False
+def run_file_job(
+    job: FileJob[Query], source: Path, target: Path, *, skip_bad_lines: bool = False, progress: bool = False
 ) -> FileReport:
     """Answers each line of ``source`` with one JSON line in ``target``.
 
@@ -193,7 +194,7 @@ def run_job(
     partial = target.with_name(f"{target.name}.{_fingerprint(job, source)}.partial")
     with writing(target, partial, kept="what is done"):
         resumed, skipped = keep_whole_lines(partial), 0
-        lines = _read_items(source, job.read, start=resumed)
+        lines = _read_queries(source, job.read, start=resumed)
         bar = tqdm(total=total, initial=resumed, unit="text", disable=not progress)
         with partial.open("a", encoding="utf-8") as output, bar:
             while batch := list(itertools.islice(lines, job.batch_size)):
@@ -215,7 +216,7 @@ def run_job(
     return FileReport(total, resumed, skipped)
 
 
-def _read_items(source: Path, read: Callable[[Mapping[str, Any]], Item], *, start: int) -> Iterator[Line[Item]]:
+def _read_queries(source: Path, read: Callable[[Mapping[str, Any]], Query], *, start: int) -> Iterator[Line[Query]]:
     """What the lines of a file ask for, without the first ``start`` ones."""
     is_json = source.name.endswith((".jsonl", ".jsonl.zst"))
     for number, line in read_lines(source, start=start, max_bytes=LONGEST_LINE):
@@ -238,12 +239,12 @@ def _parse(line: str, *, is_json: bool) -> Mapping[str, Any] | None:
     return values if values["text"].strip() else None
 
 
-def _answer_lines(lines: Sequence[Line[Item]], job: Job[Item]) -> Iterator[str]:
+def _answer_lines(lines: Sequence[Line[Query]], job: FileJob[Query]) -> Iterator[str]:
     """The lines of the output, in order."""
-    items = [(line.number - 1, line.item) for line in lines if line.item is not None]
-    answers = iter(job.answer(items))
+    queries = [(line.number - 1, line.query) for line in lines if line.query is not None]
+    answers = iter(job.answer(queries))
     for line in lines:
-        if line.item is not None:
+        if line.query is not None:
             yield json.dumps(next(answers), ensure_ascii=False) + "\n"
         elif line.error is not None:
             yield json.dumps({"error": line.error}, ensure_ascii=False) + "\n"
@@ -264,7 +265,7 @@ def keep_whole_lines(path: Path) -> int:
     return count
 
 
-def _fingerprint(job: Job[Any], source: Path) -> str:
+def _fingerprint(job: FileJob[Any], source: Path) -> str:
     """Tells runs apart that must not be joined: another source, model or setting."""
     run = [str(source.resolve()), job.model.config.name_or_path, str(job.model.dtype), job.settings]
     return hashlib.sha256(json.dumps(run).encode()).hexdigest()[:8]

@@ -13,7 +13,7 @@ from gmask.generation.decode import Decoder, make_decoder
 from gmask.generation.engine import Request, Stepper
 from gmask.generation.prompts import BlankedText, TextReader
 from gmask.generation.sampling import Sampler
-from gmask.generation.score import ChoiceLists, read_choices, score_choices
+from gmask.generation.score import ChoiceLists, read_choice_lists, score_choices
 from gmask.generation.settings import Sampling, SettingsKeywords, make_sampling
 from gmask.models.glm import GLMForConditionalGeneration
 
@@ -140,7 +140,7 @@ class Infiller:
     def _choose(self, text: BlankedText, choices: ChoiceLists) -> Infilling:
         if self.sampling.temperature > 0:
             raise GmaskError("choices are scored, not drawn: leave temperature at 0")
-        lists = read_choices(choices, len(text.context.blanks))
+        lists = read_choice_lists(choices, len(text.context.blanks))
         scored = score_choices(self.model, self.reader, text, lists, batch_size=self.batch_size)
         filled = [assemble_infilling(text, answers, self.tokenizer) for answers in scored.answers[: self.sampling.n]]
         return replace(filled[0], alternatives=tuple(filled[1:]), choices=scored.choices)

@@ -22,7 +22,7 @@ from gmask.generation.batches import batches_by_length, check_numbers, stack_con
 from gmask.generation.decode import make_decoder
 from gmask.generation.prompts import BLANKS, BlankedText, Context, TextReader, encode_plain, fit_prompt, format_of
 from gmask.generation.sampling import Sampler
-from gmask.generation.score import Normalization, check_normalization, normalize, score_answers
+from gmask.generation.score import ScoreNormalization, check_normalization, normalize, score_answer_ids
 from gmask.generation.settings import Sampling
 from gmask.models.chatglm import ChatGLMConfig
 from gmask.models.glm import GLMConfig
@@ -40,7 +40,7 @@ def predict(
     *,
     settings: Sampling = GREEDY,
     batch_size: int = 16,
-    normalization: Normalization = "sum",
+    normalization: ScoreNormalization = "sum",
     max_source: int | None = None,
     truncation: Truncation = "left",
     on_progress: Callable[[int], None] | None = None,
@@ -269,7 +269,7 @@ class Predictor:
     reader: SampleReader
     settings: Sampling
     batch_size: int
-    normalization: Normalization
+    normalization: ScoreNormalization
 
     def predict(self, samples: Sequence[Sample], on_progress: Callable[[int], None]) -> list[Prediction]:
         """The predictions in the order of the samples; those of like length are made together."""
@@ -300,7 +300,7 @@ class Predictor:
     def _choose(self, questions: Sequence[ReadSample]) -> list[Prediction]:
         special, size = self.reader.special, self.batch_size
         asked = [(question.context, question.answers) for question in questions]
-        answers = score_answers(self.model, asked, special, batch_size=size)
+        answers = score_answer_ids(self.model, asked, special, batch_size=size)
         bare = [self.reader.read_bare(question) for question in questions]
         return [
             _best(scores)

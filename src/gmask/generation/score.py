@@ -22,7 +22,7 @@ from gmask.infilling.blanks import BlankTokens
 from gmask.models.cache import GrowingCache
 from gmask.models.glm import GLMForConditionalGeneration
 
-Normalization = Literal["sum", "mean", "unconditional"]
+ScoreNormalization = Literal["sum", "mean", "unconditional"]
 """What is made of an answer's log-probability; see `score`."""
 
 
@@ -73,7 +73,7 @@ def score(
     text: str,
     answers: Sequence[str],
     *,
-    normalization: Normalization = ...,
+    normalization: ScoreNormalization = ...,
     batch_size: int = ...,
 ) -> Scoring: ...
 @overload
@@ -83,7 +83,7 @@ def score(
     text: Sequence[str],
     answers: Sequence[str] | Sequence[Sequence[str]],
     *,
-    normalization: Normalization = ...,
+    normalization: ScoreNormalization = ...,
     batch_size: int = ...,
 ) -> list[Scoring]: ...
 def score(
@@ -92,7 +92,7 @@ def score(
     text: str | Sequence[str],
     answers: Sequence[str] | Sequence[Sequence[str]],
     *,
-    normalization: Normalization = "sum",
+    normalization: ScoreNormalization = "sum",
     batch_size: int = 16,
 ) -> Scoring | list[Scoring]:
     """Scores given answers to the blank of a text: exact log-probabilities, not samples.
@@ -143,7 +143,7 @@ def _is_text(value: object) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class ChoiceQuestion:
     """A text with one blank, and its answers."""
 
     text: str
@@ -163,7 +163,7 @@ class Scorer:
 
     model: GLMForConditionalGeneration
     tokenizer: PreTrainedTokenizerBase
-    normalization: Normalization = "sum"
+    normalization: ScoreNormalization = "sum"
     batch_size: int = 16
 
     def __post_init__(self) -> None:
@@ -175,7 +175,7 @@ class Scorer:
     def reader(self) -> TextReader:
         return TextReader(self.tokenizer, self.model.config.prompt_ids)
 
-    def read(self, text: str, answers: Sequence[str]) -> Question:
+    def read(self, text: str, answers: Sequence[str]) -> ChoiceQuestion:
         """Cuts and encodes a text and its answers, and checks that they fit the model."""
         blanked = self.reader.read(text)
         if len(blanked.context.blanks) > 1:
@@ -191,17 +191,17 @@ class Scorer:
         if not all(answers):
             raise GmaskError("an answer is empty: only texts with at least one token can be scored")
         ids = [encode_answer(answer, blanked, 0, self.reader, self.model) for answer in answers]
-        return Question(text, blanked, tuple(answers), tuple(ids))
+        return ChoiceQuestion(text, blanked, tuple(answers), tuple(ids))
 
-    def score(self, questions: Sequence[Question]) -> list[Scoring]:
+    def score(self, questions: Sequence[ChoiceQuestion]) -> list[Scoring]:
         """Scores questions that were read by this scorer."""
         asked = [(question.blanked.context, question.ids) for question in questions]
-        found = score_answers(self.model, asked, self.reader.special, batch_size=self.batch_size)
+        found = score_answer_ids(self.model, asked, self.reader.special, batch_size=self.batch_size)
         bare = [self.reader.read_blank(question.blank_id) for question in questions]
         scores = normalize(self.model, found, bare, self.reader.special, self.normalization, batch_size=self.batch_size)
         return list(map(self._assemble, questions, found, scores))
 
-    def _assemble(self, question: Question, answers: Sequence[Answer], scores: Sequence[float]) -> Scoring:
+    def _assemble(self, question: ChoiceQuestion, answers: Sequence[Answer], scores: Sequence[float]) -> Scoring:
         weights = [math.exp(value - max(scores)) for value in scores]
         scored = []
         for text, answer, value, weight in zip(question.answers, answers, scores, weights, strict=True):
@@ -230,7 +230,7 @@ class ScoredChoices:
     answers: tuple[tuple[Answer, ...], ...]
 
 
-def read_choices(choices: ChoiceLists, blanks: int) -> list[Sequence[str]]:
+def read_choice_lists(choices: ChoiceLists, blanks: int) -> list[Sequence[str]]:
     """A list of candidates for every blank.
 
     Raises:
@@ -326,8 +326,10 @@ def encode_answer(
 
 def check_normalization(normalization: str) -> None:
     """Raises `GmaskError` for one that is not known."""
-    if normalization not in get_args(Normalization):
-        raise GmaskError(f"normalization must be one of {', '.join(get_args(Normalization))}, not {normalization!r}")
+    if normalization not in get_args(ScoreNormalization):
+        raise GmaskError(
+            f"normalization must be one of {', '.join(get_args(ScoreNormalization))}, not {normalization!r}"
+        )
 
 
 def normalize(
@@ -335,7 +337,7 @@ def normalize(
     answers: Sequence[Sequence[Answer]],
     bare: Sequence[Context],
     special: BlankTokens,
-    normalization: Normalization,
+    normalization: ScoreNormalization,
     *,
     batch_size: int,
 ) -> list[list[float]]:
@@ -354,7 +356,7 @@ def normalize(
     for context, found in zip(bare, answers, strict=True):
         wanted.setdefault(context, {}).update((answer.ids, 0.0) for answer in found)
     asked = [(context, list(ids)) for context, ids in wanted.items()]
-    for (context, _), found in zip(asked, score_answers(model, asked, special, batch_size=batch_size), strict=True):
+    for (context, _), found in zip(asked, score_answer_ids(model, asked, special, batch_size=batch_size), strict=True):
         wanted[context].update((answer.ids, sum(answer.logprobs)) for answer in found)
     return [
         [total - wanted[context][answer.ids] for total, answer in zip(totals, found, strict=True)]
@@ -362,7 +364,7 @@ def normalize(
     ]
 
 
-def score_answers(
+def score_answer_ids(
     model: PreTrainedModel,
     questions: Sequence[tuple[Context, Sequence[tuple[int, ...]]]],
     special: BlankTokens,

@@ -289,7 +289,7 @@ def _name_some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError)
+LOADING_ERRORS = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError)
 PLACEMENTS = ("device_map", "distributed_config", "gguf_file", "quantization_config", "tp_plan", "tp_size")
 """Keywords of `from_pretrained` that put weights on other devices than the CPU, or load other weights than floats."""
 
@@ -391,7 +391,7 @@ def _explain(source: Any, error: Exception) -> None:
                 raise GmaskError(
                     f"{path}: a Git LFS pointer, not the weights: run `git lfs pull` there, or download the file"
                 ) from error
-    if isinstance(error, UNREADABLE):
+    if isinstance(error, LOADING_ERRORS):
         reason = one_line(error)
         raise GmaskError(f"{folder}: the weights cannot be read, download or copy them again ({reason})") from error
 

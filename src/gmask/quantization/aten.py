@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from gmask.quantization.formats import pack_int4, unpack
+from gmask.quantization.formats import pack_int4, unpack_integers
 
 PACKED_ROWS = 1024  # rows packed at a time: the operation wants 32-bit integers, eight times the packed size
 LAYOUT_ROWS = 64  # of torch's widest layout
@@ -41,7 +41,7 @@ def pack_aten(packed: Tensor, *, bits: int) -> Tensor:
         return packed.contiguous()
     out = torch.empty(packed.shape, dtype=torch.uint8)
     for start in range(0, packed.shape[0], PACKED_ROWS):
-        unsigned = unpack(packed[start : start + PACKED_ROWS], 4).int() + 8
+        unsigned = unpack_integers(packed[start : start + PACKED_ROWS], 4).int() + 8
         out[start : start + PACKED_ROWS] = torch._convert_weight_to_int4pack_for_cpu(unsigned, 1)
     return out
 

@@ -91,13 +91,13 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return torch.stack((packed >> 4, packed << 4 >> 4), dim=-1).flatten(-2)
 
 
-def pack(integers: Tensor, bits: int) -> Tensor:
+def pack_integers(integers: Tensor, bits: int) -> Tensor:
     """int8 ``[N, K]`` to the published ``[N, K * bits / 8]``."""
     return pack_int4(integers) if bits == 4 else integers
 
 
-def unpack(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of `pack`."""
+def unpack_integers(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack_integers`."""
     return unpack_int4(packed) if bits == 4 else packed
 
 

@@ -25,10 +25,10 @@ from gmask.quantization.aten import ATEN_ROWS, aten_takes, matmul_aten, pack_ate
 from gmask.quantization.formats import (
     check_format,
     dequantize,
-    pack,
+    pack_integers,
     pack_scale_blocks,
-    unpack,
     unpack_blocks,
+    unpack_integers,
     unpack_scale_blocks,
 )
 
@@ -61,7 +61,7 @@ class PackedWeight:
             weight = unpack_blocks(self.data, self.bits, self.outputs, self.columns)
             return weight, unpack_scale_blocks(self.scale, self.outputs, group_size=self.group_size)
         if self.path == "aten":
-            return pack(unpack_aten(self.data, bits=self.bits), self.bits), self.scale
+            return pack_integers(unpack_aten(self.data, bits=self.bits), self.bits), self.scale
         return self.data, self.scale
 
     def integers(self, start: int, stop: int) -> Tensor:
@@ -69,9 +69,9 @@ class PackedWeight:
         if self.path in NATIVE_PATHS:
             blocks = self.data[start // native.BLOCK_ROWS : -(-stop // native.BLOCK_ROWS)]
             count = min(stop, self.outputs) - start
-            return unpack(unpack_blocks(blocks, self.bits, count, self.columns), self.bits)
+            return unpack_integers(unpack_blocks(blocks, self.bits, count, self.columns), self.bits)
         rows = self.data[start:stop]
-        return unpack_aten(rows, bits=self.bits) if self.path == "aten" else unpack(rows, self.bits)
+        return unpack_aten(rows, bits=self.bits) if self.path == "aten" else unpack_integers(rows, self.bits)
 
     def row_scale(self) -> Tensor:
         """``[N]`` or ``[N, G]``."""
@@ -134,7 +134,7 @@ def prepare(
     """Repacks a weight without loss for the fastest path of its device.
 
     Args:
-        weight: published integers, int8 ``[N, K * bits / 8]`` (`formats.pack`).
+        weight: published integers, int8 ``[N, K * bits / 8]`` (`formats.pack_integers`).
         scale: float16 or float32 (others become float32), ``[N]``, or ``[N, K / group_size]``.
         group_size: columns that share a scale; None for all.
         path: one of `available_paths`, instead of the best.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gmask.quantization.aten import unpack_rows_aten
-from gmask.quantization.formats import check_format, dequantize, pack, quantize, unpack, unpack_blocks
+from gmask.quantization.formats import check_format, dequantize, pack_integers, quantize, unpack_blocks, unpack_integers
 from gmask.quantization.kernels import PackedWeight, matmul, prepare
 
 SCALE_DTYPE = torch.float16  # in which the published checkpoints were quantized
@@ -33,7 +33,7 @@ class QuantizedLayer(nn.Module):
     """A weight ``[N, K]`` as integers and scales, which casts to another precision leave as they are.
 
     Attributes:
-        weight: int8 ``[N, K * bits / 8]``, as `formats.pack` has it.
+        weight: int8 ``[N, K * bits / 8]``, as `formats.pack_integers` has it.
         weight_scale: float16 (or float32), ``[N]``, or ``[N, K / group_size]``.
         group_size: columns that share a scale; None for all of a row.
         divided: for each tensor that is this process's share of a larger one, by name: how the whole is divided.
@@ -58,7 +58,7 @@ class QuantizedLayer(nn.Module):
 
     def set_integers(self, integers: Tensor, scale: Tensor) -> None:
         """Takes int8 ``[N, K]`` and their scales, as `formats.quantize` gives them."""
-        self.weight = nn.Parameter(pack(integers, self.bits), requires_grad=False)
+        self.weight = nn.Parameter(pack_integers(integers, self.bits), requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
 
     def take_share(self) -> None:
@@ -72,7 +72,7 @@ class QuantizedLayer(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight ``[N, K]``: integers times scales."""
-        return dequantize(unpack(self.weight.data, self.bits), self.weight_scale.data, dtype)
+        return dequantize(unpack_integers(self.weight.data, self.bits), self.weight_scale.data, dtype)
 
     def product(self) -> PackedWeight:
         """The weight in the fastest layout of its device, which replaces the published form."""
@@ -275,7 +275,7 @@ class QuantEmbedding(QuantizedLayer, nn.Embedding):
         ids = input.flatten()
         packed: _Packed | None = getattr(self._parameters["weight"], "packed", None)
         if packed is None:
-            integers, scale = unpack(self.weight[ids], self.bits), self.weight_scale[ids]
+            integers, scale = unpack_integers(self.weight[ids], self.bits), self.weight_scale[ids]
         else:  # by the head that shares it
             integers, scale = _read_rows(packed.product, ids)
         return dequantize(integers, scale, self.dtype).view(*input.shape, self.embedding_dim)
@@ -295,5 +295,5 @@ def _read_rows(product: PackedWeight, ids: Tensor) -> tuple[Tensor, Tensor]:
     lanes = product.data.shape[2]
     block, lane = ids // lanes, ids % lanes
     rows = product.data[block, :, lane].transpose(0, 1).unsqueeze(0)
-    integers = unpack(unpack_blocks(rows, product.bits, len(ids), product.columns), product.bits)
+    integers = unpack_integers(unpack_blocks(rows, product.bits, len(ids), product.columns), product.bits)
     return integers, product.scale[block, :, lane]

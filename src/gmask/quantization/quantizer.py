@@ -18,7 +18,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gmask.errors import GmaskError
-from gmask.quantization.formats import check_form, check_format, pack, quantize
+from gmask.quantization.formats import check_form, check_format, pack_integers, quantize
 from gmask.quantization.linear import SCALE_DTYPE, QuantEmbedding, QuantizedLayer, QuantLinear
 
 METHOD = "gmask"  # its name in a config
@@ -181,7 +181,7 @@ def quantize_weight(model: PreTrainedModel, name: str, weight: Tensor) -> dict[s
     for start in range(0, len(weight), rows):
         chunk = weight[start : start + rows]
         integers, scale = quantize(chunk, layer.bits, group_size=layer.group_size, dtype=SCALE_DTYPE)
-        pieces.append((pack(integers, layer.bits), scale))
+        pieces.append((pack_integers(integers, layer.bits), scale))
     packed, scales = zip(*pieces, strict=True)
     return {name: torch.cat(packed), f"{path}.weight_scale": torch.cat(scales)}
 

@@ -73,7 +73,7 @@ def create_app(
         responses={"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}},
     )
     app.state.backend = backend
-    for router in (openai.router, blanks.router, openai.published_router):
+    for router in (openai.openai_router, blanks.blanks_router, openai.published_router):
         app.include_router(router)
     _add_probes(app, backend)
     add_error_handlers(app)

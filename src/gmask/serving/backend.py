@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gmask.checkpoints.load import LanguageModel
 from gmask.conversation import Conversation
 from gmask.errors import GmaskError
-from gmask.generation.engine import Engine, EngineClosed, Progress, Request, Submission
+from gmask.generation.engine import Engine, EngineClosed, Request, SampleProgress, Submission
 from gmask.generation.prompts import BLANKS, Context, Prompt, PromptFormat, TextReader, find_format, fit_prompt
 from gmask.generation.settings import Sampling
 from gmask.models.glm import GLMForConditionalGeneration
@@ -252,7 +252,7 @@ class Job:
         self.backend = backend
         self.submissions: list[Submission] = []
         self.prompt_tokens = 0
-        self.unread: dict[Key, Progress] = {}
+        self.unread: dict[Key, SampleProgress] = {}
         self.top_logprobs: defaultdict[Key, dict[int, TopLogprobs]] = defaultdict(dict)
         self._wakes_every_token = wakes_every_token
         self._loop = asyncio.get_running_loop()
@@ -280,11 +280,11 @@ class Job:
         await _await_leaving(http_request)
         self.close()
 
-    def listener(self, context: int) -> Callable[[Progress], None]:
+    def listener(self, context: int) -> Callable[[SampleProgress], None]:
         """What the engine's thread calls with each progress of a context."""
         return lambda progress: self._receive((context, progress.index), progress)
 
-    def _receive(self, key: Key, progress: Progress) -> None:
+    def _receive(self, key: Key, progress: SampleProgress) -> None:
         if progress.end is None:
             self._measure_latency(key)
         with self._lock:
@@ -305,7 +305,7 @@ class Job:
             metrics.next_token.observe(now - last)
         self._last_token[key] = now
 
-    async def updates(self) -> AsyncIterator[tuple[Key, Progress]]:
+    async def updates(self) -> AsyncIterator[tuple[Key, SampleProgress]]:
         """The progress of all samples as it comes, to the end of each.
 
         Raises:
@@ -322,12 +322,12 @@ class Job:
                 self._check(progress)
                 yield key, progress
 
-    async def results(self) -> dict[Key, Progress]:
+    async def results(self) -> dict[Key, SampleProgress]:
         """The last progress of every sample, in order; errors as of `updates`."""
         last = {key: progress async for key, progress in self.updates()}
         return dict(sorted(last.items()))
 
-    def _check(self, progress: Progress) -> None:
+    def _check(self, progress: SampleProgress) -> None:
         if progress.end == "failed":
             if isinstance(progress.error, GmaskError) and not isinstance(progress.error, EngineClosed):
                 raise ApiError(500, str(progress.error))

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from gmask.generation.answers import Infilling, assemble_infilling, settle_blank
-from gmask.generation.engine import Progress
+from gmask.generation.engine import SampleProgress
 from gmask.generation.infill import infill
 from gmask.generation.prompts import BlankedText
 from gmask.generation.score import score
@@ -22,10 +22,10 @@ from gmask.serving.openai import read_sampling
 from gmask.serving.replies import IncrementalDetokenizer, count_usage
 from gmask.serving.schema import InfillRequest, ScoreRequest
 
-router = APIRouter(prefix="/v1", tags=["Blanks"])
+blanks_router = APIRouter(prefix="/v1", tags=["Blanks"])
 
 
-@router.post("/infill", responses={200: {"content": STREAMED}})
+@blanks_router.post("/infill", responses={200: {"content": STREAMED}})
 async def fill(request: Request, body: InfillRequest) -> Response:
     """A text with its blanks filled, as ``gmask infill --json`` prints it.
 
@@ -116,7 +116,7 @@ def _check_choices(body: InfillRequest) -> None:
         raise ApiError(400, "there are more than 1024 choices", param="choices")
 
 
-def _assemble(blanked: BlankedText, progress: Progress, sampling: Sampling, backend: Backend) -> Infilling:
+def _assemble(blanked: BlankedText, progress: SampleProgress, sampling: Sampling, backend: Backend) -> Infilling:
     """The text of one sample; blanks that it had no time for stay empty."""
     answers = [*progress.done]
     if len(answers) < len(blanked.context.blanks):
@@ -159,7 +159,7 @@ async def _fragments(
     yield _write(found, body, backend, job.prompt_tokens, _count(found))
 
 
-@router.post("/score")
+@blanks_router.post("/score")
 async def rank(request: Request, body: ScoreRequest) -> JSONResponse:
     """Exact log-probabilities of given answers, as ``gmask score --json`` prints them."""
     backend: Backend = request.app.state.backend

@@ -226,7 +226,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     async def answer_validation(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return describe(error.errors(), error.body).response()
+        return explain_invalid_body(error.errors(), error.body).response()
 
     app.add_exception_handler(ApiError, answer)
     app.add_exception_handler(GmaskError, answer)
@@ -235,7 +235,7 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, answer)
 
 
-def describe(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
+def explain_invalid_body(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     """The first thing that is wrong with a body; its value is not repeated.
 
     Where a parameter may have one of several types, each of them has an error: what is said is the one of the type that

@@ -28,7 +28,7 @@ from gmask.generation.batches import log_softmax
 from gmask.generation.chat import DEFAULTS
 from gmask.generation.constraints import Constraint
 from gmask.generation.embed import as_floats, embed
-from gmask.generation.engine import Progress
+from gmask.generation.engine import SampleProgress
 from gmask.generation.prompts import Context, encode_plain
 from gmask.generation.settings import Sampling
 from gmask.serving import replies
@@ -57,11 +57,11 @@ from gmask.serving.schema import (
     StreamOptions,
 )
 
-router = APIRouter(prefix="/v1", tags=["OpenAI"])
+openai_router = APIRouter(prefix="/v1", tags=["OpenAI"])
 Readers = Mapping[Key, IncrementalDetokenizer]
 
 
-@router.get("/models", responses={200: {"model": replies.ModelList}})
+@openai_router.get("/models", responses={200: {"model": replies.ModelList}})
 async def list_models(request: Request) -> Response:
     """The model that is served, and it with each of its adapters."""
     backend: Backend = request.app.state.backend
@@ -69,7 +69,7 @@ async def list_models(request: Request) -> Response:
     return json_response(replies.ModelList(object="list", data=models))
 
 
-@router.get("/models/{name:path}", responses={200: {"model": replies.Model}})
+@openai_router.get("/models/{name:path}", responses={200: {"model": replies.Model}})
 async def show_model(request: Request, name: str) -> Response:
     """The model of a name."""
     backend: Backend = request.app.state.backend
@@ -81,7 +81,7 @@ def _describe_model(backend: Backend, name: str) -> replies.Model:
     return replies.Model(id=name, object="model", created=backend.began, owned_by="gmask")
 
 
-@router.post("/chat/completions", responses={200: {"model": replies.ChatCompletion, "content": STREAMED}})
+@openai_router.post("/chat/completions", responses={200: {"model": replies.ChatCompletion, "content": STREAMED}})
 async def chat(request: Request, body: ChatRequest) -> Response:
     """The reply to a conversation."""
     backend: Backend = request.app.state.backend
@@ -105,7 +105,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     )
     if backend.settings.log_prompts:
         log_fields(request, prompt=[read_content(message["content"]) for message in messages])
-    question = Question(prompt.context, backend.format.settle)
+    question = ApiPrompt(prompt.context, backend.format.settle)
     builder = ChatBuilder(_name(body, backend), logprobs=bool(body.logprobs), rounds_left_out=prompt.rounds_left_out)
     return await _answer(request, body, builder, [question], sampling, n=body.n or 1)
 
@@ -120,7 +120,7 @@ def read_question(history: History | None, query: str | None = None, *, param: s
     return conversation
 
 
-@router.post("/completions", responses={200: {"model": replies.Completion, "content": STREAMED}})
+@openai_router.post("/completions", responses={200: {"model": replies.Completion, "content": STREAMED}})
 async def complete(request: Request, body: CompletionRequest) -> Response:
     """What follows a prompt or, with a suffix, what stands between the two.
 
@@ -165,7 +165,7 @@ async def complete(request: Request, body: CompletionRequest) -> Response:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class ApiPrompt:
     """What the engine reads, and how its answer becomes text."""
 
     context: Context
@@ -173,13 +173,13 @@ class Question:
     text: str = ""  # of the prompt, for echo
     ids: tuple[int, ...] = ()  # of that text
 
-    def without_space(self) -> "Question":
+    def without_space(self) -> "ApiPrompt":
         """The same for an answer of a given form, before which the constraint lets a space stand."""
         return replace(self, settle=lambda text, is_whole: self.settle(text, is_whole).removeprefix(" "))
 
 
 async def _score_prompts(
-    request: Request, questions: Sequence[Question], body: CompletionRequest
+    request: Request, questions: Sequence[ApiPrompt], body: CompletionRequest
 ) -> list[tuple[ScoredToken, ...]]:
     """The tokens of the prompts with their log-probabilities; none where these were not asked for."""
     backend: Backend = request.app.state.backend
@@ -200,7 +200,7 @@ async def _answer(
     request: Request,
     body: ChatRequest | CompletionRequest,
     builder: ReplyBuilder,
-    questions: Sequence[Question],
+    questions: Sequence[ApiPrompt],
     sampling: Sampling,
     *,
     n: int,
@@ -234,7 +234,7 @@ async def _answer(
     return json_response(builder.whole(found, n=n, prompt_tokens=job.prompt_tokens))
 
 
-def read_samples(results: Mapping[Key, Progress], readers: Readers, job: Job, *, n: int) -> list[CompletedSample]:
+def read_samples(results: Mapping[Key, SampleProgress], readers: Readers, job: Job, *, n: int) -> list[CompletedSample]:
     """The answers to every context: all, or of more than ``n`` those of the highest log-probability a token."""
     found: dict[int, list[CompletedSample]] = {}
     for key, progress in results.items():
@@ -274,7 +274,7 @@ async def _chunks(
         yield builder.usage(job.prompt_tokens, sum(counts.values()))
 
 
-@router.post("/embeddings", responses={200: {"model": replies.Embeddings}})
+@openai_router.post("/embeddings", responses={200: {"model": replies.Embeddings}})
 async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
     """A vector for each text: pooled hidden states of a model that fills blanks."""
     backend: Backend = request.app.state.backend
@@ -362,7 +362,7 @@ def read_constraint(request: Constrained, backend: Backend) -> Constraint | None
     return constraints.json_schema(tokenizer, wanted.json_schema.schema_, vocabulary_size=size)
 
 
-def read_prompts(request: CompletionRequest, backend: Backend) -> list[Question]:
+def read_prompts(request: CompletionRequest, backend: Backend) -> list[ApiPrompt]:
     """What a completion asks: one question, or several of one kind."""
     prompts = request.prompt
     if isinstance(prompts, str):
@@ -376,15 +376,15 @@ def read_prompts(request: CompletionRequest, backend: Backend) -> list[Question]
     return [_read_ids(ids, request.suffix, backend) for ids in prompts]
 
 
-def _read_text(text: str, suffix: str | None, backend: Backend) -> Question:
+def _read_text(text: str, suffix: str | None, backend: Backend) -> ApiPrompt:
     ids = tuple(encode_plain(backend.tokenizer, text))
     if not backend.fills_blanks:
         if suffix is not None:
             backend.require_blanks("suffix")
-        return Question(backend.format.encode(text, ()), lambda reply, _: reply, text, ids)
+        return ApiPrompt(backend.format.encode(text, ()), lambda reply, _: reply, text, ids)
     blank = "[MASK]" if suffix is not None or "[gMASK]" not in backend.reader.blank_ids else "[gMASK]"
     blanked = backend.reader.read(escape(text, backend) + blank + escape(suffix or "", backend))
-    return Question(blanked.context, settle_blank(blanked, 0), text, ids)
+    return ApiPrompt(blanked.context, settle_blank(blanked, 0), text, ids)
 
 
 def escape(text: str, backend: Backend) -> str:
@@ -393,7 +393,7 @@ def escape(text: str, backend: Backend) -> str:
     return escaped + "\\" * (len(text) - len(text.rstrip("\\")))
 
 
-def _read_ids(ids: Sequence[int], suffix: str | None, backend: Backend) -> Question:
+def _read_ids(ids: Sequence[int], suffix: str | None, backend: Backend) -> ApiPrompt:
     if suffix is not None:
         raise ApiError(400, "suffix goes with a prompt that is text", param="suffix")
     size = len(backend.tokenizer)
@@ -405,7 +405,7 @@ def _read_ids(ids: Sequence[int], suffix: str | None, backend: Backend) -> Quest
     head = (special.cls,) if backend.fills_blanks and ids[0] != special.cls else ()
     context = Context((*head, *ids, special.gmask), (len(head) + len(ids),))
     text = backend.tokenizer.decode(list(ids), skip_special_tokens=True)
-    return Question(context, lambda answer, _: answer, text, tuple(ids))
+    return ApiPrompt(context, lambda answer, _: answer, text, tuple(ids))
 
 
 published_router = APIRouter(tags=["ChatGLM-6B"])

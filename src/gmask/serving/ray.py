@@ -27,7 +27,8 @@ from gmask.serving.app import create_app
 from gmask.serving.settings import ServerSettings, called, environment_keys
 
 LOADING = frozenset(inspect.signature(load).parameters) - {"name", "model_class"} | {"model"}
-SETTINGS = frozenset(field.name for field in fields(ServerSettings)) - {"api_keys"}  # Ray shows arguments to who asks
+# No keys: Ray shows the arguments of a deployment to everybody who asks.
+SERVER_FIELDS = frozenset(field.name for field in fields(ServerSettings)) - {"api_keys"}
 OPTIONS = frozenset(
     name
     for name in inspect.signature(Deployment.options).parameters
@@ -113,12 +114,12 @@ def build(arguments: Mapping[str, Any]) -> Application:
     Raises:
         GmaskError: an argument that is none of these, or a value that does not fit.
     """
-    known = LOADING | SETTINGS | OPTIONS
+    known = LOADING | SERVER_FIELDS | OPTIONS
     for name in arguments:
         if name not in known:
             raise GmaskError(f"there is no argument {name!r}; the nearest is {nearest(name, known)!r}")
     values = {name: _read(value) for name, value in arguments.items()}
-    settings = {name: values[name] for name in SETTINGS & values.keys()}
+    settings = {name: values[name] for name in SERVER_FIELDS & values.keys()}
     ServerSettings(**settings)  # a mistake is told here, and not by a process far away
     try:
         deployment = DEPLOYMENT.options(**{name: values[name] for name in OPTIONS & values.keys()})

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from transformers import PreTrainedTokenizerBase
 
 from gmask.generation.answers import Answer, AnswerStream, Finish, TextAssembler, token_texts
-from gmask.generation.engine import Progress
+from gmask.generation.engine import SampleProgress
 
 FinishReason = Literal["stop", "length"]
 FINISH_REASONS: dict[Finish, FinishReason] = {"end": "stop", "stop": "stop", "length": "length"}
@@ -409,7 +409,7 @@ TopLogprobs = tuple[tuple[tuple[int, float], ...], ...]
 """For each token of an answer the ids of the most probable ones in its position, with their log-probabilities."""
 
 
-def blank_of(progress: Progress) -> int:
+def blank_of(progress: SampleProgress) -> int:
     """Which blank the log-probabilities of a progress belong to: the open one, or the one that was just completed."""
     return len(progress.done) if progress.open.ids else max(0, len(progress.done) - 1)
 
@@ -439,7 +439,7 @@ class IncrementalDetokenizer:
         if self.blank < len(self.settles):
             self.stream = AnswerStream(self.tokenizer, self.settles[self.blank], stops=self.stops)
 
-    def read(self, progress: Progress, top_logprobs: dict[int, TopLogprobs]) -> Iterator[Delta]:
+    def read(self, progress: SampleProgress, top_logprobs: dict[int, TopLogprobs]) -> Iterator[Delta]:
         """What is new; an answer that was cut off from outside counts as one that was cut for its length.
 
         Args:

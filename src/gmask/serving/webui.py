@@ -25,8 +25,8 @@ from gmask.serving.backend import Backend
 from gmask.serving.middleware import PAGE_PATH, is_key
 from gmask.serving.settings import ServerSettings
 from gmask.serving.webui_parts import (
-    LANGUAGES,
     MAX_CHARACTERS,
+    PAGE_LANGUAGES,
     Labelled,
     build_sampling,
     check_length,
@@ -39,7 +39,7 @@ from gmask.serving.webui_parts import (
     translate,
 )
 
-Language = Literal["en", "zh", "auto"]
+PageLanguage = Literal["en", "zh", "auto"]
 MAX_WAITING = 32
 """Requests beyond those that are answered together; the next one is refused."""
 
@@ -74,7 +74,7 @@ def page_options() -> dict[str, Any]:
 
 
 def create_page(
-    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, *, name: str, language: Language = "auto"
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, *, name: str, language: PageLanguage = "auto"
 ) -> gr.Blocks:
     """The page of a model: *Fill blanks*, unless it only talks, and *Chat*.
 
@@ -100,7 +100,7 @@ def make_backend(
     return Backend(model, tokenizer, engine, limits)
 
 
-def draw_page(backend: Backend, *, talks: Backend | None = None, language: Language = "auto") -> gr.Blocks:
+def draw_page(backend: Backend, *, talks: Backend | None = None, language: PageLanguage = "auto") -> gr.Blocks:
     """The page of the model of a backend, or of another one where it talks; as `create_page`."""
     first = "en" if language == "auto" else language
     labelled = Labelled(first)
@@ -109,7 +109,7 @@ def draw_page(backend: Backend, *, talks: Backend | None = None, language: Langu
         with gr.Row(equal_height=True):
             gr.Markdown(f"# gmask `{backend.settings.model_name}`", elem_id="title")
             switch = gr.Radio(
-                [(spoken, code) for code, spoken in LANGUAGES.items()],
+                [(spoken, code) for code, spoken in PAGE_LANGUAGES.items()],
                 value=first,
                 show_label=False,
                 container=False,
@@ -405,15 +405,15 @@ async def fill_text(
     """A filled text and its ``n - 1`` alternatives, best first; choices are scored, whatever the temperature.
 
     Raises:
-        GmaskError, ApiError: as of `fill_blanks`, `read_choices` and `read_seed`.
+        GmaskError, ApiError: as of `fill_blanks`, `parse_choices` and `read_seed`.
     """
-    if candidates := read_choices(choices):
+    if candidates := parse_choices(choices):
         return await fill_blanks(backend, text, candidates, n, {})
     drawn = {"temperature": temperature, "top_p": top_p, "seed": read_seed(seed)} if temperature else {}
     return await fill_blanks(backend, text, [], n, {"max_tokens": max_tokens, **drawn})
 
 
-def read_choices(text: str) -> list[list[str]]:
+def parse_choices(text: str) -> list[list[str]]:
     """Candidates from lines such as ``sunny | rainy``, one line for each blank.
 
     Raises:

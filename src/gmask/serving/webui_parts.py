@@ -18,7 +18,7 @@ from gmask.conversation import Conversation
 from gmask.errors import GmaskError, is_shortage
 from gmask.generation.answers import Infilling
 from gmask.generation.chat import DEFAULTS, Reply
-from gmask.generation.engine import Progress
+from gmask.generation.engine import SampleProgress
 from gmask.generation.infill import infill
 from gmask.generation.prompts import Prompt
 from gmask.generation.settings import Sampling
@@ -78,7 +78,7 @@ async def stream_reply(
             yield text, make_reply(text, prompt, progress) if progress.end else None
 
 
-def make_reply(text: str, prompt: Prompt, progress: Progress) -> Reply:
+def make_reply(text: str, prompt: Prompt, progress: SampleProgress) -> Reply:
     """What is known of a reply that has ended; one that had no more time counts as one that was cut."""
     answer = progress.done[0] if progress.done else progress.open
     finish = answer.finish or "length"
@@ -107,7 +107,7 @@ def shown_errors(language: str) -> Iterator[None]:
     raise gr.Error(html.escape(message), title=translate("error", language), print_exception=False)
 
 
-LANGUAGES = {"en": "English", "zh": "中文"}
+PAGE_LANGUAGES = {"en": "English", "zh": "中文"}
 LABELS = {
     "error": ("This did not work", "未能完成"),
     "settings": ("Settings", "参数"),
@@ -161,20 +161,20 @@ LABELS = {
     "length": ("The reply was cut at the longest length.", "回复因达到长度上限而被截断。"),
     "left_out": ("The oldest {count} rounds had no room.", "最早的 {count} 轮对话放不下，已略去。"),
 }
-"""Each text in the order of `LANGUAGES`."""
+"""Each text in the order of `PAGE_LANGUAGES`."""
 
 Component = TypeVar("Component")
 
 
 def translate(key: str, language: str, **values: object) -> str:
     """A text of the page."""
-    return LABELS[key][list(LANGUAGES).index(language)].format(**values)
+    return LABELS[key][list(PAGE_LANGUAGES).index(language)].format(**values)
 
 
 def preferred_language(accepted: str | None) -> str:
     """The first language of an ``Accept-Language`` header that the page speaks; English if there is none."""
     spoken = re.findall(r"(?:^|,)\s*([A-Za-z]+)", accepted or "")
-    return next((language.lower() for language in spoken if language.lower() in LANGUAGES), "en")
+    return next((language.lower() for language in spoken if language.lower() in PAGE_LANGUAGES), "en")
 
 
 class Labelled:
