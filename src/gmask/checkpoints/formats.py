@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gmask.checkpoints.tensor_files import WEIGHTS_ENTRY, PickledFile, SafetensorsFile, TensorFile
 from gmask.errors import GmaskError
-from gmask.files import read_object, refuse_placeholder
+from gmask.files import read_object, read_text, refuse_placeholder
 from gmask.models.glm_heads import THUDM_CLASSIFIER_NAMES
 
 WEIGHT_FILES = (
@@ -286,7 +286,7 @@ def _find_iteration(folder: Path) -> Path:
     if tracker is None:
         return folder
     refuse_placeholder(tracker)
-    name = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    name = read_text(tracker).strip()
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
         raise GmaskError(f"{tracker}: expected the name of an iteration, found {name[:40]!r}")
     if not (folder / name).is_dir():

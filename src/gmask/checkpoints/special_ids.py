@@ -7,7 +7,7 @@ from typing import Any
 from gmask.architectures import CHATGLM, GLM, Architecture
 from gmask.checkpoints.zoo import FAMILIES, Family, family_of_shape, find_family
 from gmask.errors import GmaskError
-from gmask.files import read_object
+from gmask.files import read_object, read_text
 
 TOKEN_SPELLINGS = {
     "pad_token_id": ("</s>", "<|endoftext|>", "[PAD]"),  # RoBERTa's vocabulary has the second, too, and never uses it
@@ -99,9 +99,9 @@ def _read_added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, i
 
 def _read_pieces(folder: Path) -> dict[str, int]:
     """The vocabulary of BERT (``vocab.txt``; line numbers are the ids) or of GPT-2 and RoBERTa (``vocab.json``)."""
-    words = folder / "vocab.txt"
-    if words.is_file():
-        lines = words.read_text(encoding="utf-8").split("\n")
+    vocabulary = folder / "vocab.txt"
+    if vocabulary.is_file():
+        lines = read_text(vocabulary, keep_ends=True).split("\n")
         return {line.rstrip("\r"): number for number, line in enumerate(lines)}
     return _only_ids(read_object(folder / "vocab.json", required=False))
 

@@ -245,8 +245,8 @@ def advise_form(peaks: dict[WeightForm, int], free: int, *, device: str, length:
     return f"{room}: at {length} tokens fits {labels}. Choose {fitting[0].options}."
 
 
-OTHER_SETTINGS = ("optimizer", "answer_length", "accumulation")
-"""What ``--set`` takes beside the settings of a method."""
+OTHER_SETTINGS = {"optimizer": str, "answer_length": int, "accumulation": int}
+"""The types of what ``--set`` takes beside the settings of a method; they are arguments of `estimate_training`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,17 +269,15 @@ class Tuning:
         Raises:
             GmaskError: an unknown method or setting, or a value that it cannot have.
         """
-        from gmask.config import build
+        from gmask.config import build, read_values
         from gmask.hardware import best_device
         from gmask.recipes.tuning import MethodSettings
 
         values = parse_settings(pairs)
         if "name" in values:
             raise GmaskError("--method and --set name say the same: give --method alone")
-        others = {name: values.pop(name) for name in OTHER_SETTINGS if name in values}
-        for name in ("answer_length", "accumulation"):
-            if not isinstance(others.get(name, 1), int):
-                raise GmaskError(f"--set {name}={others[name]}: expected a whole number")
+        given = {name: values.pop(name) for name in OTHER_SETTINGS if name in values}
+        others = read_values(given, OTHER_SETTINGS, "--set ")
         settings = build(MethodSettings, {"name": method, **values}, "method")
         return Tuning(settings, others, batch_size, gpus, gradient_checkpointing, "cuda" if gpus else best_device())
 

@@ -40,7 +40,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from gmask.errors import GmaskError, one_line
-from gmask.files import LFS_POINTER
+from gmask.files import refuse_placeholder
 from gmask.models.cache import GrowingCache
 from gmask.models.layout import build_mask, continues, resolve_sequences
 from gmask.native import ops as native
@@ -386,14 +386,13 @@ def _explain(source: Any, error: Exception) -> None:
     if not folder.is_dir():
         return
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        with path.open("rb") as file:
-            if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise GmaskError(
-                    f"{path}: a Git LFS pointer, not the weights: run `git lfs pull` there, or download the file"
-                ) from error
+        try:
+            refuse_placeholder(path)
+        except GmaskError as fault:
+            raise fault from error
     if isinstance(error, LOADING_ERRORS):
-        reason = one_line(error)
-        raise GmaskError(f"{folder}: the weights cannot be read, download or copy them again ({reason})") from error
+        message = f"{folder}: the weights cannot be read, download or copy them again ({one_line(error)})"
+        raise GmaskError(message) from error
 
 
 class PrefixLMPreTrainedModel(StrictLoadingMixin, QuantizingMixin, PreTrainedModel):
