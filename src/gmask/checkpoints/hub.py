@@ -25,7 +25,7 @@ MODELSCOPE = "ZhipuAI"
 
 
 def looks_like_hub_name(name: str) -> bool:
-    """Whether a name has the form ``organisation/model``."""
+    """Returns True if a name has the form ``organisation/model``."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 

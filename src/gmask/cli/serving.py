@@ -23,7 +23,7 @@ from gmask.cli.options import (
 )
 from gmask.errors import GmaskError, nearest
 from gmask.files import read_text
-from gmask.serving.settings import ServerSettings, called, environment_keys
+from gmask.serving.settings import ServerSettings, default_model_name, environment_keys
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -174,7 +174,7 @@ def read_settings(
             )
     hosts = values.pop("allowed_hosts", None)
     names = tuple(str(hosts).split(",")) if hosts else (*LOOPBACK[:2], "[::1]") if host in LOOPBACK else ("*",)
-    values.setdefault("model_name", called(model))
+    values.setdefault("model_name", default_model_name(model))
     values["model_name"] = str(values["model_name"])
     return ServerSettings(api_keys=keys, allowed_hosts=names, log_prompts=log_prompts, **values)
 
