@@ -100,8 +100,8 @@ def make_backend(
     return Backend(model, tokenizer, engine, limits)
 
 
-def draw_page(backend: Backend, *, talks: Backend | None = None, language: PageLanguage = "auto") -> gr.Blocks:
-    """As `create_page`, for the model of a backend; ``talks`` is the backend of the chat, if it is another one."""
+def draw_page(backend: Backend, *, chat_backend: Backend | None = None, language: PageLanguage = "auto") -> gr.Blocks:
+    """As `create_page`, for the model of a backend; the chat may have another one."""
     first = "en" if language == "auto" else language
     labelled = Labelled(first)
     page = gr.Blocks(title="gmask", analytics_enabled=False)
@@ -119,7 +119,7 @@ def draw_page(backend: Backend, *, talks: Backend | None = None, language: PageL
             with labelled.make(gr.Tab, {"label": "fill"}):
                 build_infill(backend, labelled, switch)
         with labelled.make(gr.Tab, {"label": "chat"}):
-            build_chat(talks or backend, labelled, switch)
+            build_chat(chat_backend or backend, labelled, switch)
         switch.change(labelled.updates, switch, labelled.components, queue=False, api_visibility="private")
         if language == "auto":
             page.load(browser_language, None, switch, queue=False, api_visibility="private")
@@ -127,17 +127,17 @@ def draw_page(backend: Backend, *, talks: Backend | None = None, language: PageL
     return page
 
 
-def mount_page(app: FastAPI, *, talks: Backend | None = None) -> FastAPI:
+def mount_page(app: FastAPI, *, chat_backend: Backend | None = None) -> FastAPI:
     """Mounts the page at `PAGE_PATH` of an application, behind a login if the application asks for keys.
 
     Args:
-        talks: the backend of the chat, if it has another model than the application; the caller closes it.
+        chat_backend: the backend of the chat, if it has another model than the application; the caller closes it.
     """
     backend: Backend = app.state.backend
     keys = backend.settings.api_keys
     mounted: FastAPI = gr.mount_gradio_app(
         app,
-        draw_page(backend, talks=talks),
+        draw_page(backend, chat_backend=chat_backend),
         path=PAGE_PATH,
         auth=(lambda _, password: is_key(password, keys)) if keys else None,
         auth_message=LOGIN,
