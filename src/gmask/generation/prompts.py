@@ -306,7 +306,7 @@ class Prompt:
 
     @cached_property
     def length(self) -> int:
-        """In tokens, ``<sop>`` counted."""
+        """The number of tokens, including ``<sop>``."""
         return len(self.context.ids) + 1
 
 

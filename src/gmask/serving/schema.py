@@ -1,7 +1,7 @@
-"""What a client may ask, and in which form.
+"""The bodies of requests.
 
-OpenAI's parameters keep their names and defaults, unless a comment says otherwise. A parameter that is not listed is an
-error rather than being ignored, unless it is null, which asks for nothing.
+OpenAI's parameters keep their names and defaults, unless a comment says otherwise. An unknown parameter is an error and
+is not ignored, unless it is null.
 """
 
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -10,11 +10,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator
 
 from gmask.config import Range, hints_of
 from gmask.files import check_text
+from gmask.generation.embed import Pooling
+from gmask.generation.score import ScoreNormalization
 from gmask.generation.settings import Sampling
 
 
 def in_range_of(setting: str, **limits: int) -> Any:
-    """The range of a field of `Sampling`, as pydantic has it; ``limits`` are those that the API adds to it."""
+    """Returns the range of a field of `Sampling` for pydantic; ``limits`` are further ones of the API."""
     hint = hints_of(Sampling)[setting]
     (annotated,) = (one for one in (hint, *get_args(hint)) if get_origin(one) is Annotated)  # it may be None, too
     kind, own = get_args(annotated)
@@ -42,7 +44,7 @@ Unread = WrapValidator(lambda value, _: value)  # documented by its type, and re
 
 
 def refuse_tools(tools: list[Any]) -> list[Any]:
-    """Raises `ValueError` for any; clients send an empty list of their own accord."""
+    """Raises `ValueError` for a list of tools; some clients always send an empty one."""
     if tools:
         raise ValueError("these models call no tools: leave it out")
     return tools
@@ -183,7 +185,7 @@ class EmbeddingRequest(Bookkeeping):
     input: Text | Annotated[list[Text], Field(min_length=1, max_length=2048)]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
-    pooling: Literal["mean", "first", "last", "mask"] = "mean"
+    pooling: Pooling = "mean"
     layer: int = -1
 
 
@@ -207,7 +209,7 @@ class ScoreRequest(Bookkeeping):
         Annotated[list[Text], Field(min_length=1, max_length=1024)]
         | Annotated[list[Annotated[list[Text], Field(min_length=1, max_length=1024)]], Field(min_length=1)]
     )
-    normalization: Literal["sum", "mean", "unconditional"] = "sum"
+    normalization: ScoreNormalization = "sum"
 
 
 class PublishedRequest(BaseModel):
