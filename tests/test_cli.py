@@ -17,7 +17,7 @@ import pytest
 import typer
 
 import gmask
-from gmask.cli import app, find_extra, main, writing
+from gmask.cli import app, find_extra, generation, main
 from gmask.cli.printing import highlight_answers
 from terminal import Terminal, heed_ctrl_c
 from tiny_folder import make_folder
@@ -384,7 +384,7 @@ def test_a_conversation_goes_on_after_mistakes_and_ends_with_ctrl_d(
     monkeypatch.setattr(prompt_toolkit, "PromptSession", Session)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     pair = gmask.load(folder, device="cpu")
-    writing.fill_interactively(Infiller(*pair, Sampling(max_tokens=4)), None, as_json=False)
+    generation.fill_interactively(Infiller(*pair, Sampling(max_tokens=4)), None, as_json=False)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == gmask.infill(*pair, TEXT, max_tokens=4).text
     assert "no blank" in lines[2]

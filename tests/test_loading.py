@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 import gmask
 from gmask import hardware
 from gmask.checkpoints.folder import read_config
+from gmask.checkpoints.formats import Checkpoint
 from gmask.checkpoints.load import load_model, load_tokenizer
-from gmask.checkpoints.weights import Checkpoint
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from gmask.models.glm_heads import GLMForMultipleChoice, GLMForSequenceClassification
 from tiny_folder import SPECIAL, make_folder

@@ -23,15 +23,15 @@ from gmask.cli.options import (
 )
 from gmask.errors import GmaskError, nearest
 from gmask.files import read_text
-from gmask.serving.settings import ServerSettings, called, environment_keys
+from gmask.serving.settings import ServerSettings, default_model_name, environment_keys
 
 if TYPE_CHECKING:
     import gradio as gr
 
 
-FILLS, TALKS = BUNDLED_NAMES
-SETTINGS = [field.name for field in fields(ServerSettings) if field.name not in ("api_keys", "log_prompts")]
-"""What ``--set`` takes; the other two have an option each."""
+INFILL_MODEL, CHAT_MODEL = BUNDLED_NAMES
+SERVER_SETTINGS = [field.name for field in fields(ServerSettings) if field.name not in ("api_keys", "log_prompts")]
+"""The settings of ``--set``; the other two have an option each."""
 
 Served = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or name of a model, or bundled, or bundled-chat.")]
 KeyFile = Annotated[
@@ -55,19 +55,19 @@ Adapters = Annotated[
 ]
 
 LogPrompts = Annotated[bool, typer.Option("--log-prompts", help="Write what is asked to the log.")]
-Limits = Annotated[
+LimitPairs = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help=f"{', '.join(SETTINGS[:-1])} or {SETTINGS[-1]}, such as max_rows=16; once for each.",
+        help=f"{', '.join(SERVER_SETTINGS[:-1])} or {SERVER_SETTINGS[-1]}, such as max_rows=16; once for each.",
         show_default=False,
     ),
 ]
 
 
 def serve(
-    model: Served = FILLS,
+    model: Served = INFILL_MODEL,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     api_key_file: KeyFile = None,
@@ -75,7 +75,7 @@ def serve(
     dtype: Dtype = None,
     adapter: Adapters = None,
     log_prompts: LogPrompts = False,
-    pairs: Limits = None,
+    pairs: LimitPairs = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI's API, ChatGLM-6B's, and blanks to fill and to score."""
     check_installed()
@@ -95,13 +95,13 @@ def serve(
         print("note: everybody who reaches this address may ask: --api-key-file asks for a key", file=sys.stderr)
     app = create_app(network, tokenizer, settings=settings, adapters=chosen)
     shows_page = find_spec("gradio") is not None
-    talks = None
+    chat_backend = None
     if shows_page:
         from gmask.serving.webui import make_backend, mount_page
 
-        if model == FILLS:  # and says little of sense in a conversation
-            talks = make_backend(*load(TALKS), name=TALKS, settings=settings)
-        app = mount_page(app, talks=talks)
+        if model == INFILL_MODEL:  # which was not tuned for conversations
+            chat_backend = make_backend(*load(CHAT_MODEL), name=CHAT_MODEL, settings=settings)
+        app = mount_page(app, chat_backend=chat_backend)
     page = ", a page at /ui" if shows_page else ""
     print(f"{settings.model_name} at http://{host}:{port}/v1, documented at /docs{page}", file=sys.stderr)
     try:
@@ -109,8 +109,8 @@ def serve(
     finally:
         for opened in sockets:
             opened.close()
-        if talks is not None:
-            talks.close()
+        if chat_backend is not None:
+            chat_backend.close()
 
 
 def check_installed() -> None:
@@ -124,7 +124,7 @@ def check_installed() -> None:
 
 
 def read_keys(path: Path | None) -> tuple[str, ...]:
-    """The keys of a file and of the environment.
+    """Returns the API keys of a file and of the environment.
 
     Raises:
         GmaskError: a file without any.
@@ -139,10 +139,10 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
 
 
 def read_adapters(values: list[str]) -> tuple[Path | None, dict[str, Path]]:
-    """The adapter that every request goes through, if there is one, and those that requests choose, by name.
+    """Returns the adapter that every request goes through, or None, and those that requests choose, by name.
 
     Raises:
-        GmaskError: several of the former, or one beside others; a name that is empty or given twice.
+        GmaskError: an adapter without a name beside another one; a name that is empty or given twice.
     """
     fixed: list[Path] = []
     chosen: dict[str, Path] = {}
@@ -162,25 +162,27 @@ def read_adapters(values: list[str]) -> tuple[Path | None, dict[str, Path]]:
 def read_settings(
     model: str, host: str, keys: tuple[str, ...], log_prompts: bool, values: dict[str, Any]
 ) -> ServerSettings:
-    """The limits of a server. One that only this machine reaches answers to its own names alone.
+    """Returns the settings of a server. At a loopback address it accepts only local names in the Host header.
 
-    A page of another site could otherwise give itself this machine's address, and ask in the name of who reads it.
+    Otherwise a foreign web page could use DNS rebinding to send requests from the browser of its reader.
 
     Raises:
         GmaskError: an unknown setting (the nearest one is named), or a value that does not fit.
     """
     for name in values:
-        if name not in SETTINGS:
-            near = nearest(name, SETTINGS)
-            raise GmaskError(f"there is no setting {name!r}; the nearest is {near!r}, all are {', '.join(SETTINGS)}")
+        if name not in SERVER_SETTINGS:
+            near = nearest(name, SERVER_SETTINGS)
+            raise GmaskError(
+                f"there is no setting {name!r}; the nearest is {near!r}, all are {', '.join(SERVER_SETTINGS)}"
+            )
     hosts = values.pop("allowed_hosts", None)
     names = tuple(str(hosts).split(",")) if hosts else (*LOOPBACK[:2], "[::1]") if host in LOOPBACK else ("*",)
-    values.setdefault("model_name", called(model))
+    values.setdefault("model_name", default_model_name(model))
     values["model_name"] = str(values["model_name"])
     return ServerSettings(api_keys=keys, allowed_hosts=names, log_prompts=log_prompts, **values)
 
 
-Model = Annotated[
+ServedModel = Annotated[
     str | None,
     typer.Argument(
         help="Folder or name of a model.",
@@ -189,17 +191,17 @@ Model = Annotated[
 ]
 
 Share = Annotated[bool, typer.Option("--share", help="Make a public link, through a server of Gradio's.")]
-Language = Annotated[
+LanguageOption = Annotated[
     Literal["en", "zh", "auto"], typer.Option(help="Of the labels; auto is the browser's.", show_choices=True)
 ]
 
 
 def webui(
-    model: Model = None,
+    model: ServedModel = None,
     port: Port = 7860,
     host: Host = "127.0.0.1",
     share: Share = False,
-    language: Language = "auto",
+    language: LanguageOption = "auto",
     adapter: AdapterFolder = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
@@ -216,7 +218,7 @@ def webui(
         raise GmaskError(f"{error.name} is not installed; the page needs pip install 'gmask[webui]'") from error
     from gmask.checkpoints.load import load
 
-    for opened in open_port(host, port):  # Gradio opens it again; a taken one is said before the model is loaded
+    for opened in open_port(host, port):  # Gradio opens it again; here a taken port fails before the model is loaded
         opened.close()
     names = (model,) if model else (base_of(adapter, BUNDLED_NAMES[0]),) if adapter else BUNDLED_NAMES
     with contextlib.ExitStack() as stack:
@@ -225,7 +227,7 @@ def webui(
             network, tokenizer = load(name, dtype=dtype, quantize=quantize, adapter=adapter)
             backends.append(make_backend(network, tokenizer, name=Path(name).name or name))
             stack.callback(backends[-1].close)
-        serve_page(draw_page(backends[0], talks=backends[-1], language=language), host, port, share=share)
+        serve_page(draw_page(backends[0], chat_backend=backends[-1], language=language), host, port, share=share)
 
 
 def serve_page(page: "gr.Blocks", host: str, port: int, *, share: bool) -> None:

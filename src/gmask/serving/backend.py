@@ -1,7 +1,8 @@
-"""From a request to the engine and back: the engine's thread, a worker's thread beside it, server-sent events.
+"""Runs requests on the engine or on the worker, and sends results as server-sent events.
 
-What the engine does not do (beams, scores, embeddings) is done by one worker, one function after the other. A function
-is many passes through the model; one that is late, or that nobody waits for any more, ends before its next pass.
+The engine writes answers in its own thread. One worker thread does what the engine does not (beams, scores,
+embeddings), one function after the other. A function that is late, or for which nobody waits any more, is ended before
+its next forward pass.
 """
 
 import asyncio
@@ -25,9 +26,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gmask.checkpoints.load import LanguageModel
 from gmask.conversation import Conversation
 from gmask.errors import GmaskError
-from gmask.generation.engine import Engine, EngineClosed, Progress, Request, Submission
+from gmask.generation.engine import Engine, EngineClosed, Request, SampleProgress, Submission
+from gmask.generation.prompts import BLANKS, Context, Prompt, PromptFormat, TextReader, find_format, fit_prompt
 from gmask.generation.settings import Sampling
-from gmask.generation.text import BLANKS, Context, Prompt, PromptFormat, TextReader, find_format, fit_prompt
 from gmask.models.glm import GLMForConditionalGeneration
 from gmask.serving.middleware import ApiError, Metrics, as_api_error
 from gmask.serving.replies import TopLogprobs, blank_of
@@ -35,7 +36,7 @@ from gmask.serving.settings import ServerSettings
 
 Result = TypeVar("Result")
 Event = Mapping[str, Any] | BaseModel
-"""What a stream sends as JSON."""
+"""An event of a stream, which is sent as JSON."""
 
 
 class Backend:
@@ -53,53 +54,53 @@ class Backend:
 
     @cached_property
     def format(self) -> PromptFormat:
-        """How the model is talked to."""
+        """The prompt format of the model."""
         return find_format(self.model, self.tokenizer)
 
     @property
     def fills_blanks(self) -> bool:
-        """Whether the model is a GLM, and no ChatGLM."""
+        """True for a GLM, False for a ChatGLM."""
         return isinstance(self.model, GLMForConditionalGeneration)
 
     @cached_property
     def reader(self) -> TextReader:
-        """Of texts with blanks; ask `require_blanks` first."""
+        """The reader of texts with blanks; call `require_blanks` first."""
         return TextReader(self.tokenizer, self.model.config.prompt_ids)
 
     @property
     def blanks(self) -> list[str]:
-        """The blank tokens that the model was trained with; none of one that only talks."""
+        """The blank tokens that the model was trained with; none for a ChatGLM."""
         return [blank for blank in BLANKS if self.fills_blanks and blank in self.reader.blank_ids]
 
     @property
     def positions(self) -> int:
-        """Of the model."""
+        """The number of positions of the model."""
         return int(self.model.config.max_position_embeddings)
 
     @property
     def longest_answer(self) -> int:
-        """In tokens."""
+        """The most tokens of an answer."""
         limit = self.settings.max_tokens
         return self.positions if limit is None else min(limit, self.positions)
 
-    def require_blanks(self, deed: str) -> GLMForConditionalGeneration:
-        """The model, if it fills blanks.
+    def require_blanks(self, purpose: str) -> GLMForConditionalGeneration:
+        """Returns the model, if it fills blanks; ``purpose`` begins the message of the error.
 
         Raises:
             ApiError: it is a ChatGLM.
         """
         if not isinstance(self.model, GLMForConditionalGeneration):
-            raise ApiError(400, f"{deed} needs a GLM, which fills blanks: a ChatGLM was tuned for dialogue alone")
+            raise ApiError(400, f"{purpose} needs a GLM, which fills blanks: a ChatGLM was tuned for dialogue alone")
         return self.model
 
     @property
     def model_names(self) -> list[str]:
-        """What clients may call for: the model, and it with each of its adapters."""
+        """The names that clients may ask for: of the model, and of the model with each adapter."""
         own = self.settings.model_name
         return [own, *(f"{own}:{adapter}" for adapter in self.engine.adapters.names)]
 
     def find_adapter(self, name: str | None) -> str | None:
-        """The adapter that a client's name of a model means; None for the model alone, which needs no name.
+        """Returns the adapter of a model's name; None for the model alone, also without a name.
 
         Raises:
             ApiError: the name of another model.
@@ -121,17 +122,17 @@ class Backend:
         self.check_engine()
 
     def check_engine(self) -> None:
-        """Raises `ApiError` where only a new process helps."""
+        """Raises `ApiError` if the engine has failed for good."""
         if not self.engine.is_alive and not self.is_draining:
             raise ApiError(503, "the engine has failed for good: the server must be started again", retry_after=30)
 
     async def fit(self, conversation: Conversation, *, longest: int, max_tokens: int | None) -> Prompt:
-        """The prompt of a conversation, as `fit_prompt` finds room for it; counting its tokens may take a while."""
+        """Runs `fit_prompt` for a conversation, in a thread, since tokenizing may take a while."""
         query, rounds = conversation.require_query(), conversation.rounds
         return await asyncio.to_thread(fit_prompt, query, rounds, self.format, longest=longest, max_tokens=max_tokens)
 
     def deadline(self, wanted: float | None) -> float:
-        """Seconds that a request may take."""
+        """Returns the seconds that a request may take."""
         return min(wanted or math.inf, self.settings.request_seconds)
 
     def submit(
@@ -145,11 +146,11 @@ class Backend:
         timeout: float | None = None,
         is_streamed: bool = False,
     ) -> "Job":
-        """Hands contexts to the engine, all or none, until they are answered or the client has gone.
+        """Submits contexts to the engine, all or none. They are cancelled if the client disconnects.
 
         Raises:
             ApiError: too many samples; the server takes no requests.
-            GmaskError: the engine is full, or a context too long.
+            GmaskError: the engine's queue is full; a context is too long.
         """
         self.check_open()
         samples, limit = n * len(contexts), self.settings.max_samples
@@ -175,10 +176,10 @@ class Backend:
         adapter: str | None = None,
         timeout: float | None = None,
     ) -> Result:
-        """Has the worker do what the engine does not, in turn, until it is done, late, or the client has gone.
+        """Runs a function on the worker, in its turn; ends it if it is late or the client disconnects.
 
         Raises:
-            ApiError: too many wait; it took too long; the server takes no requests.
+            ApiError: too many functions are waiting; it took too long; the server takes no requests.
         """
         self.check_open()
         if self.worker.waiting >= self.settings.max_queue:
@@ -193,7 +194,7 @@ class Backend:
         answer = asyncio.wrap_future(work.future)
         ends: list[asyncio.Future[Any]] = [answer]
         if http_request is not None:
-            ends.append(asyncio.create_task(_await_leaving(http_request)))
+            ends.append(asyncio.create_task(_await_disconnect(http_request)))
         try:
             await asyncio.wait(ends, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
@@ -208,12 +209,12 @@ class Backend:
                 end.cancel()
 
     def drain(self) -> None:
-        """Takes no more requests; those that run return what they have after `ServerSettings.drain_seconds`."""
+        """Takes no more requests; those that run are cut after `ServerSettings.drain_seconds`."""
         if not self.is_draining:
             self.is_draining = True
-            asyncio.get_running_loop().call_later(self.settings.drain_seconds, self._cut)
+            asyncio.get_running_loop().call_later(self.settings.drain_seconds, self._cancel_all)
 
-    def _cut(self) -> None:
+    def _cancel_all(self) -> None:
         for job in list(self.open_jobs):
             job.cancel()
         self.worker.cancel_all()
@@ -224,26 +225,25 @@ class Backend:
         self.engine.close(drain=False, timeout=self.settings.drain_seconds)
 
 
-async def _await_leaving(http_request: HttpRequest) -> None:
-    """Ends once the client has gone."""
+async def _await_disconnect(http_request: HttpRequest) -> None:
+    """Returns once the client has disconnected."""
     while (await http_request.receive())["type"] != "http.disconnect":
         pass
 
 
 Key = tuple[int, int]
-"""Which context of a request, and which of its samples."""
+"""The index of a context of a request, and that of a sample."""
 
 
 class Job:
-    """What the engine does for one request, until it is closed or the client goes.
+    """The samples of one request on the engine. They are cancelled if it is closed or the client disconnects.
 
-    The engine's thread reports every token. The event loop is woken for it only if the request streams, and once for
-    all that came while it was busy; a slow reader therefore holds one progress for each sample, however far the engine
-    has gone.
+    The engine's thread reports every token. Only for a stream does it wake the event loop each time. Progress that the
+    loop has not read yet is replaced by newer one, so that a slow reader needs no more memory.
 
     Attributes:
-        unread: the latest progress of the samples that have gone on since they were last looked at.
-        top_logprobs: the most probable tokens beside those of a sample, by its blanks.
+        unread: the latest progress of the samples that has not been read.
+        top_logprobs: the most probable tokens beside those of a sample, by blank.
     """
 
     def __init__(
@@ -252,11 +252,11 @@ class Job:
         self.backend = backend
         self.submissions: list[Submission] = []
         self.prompt_tokens = 0
-        self.unread: dict[Key, Progress] = {}
+        self.unread: dict[Key, SampleProgress] = {}
         self.top_logprobs: defaultdict[Key, dict[int, TopLogprobs]] = defaultdict(dict)
         self._wakes_every_token = wakes_every_token
         self._loop = asyncio.get_running_loop()
-        self._has_news = asyncio.Event()
+        self._has_unread = asyncio.Event()
         self._lock = threading.Lock()
         self._running = samples
         self._submitted = time.perf_counter()
@@ -265,26 +265,26 @@ class Job:
         self._watcher = None if http_request is None else asyncio.create_task(self._watch(http_request))
 
     def close(self) -> None:
-        """Has the engine drop what is not done."""
+        """Cancels what is not done, and stops watching the client."""
         self.backend.open_jobs.discard(self)
         if self._watcher is not None:
             self._watcher.cancel()
         self.cancel()
 
     def cancel(self) -> None:
-        """Has the engine stop; the last progress of each sample still comes."""
+        """Asks the engine to stop; it still reports the last progress of each sample."""
         for submission in self.submissions:
             submission.cancel()
 
     async def _watch(self, http_request: HttpRequest) -> None:
-        await _await_leaving(http_request)
+        await _await_disconnect(http_request)
         self.close()
 
-    def listener(self, context: int) -> Callable[[Progress], None]:
-        """What the engine's thread calls with each progress of a context."""
+    def listener(self, context: int) -> Callable[[SampleProgress], None]:
+        """Returns the callback for the progress of a context; the engine's thread calls it."""
         return lambda progress: self._receive((context, progress.index), progress)
 
-    def _receive(self, key: Key, progress: Progress) -> None:
+    def _receive(self, key: Key, progress: SampleProgress) -> None:
         if progress.end is None:
             self._measure_latency(key)
         with self._lock:
@@ -294,8 +294,8 @@ class Job:
             self._running -= progress.end is not None
             wakes = self._wakes_every_token or not self._running
         if wakes:
-            with suppress(RuntimeError):  # the loop has ended: nobody listens
-                self._loop.call_soon_threadsafe(self._has_news.set)
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._has_unread.set)
 
     def _measure_latency(self, key: Key) -> None:
         now, last, metrics = time.perf_counter(), self._last_token.get(key), self.backend.metrics
@@ -305,16 +305,17 @@ class Job:
             metrics.next_token.observe(now - last)
         self._last_token[key] = now
 
-    async def updates(self) -> AsyncIterator[tuple[Key, Progress]]:
-        """The progress of all samples as it comes, to the end of each.
+    async def updates(self) -> AsyncIterator[tuple[Key, SampleProgress]]:
+        """Yields the progress of all samples as it comes, until all have ended.
 
         Raises:
-            ApiError, or what made the model fail: a sample failed, or had no time to begin.
+            ApiError: a sample failed, or had no time to begin.
+            Exception: the error with which the model failed.
         """
         is_all = False
         while not is_all:
-            await self._has_news.wait()
-            self._has_news.clear()
+            await self._has_unread.wait()
+            self._has_unread.clear()
             with self._lock:
                 unread, self.unread = self.unread, {}
                 is_all = not self._running
@@ -322,18 +323,18 @@ class Job:
                 self._check(progress)
                 yield key, progress
 
-    async def results(self) -> dict[Key, Progress]:
-        """The last progress of every sample, in order; errors as of `updates`."""
+    async def results(self) -> dict[Key, SampleProgress]:
+        """Returns the last progress of every sample, in order; errors as of `updates`."""
         last = {key: progress async for key, progress in self.updates()}
         return dict(sorted(last.items()))
 
-    def _check(self, progress: Progress) -> None:
+    def _check(self, progress: SampleProgress) -> None:
         if progress.end == "failed":
             if isinstance(progress.error, GmaskError) and not isinstance(progress.error, EngineClosed):
                 raise ApiError(500, str(progress.error))
             if progress.error is None:
                 raise RuntimeError("the engine failed at this request")
-            # All requests of a step share the error: raised with its traceback, that would grow with each of them.
+            # All requests of a step share the error, and each raise would add to its traceback.
             raise progress.error.with_traceback(None)
         if progress.end in ("timeout", "cancelled") and not (progress.done or progress.open.ids):
             if progress.end == "timeout":
@@ -343,11 +344,11 @@ class Job:
 
 
 class Cancelled(Exception):
-    """The work is late, or nobody waits for it."""
+    """The function is late, or nobody waits for it any more."""
 
 
 class WorkItem(Generic[Result]):
-    """A function that the worker is to call."""
+    """A function that waits for the worker or runs there."""
 
     def __init__(self, function: Callable[[], Result], *, deadline: float) -> None:
         """``deadline``: a time of `time.monotonic`."""
@@ -356,7 +357,7 @@ class WorkItem(Generic[Result]):
         self.future: Future[Result]
 
     def cancel(self) -> None:
-        """Has it end before its next pass."""
+        """Makes it end before its next forward pass."""
         self.is_cancelled = True
 
     def check(self) -> None:
@@ -366,10 +367,10 @@ class WorkItem(Generic[Result]):
 
 
 class Worker:
-    """The thread that calls functions, one after the other.
+    """A thread that calls functions, one after the other.
 
     Attributes:
-        waiting: functions that are not done, the running one among them.
+        waiting: the number of functions that are not done, including the running one.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -384,7 +385,7 @@ class Worker:
         return len(self._open)
 
     def submit(self, function: Callable[[], Result], *, seconds: float) -> WorkItem[Result]:
-        """Has a function run in its turn, ``seconds`` from now at the latest."""
+        """Queues a function, which has to be done in ``seconds`` from now."""
         work = WorkItem(function, deadline=time.monotonic() + seconds)
         with self._lock:
             self._open.add(work)
@@ -393,14 +394,14 @@ class Worker:
         return work
 
     def cancel_all(self) -> None:
-        """Has all work end."""
+        """Cancels all functions."""
         with self._lock:
             left = list(self._open)
         for work in left:
             work.cancel()
 
     def close(self) -> None:
-        """Ends the thread, and all work."""
+        """Cancels all functions, and ends the thread."""
         self.cancel_all()
         self._pool.shutdown(wait=False)
         self._hook.remove()
@@ -426,11 +427,11 @@ class Worker:
 STREAMED: dict[str, Any] = {
     "text/event-stream": {"schema": {"type": "object", "properties": {"data": {"type": "string"}}}}
 }
-"""What the documentation says of an answer that may be streamed."""
+"""The entry of the OpenAPI document for a response that may be streamed."""
 
 
 def stream(job: Job, events: AsyncIterator[Event]) -> StreamingResponse:
-    """The response of a job, in server-sent events; an error on the way is one, too, for the status has been sent."""
+    """Returns a response of server-sent events. A later error is an event, too, since the status has been sent."""
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(_lines(job, events), media_type="text/event-stream", headers=headers)
 

@@ -1,4 +1,4 @@
-"""Blanks filled and answers scored over HTTP: /v1/infill and /v1/score."""
+"""Infilling and scoring over HTTP: /v1/infill and /v1/score."""
 
 import asyncio
 import math
@@ -10,22 +10,22 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from gmask.generation.answers import Infilling, assemble_infilling, settle_blank
-from gmask.generation.engine import Progress
+from gmask.generation.answers import Infilling, assemble_infilling, stable_answer
+from gmask.generation.engine import SampleProgress
 from gmask.generation.infill import infill
+from gmask.generation.prompts import BlankedText
 from gmask.generation.score import score
 from gmask.generation.settings import Sampling
-from gmask.generation.text import BlankedText
 from gmask.serving.backend import STREAMED, Backend, Job, stream
 from gmask.serving.middleware import ApiError, log_fields
 from gmask.serving.openai import read_sampling
 from gmask.serving.replies import IncrementalDetokenizer, count_usage
 from gmask.serving.schema import InfillRequest, ScoreRequest
 
-router = APIRouter(prefix="/v1", tags=["Blanks"])
+blanks_router = APIRouter(prefix="/v1", tags=["Blanks"])
 
 
-@router.post("/infill", responses={200: {"content": STREAMED}})
+@blanks_router.post("/infill", responses={200: {"content": STREAMED}})
 async def fill(request: Request, body: InfillRequest) -> Response:
     """A text with its blanks filled, as ``gmask infill --json`` prints it.
 
@@ -63,7 +63,7 @@ async def fill(request: Request, body: InfillRequest) -> Response:
 
 
 async def read_filled(job: Job, blanked: BlankedText, sampling: Sampling) -> Infilling:
-    """The text that a job has filled, and its alternatives, best first; errors as of `Job.updates`."""
+    """Waits for a job; returns the filled text and its alternatives, best first; errors as of `Job.updates`."""
     with closing(job):
         results = await job.results()
     filled = [_assemble(blanked, progress, sampling, job.backend) for progress in results.values()]
@@ -72,7 +72,7 @@ async def read_filled(job: Job, blanked: BlankedText, sampling: Sampling) -> Inf
 
 
 async def _search(request: Request, body: InfillRequest, sampling: Sampling, prompt_tokens: int) -> Response:
-    """What the engine does not do: candidates that are scored, and beams."""
+    """Scores choices, or searches by beams, on the worker."""
     backend: Backend = request.app.state.backend
     if body.stream:
         raise ApiError(400, "choices and beams cannot be streamed: the best is known at the end", param="stream")
@@ -116,8 +116,8 @@ def _check_choices(body: InfillRequest) -> None:
         raise ApiError(400, "there are more than 1024 choices", param="choices")
 
 
-def _assemble(blanked: BlankedText, progress: Progress, sampling: Sampling, backend: Backend) -> Infilling:
-    """The text of one sample; blanks that it had no time for stay empty."""
+def _assemble(blanked: BlankedText, progress: SampleProgress, sampling: Sampling, backend: Backend) -> Infilling:
+    """Returns the filled text of one sample; blanks for which it had no time are empty."""
     answers = [*progress.done]
     if len(answers) < len(blanked.context.blanks):
         answers.append(replace(progress.open, finish="length"))
@@ -148,9 +148,9 @@ def _write(found: Infilling, body: InfillRequest, backend: Backend, prompt_token
 async def _fragments(
     job: Job, blanked: BlankedText, sampling: Sampling, body: InfillRequest, backend: Backend
 ) -> AsyncIterator[dict[str, Any]]:
-    """Stretches of the answers as they become certain, and the whole at the end."""
-    settles = [settle_blank(blanked, blank) for blank in range(len(blanked.context.blanks))]
-    reader = IncrementalDetokenizer(backend.tokenizer, settles, sampling.stop, logprobs=False)
+    """Yields parts of the answers as they are written, and the whole at the end."""
+    stable_texts = [stable_answer(blanked, blank) for blank in range(len(blanked.context.blanks))]
+    reader = IncrementalDetokenizer(backend.tokenizer, stable_texts, sampling.stop, logprobs=False)
     async for key, progress in job.updates():
         for delta in reader.read(progress, job.top_logprobs[key]):
             if delta.text:
@@ -159,7 +159,7 @@ async def _fragments(
     yield _write(found, body, backend, job.prompt_tokens, _count(found))
 
 
-@router.post("/score")
+@blanks_router.post("/score")
 async def rank(request: Request, body: ScoreRequest) -> JSONResponse:
     """Exact log-probabilities of given answers, as ``gmask score --json`` prints them."""
     backend: Backend = request.app.state.backend

@@ -35,7 +35,7 @@ from gmask.checkpoints.adapters import (
 )
 from gmask.checkpoints.folder import read_config
 from gmask.checkpoints.load import find_folder, load, load_tokenizer
-from gmask.checkpoints.output import write_tokenizer
+from gmask.checkpoints.save import write_tokenizer
 from gmask.errors import GmaskError
 from gmask.hardware import bound_primitive_cache, read_dtype
 from gmask.models.base import attach_prefix

@@ -1,4 +1,4 @@
-"""``gmask infill``, ``gmask score``, ``gmask embed`` and ``gmask chat``: texts in, tokens or figures out."""
+"""``gmask infill``, ``gmask score``, ``gmask embed`` and ``gmask chat``."""
 
 import sys
 from collections.abc import Callable, Generator, Sequence
@@ -129,14 +129,14 @@ def _fill_file(
 
     progress = sys.stderr.isatty()
     report = fill_file(infiller, source, target, choices=candidates, skip_bad_lines=skip_bad_lines, progress=progress)
-    print_file_report(report, target, deed="filled")
+    print_file_report(report, target, participle="filled")
 
 
 INFILL_GREETING = "A text with [MASK], [sMASK] or [gMASK], please. Arrow up recalls earlier ones; Ctrl-D ends."
 
 
 def fill_interactively(infiller: "Infiller", candidates: list[list[str]] | None, *, as_json: bool) -> None:
-    """Fills one text after the other. Ctrl-C drops the current one; Ctrl-D ends."""
+    """Asks for texts and fills them. Ctrl-C drops the current one; Ctrl-D ends."""
 
     def fill(text: str) -> bool:
         fill_and_print(infiller, text, candidates, as_json=as_json)
@@ -151,8 +151,8 @@ def prompt_for_texts(
     """Asks for one text after the other, until ``answer`` returns False or Ctrl-D ends it.
 
     Args:
-        answer: what is done with a text that is not empty.
-        history: the file where earlier texts are kept.
+        answer: handles a text, if it is not empty.
+        history: the name of the file with earlier texts.
         read: asks for a text.
     """
     from prompt_toolkit import PromptSession
@@ -173,7 +173,7 @@ def prompt_for_texts(
 
 
 def fill_and_print(infiller: "Infiller", text: str, candidates: list[list[str]] | None, *, as_json: bool) -> None:
-    """Fills one text and prints it; as it is being written where there is only one alternative."""
+    """Fills one text and prints it; if there is only one alternative, while it is written."""
     from gmask.generation.infill import stream_answers
 
     if as_json:
@@ -185,12 +185,12 @@ def fill_and_print(infiller: "Infiller", text: str, candidates: list[list[str]] 
 
 
 def history_file(name: str) -> Path:
-    """The file where earlier texts of one kind are kept."""
+    """Returns the path of the file with earlier texts of one kind."""
     return Path(typer.get_app_dir("gmask")) / name
 
 
 def open_history(path: Path) -> "History":
-    """Earlier texts, kept in a file; in memory alone where that cannot be written."""
+    """Opens the history of earlier texts; it is in memory if the file cannot be written."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     try:
@@ -267,7 +267,7 @@ def score(
     pair = load_glm(model, adapter, dtype, quantize)
     from gmask.generation import score as scoring
 
-    scorer = scoring.Scorer(*pair, cast(scoring.Normalization, normalization), batch_size)
+    scorer = scoring.Scorer(*pair, cast(scoring.ScoreNormalization, normalization), batch_size)
     if files:
         _score_file(scorer, *files, candidates, skip_bad_lines)
         return
@@ -308,7 +308,7 @@ def embed(
         from gmask.generation.files import embed_file
 
         report = embed_file(embedder, *files, skip_bad_lines=skip_bad_lines, progress=sys.stderr.isatty())
-        print_file_report(report, files[1], deed="embedded")
+        print_file_report(report, files[1], participle="embedded")
         return
     vectors = embedder.embed([embedder.read(text) for text in texts])
     for text, vector in zip(texts, vectors, strict=True):
@@ -322,16 +322,15 @@ def _score_file(
 
     progress = sys.stderr.isatty()
     report = score_file(scorer, source, target, answers=candidates, skip_bad_lines=skip_bad_lines, progress=progress)
-    print_file_report(report, target, deed="scored")
+    print_file_report(report, target, participle="scored")
     correct, labelled = count_correct(target)
     if labelled:
         print(f"accuracy {correct / labelled:.4f} ({correct} of {labelled})")
 
 
 def print_scoring(scoring: "Scoring") -> None:
-    """Prints the answers to a text, best first: a table on a terminal, else a line each of four fields with tabs."""
-    ranked = sorted(scoring.answers, key=lambda answer: -answer.score)
-    rows = [(answer.text, f"{answer.score:.4f}", f"{answer.probability:.4f}") for answer in ranked]
+    """Prints the answers to a text, best first: as a table on a terminal, else as tab-separated lines."""
+    rows = [(answer.text, f"{answer.score:.4f}", f"{answer.probability:.4f}") for answer in scoring.ranked]
     if not sys.stdout.isatty():
         print_tabbed((scoring.text, *row) for row in rows)
         return
@@ -422,12 +421,12 @@ def chat(
 
 
 def converse(conversation: "Chat") -> None:
-    """Answers one message after the other until the user ends it."""
+    """Asks for messages and replies to them until the user ends it."""
     prompt_for_texts(CHAT_GREETING, lambda text: answer_message(conversation, text), history="chat", read=read_message)
 
 
 def read_message(session: "PromptSession[str]") -> str:
-    """A message; a line that ends with a backslash goes on with the next."""
+    """Asks for a message; a backslash at the end of a line continues it on the next."""
     lines = [session.prompt("> ")]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
@@ -436,7 +435,7 @@ def read_message(session: "PromptSession[str]") -> str:
 
 
 def answer_message(conversation: "Chat", text: str) -> bool:
-    """Runs a command or replies to a message; False if the conversation is to end."""
+    """Runs a command or replies to a message; returns False if the conversation is to end."""
     name, _, argument = text.partition(" ")
     if text in ("stop", "/stop", "/exit", "/quit"):
         return False
@@ -476,7 +475,7 @@ def _commands(conversation: "Chat") -> dict[str, Callable[[str], str]]:
 
 
 def print_reply(fragments: Generator[str, None, "Reply"]) -> None:
-    """Prints a reply while it is being written. Ctrl-C ends it; what was said stays in the conversation."""
+    """Prints a reply while it is written. Ctrl-C ends it; the text so far stays in the conversation."""
     try:
         while True:
             print(next(fragments), end="", flush=True)
@@ -487,7 +486,7 @@ def print_reply(fragments: Generator[str, None, "Reply"]) -> None:
         fragments.close()
         print(" ...")
     except GmaskError:
-        print()  # the message has a line of its own
+        print()  # so that the error is on a line of its own
         raise
 
 
