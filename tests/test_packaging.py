@@ -116,7 +116,7 @@ COMPLETIONS = {
 def test_a_shell_completes_verbs(shell: str) -> None:
     settings, expected = COMPLETIONS[shell]
     command = [sys.executable, "-m", "gmask"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **settings})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, **settings})
     assert expected in done.stdout and "chat" not in done.stdout, done.stderr
 
 
@@ -181,11 +181,11 @@ def test_the_wheel_holds_the_package_and_serves_every_python(release: Release) -
 def test_an_installed_wheel_fills_blanks_without_the_sources(release: Release, tmp_path: Path) -> None:
     """In an environment of its own, to which this one lends the dependencies, but not gmask."""
     empty = tmp_path / "empty"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", empty], check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", empty], check=True, timeout=600)
     scripts = empty / ("Scripts" if sys.platform == "win32" else "bin")
     python = scripts / "python"
     where = "import json, sysconfig; print(json.dumps(sysconfig.get_path('purelib')))"
-    own = Path(json.loads(subprocess.run([python, "-c", where], capture_output=True, check=True, timeout=60).stdout))
+    own = Path(json.loads(subprocess.run([python, "-c", where], capture_output=True, check=True, timeout=600).stdout))
     (own / "lent.pth").write_text(sysconfig.get_path("purelib"), "utf-8")
     install = ["--no-deps", "--no-index", "--no-warn-script-location", "--ignore-installed", str(release.wheel)]
     pip = [sys.executable, "-m", "pip", "--python", str(python), "--quiet", "install", *install]
