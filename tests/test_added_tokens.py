@@ -3,6 +3,8 @@
 import copy
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-import gmask  # noqa: F401 - the Auto classes learn of the tokenizers
+import gmask
+from gmask.checkpoints.output import write_tokenizer
 from gmask.errors import GmaskError
+from gmask.generation.text import TextReader
+from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from gmask.tokenizers.folder import read_tokenizer
 from tiny_vocabularies import KINDS, make_tokenizer
 
@@ -171,3 +177,105 @@ def test_a_tokenizer_whose_files_are_gone_says_so_when_it_is_saved(kind: str, tm
         return
     with pytest.raises(GmaskError, match=r"gone.*copy it back"):
         tokenizer.save_pretrained(tmp_path / "two")
+
+
+def grown(tokenizer: Any, model: Any) -> Any:
+    """A model with room for the tokens that the tokenizer has got."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.resize_token_embeddings(len(tokenizer))
+    return model.eval()
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "chatglm" not in kind])
+def test_a_blank_beside_an_added_token_is_filled(kind: str, special: bool, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(kind)
+    tokenizer.add_tokens(["<ENTITY>"], special_tokens=special)
+    token = tokenizer.convert_tokens_to_ids("<ENTITY>")
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "mask", "sop", "eop", "eos")}
+    shape = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64)
+    config = GLMConfig(vocab_size=token, **shape, **ids)
+    model = grown(tokenizer, GLMForConditionalGeneration(config))
+    reader = TextReader(tokenizer)
+    if special:
+        with pytest.raises(GmaskError, match="<ENTITY>"):
+            reader.read("the <ENTITY> [MASK] man")
+        text = "the \\<ENTITY> [MASK] man"
+        assert token not in reader.read(text).context.ids
+    else:
+        text = "the <ENTITY> [MASK] man"
+        assert reader.read(text).context.ids.count(token) == 1
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, words = gmask.load(tmp_path)
+    filled = gmask.infill(loaded, words, text, max_tokens=3, seed=0)
+    assert filled.text.startswith("the <ENTITY>")
+    assert filled.text == gmask.infill(model, tokenizer, text, max_tokens=3, seed=0).text
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("kind", ["chatglm", "chatglm-v0"])
+def test_a_chat_reads_and_writes_added_tokens(kind: str, special: bool, tmp_path: Path) -> None:
+    """Special ones are text in a question, as all special tokens are, and no part of a reply."""
+    tokenizer = make_tokenizer(kind)
+    tokenizer.add_tokens(["<ENTITY>"], special_tokens=special)
+    token = tokenizer.convert_tokens_to_ids("<ENTITY>")
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "mask", "gmask")}
+    ids["eos_token_id"] = tokenizer.convert_tokens_to_ids("<eop>")
+    shape = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    model = grown(tokenizer, ChatGLMForConditionalGeneration(ChatGLMConfig(vocab_size=token, **shape, **ids)))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for one, words in ((model, tokenizer), gmask.load(tmp_path)):
+        asked = one.encode_chat(words, "the <ENTITY> man", [], max_length=None)["input_ids"][0].tolist()
+        assert (token in asked) != special
+        bias = {(token,): 1e4}
+        reply, _ = one.chat(words, "the", [], do_sample=False, max_new_tokens=2, sequence_bias=bias)
+        assert reply == ("" if special else "<ENTITY> <ENTITY>")
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "ours"])
+def test_the_published_form_keeps_added_tokens(kind: str, special: bool, tmp_path: Path) -> None:
+    """What `gmask convert` writes for the published code, which knows names and ids alone."""
+    tokenizer = make_tokenizer(kind)
+    tokenizer.add_tokens(["<ENTITY>", "<two words>"], special_tokens=special)
+    write_tokenizer(tokenizer, tmp_path, published=True)
+    assert "token_flags" not in (tmp_path / "tokenizer_config.json").read_text("utf-8")
+    again = read_tokenizer(tmp_path)
+    samples = ["a<ENTITY>b <two words>", "the man"]
+    assert describe(again, samples) == describe(tokenizer, samples)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_added_token_removes_white_space_where_it_says_so(kind: str) -> None:
+    """By the rule of the vocabulary for its special tokens, and more if an `AddedToken` asks for it."""
+    tokenizer = make_tokenizer(kind)
+    tokenizer.add_tokens(
+        ["<plain>", AddedToken("<tight>", lstrip=True, rstrip=True), AddedToken("lone", single_word=True)]
+    )
+    flags = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
+    both = kind in ("chinese", "gpt2", "bert", "roberta")
+    assert (flags["<plain>"].lstrip, flags["<plain>"].rstrip) == (both, both)
+    assert (flags["<tight>"].lstrip, flags["<tight>"].rstrip) == (True, True)
+    lone = tokenizer.convert_tokens_to_ids("lone")
+    counts = [tokenizer(text)["input_ids"].count(lone) for text in ("a lone man", "alone", "lones", "lone")]
+    assert counts == [1, 0, 0, 1]
+
+
+def test_a_tokenizer_alone_is_read_by_the_auto_class_in_a_new_process(tmp_path: Path) -> None:
+    """No config beside it, no class of ours imported."""
+    for kind in KINDS:
+        make_tokenizer(kind).save_pretrained(tmp_path / kind)
+    program = """
+import sys
+from pathlib import Path
+import gmask
+from transformers import AutoTokenizer
+for folder in sys.argv[1:]:
+    print(type(AutoTokenizer.from_pretrained(folder)).__name__)
+"""
+    run = [sys.executable, "-c", program, *(str(tmp_path / kind) for kind in KINDS)]
+    names = subprocess.run(run, capture_output=True, text=True, check=True, timeout=600).stdout.split()
+    assert names == [type(make_tokenizer(kind)).__name__ for kind in KINDS]

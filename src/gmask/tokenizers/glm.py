@@ -33,7 +33,7 @@ from gmask.tokenizers.special_tokens import (
 )
 
 ADDED_TOKENS = "added_tokens.json"
-FLAGS = ("single_word", "lstrip", "rstrip")
+TOKEN_FLAGS = ("single_word", "lstrip", "rstrip")
 """What an `AddedToken` may ask for, beside being special; none is ever changed like a text to be found in it."""
 
 
@@ -48,6 +48,7 @@ class PublishedVocabulary(BlankFilling):
     all_special_ids: list[int]
     all_special_tokens: list[str]
     _extra_special_tokens: list[str]
+    init_kwargs: dict[str, Any]
     clean_up_tokenization_spaces: bool
     split_special_tokens: bool
     vocab_files_names: ClassVar[dict[str, str]]
@@ -75,7 +76,7 @@ class PublishedVocabulary(BlankFilling):
         if (self.kind, spacing) not in SPACING_RULES:
             raise GmaskError(f"spacing {spacing!r} is neither published nor training")
         self.spacing, self.rule = spacing, SPACING_RULES[self.kind, spacing]
-        self.token_flags = _read_flags(settings.setdefault("token_flags", {}))
+        self.token_flags = _read_flags(settings.get("token_flags"))
         self._vocab_size = 1 + max(pieces.values())
         published = PUBLISHED_TOKENS if spacing == "published" else TRAINING_TOKENS
         defaults = published[self.kind] if added_ids is None else added_ids
@@ -110,8 +111,9 @@ class PublishedVocabulary(BlankFilling):
                 continue
             if is_special and str(token) not in self.all_special_tokens:
                 self._extra_special_tokens.append(str(token))
-            if flags := [flag for flag in FLAGS if getattr(token, flag, False)]:
+            if isinstance(token, AddedToken) and (flags := [flag for flag in TOKEN_FLAGS if getattr(token, flag)]):
                 self.token_flags[str(token)] = flags
+                self.init_kwargs["token_flags"] = self.token_flags
             new.append(self._as_added(str(token), is_special=is_special))
         return self._append_tokens(new)
 
@@ -237,7 +239,9 @@ def _is_ids(value: Any) -> bool:
 def _read_flags(values: Any) -> dict[str, list[str]]:
     """The flags of added tokens, by token; whatever else a file has there is none."""
     named = values.items() if isinstance(values, dict) else ()
-    return {str(token): [flag for flag in FLAGS if flag in flags] for token, flags in named if isinstance(flags, list)}
+    return {
+        str(token): [flag for flag in TOKEN_FLAGS if flag in flags] for token, flags in named if isinstance(flags, list)
+    }
 
 
 def check_file(path: str | None, tokenizer: Any, key: str, settings: Mapping[str, Any]) -> str:
@@ -448,6 +452,9 @@ class PublishedBackend(PublishedVocabulary, TokenizersBackend):
 
     def train_new_from_iterator(self, *args: Any, **kwargs: Any) -> Any:
         raise GmaskError("a published vocabulary is what it is: train one of your own with gmask train-tokenizer")
+
+    def get_vocab(self) -> dict[str, int]:
+        return {**super().get_vocab(), **self._added_ids}  # with the second names
 
     def get_added_vocab(self) -> dict[str, int]:
         return self._added_ids | super().get_added_vocab()
