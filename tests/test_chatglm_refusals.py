@@ -137,7 +137,7 @@ FAULTS = {
         put_other_vocabulary, r"tokenizer\.model: not the vocabulary of ChatGLM-6B.*unregister\(\)", ["AutoTokenizer"]
     ),
     "first vocabulary, later weights": Fault(
-        put_first_vocabulary, r"bos_token_id is 20516, but that of the model 516; .* all files from one", READS_BOTH
+        put_first_vocabulary, r"has 20856 tokens, but the model only 864; .* all files from one", READS_BOTH
     ),
     "later vocabulary, first weights": Fault(
         keep_later_vocabulary, r"bos_token_id is 516, but that of the model \d+; .* all files from one", READS_BOTH

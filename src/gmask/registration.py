@@ -22,6 +22,7 @@ from typing import Any
 from gmask.architectures import ARCHITECTURES, CHATGLM, GLM, Architecture, find_architecture, is_glm
 
 CONFIGS = "transformers.models.auto.configuration_auto"
+TOKENIZERS = "transformers.models.auto.tokenization_auto"
 
 
 def register() -> None:
@@ -31,7 +32,7 @@ def register() -> None:
     """
     if any(map(_is_ours, sys.meta_path)):
         return
-    watched: dict[str, Callable[[], None]] = {CONFIGS: _register_configs}
+    watched: dict[str, Callable[[], None]] = {CONFIGS: _register_configs, TOKENIZERS: _register_tokenizers}
     for architecture in ARCHITECTURES:
         watched[architecture.heads] = functools.partial(_register_models, architecture, architecture.heads)
         watched[architecture.home] = functools.partial(_register_classes, architecture)  # may be the same module
@@ -55,6 +56,10 @@ def unregister() -> None:
             configs.pop("glm")
             if dispatcher.displaced is not None:
                 configs["glm"] = dispatcher.displaced
+    if TOKENIZERS in sys.modules:
+        named = sys.modules[TOKENIZERS].REGISTERED_TOKENIZER_CLASSES
+        for name in [name for name, found in named.items() if _is_ours(found)]:
+            del named[name]
     for architecture in ARCHITECTURES:
         if architecture.home in sys.modules:
             _unregister_classes(architecture)
@@ -137,6 +142,21 @@ def _register_configs() -> None:
             CONFIG_MAPPING.register(architecture.model_type, stand_in(architecture))
 
 
+def _register_tokenizers() -> None:
+    """The names of the tokenizers, whose folder may have no config; the classes are loaded when one is read."""
+    from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
+
+    def stand_in(architecture: Architecture, name: str) -> type:
+        def from_pretrained(*args: Any, **kwargs: Any) -> Any:
+            return _find_class(architecture.tokenizer_home, name).from_pretrained(*args, **kwargs)
+
+        return type(name, (), {"from_pretrained": staticmethod(from_pretrained)})
+
+    for architecture in ARCHITECTURES:
+        for name in architecture.tokenizers:
+            REGISTERED_TOKENIZER_CLASSES.setdefault(name, stand_in(architecture, name))
+
+
 def _register_classes(architecture: Architecture) -> None:
     """Registers the classes of an architecture, once the module of its config is loaded."""
     import transformers
@@ -167,7 +187,6 @@ def _register_models(architecture: Architecture, module: str) -> None:
 
 def _unregister_classes(architecture: Architecture) -> None:
     import transformers
-    from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
 
     config_class = architecture.config_class
     config_class.complete_published = None
@@ -176,8 +195,6 @@ def _unregister_classes(architecture: Architecture) -> None:
         getattr(transformers, auto_name)._model_mapping._extra_content.pop(config_class, None)
         if vars(transformers).get(name) is architecture.find_class(name):
             delattr(transformers, name)
-    for name in architecture.tokenizers:
-        REGISTERED_TOKENIZER_CLASSES.pop(name, None)
 
 
 def _find_class(module: str, name: str) -> Any:

@@ -184,6 +184,8 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, publish
     elif published and isinstance(tokenizer, ChatGLMTokenizer):
         left_out.update(OF_LATER_VERSIONS)
         values |= {"tokenizer_class": ChatGLMTokenizer.__name__, "num_image_tokens": tokenizer.first_id}
+        if "extra_special_tokens" in values:
+            values["additional_special_tokens"] = values.pop("extra_special_tokens")
         if isinstance(tokenizer, ChatGLMTokenizerV0):
             values["eop_token"] = values.pop("end_token")
     write_json(path, {name: value for name, value in values.items() if name not in left_out}, indent=2)

@@ -448,7 +448,9 @@ def _explain(source: Any, error: Exception) -> None:
             refuse_placeholder(path)
         except GmaskError as fault:
             raise fault from error
-    if isinstance(error, LOADING_ERRORS):
+    if (
+        isinstance(error, LOADING_ERRORS) and torch.get_default_device().type != "meta"
+    ):  # which has a message of its own
         message = f"{folder}: the weights cannot be read, download or copy them again ({one_line(error)})"
         raise GmaskError(message) from error
 

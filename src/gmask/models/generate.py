@@ -174,12 +174,12 @@ class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin)
         return mask
 
     def _grows_a_cache(self, kwargs: dict[str, Any]) -> bool:
-        """Returns True if transformers would use a `DynamicCache`."""
+        """Returns True if transformers would choose a `DynamicCache`: no cache is given or asked for by name."""
         config = kwargs.get("generation_config") or self.generation_config
         use_cache, kind = (
             kwargs.get(name, getattr(config, name, None)) for name in ("use_cache", "cache_implementation")
         )
-        return use_cache is not False and kind in (None, "dynamic") and kwargs.get("past_key_values") is None
+        return use_cache is not False and kind is None and kwargs.get("past_key_values") is None
 
     def _prefill(
         self, input_ids: Tensor, generation_config: GenerationConfig, *args: Any, **kwargs: Any

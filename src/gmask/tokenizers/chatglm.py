@@ -12,8 +12,8 @@ Source: published tokenization_chatglm.py of March 2023 and the icetk package th
 """
 
 import re
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizer
 from gmask.architectures import LATER_CHATGLM
 from gmask.errors import GmaskError
 from gmask.files import refuse_placeholder
+from gmask.tokenizers.special_tokens import Cutter, copy_vocabulary_file
 
 VOCABULARY_FILE = "ice_text.model"
 LINE_END = "<n>"
@@ -107,8 +108,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
                 token, lstrip=True, rstrip=True, normalized=False, special=True
             )
             for token in special.values()
+            if self._find_id(token) is not None
         }
-        for ours in ("num_image_tokens", "auto_map", "added_tokens_decoder", "model_specific_special_tokens"):
+        self._published_ids = frozenset(self._added_tokens_decoder)
+        self._added_tokens_decoder |= self._read_added(kwargs.pop("added_tokens_decoder", {}))
+        for ours in ("num_image_tokens", "auto_map", "model_specific_special_tokens"):
             kwargs.pop(ours, None)
         kwargs.setdefault("clean_up_tokenization_spaces", False)
         super().__init__(
@@ -123,6 +127,22 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Reads the pieces of a vocabulary file."""
         return read_pieces(path)
 
+    def _read_added(self, saved: Mapping[int, AddedToken]) -> dict[int, AddedToken]:
+        """The tokens of a saved table that users added, by id.
+
+        Raises:
+            GmaskError: a token has the id of a piece, or that of none that the vocabulary could give it.
+        """
+        added = {index: token for index, token in saved.items() if index not in self._published_ids}
+        for index, token in added.items():
+            known = self._find_id(token.content)
+            if index != known and (known is not None or not 0 <= index - self.vocab_size < len(saved)):
+                raise GmaskError(
+                    f"{self.vocab_file}: the added token {token.content!r:.40} beside it has the id {index}, which "
+                    "this vocabulary does not give it; take all files of the tokenizer from one folder"
+                )
+        return added
+
     @property
     def first_id(self) -> int:
         """The id of the first piece."""
@@ -135,16 +155,49 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     @property
     def gmask_token_id(self) -> int:
-        return self._convert_token_to_id(self.gmask_token)
+        return int(self._convert_token_to_id_with_added_voc(self.gmask_token))
 
     @property
     def end_token_id(self) -> int:
-        return self._convert_token_to_id(self.end_token)
+        return int(self._convert_token_to_id_with_added_voc(self.end_token))
 
     def get_vocab(self) -> dict[str, int]:
-        """The pieces with their ids."""
-        count = self.pieces.vocab_size()
-        return {self.pieces.id_to_piece(index): self.first_id + index for index in range(count)}
+        """The pieces and the added tokens with their ids."""
+        pieces = self.pieces.id_to_piece(list(range(self.pieces.vocab_size())))
+        vocabulary = {piece: self.first_id + index for index, piece in enumerate(pieces)}
+        return {**vocabulary, **self._added_tokens_encoder}
+
+    def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
+        """Adds the tokens that are not added yet, behind all others; they are found in a text as they are spelt."""
+        new = [token if isinstance(token, AddedToken) else AddedToken(token) for token in new_tokens]
+        added: int = super()._add_tokens(
+            [
+                AddedToken(
+                    token.content,
+                    single_word=token.single_word,
+                    lstrip=token.lstrip,
+                    rstrip=token.rstrip,
+                    normalized=False,
+                    special=token.special or special_tokens or token.content in self.all_special_tokens,
+                )
+                for token in new
+                if token.content not in self._added_tokens_encoder
+            ]
+        )
+        return added
+
+    def _update_trie(self, unique_no_split_tokens: list[str] | None = None) -> None:
+        tokens = {token.content: token for token in self._added_tokens_decoder.values()}
+        self._cutter = Cutter(tokens)
+        self._plain_cutter = Cutter({name: token for name, token in tokens.items() if not token.special})
+
+    def tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        """The pieces of a text, and the added tokens in it; with ``split_special_tokens`` special ones are text."""
+        is_plain = kwargs.pop("split_special_tokens", self.split_special_tokens)
+        tokens: list[str] = []
+        for part, is_token in (self._plain_cutter if is_plain else self._cutter).cut(text):
+            tokens += [part] if is_token else self._tokenize(part)
+        return tokens
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         if self.remove_space:
@@ -153,6 +206,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             text = text.lower()
         tokens: list[str] = self.pieces.encode(spell_white_space(text), out_type=str)
         return tokens
+
+    def _find_id(self, token: str) -> int | None:
+        """The id of a token that the vocabulary file has."""
+        index = self._convert_token_to_id(token)
+        return index if self._convert_id_to_token(index) == token else None
 
     def _convert_token_to_id(self, token: str) -> int:
         return self.first_id + int(self.pieces.piece_to_id(token))
@@ -170,19 +228,37 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         clean_up_tokenization_spaces: bool | None = None,
         **kwargs: Any,
     ) -> str:
-        """The text of ids; control pieces and unknown ids spell nothing."""
+        """The text of ids; control pieces and unknown ids spell nothing, tokens that users added spell themselves."""
         ids = [token_ids] if isinstance(token_ids, int) else [int(index) for index in token_ids]
         silent = {self.pad_token_id, *(self.all_special_ids if skip_special_tokens else ())}
-        pieces = [index - self.first_id for index in ids if index not in silent and self._has_piece(index)]
-        text = restore_white_space(self.pieces.decode(pieces))
+        text = self._join([self._spelling(index) for index in ids if index not in silent])
         clean = (
             self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
         )
         return self.clean_up_tokenization(text) if clean else text
 
+    def _spelling(self, index: int) -> str | int | None:
+        """What an id adds to a text: an added token, a piece (its index in the file), or nothing."""
+        if index in self._added_tokens_decoder and index not in self._published_ids:
+            return str(self._added_tokens_decoder[index].content)
+        return index - self.first_id if self._has_piece(index) else None
+
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The text of pieces."""
-        return restore_white_space(self.pieces.decode(tokens))
+        """The text of pieces and added tokens."""
+        return self._join([self._spelling(self._convert_token_to_id_with_added_voc(token)) for token in tokens])
+
+    def _join(self, spellings: Iterable[str | int | None]) -> str:
+        """The text of pieces and added tokens; these have white space on both sides, as published."""
+        parts: list[str] = []
+        for kind, run in groupby((one for one in spellings if one is not None), key=type):
+            if kind is str:
+                parts += map(str, run)
+            else:
+                parts.append(restore_white_space(self.pieces.decode([index for index in run if type(index) is int])))
+        text = ""
+        for part in filter(None, parts):
+            text += part if not text or text[-1].isspace() or part[0].isspace() else f" {part}"
+        return text
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
@@ -190,6 +266,17 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """``A [gMASK] <sop>``, with an answer ``A [gMASK] <sop> B <eop>``."""
         prompt = [*token_ids_0, self.gmask_token_id, self.bos_token_id]
         return prompt if token_ids_1 is None else [*prompt, *token_ids_1, self.eos_token_id]
+
+    def get_special_tokens_mask(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
+    ) -> list[int]:
+        """1 for each token that `build_inputs_with_special_tokens` adds, 0 for the others."""
+        if already_has_special_tokens:
+            special = set(self.all_special_ids) | {self.gmask_token_id, self.end_token_id}
+            return [int(index in special) for index in token_ids_0]
+        added = len(self.build_inputs_with_special_tokens(token_ids_0)) - len(token_ids_0)
+        answer = [] if token_ids_1 is None else [*[0] * len(token_ids_1), 1]
+        return [*[0] * len(token_ids_0), *[1] * added, *answer]
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
         """The number of tokens that `build_inputs_with_special_tokens` adds."""
@@ -204,8 +291,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Copies the SentencePiece model."""
         target = Path(save_directory) / "-".join(filter(None, (filename_prefix, VOCABULARY_FILE)))
-        if Path(self.vocab_file).resolve() != target.resolve():
-            shutil.copyfile(self.vocab_file, target)
+        copy_vocabulary_file(Path(self.vocab_file), target)
         return (str(target),)
 
 
@@ -231,6 +317,7 @@ def read_pieces(path: str) -> SentencePieceProcessor:
 
 
 IMAGE_TOKENS = 20000
+IMAGE_TOKEN = re.compile(r"<image_(\d{1,9})>")
 CONTROL, USER_DEFINED, BYTE = 3, 4, 6  # types of a piece in SentencePiece's format
 APPENDED = (
     *((piece, CONTROL) for piece in ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>")),
@@ -270,6 +357,19 @@ class ChatGLMTokenizerV0(ChatGLMTokenizer):
     @property
     def first_id(self) -> int:
         return self.num_image_tokens
+
+    def get_vocab(self) -> dict[str, int]:
+        """The image tokens, the pieces and the added tokens with their ids."""
+        return {f"<image_{index}>": index for index in range(self.first_id)} | super().get_vocab()
+
+    def _convert_token_to_id(self, token: str) -> int:
+        image = IMAGE_TOKEN.fullmatch(token)
+        if image and int(image[1]) < self.first_id:
+            return int(image[1])
+        return super()._convert_token_to_id(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return f"<image_{index}>" if 0 <= index < self.first_id else super()._convert_id_to_token(index)
 
     @staticmethod
     def read_vocabulary(path: str) -> SentencePieceProcessor:

@@ -6,10 +6,9 @@ loses characters: it looks up whole graphemes, such as a letter with two accents
 """
 
 import os
-import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import sentencepiece
@@ -27,11 +26,15 @@ from gmask.tokenizers.special_tokens import (
     SPACING_RULES,
     TRAINING_TOKENS,
     AddedIds,
+    Cutter,
     Sides,
     Spacing,
+    copy_vocabulary_file,
 )
 
 ADDED_TOKENS = "added_tokens.json"
+TOKEN_FLAGS = ("single_word", "lstrip", "rstrip")
+"""What an `AddedToken` may ask for, beside being special; none is ever changed like a text to be found in it."""
 
 
 class PublishedVocabulary(BlankFilling):
@@ -43,6 +46,9 @@ class PublishedVocabulary(BlankFilling):
 
     # transformers' own
     all_special_ids: list[int]
+    all_special_tokens: list[str]
+    _extra_special_tokens: list[str]
+    init_kwargs: dict[str, Any]
     clean_up_tokenization_spaces: bool
     split_special_tokens: bool
     vocab_files_names: ClassVar[dict[str, str]]
@@ -70,6 +76,7 @@ class PublishedVocabulary(BlankFilling):
         if (self.kind, spacing) not in SPACING_RULES:
             raise GmaskError(f"spacing {spacing!r} is neither published nor training")
         self.spacing, self.rule = spacing, SPACING_RULES[self.kind, spacing]
+        self.token_flags = _read_flags(settings.get("token_flags"))
         self._vocab_size = 1 + max(pieces.values())
         published = PUBLISHED_TOKENS if spacing == "published" else TRAINING_TOKENS
         defaults = published[self.kind] if added_ids is None else added_ids
@@ -81,6 +88,9 @@ class PublishedVocabulary(BlankFilling):
         for name in ("added_tokens_decoder", "auto_map", "use_fast", "tokenizer_file", "backend", "is_local"):
             settings.pop(name, None)
         settings = {**ROLES[self.kind, spacing], "clean_up_tokenization_spaces": self.rule.cleans_up} | settings
+        roles = [str(settings[role]) for role in ROLES[self.kind, spacing] if settings.get(role) is not None]
+        for token in (token for token in roles if token not in table):  # a role that a user gave another token
+            table[token] = pieces.get(token, max(self._vocab_size, 1 + max(table.values())))
         extra: Any = settings.pop("additional_special_tokens", settings.get("extra_special_tokens")) or ()
         named = {str(value) for key, value in settings.items() if key.endswith("_token")}
         extra = [*map(str, extra), *(token for token in table if token in COMMANDS)]
@@ -89,12 +99,22 @@ class PublishedVocabulary(BlankFilling):
         return settings
 
     def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
-        """Adds the tokens that the table does not have, behind all others, with the sides of the spacing rule."""
+        """Adds the tokens that the table does not have, behind all others.
+
+        They remove white space on the sides of the spacing rule, and where an `AddedToken` asks for it. What else one
+        asks for is saved as ``token_flags``, for the published table has names and ids alone.
+        """
         new = []
         for token in new_tokens:
             is_special = special_tokens or (isinstance(token, AddedToken) and token.special)
-            if str(token) and str(token) not in self._added_ids:
-                new.append(self._as_added(str(token), is_special=is_special))
+            if not str(token) or str(token) in self._added_ids:
+                continue
+            if is_special and str(token) not in self.all_special_tokens:
+                self._extra_special_tokens.append(str(token))
+            if isinstance(token, AddedToken) and (flags := [flag for flag in TOKEN_FLAGS if getattr(token, flag)]):
+                self.token_flags[str(token)] = flags
+                self.init_kwargs["token_flags"] = self.token_flags
+            new.append(self._as_added(str(token), is_special=is_special))
         return self._append_tokens(new)
 
     def _append_tokens(self, tokens: list[AddedToken]) -> int:
@@ -103,7 +123,15 @@ class PublishedVocabulary(BlankFilling):
 
     def _as_added(self, token: str, *, is_special: bool) -> AddedToken:
         sides: Sides = self.rule.sides_of(token)
-        return AddedToken(token, lstrip=sides.left, rstrip=sides.right, normalized=False, special=is_special)
+        flags = self.token_flags.get(token, ())
+        return AddedToken(
+            token,
+            single_word="single_word" in flags,
+            lstrip=sides.left or "lstrip" in flags,
+            rstrip=sides.right or "rstrip" in flags,
+            normalized=False,
+            special=is_special,
+        )
 
     def _table_tokens(self) -> dict[int, AddedToken]:
         """The tokens of the table by id; of several names for an id, the last."""
@@ -199,14 +227,21 @@ class PublishedVocabulary(BlankFilling):
                 Path(getattr(self, key)),
                 Path(save_directory, f"{filename_prefix}-{name}" if filename_prefix else name),
             )
-            if source.resolve() != target.resolve():
-                shutil.copyfile(source, target)
+            copy_vocabulary_file(source, target)
             saved.append(str(target))
         return tuple(saved)
 
 
 def _is_ids(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) > 0 and isinstance(value[0], int)
+
+
+def _read_flags(values: Any) -> dict[str, list[str]]:
+    """The flags of added tokens, by token; whatever else a file has there is none."""
+    named = values.items() if isinstance(values, dict) else ()
+    return {
+        str(token): [flag for flag in TOKEN_FLAGS if flag in flags] for token, flags in named if isinstance(flags, list)
+    }
 
 
 def check_file(path: str | None, tokenizer: Any, key: str, settings: Mapping[str, Any]) -> str:
@@ -234,6 +269,12 @@ def read_ids(path: str) -> dict[str, int]:
 
 class GLMTokenizer(BlankFilling, TokenizersBackend):
     """The tokenizer of a ``tokenizer.json`` that has the tokens of a GLM, such as those of our own models."""
+
+    def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
+        """Returns how many the vocabulary did not have; the library counts those that it had, too."""
+        before = len(self)
+        super()._add_tokens(new_tokens, special_tokens)
+        return len(self) - before
 
 
 class GLMChineseTokenizer(PublishedVocabulary, PreTrainedTokenizer):
@@ -298,21 +339,19 @@ class GLMChineseTokenizer(PublishedVocabulary, PreTrainedTokenizer):
         return [1, *[0] * len(token_ids_0), *pair, 1]
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        """The pieces of a text; what is between special tokens is encoded as a text of its own."""
-        if kwargs.pop("split_special_tokens", self.split_special_tokens):
-            return self._tokenize(text)
+        """The pieces of a text; what is between added tokens is encoded as a text of its own."""
+        is_plain = kwargs.pop("split_special_tokens", self.split_special_tokens)
         tokens: list[str] = []
-        for part in self._cut(text):
-            tokens += [part] if part in self._added_tokens_encoder else self._tokenize(part)
+        for part, is_token in (self._plain_cutter if is_plain else self._cutter).cut(text):
+            tokens += [part] if is_token else self._tokenize(part)
         return tokens
 
     def _prepare_text(self, text: str, *, has_special_tokens: bool) -> str | list[int]:
         """The ids of a text, which transformers would otherwise look up piece by piece."""
         text = str(super()._prepare_text(text, has_special_tokens=has_special_tokens))
         ids: list[int] = []
-        for part in self._cut(text) if has_special_tokens else (text,):
-            added = self._added_tokens_encoder.get(part) if has_special_tokens else None
-            ids += self.model.encode(part) if added is None else [added]
+        for part, is_token in (self._cutter if has_special_tokens else self._plain_cutter).cut(text):
+            ids += [self._added_tokens_encoder[part]] if is_token else self.model.encode(part)
         return ids or ""  # transformers takes no empty list of ids
 
     def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> int | list[int]:
@@ -327,17 +366,6 @@ class GLMChineseTokenizer(PublishedVocabulary, PreTrainedTokenizer):
         text: str = self.model.decode(list(tokens))
         return text
 
-    def _cut(self, text: str) -> Iterator[str]:
-        """Cuts a text at special tokens, and removes the white space beside them by their rule."""
-        parts = self._pattern.split(text)
-        for index in range(1, len(parts), 2):
-            sides = self.rule.sides_of(parts[index])
-            if sides.left:
-                parts[index - 1] = parts[index - 1].rstrip()
-            if sides.right:
-                parts[index + 1] = parts[index + 1].lstrip()
-        return filter(None, parts)
-
     def _append_tokens(self, tokens: list[AddedToken]) -> int:
         before = len(self)
         for token in tokens:
@@ -349,8 +377,10 @@ class GLMChineseTokenizer(PublishedVocabulary, PreTrainedTokenizer):
         return len(self) - before
 
     def _update_trie(self, unique_no_split_tokens: list[str] | None = None) -> None:
-        tokens = sorted({*self._added_tokens_encoder, *(unique_no_split_tokens or ())}, key=len, reverse=True)
-        self._pattern = re.compile(f"({'|'.join(map(re.escape, tokens))})")
+        tokens = {token: self._as_added(token, is_special=token not in self._ordinary) for token in self._added_ids}
+        tokens |= {token.content: token for token in self._added_tokens_decoder.values()}
+        self._cutter = Cutter(tokens)
+        self._plain_cutter = Cutter({name: token for name, token in tokens.items() if not token.special})
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         pieces: list[str] = self.model.encode(text, out_type=str)
@@ -372,6 +402,8 @@ class PublishedBackend(PublishedVocabulary, TokenizersBackend):
 
     pair_template: ClassVar[str | None] = None
     single_template: ClassVar[str]
+    _template_roles: Mapping[str, str] = MappingProxyType({})
+    _special_tokens_map: Mapping[str, Any]  # transformers' own
 
     def __init__(
         self,
@@ -390,20 +422,39 @@ class PublishedBackend(PublishedVocabulary, TokenizersBackend):
         names = {index: token for token, index in self._added_ids.items()}
         self._second_names = {token: names[index] for token, index in self._added_ids.items() if names[index] != token}
         named = {names.get(index, piece): index for piece, index in pieces.items()}
-        self._tokenizer = self._make_backend(named | {token: index for index, token in names.items()}, settings)
-        self._tokenizer.add_special_tokens(list(self._table_tokens().values()))
-        roles = {role: str(settings[f"{role}_token"]) for role in ("cls", "sep", "eos")}
+        behind = sorted(index for index in names if index >= self._vocab_size)
+        if behind != list(range(self._vocab_size, self._vocab_size + len(behind))):
+            named |= {names[index]: index for index in behind}  # the backend numbers tokens without gaps
+        # A word of a text must not be found among them, so they are not in the backend's own vocabulary.
+        self._tokenizer = self._make_backend(named, settings)
+        table = self._table_tokens()
+        self._tokenizer.add_tokens([table[index] for index in sorted(table)])  # add_special_tokens makes all special
+        super().__init__(**settings)
+        self._set_template()
+
+    def _set_template(self) -> None:
+        """Puts the tokens that now have the roles around a text."""
+        roles = {role: str(self._special_tokens_map[f"{role}_token"]) for role in ("cls", "sep", "eos")}
+        if roles == self._template_roles:
+            return
+        self._template_roles = roles
+        known = self.get_added_vocab()
         self._tokenizer.post_processor = processors.TemplateProcessing(
             single=self.single_template.format(**roles),
             pair=(self.pair_template or "$A $B:1").format(**roles),
-            special_tokens=[(token, self._added_ids[token]) for token in dict.fromkeys(roles.values())],
+            special_tokens=[(token, known[token]) for token in dict.fromkeys(roles.values())],
         )
-        super().__init__(**settings)
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
         """Returns the arguments unchanged: the constructor reads the files."""
         return kwargs
+
+    def train_new_from_iterator(self, *args: Any, **kwargs: Any) -> Any:
+        raise GmaskError("a published vocabulary is what it is: train one of your own with gmask train-tokenizer")
+
+    def get_vocab(self) -> dict[str, int]:
+        return {**super().get_vocab(), **self._added_ids}  # with the second names
 
     def get_added_vocab(self) -> dict[str, int]:
         return self._added_ids | super().get_added_vocab()
@@ -415,6 +466,7 @@ class PublishedBackend(PublishedVocabulary, TokenizersBackend):
         return index
 
     def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:
+        self._set_template()
         if text_pair != "" or not isinstance(text, str):
             return super()._encode_plus(text, text_pair, **kwargs)
         batch = super()._encode_plus([text], [text_pair], **kwargs)  # the base class takes "" for no second text
@@ -428,7 +480,9 @@ class PublishedBackend(PublishedVocabulary, TokenizersBackend):
         return super()._prepare_text(text, has_special_tokens=has_special_tokens)
 
     def _append_tokens(self, tokens: list[AddedToken]) -> int:
-        return int(self._tokenizer.add_tokens(tokens))
+        before = len(self)
+        self._tokenizer.add_tokens(tokens)
+        return len(self) - before
 
     def _decode_piece(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False)

@@ -1,8 +1,15 @@
 """The special tokens of GLM's published vocabularies: ids, roles, and what they do to white space beside them."""
 
-from collections.abc import Mapping
+import re
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+from tokenizers import AddedToken
+
+from gmask.errors import GmaskError
 
 Spacing = Literal["published", "training"]
 """How special tokens treat white space: as in the Hugging Face code, or as in the code of the training."""
@@ -112,6 +119,34 @@ class SpacingRule:
         return self.sides.get(token, self.others)
 
 
+class Cutter:
+    """Cuts a text at added tokens, where several begin at the longest, and removes white space beside them.
+
+    Args:
+        tokens: by their spelling; ``lstrip`` and ``rstrip`` say on which sides, ``single_word`` that a token inside of
+            a word is text.
+    """
+
+    def __init__(self, tokens: Mapping[str, AddedToken]) -> None:
+        self.tokens = dict(tokens)
+        spellings = sorted(self.tokens, key=len, reverse=True)
+        whole = (
+            rf"(?<!\w){re.escape(one)}(?!\w)" if self.tokens[one].single_word else re.escape(one) for one in spellings
+        )
+        self._pattern = re.compile(f"({'|'.join(whole) or '(?!)'})")
+
+    def cut(self, text: str) -> Iterator[tuple[str, bool]]:
+        """The parts of a text that are not empty, and whether each is a token."""
+        parts = self._pattern.split(text)
+        for index in range(1, len(parts), 2):
+            token = self.tokens[parts[index]]
+            if token.lstrip:
+                parts[index - 1] = parts[index - 1].rstrip()
+            if token.rstrip:
+                parts[index + 1] = parts[index + 1].lstrip()
+        return ((part, index % 2 == 1) for index, part in enumerate(parts) if part)
+
+
 _PUBLISHED = {"separator": " ", "separates_all": False, "cleans_up": True, "drops_blank_texts": False}
 _TRAINING = {"separator": "", "separates_all": True, "cleans_up": False, "drops_blank_texts": True}
 _MASKS = dict.fromkeys(("[MASK]", "[sMASK]", "[gMASK]"), LEFT)
@@ -144,3 +179,18 @@ def find_token_id(tokenizer: Any, name: str) -> int | None:
     except NotImplementedError:  # what the published classes raise
         return None
     return token_id
+
+
+def copy_vocabulary_file(source: Path, target: Path) -> None:
+    """Copies a file of the vocabulary into the folder where a tokenizer is saved, unless it is there.
+
+    Raises:
+        GmaskError: it is gone.
+    """
+    if source.resolve() == target.resolve():
+        return
+    if not source.is_file():
+        raise GmaskError(
+            f"{source}: gone since the tokenizer was read from it; copy it back there to save the tokenizer"
+        )
+    shutil.copyfile(source, target)
