@@ -17,7 +17,8 @@ from gmask.errors import GmaskError
 from gmask.files import read_object, write_json
 from gmask.models.chatglm import ChatGLMConfig
 from gmask.quantization.quantizer import form_of
-from gmask.tokenizers.chatglm import ChatGLMTokenizer, ChatGLMTokenizerV0
+from gmask.tokenizers.chat_template import chat_template_of
+from gmask.tokenizers.chatglm import PROMPT_TOKENS, ChatGLMTokenizer, ChatGLMTokenizerV0
 from gmask.tokenizers.folder import read_tokenizer
 from gmask.tokenizers.glm import PublishedVocabulary
 
@@ -184,11 +185,14 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, publish
     elif published and isinstance(tokenizer, ChatGLMTokenizer):
         left_out.update(OF_LATER_VERSIONS)
         values |= {"tokenizer_class": ChatGLMTokenizer.__name__, "num_image_tokens": tokenizer.first_id}
-        if "extra_special_tokens" in values:
-            values["additional_special_tokens"] = values.pop("extra_special_tokens")
+        extra = [token for token in values.pop("extra_special_tokens", ()) if token not in PROMPT_TOKENS]
+        if extra:
+            values["additional_special_tokens"] = extra
         if isinstance(tokenizer, ChatGLMTokenizerV0):
             values["eop_token"] = values.pop("end_token")
     write_json(path, {name: value for name, value in values.items() if name not in left_out}, indent=2)
+    if published and tokenizer.chat_template == chat_template_of(tokenizer):  # gmask attaches it when it reads
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
 
 
 def write_rows(rows: Mapping[int, Tensor], folder: Path) -> None:

@@ -31,6 +31,9 @@ LINE_END = "<n>"
 LONGEST_SPACES = 80
 """The most spaces of one piece; there are pieces from two spaces on."""
 
+PROMPT_TOKENS = ("[gMASK]", "<eop>")
+"""Tokens of a conversation that are text to the published tokenizers, or to one of them."""
+
 SPACES = re.compile(f" {{2,{LONGEST_SPACES}}}")
 WHITE_PIECES = re.compile(r"<n>|<\|tab\|>|<\|blank_(\d+)\|>")
 
@@ -121,6 +124,21 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         # The base class would make them special in texts.
         self.end_token, self.gmask_token = str(end_token), str(gmask_token)
         self.init_kwargs |= {"end_token": self.end_token, "gmask_token": self.gmask_token}
+        self._silence_prompt_tokens()
+
+    def register_prompt_tokens(self) -> None:
+        """Makes ``[gMASK]`` and ``<eop>`` special tokens in texts, with the ids that they have.
+
+        To the published tokenizer ``[gMASK]`` is text there, and to that of the first vocabulary ``<eop>``, too.
+        """
+        tokens = [AddedToken(token, normalized=False, special=True) for token in PROMPT_TOKENS]
+        self.add_tokens([token for token in tokens if self._find_id(token.content) is not None], special_tokens=True)
+        self._silence_prompt_tokens()
+
+    def _silence_prompt_tokens(self) -> None:
+        """Lets registered tokens of the prompt spell nothing in decoded text, as other control pieces."""
+        ids = {self._convert_token_to_id(token) for token in PROMPT_TOKENS}
+        self._published_ids |= ids & self._added_tokens_decoder.keys()
 
     @staticmethod
     def read_vocabulary(path: str) -> SentencePieceProcessor:

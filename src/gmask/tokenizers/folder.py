@@ -9,6 +9,7 @@ from gmask.architectures import CHATGLM, GLM
 from gmask.errors import GmaskError, one_line
 from gmask.files import read_object, refuse_placeholder
 from gmask.tokenizers import glm
+from gmask.tokenizers.chat_template import attach_chat_template
 from gmask.tokenizers.chatglm import VOCABULARY_FILE, ChatGLMTokenizer
 from gmask.tokenizers.glm import ADDED_TOKENS, GLMTokenizer, read_ids
 from gmask.tokenizers.special_tokens import TRAINING_TOKENS
@@ -58,7 +59,7 @@ def require_vocabulary(folder: Path, kind: str | None) -> None:
 
 
 def read_tokenizer(folder: Path, *, kind: str | None = None) -> PreTrainedTokenizerBase:
-    """Reads the tokenizer of a folder in one of the published forms, or in ours.
+    """Reads the tokenizer of a folder in one of the published forms, or in ours, with its chat template.
 
     Its class is that of ``tokenizer_config.json``, else that of ``kind``, else that of the files. A folder with
     vocabulary files only, as beside a checkpoint of the training code, is read as that code read it (``spacing``
@@ -71,6 +72,12 @@ def read_tokenizer(folder: Path, *, kind: str | None = None) -> PreTrainedTokeni
     Raises:
         GmaskError: a missing or damaged file, or an unknown kind or class.
     """
+    tokenizer = _read_vocabulary(folder, kind)
+    attach_chat_template(tokenizer)
+    return tokenizer
+
+
+def _read_vocabulary(folder: Path, kind: str | None) -> PreTrainedTokenizerBase:
     if not folder.is_dir():
         raise GmaskError(f"{folder}: no such folder; name the one that holds the vocabulary files")
     if kind is not None and kind not in TRAINING_TOKENS:
