@@ -13,8 +13,8 @@ from gmask.conversation import History, Round, read_conversation
 from gmask.errors import GmaskError, is_shortage
 from gmask.files import read_json, write_json
 from gmask.generation.answers import Answer, AnswerStream, answer_text
+from gmask.generation.encoding import Prompt, PromptFormat, find_format, fit_prompt
 from gmask.generation.engine import Request, Stepper
-from gmask.generation.prompts import Prompt, PromptFormat, find_format, fit_prompt
 from gmask.generation.sampling import Sampler
 from gmask.generation.settings import make_sampling
 

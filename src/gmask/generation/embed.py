@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
-from gmask.generation.batches import batches_by_length, check_numbers, stack_contexts
-from gmask.generation.prompts import Context, TextReader
+from gmask.generation.encoding import Context, TextReader
+from gmask.generation.padding import batches_by_length, check_numbers, stack_contexts
 from gmask.models.glm import GLMForConditionalGeneration
 
 Pooling = Literal["mean", "first", "last", "mask"]

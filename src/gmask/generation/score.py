@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
 from gmask.generation.answers import Answer, Choices, Combination, Token, rank_scores, token_texts
-from gmask.generation.batches import batches_by_length, log_softmax, stack_contexts
-from gmask.generation.prompts import BlankedText, Context, TextReader
+from gmask.generation.encoding import BlankedText, Context, TextReader
+from gmask.generation.padding import batches_by_length, log_softmax, stack_contexts
 from gmask.infilling.blanks import BlankTokens
 from gmask.models.cache import GrowingCache
 from gmask.models.glm import GLMForConditionalGeneration

@@ -26,8 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gmask.checkpoints.load import LanguageModel
 from gmask.conversation import Conversation
 from gmask.errors import GmaskError
+from gmask.generation.encoding import BLANKS, Context, Prompt, PromptFormat, TextReader, find_format, fit_prompt
 from gmask.generation.engine import Engine, EngineClosed, Request, SampleProgress, Submission
-from gmask.generation.prompts import BLANKS, Context, Prompt, PromptFormat, TextReader, find_format, fit_prompt
 from gmask.generation.settings import Sampling
 from gmask.models.glm import GLMForConditionalGeneration
 from gmask.serving.middleware import ApiError, Metrics, as_api_error

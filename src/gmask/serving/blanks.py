@@ -11,9 +11,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from gmask.generation.answers import Infilling, assemble_infilling, stable_answer
+from gmask.generation.encoding import BlankedText
 from gmask.generation.engine import SampleProgress
 from gmask.generation.infill import infill
-from gmask.generation.prompts import BlankedText
 from gmask.generation.score import score
 from gmask.generation.settings import Sampling
 from gmask.serving.backend import STREAMED, Backend, Job, stream

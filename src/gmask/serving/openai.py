@@ -24,12 +24,12 @@ from gmask.conversation import Conversation, History, read_content, read_convers
 from gmask.errors import GmaskError
 from gmask.generation import constraints
 from gmask.generation.answers import stable_answer, token_texts
-from gmask.generation.batches import log_softmax
 from gmask.generation.chat import DEFAULTS
 from gmask.generation.constraints import Constraint
 from gmask.generation.embed import as_floats, embed
+from gmask.generation.encoding import Context, encode_plain
 from gmask.generation.engine import SampleProgress
-from gmask.generation.prompts import Context, encode_plain
+from gmask.generation.padding import log_softmax
 from gmask.generation.settings import Sampling
 from gmask.serving import replies
 from gmask.serving.backend import STREAMED, Backend, Job, Key, stream

@@ -1,4 +1,4 @@
-"""Prompts: how texts with blanks and conversations become the context of a model, and answers part of the text."""
+"""Encoding: how texts with blanks and conversations become the context of a model, and answers part of the text."""
 
 import re
 from collections.abc import Sequence
