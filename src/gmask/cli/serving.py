@@ -33,7 +33,14 @@ FILLS, TALKS = BUNDLED_NAMES
 SETTINGS = [field.name for field in fields(ServerSettings) if field.name not in ("api_keys", "log_prompts")]
 """What ``--set`` takes; the other two have an option each."""
 
-Served = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or name of a model, or bundled, or bundled-chat.")]
+Served = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="Folder or name of a model, or bundled, or bundled-chat.",
+        show_default="bundled, and bundled-chat for conversations",
+    ),
+]
 KeyFile = Annotated[
     Path | None,
     typer.Option(
@@ -67,7 +74,7 @@ Limits = Annotated[
 
 
 def serve(
-    model: Served = FILLS,
+    model: Served = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     api_key_file: KeyFile = None,
@@ -79,35 +86,36 @@ def serve(
 ) -> None:
     """Serve a model over HTTP: OpenAI's API, ChatGLM-6B's, and blanks to fill and to score."""
     check_installed()
-    settings = read_settings(model, host, read_keys(api_key_file), log_prompts, parse_settings(pairs or []))
+    fixed, chosen = read_adapters(adapter or [])
+    name = model or (base_of(fixed, FILLS) if fixed else FILLS)
+    settings = read_settings(name, host, read_keys(api_key_file), log_prompts, parse_settings(pairs or []))
     from gmask.checkpoints.load import load
     from gmask.serving.app import create_app, make_server, open_port
+    from gmask.serving.backend import make_backend
     from gmask.serving.middleware import log_as_json
 
-    fixed, chosen = read_adapters(adapter or [])
     sockets = open_port(host, port)  # before the model, which takes a while
-    network, tokenizer = load(model, dtype=dtype, quantize=quantize, adapter=fixed)
+    network, tokenizer = load(name, dtype=dtype, quantize=quantize, adapter=fixed)
+    talks = None
+    if model is None and fixed is None:  # the first says little of sense in a conversation
+        talks = make_backend(*load(TALKS, dtype=dtype, quantize=quantize), name=TALKS, settings=settings)
     log_as_json()
     if host not in LOOPBACK and not settings.api_keys:
         print("note: everybody who reaches this address may ask: --api-key-file asks for a key", file=sys.stderr)
-    app = create_app(network, tokenizer, settings=settings, adapters=chosen)
+    app = create_app(network, tokenizer, settings=settings, adapters=chosen, talks=talks)
     shows_page = find_spec("gradio") is not None
-    talks = None
     if shows_page:
-        from gmask.serving.webui import make_backend, mount_page
+        from gmask.serving.webui import mount_page
 
-        if model == FILLS:  # and says little of sense in a conversation
-            talks = make_backend(*load(TALKS), name=TALKS, settings=settings)
-        app = mount_page(app, talks=talks)
+        app = mount_page(app)
     page = ", a page at /ui" if shows_page else ""
-    print(f"{settings.model_name} at http://{host}:{port}/v1, documented at /docs{page}", file=sys.stderr)
+    names = settings.model_name if talks is None else f"{settings.model_name} and {TALKS}"
+    print(f"{names} at http://{host}:{port}/v1, documented at /docs{page}", file=sys.stderr)
     try:
         make_server(app, host=host, port=port).run(sockets=sockets)
     finally:
         for opened in sockets:
             opened.close()
-        if talks is not None:
-            talks.close()
 
 
 def check_installed() -> None:
@@ -159,9 +167,7 @@ def read_adapters(values: list[str]) -> tuple[Path | None, dict[str, Path]]:
 def read_settings(
     model: str, host: str, keys: tuple[str, ...], log_prompts: bool, values: dict[str, Any]
 ) -> ServerSettings:
-    """The limits of a server. One that only this machine reaches answers to its own names alone.
-
-    A page of another site could otherwise give itself this machine's address, and ask in the name of who reads it.
+    """The limits of a server.
 
     Raises:
         GmaskError: an unknown setting (the nearest one is named), or a value that does not fit.
@@ -171,10 +177,15 @@ def read_settings(
             near = nearest(name, SETTINGS)
             raise GmaskError(f"there is no setting {name!r}; the nearest is {near!r}, all are {', '.join(SETTINGS)}")
     hosts = values.pop("allowed_hosts", None)
-    names = tuple(str(hosts).split(",")) if hosts else (*LOOPBACK[:2], "[::1]") if host in LOOPBACK else ("*",)
+    names = tuple(str(hosts).split(",")) if hosts else own_names(host)
     values.setdefault("model_name", called(model))
     values["model_name"] = str(values["model_name"])
     return ServerSettings(api_keys=keys, allowed_hosts=names, log_prompts=log_prompts, **values)
+
+
+def own_names(host: str) -> tuple[str, ...]:
+    """The hosts that a server is called by: one that only this machine reaches answers to its own names alone."""
+    return (*LOOPBACK[:2], "[::1]") if host in LOOPBACK else ("*",)
 
 
 Model = Annotated[
@@ -204,7 +215,8 @@ def webui(
     """Open a page in the browser: fill blanks and chat, in English and Chinese."""
     try:
         from gmask.serving.app import open_port
-        from gmask.serving.webui import draw_page, make_backend
+        from gmask.serving.backend import make_backend
+        from gmask.serving.webui import draw_page
     except ModuleNotFoundError as error:
         raise GmaskError(f"{error.name} is not installed; the page needs pip install 'gmask[webui]'") from error
     from gmask.checkpoints.load import load
@@ -227,11 +239,16 @@ def serve_page(page: "gr.Blocks", host: str, port: int, *, share: bool) -> None:
     Raises:
         GmaskError: the port is taken.
     """
-    from gmask.serving.webui import page_options
+    from gmask.serving.webui import launch_options
 
     try:
         _, address, public = page.launch(
-            server_name=host, server_port=port, share=share, quiet=True, prevent_thread_lock=True, **page_options()
+            server_name=host,
+            server_port=port,
+            share=share,
+            quiet=True,
+            prevent_thread_lock=True,
+            **launch_options(("*",) if share else own_names(host)),
         )
     except OSError as error:
         raise GmaskError(f"port {port} of {host} cannot be used: it is taken, or is not this machine's") from error

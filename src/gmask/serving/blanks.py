@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,7 @@ from gmask.generation.infill import infill
 from gmask.generation.score import score
 from gmask.generation.settings import Sampling
 from gmask.generation.text import BlankedText
-from gmask.serving.backend import STREAMED, Backend, Job, stream
+from gmask.serving.backend import STREAMED, Backend, Job, find_backend, stream
 from gmask.serving.middleware import ApiError, log_fields
 from gmask.serving.openai import read_sampling
 from gmask.serving.replies import IncrementalDetokenizer, count_usage
@@ -32,16 +32,16 @@ async def fill(request: Request, body: InfillRequest) -> Response:
     With ``choices``, or for several of the best answers (``n`` or ``num_beams`` without a temperature), the whole
     text is searched at once, by one request at a time; else the engine writes it together with other requests.
     """
-    backend: Backend = request.app.state.backend
+    backend = find_backend(request.app.state.backends, body.model)
     adapter = backend.find_adapter(body.model)
     backend.require_blanks("filling blanks")
-    blanked = await asyncio.to_thread(backend.reader.read, body.text)
-    blanked.context.check_length(backend.positions)
+    backend.check_samples(max(body.n, body.num_beams))
+    blanked = await asyncio.to_thread(backend.reader.read, body.text, positions=backend.positions)
     sampling = read_sampling(body, {}, backend, max_tokens=body.max_tokens)
     if backend.settings.log_prompts:
         log_fields(request, prompt=body.text)
     if body.choices is not None or body.num_beams > 1 or (body.n > 1 and sampling.temperature == 0):
-        return await _search(request, body, sampling, len(blanked.context.ids) + 1)
+        return await _search(request, backend, body, sampling, len(blanked.context.ids) + 1)
     if body.stream and body.n > 1:
         raise ApiError(400, "several answers cannot be streamed: the best is known at the end", param="stream")
     job = backend.submit(
@@ -71,13 +71,12 @@ async def read_filled(job: Job, blanked: BlankedText, sampling: Sampling) -> Inf
     return replace(filled[0], alternatives=tuple(filled[1:]))
 
 
-async def _search(request: Request, body: InfillRequest, sampling: Sampling, prompt_tokens: int) -> Response:
+async def _search(
+    request: Request, backend: Backend, body: InfillRequest, sampling: Sampling, prompt_tokens: int
+) -> Response:
     """What the engine does not do: candidates that are scored, and beams."""
-    backend: Backend = request.app.state.backend
     if body.stream:
         raise ApiError(400, "choices and beams cannot be streamed: the best is known at the end", param="stream")
-    if max(body.n, body.num_beams) > backend.settings.max_samples:
-        raise ApiError(400, f"n and num_beams may be {backend.settings.max_samples} at most here", param="n")
     for name in ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"):
         if getattr(body, name) is not None:
             raise ApiError(400, f"{name} goes with drawn or single answers, not with choices or beams", param=name)
@@ -162,12 +161,13 @@ async def _fragments(
 @router.post("/score")
 async def rank(request: Request, body: ScoreRequest) -> JSONResponse:
     """Exact log-probabilities of given answers, as ``gmask score --json`` prints them."""
-    backend: Backend = request.app.state.backend
+    backend = find_backend(request.app.state.backends, body.model)
     adapter = backend.find_adapter(body.model)
     model = backend.require_blanks("scoring answers to a blank")
     texts = [body.text] if isinstance(body.text, str) else body.text
     if backend.settings.log_prompts:
         log_fields(request, prompt=texts)
+    _check_answers(len(texts), body.answers)
     found = await backend.offline(
         request,
         lambda: score(model, backend.tokenizer, texts, body.answers, normalization=body.normalization),
@@ -176,3 +176,14 @@ async def rank(request: Request, body: ScoreRequest) -> JSONResponse:
     data = [scoring.to_dict() for scoring in found]
     assert all(math.isfinite(answer["score"]) for scored in data for answer in scored["answers"])
     return JSONResponse({"object": "list", "model": body.model or backend.settings.model_name, "data": data})
+
+
+MOST_ANSWERS = 8192
+"""To all texts of a request, or shared by them; each is cut into tokens before the first one is scored."""
+
+
+def _check_answers(texts: int, answers: Sequence[str] | Sequence[Sequence[str]]) -> None:
+    """Raises `ApiError` for more answers than are scored at once."""
+    count = texts * len(answers) if isinstance(answers[0], str) else sum(map(len, answers))
+    if count > MOST_ANSWERS:
+        raise ApiError(400, f"{count} answers are to be scored; at most {MOST_ANSWERS} at once", param="answers")

@@ -13,6 +13,7 @@ import pandas as pd
 from fastapi import FastAPI
 from gradio.context import get_blocks_context
 from gradio.events import Dependency
+from starlette.middleware import Middleware
 from transformers import PreTrainedTokenizerBase
 
 from gmask.checkpoints.load import LanguageModel
@@ -20,10 +21,8 @@ from gmask.conversation import Conversation, read_content, read_conversation
 from gmask.errors import GmaskError
 from gmask.generation.answers import Choices, Infilling
 from gmask.generation.chat import DEFAULTS, Reply
-from gmask.generation.engine import Engine
-from gmask.serving.backend import Backend
-from gmask.serving.middleware import PAGE_PATH, is_key
-from gmask.serving.settings import ServerSettings
+from gmask.serving.backend import Backend, make_backend
+from gmask.serving.middleware import PAGE_PATH, HostMiddleware, is_key
 from gmask.serving.webui_parts import (
     LANGUAGES,
     MAX_CHARACTERS,
@@ -73,6 +72,11 @@ def page_options() -> dict[str, Any]:
     }
 
 
+def launch_options(hosts: Sequence[str]) -> dict[str, Any]:
+    """`page_options` for ``launch``; ``hosts`` as of `HostMiddleware`."""
+    return {**page_options(), "app_kwargs": {"middleware": [Middleware(HostMiddleware, hosts=hosts)]}}
+
+
 def create_page(
     model: LanguageModel, tokenizer: PreTrainedTokenizerBase, *, name: str, language: Language = "auto"
 ) -> gr.Blocks:
@@ -89,15 +93,6 @@ def create_page(
         Blocks to ``launch(**page_options())``, or to mount in an application with the same options.
     """
     return draw_page(make_backend(model, tokenizer, name=name), language=language)
-
-
-def make_backend(
-    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, *, name: str, settings: ServerSettings | None = None
-) -> Backend:
-    """What answers a page without a server, or beside its model and within its limits; to be closed by its user."""
-    limits = replace(settings or ServerSettings(), model_name=name)
-    engine = Engine(model, tokenizer, max_rows=limits.max_rows, max_queue=limits.max_queue)
-    return Backend(model, tokenizer, engine, limits)
 
 
 def draw_page(backend: Backend, *, talks: Backend | None = None, language: Language = "auto") -> gr.Blocks:
@@ -127,17 +122,13 @@ def draw_page(backend: Backend, *, talks: Backend | None = None, language: Langu
     return page
 
 
-def mount_page(app: FastAPI, *, talks: Backend | None = None) -> FastAPI:
-    """An application of `gmask.serving.app` with the page at `PAGE_PATH`, behind a login if it asks for keys.
-
-    Args:
-        talks: what the page talks with, if that is another model than the application's; to be closed by its user.
-    """
-    backend: Backend = app.state.backend
-    keys = backend.settings.api_keys
+def mount_page(app: FastAPI) -> FastAPI:
+    """An application of `gmask.serving.app` with the page at `PAGE_PATH`, behind a login if it asks for keys."""
+    backends: Sequence[Backend] = app.state.backends
+    keys = backends[0].settings.api_keys
     mounted: FastAPI = gr.mount_gradio_app(
         app,
-        draw_page(backend, talks=talks),
+        draw_page(backends[0], talks=backends[-1]),
         path=PAGE_PATH,
         auth=(lambda _, password: is_key(password, keys)) if keys else None,
         auth_message=LOGIN,
