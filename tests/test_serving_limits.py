@@ -267,7 +267,7 @@ def test_what_is_asked_for_is_counted_before_texts_are_read(serve, monkeypatch: 
     with serve() as client:
         for path, body, reason in (
             ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "n": 65}, "at most 64"),
-            ("/v1/infill", {"text": "[MASK]", "n": 65}, "at most 64"),
+            ("/v1/infill", {"text": "[MASK]", "n": 65}, "64 at most"),
             ("/v1/score", many, "262144 answers"),
             (
                 "/v1/completions",

@@ -212,11 +212,11 @@ class _Grammar:
         mask = self.start()
         if mask.is_complete():
             return False
-        allowed = mask._read().nonzero()[:, 0]
-        if len(allowed) == 1 and self.table.spelling.tokens[int(allowed)] == b" ":
-            mask.accept(int(allowed))
+        first = mask._read().nonzero()[:, 0].tolist()
+        if len(first) in (1, 2) and {self.table.spelling.tokens[token] for token in first} == {b" "}:
+            mask.accept(first[0])
             return not mask.is_complete() and not bool(mask._read().any())
-        return len(allowed) == 0
+        return not first
 
     def start(self) -> "_GrammarMask":
         return _GrammarMask(self, self.matcher.deep_copy())

@@ -105,7 +105,7 @@ def create_app(
     return app
 
 
-def _add_probes(app: FastAPI, backends: Sequence[Backend], metrics: Metrics) -> None:
+def _add_probes(app: FastAPI, backends: Sequence[Backend], figures: Metrics) -> None:
     @app.get("/health", tags=["Operation"])
     async def health() -> dict[str, str]:
         """The process runs, and so does its engine: where it says no, only a new process helps."""
@@ -121,9 +121,9 @@ def _add_probes(app: FastAPI, backends: Sequence[Backend], metrics: Metrics) -> 
         return JSONResponse({"status": "ready"})
 
     @app.get("/metrics", tags=["Operation"], response_class=Response)
-    async def show_metrics() -> Response:
+    async def metrics() -> Response:
         """For Prometheus."""
-        return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
+        return Response(figures.render(), media_type=CONTENT_TYPE_LATEST)
 
 
 class TimedProtocol(H11Protocol):

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -22,6 +22,12 @@ from gmask.serving.openai import read_sampling
 from gmask.serving.replies import IncrementalDetokenizer, count_usage
 from gmask.serving.schema import InfillRequest, ScoreRequest
 
+MOST_CHOICES = 1024
+"""For all blanks of a text."""
+
+MOST_ANSWERS = 8192
+"""To all texts that are scored at once; each is cut into tokens before the first one is scored."""
+
 router = APIRouter(prefix="/v1", tags=["Blanks"])
 
 
@@ -35,7 +41,7 @@ async def fill(request: Request, body: InfillRequest) -> Response:
     backend = find_backend(request.app.state.backends, body.model)
     adapter = backend.find_adapter(body.model)
     backend.require_blanks("filling blanks")
-    backend.check_samples(max(body.n, body.num_beams))
+    _check_answers(body, backend)
     blanked = await asyncio.to_thread(backend.reader.read, body.text, positions=backend.positions)
     sampling = read_sampling(body, {}, backend, max_tokens=body.max_tokens)
     if backend.settings.log_prompts:
@@ -62,6 +68,15 @@ async def fill(request: Request, body: InfillRequest) -> Response:
     return JSONResponse(_write(best, body, backend, job.prompt_tokens, tokens))
 
 
+def _check_answers(body: InfillRequest, backend: Backend) -> None:
+    """Raises `ApiError` for more answers, beams or choices than one request may ask for."""
+    if max(body.n, body.num_beams) > backend.settings.max_samples:
+        raise ApiError(400, f"n and num_beams may be {backend.settings.max_samples} at most here", param="n")
+    lists: Iterable[str | list[str]] = body.choices.values() if isinstance(body.choices, dict) else body.choices or ()
+    if sum(1 if isinstance(one, str) else len(one) for one in lists) > MOST_CHOICES:
+        raise ApiError(400, f"there are more than {MOST_CHOICES} choices", param="choices")
+
+
 async def read_filled(job: Job, blanked: BlankedText, sampling: Sampling) -> Infilling:
     """The text that a job has filled, and its alternatives, best first; errors as of `Job.updates`."""
     with closing(job):
@@ -81,8 +96,6 @@ async def _search(
         if getattr(body, name) is not None:
             raise ApiError(400, f"{name} goes with drawn or single answers, not with choices or beams", param=name)
     model = backend.require_blanks("filling blanks")
-    if body.choices is not None:
-        _check_choices(body)
     found = await backend.offline(
         request,
         lambda: infill(
@@ -106,13 +119,6 @@ async def _search(
     tokens = _count(found)
     log_fields(request, prompt_tokens=prompt_tokens, completion_tokens=tokens)
     return JSONResponse(_write(found, body, backend, prompt_tokens, tokens))
-
-
-def _check_choices(body: InfillRequest) -> None:
-    assert body.choices is not None
-    lists = body.choices.values() if isinstance(body.choices, dict) else body.choices
-    if sum(1 if isinstance(one, str) else len(one) for one in lists) > 1024:
-        raise ApiError(400, "there are more than 1024 choices", param="choices")
 
 
 def _assemble(blanked: BlankedText, progress: Progress, sampling: Sampling, backend: Backend) -> Infilling:
@@ -167,7 +173,9 @@ async def rank(request: Request, body: ScoreRequest) -> JSONResponse:
     texts = [body.text] if isinstance(body.text, str) else body.text
     if backend.settings.log_prompts:
         log_fields(request, prompt=texts)
-    _check_answers(len(texts), body.answers)
+    count = len(texts) * len(body.answers) if isinstance(body.answers[0], str) else sum(map(len, body.answers))
+    if count > MOST_ANSWERS:
+        raise ApiError(400, f"{count} answers are to be scored; at most {MOST_ANSWERS} at once", param="answers")
     found = await backend.offline(
         request,
         lambda: score(model, backend.tokenizer, texts, body.answers, normalization=body.normalization),
@@ -176,14 +184,3 @@ async def rank(request: Request, body: ScoreRequest) -> JSONResponse:
     data = [scoring.to_dict() for scoring in found]
     assert all(math.isfinite(answer["score"]) for scored in data for answer in scored["answers"])
     return JSONResponse({"object": "list", "model": body.model or backend.settings.model_name, "data": data})
-
-
-MOST_ANSWERS = 8192
-"""To all texts of a request, or shared by them; each is cut into tokens before the first one is scored."""
-
-
-def _check_answers(texts: int, answers: Sequence[str] | Sequence[Sequence[str]]) -> None:
-    """Raises `ApiError` for more answers than are scored at once."""
-    count = texts * len(answers) if isinstance(answers[0], str) else sum(map(len, answers))
-    if count > MOST_ANSWERS:
-        raise ApiError(400, f"{count} answers are to be scored; at most {MOST_ANSWERS} at once", param="answers")

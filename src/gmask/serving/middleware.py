@@ -268,7 +268,7 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, answer)
 
 
-PLAIN = {
+OUR_WORDS = {
     "extra_forbidden": "is not a parameter that this server knows",
     "model_type": "should be an object",
     "model_attributes_type": "should be an object",
@@ -293,7 +293,7 @@ def describe(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     found = [(path_of(error, body), error) for error in errors if error["loc"][:2] == first["loc"][:2]]
     path, error = max(found, key=lambda pair: (not pair[1]["type"].endswith("_type"), len(pair[0])))
     param = ".".join(path) or None
-    message = PLAIN.get(error["type"], str(error["msg"]).removeprefix("Value error, "))
+    message = OUR_WORDS.get(error["type"], str(error["msg"]).removeprefix("Value error, "))
     return ApiError(400, f"{param}: {message}" if param else f"the body: {message}", param=param)
 
 

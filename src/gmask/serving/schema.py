@@ -54,7 +54,7 @@ OFTEN_EMPTY = frozenset(
 )  # fmt: skip
 """OpenAI's parameters that clients send empty; of others, such as a stop text, an empty one is a mistake."""
 
-DEFAULTS: dict[str, Sequence[Any]] = {
+UNSAID: dict[str, Sequence[Any]] = {
     "n": [1], "best_of": [1], "stream": [False], "echo": [False], "logprobs": [False],
     "response_format": [{"type": "text"}], "tool_choice": ["auto"], "function_call": ["auto"],
     "parallel_tool_calls": [True, False],
@@ -66,7 +66,7 @@ def asks_for_nothing(name: str, value: Any, *, is_known: bool) -> bool:
     """Whether a parameter may as well be left out."""
     if is_known:
         return value is None or (name in OFTEN_EMPTY and value in EMPTY)
-    return value in EMPTY or value in DEFAULTS.get(name, ())
+    return value in EMPTY or value in UNSAID.get(name, ())
 
 
 class Body(BaseModel):
