@@ -237,7 +237,7 @@ def test_lm_eval_lets_the_server_write(address: str, loaded, tmp_path: Path) -> 
 def tell(address: str, data: bytes) -> bytes:
     """What a server answers to these bytes before it ends the connection."""
     host, port = address.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=120) as connection:
+    with socket.create_connection((host, int(port)), timeout=300) as connection:
         connection.sendall(data)
         return b"".join(iter(lambda: connection.recv(65536), b""))
 
