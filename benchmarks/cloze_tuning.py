@@ -35,8 +35,8 @@ from gmask.evaluation.harness import run_task
 from gmask.files import write_json
 from gmask.tasks.metrics import Rows
 from gmask.tasks.task import load_task
-from gmask.training.finetune import read_results, run
-from gmask.training.run_folder import read_records
+from gmask.training.finetune import read_results, run_finetuning
+from gmask.training.run_folder import read_metrics
 from machine import describe_machine
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "cloze-study.yaml"
@@ -163,8 +163,8 @@ class Study:
     def _tune(self, place: Path, settings: Overrides, few: FewShot) -> Record:
         places = {"run.out": str(place), "run.device": "cpu", "run.threads": self.threads, "data.root": self.data_root}
         overrides = [f"{key}={json.dumps(value)}" for key, value in (places | dict(settings)).items()]
-        results = read_results(run(str(RECIPE), overrides))
-        steps = read_records(place / "metrics.jsonl") if few.test else []
+        results = read_results(run_finetuning(str(RECIPE), overrides))
+        steps = read_metrics(place / "metrics.jsonl") if few.test else []
         validated = [(step["step"], step["validation"]["validation"]) for step in steps if "validation" in step]
         for pattern in WEIGHTS:
             for path in sorted(place.rglob(pattern)):

@@ -87,9 +87,9 @@ def make_model(config: Any, form: dict[str, Any]) -> Any:
 def run_model(model: Any, context_length: int) -> None:
     """Reads a prompt and answers, as `gmask infill` and `gmask chat` do."""
     from gmask.generation.engine import Stepper
+    from gmask.generation.prompts import Context
     from gmask.generation.sampling import Sampler
     from gmask.generation.settings import Sampling
-    from gmask.generation.text import Context
     from gmask.infilling.blanks import BlankTokens
 
     special = BlankTokens(mask=5, smask=6, gmask=7, sop=8, eop=9, pad=0, cls=1, eos=2)

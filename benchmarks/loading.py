@@ -98,7 +98,7 @@ def make_folder(folder: Path, form: str, like: str) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from gmask.checkpoints.weights import divide
+    from gmask.checkpoints.formats import divide
     from gmask.checkpoints.zoo import find_family
     from gmask.models.glm import GLMConfig, GLMModel
 

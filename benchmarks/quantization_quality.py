@@ -80,7 +80,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     plan = load_recipe(str(RECIPE), [f"data.root={json.dumps(options.data_root)}"])
-    sources = plan.data.placed_sources
+    sources = plan.data.resolved_sources
     model, tokenizer = gmask.load(dtype="float32", device="cpu")
     mixture = make_mixture(tokenizer.backend_tokenizer, plan.objective)
     heldout = {

@@ -21,8 +21,8 @@ import torch
 
 import gmask
 from gmask.generation.engine import Engine, Request, Stepper
+from gmask.generation.prompts import Context
 from gmask.generation.settings import Sampling
-from gmask.generation.text import Context
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from machine import describe_machine
 

@@ -139,7 +139,7 @@ def tune(recipe_path: str, overrides: list[str]) -> None:
         return result
 
     Loop.step = step  # type: ignore[method-assign]
-    export = finetune.run(recipe_path, overrides)
+    export = finetune.run_finetuning(recipe_path, overrides)
     costs["saved_bytes"] = (next(export.glob("*model.safetensors"))).stat().st_size
     (export.parent / "costs.json").write_text(json.dumps(costs), "utf-8")
     for folder in (export, *export.parent.glob("checkpoint-*")):
@@ -158,13 +158,13 @@ def measure_untuned(recipe_path: str, overrides: list[str]) -> None:
     from gmask.tasks.task import read_task
     from gmask.training.accelerator import make_accelerator, training_arguments
     from gmask.training.examples import read_splits
-    from gmask.training.measure import Measurer
+    from gmask.training.validation import Validator
 
     recipe = load_tuning_recipe(recipe_path, overrides)
     assert isinstance(recipe.task, dict)
     torch.set_num_threads(recipe.run.threads or 1)
     model, tokenizer = load(recipe.model.name, device="cpu", dtype="float32")
-    measurer = Measurer(
+    validator = Validator(
         model,
         tokenizer,
         task := read_task(recipe.task),
@@ -175,7 +175,7 @@ def measure_untuned(recipe_path: str, overrides: list[str]) -> None:
         dtype=torch.float32,
     )
     samples = read_splits(task, recipe.data, seed=0).validation
-    found = measurer.measure(samples)
+    found = validator.validate(samples)
     out = Path(recipe.run.out)
     out.mkdir(parents=True, exist_ok=True)
     write_predictions(out / "predictions.jsonl", found.predictions, samples)

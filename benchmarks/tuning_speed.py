@@ -131,7 +131,7 @@ def tune_glm(setting: Setting, folder: Path, end_step: Callable[[], None]) -> No
     write_glm(SHAPES[setting.shape], folder / "model")
     write_samples(folder / "train.jsonl")
     (folder / "recipe.yaml").write_text(json.dumps(make_recipe(setting, folder)))  # JSON is YAML
-    finetune.run(str(folder / "recipe.yaml"))
+    finetune.run_finetuning(str(folder / "recipe.yaml"))
 
 
 def write_glm(shape: Shape, folder: Path) -> None:

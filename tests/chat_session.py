@@ -46,7 +46,7 @@ def record() -> str:
                 terminal.read_until("\x1b[?2004l")  # the line has been read
                 if line != TYPED[-1]:
                     screen += CONTROL.sub("", terminal.read_until_prompt())
-            assert terminal.process.wait(timeout=60) == 0
+            assert terminal.process.wait(timeout=600) == 0
         finally:
             terminal.close()
     return f"$ gmask chat {' '.join(SETTINGS)}\n{CONTROL.sub('', screen)}"

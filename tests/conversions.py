@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from gmask.checkpoints.weights import open_checkpoint, same_bits
+from gmask.checkpoints.formats import open_checkpoint, same_bits
 
 GOLDEN = Path(__file__).parent / "golden" / "thudm-glm-tiny"
 RANKS = "mp_rank_{:02d}_model_states.pt"

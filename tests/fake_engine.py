@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from gmask.generation.adapters import AdapterSet
 from gmask.generation.answers import Answer
-from gmask.generation.engine import Counts, End, OnProgress, Progress, QueueFull, Request, Submission
+from gmask.generation.engine import Counts, End, OnProgress, QueueFull, Request, SampleProgress, Submission
 
 
 class FakeEngine:
@@ -79,7 +79,7 @@ class FakeEngine:
             if all(latest.end for latest in submission.latest):
                 self._forget(submission, "complete")
 
-    def _say(self, submission: Submission, latest: Progress) -> Progress:
+    def _say(self, submission: Submission, latest: SampleProgress) -> SampleProgress:
         count = len(latest.open.ids)
         top = ((7, -0.5),) * bool(submission.request.sampling.top_logprobs)
         tops = (*(latest.top_logprobs if count else ()), top) if top else ()

@@ -11,4 +11,4 @@ from gmask.training import finetune
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    finetune.run(sys.argv[1], sys.argv[2:])
+    finetune.run_finetuning(sys.argv[1], sys.argv[2:])

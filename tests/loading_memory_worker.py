@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from gmask.checkpoints import load as checkpoint_load
+from gmask.checkpoints.formats import divide
 from gmask.checkpoints.load import load_model
-from gmask.checkpoints.weights import divide
 from gmask.models.glm import GLMConfig, GLMModel
 
 IDS = dict(pad_token_id=0, eos_token_id=1, mask_token_id=5, smask_token_id=6, gmask_token_id=7, sop_token_id=8,

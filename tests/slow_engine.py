@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 import gmask
-from gmask.generation.engine import Engine, Progress, Request, Submission
+from gmask.generation.engine import Engine, Request, SampleProgress, Submission
+from gmask.generation.prompts import TextReader
 from gmask.generation.settings import Sampling
-from gmask.generation.text import TextReader
 
 
 class SlowEngine:
@@ -51,7 +51,7 @@ def assert_idle(engine: Engine) -> None:
 
 
 def assert_as_alone(
-    progress: Progress, request: dict[str, Any], loaded: tuple[Any, Any], *, min_tokens: int = 1
+    progress: SampleProgress, request: dict[str, Any], loaded: tuple[Any, Any], *, min_tokens: int = 1
 ) -> None:
     alone = gmask.infill(*loaded, request["text"], max_tokens=request["max_tokens"], min_tokens=min_tokens)
     assert [answer.ids for answer in progress.done] == [

@@ -29,7 +29,7 @@ class Terminal:
     def press(self, keys: str) -> None:
         os.write(self.leader, keys.encode())
 
-    def read_until(self, text: str, *, seconds: float = 240) -> str:
+    def read_until(self, text: str, *, seconds: float = 600) -> str:
         """What it shows up to a text, which is read too; an error if that does not come."""
         deadline = time.monotonic() + seconds
         while text.encode() not in self.unread:

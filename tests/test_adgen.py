@@ -65,7 +65,7 @@ def tune(folder: Path, out: Path) -> Path:
         "optimization.steps": STEPS, "optimization.evaluate_every": STEPS, "optimization.save_every": 3,
         "decoding.max_tokens": 24, "forgetting.skip": "true",
     }  # fmt: skip
-    return finetune.run(RECIPE, [f"{key}={value}" for key, value in settings.items()])
+    return finetune.run_finetuning(RECIPE, [f"{key}={value}" for key, value in settings.items()])
 
 
 @pytest.fixture(scope="module")

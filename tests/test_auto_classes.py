@@ -74,7 +74,7 @@ def load_error(load: Callable[..., Any], *args: Any, **settings: Any) -> str:
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize("trust", TRUST)

@@ -6,10 +6,10 @@ import torch
 from tokenizers import Tokenizer
 
 import gmask
-from gmask.checkpoints.load import BUNDLED
+from gmask.checkpoints.hub import BUNDLED
 from gmask.recipes.pretraining import find_blank_tokens
 from gmask.tasks.heldout import HeldOutBlank
-from gmask.training.blank_validation import BlankValidation, encode_blank, measure_blanks
+from gmask.training.validation import BlankSet, encode_blank, score_blanks
 
 BLANKS = [
     HeldOutBlank("a", "She poured a cup of ", "tea", " and sat down.", 1),
@@ -34,7 +34,7 @@ def test_the_first_token_is_measured_as_one_pass_over_each_blank_gives_it() -> N
     encoder = tokenizer.backend_tokenizer
     special = find_blank_tokens(encoder)
     examples = [encode_blank(blank, encoder, special) for blank in BLANKS]
-    found = measure_blanks(model, BlankValidation(examples, {"all": [0, 1, 2], "last": [2]}), pad_id=special.pad)
+    found = score_blanks(model, BlankSet(examples, {"all": [0, 1, 2], "last": [2]}), pad_id=special.pad)
     nats, right = [], []
     for example in examples:
         ids = torch.tensor(example.input_ids[: example.context_length + 1])[None]  # up to <sop>

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import gmask
-from gmask.checkpoints.load import BUNDLED, BUNDLED_MODELS
+from gmask.checkpoints.hub import BUNDLED, BUNDLED_MODELS
 
 MAX_MEGABYTES = 40
 

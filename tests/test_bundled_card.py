@@ -29,7 +29,7 @@ SECTIONS = (
 
 def write_card(folder: Path, card: Path, *options: str) -> subprocess.CompletedProcess[str]:
     arguments = [sys.executable, str(SCRIPT), str(folder), "--output", str(card), *options]
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=600)
 
 
 def read_shipped(name: str) -> Any:

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 import gmask
-from gmask.cli.writing import answer_message
+from gmask.cli.generation import answer_message
 from gmask.generation.chat import Chat, Reply, reply_all
-from gmask.generation.text import ChatGLMFormat, Context, fit_prompt
+from gmask.generation.prompts import ChatGLMFormat, Context, fit_prompt
 from gmask.tokenizers.chatglm import ChatGLMTokenizer
 from test_chatglm_chat import VOCABULARY, needs_vocabulary
 from test_chatglm_parity import TINY, load_chatglm, read_case

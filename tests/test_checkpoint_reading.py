@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gmask.checkpoints.weights import Checkpoint, divide, is_megatron, open_checkpoint
+from gmask.checkpoints.formats import Checkpoint, divide, is_megatron, open_checkpoint
 from gmask.errors import GmaskError
 
 GOLDEN = Path(__file__).parent / "golden" / "thudm-glm-tiny"

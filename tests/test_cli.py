@@ -17,7 +17,7 @@ import pytest
 import typer
 
 import gmask
-from gmask.cli import app, find_extra, main, writing
+from gmask.cli import app, find_extra, generation, main
 from gmask.cli.printing import highlight_answers
 from terminal import Terminal, heed_ctrl_c
 from tiny_folder import make_folder
@@ -252,7 +252,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
         raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
     monkeypatch.setattr(metadata, "requires", lambda _: required)
-    monkeypatch.setattr("gmask.training.pretrain.run", fail)
+    monkeypatch.setattr("gmask.training.pretrain.run_pretraining", fail)
     done = run("pretrain", "r.yaml")
     assert (done.code, done.out) == (2, "")
     assert done.err == f"gmask: {module.partition('.')[0]} is not installed{advice}\n"
@@ -301,7 +301,9 @@ def test_pretrain_hands_recipe_and_overrides_over(run: Run, monkeypatch: pytest.
     from gmask.training import pretrain
 
     calls = []
-    monkeypatch.setattr(pretrain, "run", lambda *args, **keywords: calls.append((args, keywords)) or Path("model"))
+    monkeypatch.setattr(
+        pretrain, "run_pretraining", lambda *args, **keywords: calls.append((args, keywords)) or Path("model")
+    )
     assert run("pretrain", "r.yaml", "run.out=x", "optimization.steps=1", "--no-resume").out == "model\n"
     assert calls == [(("r.yaml", ["run.out=x", "optimization.steps=1"]), {"resume": False})]
 
@@ -351,7 +353,7 @@ def test_a_conversation_streams_highlights_remembers_and_ends(folder: Path, tmp_
         terminal.read_until("no blank: put")
         terminal.read_until_prompt()
         terminal.press("\x04")
-        assert terminal.process.wait(timeout=60) == 0
+        assert terminal.process.wait(timeout=600) == 0
     finally:
         terminal.close()
     assert "The [MASK] dog" in (tmp_path / "gmask" / "history").read_text("utf-8")
@@ -382,7 +384,7 @@ def test_a_conversation_goes_on_after_mistakes_and_ends_with_ctrl_d(
     monkeypatch.setattr(prompt_toolkit, "PromptSession", Session)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     pair = gmask.load(folder, device="cpu")
-    writing.fill_interactively(Infiller(*pair, Sampling(max_tokens=4)), None, as_json=False)
+    generation.fill_interactively(Infiller(*pair, Sampling(max_tokens=4)), None, as_json=False)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == gmask.infill(*pair, TEXT, max_tokens=4).text
     assert "no blank" in lines[2]
@@ -410,13 +412,13 @@ def test_ctrl_c_stops_a_real_run_without_a_traceback(folder: Path, tmp_path: Pat
     while not list(tmp_path.glob("*.partial")) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 130
     assert "Traceback" not in err
 
 
 def test_the_command_knows_the_bundled_models_without_loading_any() -> None:
-    from gmask.checkpoints.load import BUNDLED_MODELS
+    from gmask.checkpoints.hub import BUNDLED_MODELS
     from gmask.cli.options import BUNDLED_NAMES
 
     assert tuple(BUNDLED_MODELS) == BUNDLED_NAMES

@@ -160,4 +160,4 @@ def test_a_scripted_conversation_on_a_terminal(terminal: Terminal, tmp_path: Pat
     assert json.loads(second.read_text("utf-8"))["messages"] == stopped
     terminal.read_until_prompt()
     terminal.press("stop\r")
-    assert terminal.process.wait(timeout=60) == 0
+    assert terminal.process.wait(timeout=600) == 0

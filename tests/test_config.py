@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gmask.config import (
-    Choices,
     Count,
     Fraction,
     NotEmpty,
+    OneOf,
     Part,
     Positive,
     Range,
     RunSeed,
-    build,
+    build_settings,
     check_fields,
     load_tree,
     parse_yaml,
@@ -50,10 +50,10 @@ class Settings:
     seed: RunSeed = 0
     flag: bool = False
     word: Literal["adamw", "muon"] = "adamw"
-    letter: Annotated[str, Choices(("a", "b"))] = "a"
+    letter: Annotated[str, OneOf(("a", "b"))] = "a"
     betas: tuple[Fraction, Fraction] = (0.5, 0.5)
     files: str | Part | None = None
-    targets: Annotated[str, Choices(("all", "one"))] | tuple[str, ...] = "all"
+    targets: Annotated[str, OneOf(("all", "one"))] | tuple[str, ...] = "all"
     inner: tuple[Inner, ...] = ()
     section: Section = Section()
     table: Mapping[str, float] = field(default_factory=dict)
@@ -108,7 +108,7 @@ BAD: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize("values", GOOD)
 def test_values_that_fit_are_taken_by_both_ways(values: dict[str, Any]) -> None:
-    built, made = build(Settings, values), Checked(**values)
+    built, made = build_settings(Settings, values), Checked(**values)
     for name, value in values.items():
         wanted = tuple(value) if isinstance(value, list) else value
         assert getattr(built, name) == wanted
@@ -117,7 +117,7 @@ def test_values_that_fit_are_taken_by_both_ways(values: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("name", "value", "message"), BAD)
 def test_a_value_that_does_not_fit_is_named_alike_by_both_ways(name: str, value: Any, message: str) -> None:
-    for make in (lambda: build(Settings, {name: value}, "ours"), lambda: Checked(**{name: value})):
+    for make in (lambda: build_settings(Settings, {name: value}, "ours"), lambda: Checked(**{name: value})):
         if not message:
             make()
             continue
@@ -127,7 +127,7 @@ def test_a_value_that_does_not_fit_is_named_alike_by_both_ways(name: str, value:
 
 
 def test_plain_values_may_be_written_as_yaml_has_them_and_those_of_code_not() -> None:
-    built = build(Settings, {"rate": "1e-3", "count": 4.0, "betas": ["1e-1", 0], "share": "0.5"})
+    built = build_settings(Settings, {"rate": "1e-3", "count": 4.0, "betas": ["1e-1", 0], "share": "0.5"})
     assert (built.rate, built.count, built.betas, built.share) == (1e-3, 4, (0.1, 0.0), 0.5)
     assert type(built.count) is int and type(built.betas[1]) is float
     for values in ({"rate": "1e-3"}, {"count": 4.0}):
@@ -136,14 +136,16 @@ def test_plain_values_may_be_written_as_yaml_has_them_and_those_of_code_not() ->
 
 
 def test_large_whole_numbers_stay_whole() -> None:
-    assert build(Settings, {"plain": 2**53 + 1}).plain == 2**53 + 1
+    assert build_settings(Settings, {"plain": 2**53 + 1}).plain == 2**53 + 1
 
 
 def test_sections_are_built_and_may_be_empty() -> None:
-    built = build(Settings, {"inner": [{"name": "a"}, {"name": "b", "size": "3"}], "section": None, "table": None})
+    built = build_settings(
+        Settings, {"inner": [{"name": "a"}, {"name": "b", "size": "3"}], "section": None, "table": None}
+    )
     assert built == Settings(inner=(Inner(name="a"), Inner(name="b", size=3)))
     assert parse_yaml(to_yaml(built)) == plain_values(built)
-    assert build(Settings, plain_values(built)) == built
+    assert build_settings(Settings, plain_values(built)) == built
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ def test_sections_are_built_and_may_be_empty() -> None:
 )
 def test_keys_and_sections_are_named(values: Any, message: str) -> None:
     with pytest.raises(GmaskError) as caught:
-        build(Settings, values, title="the settings")
+        build_settings(Settings, values, title="the settings")
     assert str(caught.value).startswith(message)
 
 

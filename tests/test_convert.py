@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 import gmask
 from conversions import GOLDEN, RANKS, assert_same, tensors_of, write_checkpoint
-from gmask.checkpoints import output, zoo
+from gmask.checkpoints import save, zoo
 from gmask.checkpoints.convert import ConversionReport, convert
 from gmask.checkpoints.folder import read_config
-from gmask.checkpoints.weights import open_checkpoint
+from gmask.checkpoints.formats import open_checkpoint
 from gmask.cli import models
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from gmask.models.glm_heads import GLMForSequenceClassification
@@ -258,7 +258,7 @@ def test_a_row_that_was_trained_since_is_kept_both_ways(chinese_row, folder: Pat
 
 
 def test_large_weights_are_spread_over_files_that_transformers_reads(folder: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(output, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(save, "SHARD_BYTES", 30_000)
     report = convert(folder, tmp_path / "new")
     shards = [name for name in report.files if name.startswith("model-")]
     index = json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())

@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import gmask
 from conversions import assert_same, tensors_of
-from gmask.checkpoints import output
+from gmask.checkpoints import save
 from gmask.checkpoints.convert import ConversionReport, convert
 from gmask.checkpoints.folder import read_config
 from gmask.quantization.quantizer import form_of
@@ -96,7 +96,7 @@ def test_the_published_form_is_that_of_the_published_folder(case: str, tmp_path:
 def test_files_of_a_part_each_are_read_by_gmask_and_by_transformers(
     case: str, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(save, "SHARD_BYTES", 20_000)
     source = publish(tmp_path / "source", case)
     report = convert(source, tmp_path / "new", to=to)
     shards = [name for name in report.files if name.startswith("model-")]

@@ -89,7 +89,7 @@ def fault(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         if request.param == "while writing":
             monkeypatch.setattr(SafetensorsWriter, "_finish", fail)
         elif request.param == "while reading back":
-            monkeypatch.setattr("gmask.checkpoints.output.read_tokenizer", fail)
+            monkeypatch.setattr("gmask.checkpoints.save.read_tokenizer", fail)
         elif request.param == "wrong bits":
             real = tensor_files.as_bytes
             monkeypatch.setattr(tensor_files, "as_bytes", lambda tensor: real(-tensor))

@@ -17,7 +17,14 @@ from gmask.infilling.blanks import BlankTokens, InfillingExample
 from gmask.infilling.collator import collate
 from gmask.infilling.objectives import OBJECTIVES, Mixture
 from gmask.tasks.records import TXT_DOCUMENT_CHARS, Source, find_files, read_documents
-from gmask.training.corpus_rows import RowStream, TokenSource, build_cache, fingerprint, open_sources, validation_rows
+from gmask.training.corpus_rows import (
+    RowStream,
+    TokenSource,
+    build_cache,
+    hash_tokenizer,
+    open_sources,
+    validation_rows,
+)
 from gmask.training.tokenizer import train_tokenizer
 
 SPECIAL = BlankTokens(mask=5, smask=6, gmask=7, sop=8, eop=9, pad=0, cls=2, eos=1, dblock=10)
@@ -157,24 +164,25 @@ def test_padding_and_truncation_do_not_change_the_fingerprint(tokenizer: Tokeniz
     other = Tokenizer.from_str(tokenizer.to_str())
     other.enable_truncation(8)
     other.enable_padding()
-    assert fingerprint(other) == fingerprint(tokenizer)
+    assert hash_tokenizer(other) == hash_tokenizer(tokenizer)
 
 
 @pytest.mark.parametrize(
-    ("file", "damage"),
+    ("file", "damage", "fault"),
     [
-        ("tokens.bin", lambda data: data[:-2]),
-        ("tokens.bin", lambda data: data[:-1] + bytes([data[-1] ^ 1])),
-        ("offsets.npy", lambda data: data[:-8]),
-        ("meta.json", lambda data: data[: len(data) // 2]),
+        ("tokens.bin", lambda data: data[:-2], r"cache is damaged .*:"),
+        ("tokens.bin", lambda data: data[:-1] + bytes([data[-1] ^ 1]), r"cache is damaged .*:"),
+        ("offsets.npy", lambda data: data[:-8], r"cache is damaged .*:"),
+        ("meta.json", lambda data: data[: len(data) // 2], r"cache/meta\.json, line \d+: not JSON .*;"),
+        ("meta.json", lambda data: b"", r"cache/meta\.json: truncated or damaged,"),
     ],
-    ids=["truncated", "changed", "offsets", "meta"],
+    ids=["truncated", "changed", "offsets", "meta", "empty"],
 )
-def test_a_damaged_cache_is_an_error_that_names_the_folder(tmp_path, tokenizer, file, damage) -> None:
+def test_a_damaged_cache_is_an_error_that_names_the_folder(tmp_path, tokenizer, file, damage, fault) -> None:
     path, folder = write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
     build_cache([path], tokenizer, folder, progress=False)
     (folder / file).write_bytes(damage((folder / file).read_bytes()))
-    with pytest.raises(GmaskError, match=r"cache is damaged .*: delete that folder and run again"):
+    with pytest.raises(GmaskError, match=rf"{fault} delete that folder and run again"):
         build_cache([path], tokenizer, folder, progress=False)
 
 

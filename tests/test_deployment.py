@@ -71,7 +71,7 @@ def wait_for(condition: Callable[[], Any], what: str, *, timeout: float = 600) -
 
 
 def send(port: int, method: str, path: str, body: Any = None) -> tuple[int, bytes, dict[str, str]]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     try:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"}  # which only Ray asks for
         connection.request(method, path, body and json.dumps(body), headers)
@@ -148,7 +148,7 @@ def end(ray: subprocess.Popen[bytes]) -> None:
     processes = psutil.Process(ray.pid).children(recursive=True)
     ray.terminate()
     try:
-        ray.wait(timeout=60)
+        ray.wait(timeout=600)
     except subprocess.TimeoutExpired:
         ray.kill()
         ray.wait()
@@ -248,7 +248,7 @@ def test_both_replicas_give_the_answers_of_the_model_alone(cluster: Cluster, exp
 
 def test_an_answer_streams_through_the_proxy(cluster: Cluster, expected: dict[str, str]) -> None:
     prompt = PROMPTS[0]
-    connection = http.client.HTTPConnection("127.0.0.1", cluster.port, timeout=120)
+    connection = http.client.HTTPConnection("127.0.0.1", cluster.port, timeout=600)
     body = json.dumps(completion(prompt, stream=True))
     connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
     response = connection.getresponse()

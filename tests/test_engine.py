@@ -15,9 +15,9 @@ from torch import Tensor
 import gmask
 from gmask.errors import GmaskError
 from gmask.generation.constraints import TokenMask
-from gmask.generation.engine import Engine, Progress, QueueFull, Request
+from gmask.generation.engine import Engine, QueueFull, Request, SampleProgress
+from gmask.generation.prompts import Context, TextReader
 from gmask.generation.settings import Sampling
-from gmask.generation.text import Context, TextReader
 from slow_engine import SlowEngine, assert_as_alone, assert_idle, wait_until
 from tiny_folder import make_folder
 
@@ -124,7 +124,7 @@ def test_a_chatglm_is_answered_too() -> None:
 
 
 def test_what_is_told_grows_token_by_token(loaded: tuple[Any, Any], engine: Engine) -> None:
-    told: list[Progress] = []
+    told: list[SampleProgress] = []
     context = TextReader(loaded[1]).read(TEXTS[4]).context
     sampling = Sampling(max_tokens=4, min_tokens=2, top_logprobs=3)
     ticket = engine.submit(Request(context=context, sampling=sampling), told.append)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 import gmask
-from gmask.generation.engine import Engine, EngineClosed, Progress, Request
+from gmask.generation.engine import Engine, EngineClosed, Request, SampleProgress
+from gmask.generation.prompts import Context, TextReader
 from gmask.generation.settings import Sampling
-from gmask.generation.text import Context, TextReader
 from slow_engine import SlowEngine, assert_as_alone, assert_idle, wait_until
 from tiny_folder import make_folder
 
@@ -28,7 +28,7 @@ def slow(loaded: tuple[Any, Any]) -> Iterator[SlowEngine]:
 
 
 def test_a_listener_that_fails_harms_no_other(slow: SlowEngine, caplog: Any) -> None:
-    def fail(progress: Progress) -> None:
+    def fail(progress: SampleProgress) -> None:
         raise RuntimeError("the client has gone")
 
     context = slow.reader.read("a [MASK]").context
@@ -40,7 +40,7 @@ def test_a_listener_that_fails_harms_no_other(slow: SlowEngine, caplog: Any) -> 
 
 
 def test_a_listener_that_fails_hides_no_end(slow: SlowEngine) -> None:
-    def fail(progress: Progress) -> None:
+    def fail(progress: SampleProgress) -> None:
         raise RuntimeError("the client has gone")
 
     context = slow.reader.read("a [MASK]").context

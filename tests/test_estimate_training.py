@@ -251,7 +251,7 @@ def test_the_verb_passes_everything_on() -> None:
         (["bundled", "--method", "lora", "--set", "ranc=4"], "rank"),
         (["bundled", "--method", "lora", "--set", "rank"], "write it as key=value"),
         (["bundled", "--method", "lora", "--set", "optimizer=adam9"], "optimizer 'adam9' is not one of adamw"),
-        (["bundled", "--method", "lora", "--set", "accumulation=many"], "expected a whole number"),
+        (["bundled", "--method", "lora", "--set", "accumulation=many"], "accumulation is 'many': expected int"),
         (["bundled", "--method", "lora", "--length", "513"], "rows of 513 tokens: the model has 512 positions"),
         (["bundled", "--method", "lora", "--batch-size", "0"], "a batch size of 0"),
         (["bundled", "--method", "lora", "--gpus", "0"], "a number of processes of 0"),

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 import gmask
 from gmask.generation.chat import Chatter
-from gmask.generation.text import TextReader
+from gmask.generation.prompts import TextReader
 from gmask.infilling.blanks import NOT_SCORED
 from gmask.models.chatglm import derive_chat_layout
 from gmask.models.layout import derive_layout
 from gmask.tasks.records import Sample, TaskKind
-from gmask.training.examples import Example, SampleEncoder, pack
+from gmask.training.examples import Example, SampleEncoder, pack_examples
 from tuning_models import Pair, make_chatglm, make_glm
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -299,7 +299,7 @@ def make_example(length: int) -> Example:
 @given(st.lists(st.integers(1, 20), max_size=200))
 def test_packing_loses_nothing_and_fills_rows(lengths: list[int]) -> None:
     examples = [make_example(length) for length in lengths]
-    rows = pack(examples, row_length=20)
+    rows = pack_examples(examples, row_length=20)
     assert sorted(id(example) for row in rows for example in row) == sorted(map(id, examples))
     used = [sum(example.length for example in row) for row in rows]
     assert all(0 < count <= 20 for count in used)
@@ -309,4 +309,4 @@ def test_packing_loses_nothing_and_fills_rows(lengths: list[int]) -> None:
 
 def test_a_row_too_short_for_an_example_is_refused() -> None:
     with pytest.raises(gmask.GmaskError, match="21 tokens, a row 20"):
-        pack([make_example(21)], row_length=20)
+        pack_examples([make_example(21)], row_length=20)

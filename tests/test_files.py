@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import resource
@@ -425,7 +426,45 @@ def test_an_object_of_a_model_folder_may_hold_what_a_vocabulary_needs(tmp_path: 
     assert read_object(path, required=False) == {}
     path.write_bytes(MARK + rb'{"\ud83d": Infinity}')
     assert read_object(path) == {HALF: float("inf")}
-    for content, message in ((b"[]", "expected a JSON object"), (b"{", "not JSON, download or copy it again")):
+
+
+BAD_OBJECTS = [
+    (b"[]", r"a\.json: expected a JSON object; {}$"),
+    (b'{\n"a": }', r"a\.json, line 2: not JSON \(Expecting value at column 6\); {}$"),
+    (b"[" * 100_000, r"a\.json: not read, since its values are nested too deeply; {}$"),
+    (b"9" * 5000, r"a\.json: not JSON \(Exceeds the limit .*\); {}$"),
+    (b"", r"a\.json: truncated or damaged, {} \(it is empty\)$"),
+    (None, r"a\.json: missing; {}$"),
+    ("天".encode("gbk"), r"a\.json, line 1: not UTF-8 text"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_OBJECTS)
+def test_an_object_that_cannot_be_read_is_one_line_that_says_where_and_what_to_do(
+    tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    path = tmp_path / "a.json"
+    if content is not None:
         path.write_bytes(content)
-        with pytest.raises(GmaskError, match=message):
-            read_object(path)
+    with pytest.raises(GmaskError, match=message.format("download or copy it again")):
+        read_object(path)
+    with pytest.raises(GmaskError, match=message.format("delete it")) as caught:
+        read_object(path, remedy="delete it")
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_that_json_does_not_have_are_read_where_they_are_ours(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"loss": NaN}\n{"loss"')
+    told: list[GmaskError] = []
+    ((number, record),) = read_json_lines(path, told.append, checked=False)
+    assert number == 1 and math.isnan(record["loss"])
+    assert [str(error) for error in told] == [f"{path}, line 2: not JSON (Expecting ':' delimiter at column 8)"]
+
+
+def test_an_object_of_any_size_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    with path.open("wb") as file:
+        file.truncate(70 << 20)  # a sparse file
+    with pytest.raises(GmaskError, match=r"config\.json: has 70 MB, and no such file is as large"):
+        read_object(path)

@@ -19,8 +19,8 @@ from gmask.models.glm_heads import GLMForSequenceClassification
 from gmask.tasks.task import load_task
 from gmask.training import finetune
 from gmask.training import losses as training_losses
-from gmask.training import measure as training_measure
 from gmask.training.run_folder import list_checkpoints
+from gmask.training.validation import Validator
 from tuning_data import CHAT, CLOZE_TASK, SENTIMENT, read_log, read_losses, write_recipe
 
 TASKS: dict[str, tuple[Any, list[dict[str, Any]]]] = {
@@ -53,7 +53,7 @@ def test_every_kind_of_task_is_learnt(tmp_path: Path, kind: str) -> None:
         tmp_path, task=task, records=records, forgetting={"skip": True},
         optimization={"steps": 12, "evaluate_every": 12},
     )  # fmt: skip
-    folder = finetune.run(path)
+    folder = finetune.run_finetuning(path)
     losses = [record["loss"] for record in read_log(tmp_path / "out")]
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
     model, _ = gmask.load(folder)
@@ -64,7 +64,7 @@ def test_every_kind_of_task_is_learnt(tmp_path: Path, kind: str) -> None:
 def test_every_method_trains(tmp_path: Path, method: str) -> None:
     rate = {"p-tuning-v2": 2e-2, "ia3": 3e-2}.get(method, 3e-3)
     settings = {"name": method, **({"prefix_length": 8} if method == "p-tuning-v2" else {})}
-    folder = finetune.run(
+    folder = finetune.run_finetuning(
         write_recipe(tmp_path, method=settings, optimization={"steps": 10, "learning_rate": rate, "evaluate_every": 10})
     )
     losses = [record["loss"] for record in read_log(tmp_path / "out")]
@@ -85,7 +85,7 @@ def test_the_saved_weights_predict_what_was_measured(tmp_path: Path, method: str
         optimization={"steps": 6, "learning_rate": 3e-3},
         decoding={"max_tokens": 5},
     )
-    finetune.run(path)
+    finetune.run_finetuning(path)
     out = tmp_path / "out"
     (task := tmp_path / "task.yaml").write_text(yaml.safe_dump(CLOZE_TASK, sort_keys=False), "utf-8")
     report = run_task(
@@ -109,7 +109,7 @@ def test_the_saved_weights_predict_what_was_measured(tmp_path: Path, method: str
 
 def test_a_run_leaves_what_a_reader_needs(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, task="chat/alpaca", records=CHAT, method={"name": "lora"}, forgetting={"answers": 2})
-    folder = finetune.run(path)
+    folder = finetune.run_finetuning(path)
     out = tmp_path / "out"
     names = {file.name for file in out.iterdir()}
     assert names >= {
@@ -140,7 +140,7 @@ def test_the_loss_does_not_depend_on_how_a_step_is_split(tmp_path: Path) -> None
     found = {}
     for batch_size, accumulation in ((4, 1), (1, 4), (2, 2)):
         out = tmp_path / f"{batch_size}"
-        finetune.run(
+        finetune.run_finetuning(
             path,
             [f"run.out={out}", f"optimization.batch_size={batch_size}", f"optimization.accumulation={accumulation}"],
         )
@@ -152,21 +152,21 @@ def test_the_loss_does_not_depend_on_how_a_step_is_split(tmp_path: Path) -> None
 def test_packed_samples_have_the_loss_that_they_have_alone(tmp_path: Path) -> None:
     task, records = TASKS["seq2seq"]
     path = write_recipe(tmp_path, task=task, records=records, optimization={"steps": 1, "batch_size": 8})
-    finetune.run(path, [f"run.out={tmp_path / 'alone'}"])
-    finetune.run(path, [f"run.out={tmp_path / 'packed'}", "data.packing=200", "optimization.batch_size=1"])
+    finetune.run_finetuning(path, [f"run.out={tmp_path / 'alone'}"])
+    finetune.run_finetuning(path, [f"run.out={tmp_path / 'packed'}", "data.packing=200", "optimization.batch_size=1"])
     alone, packed = (read_log(tmp_path / name)[0] for name in ("alone", "packed"))
     assert packed["supervised_tokens"] == alone["supervised_tokens"]
     assert packed["loss"] == pytest.approx(alone["loss"], rel=1e-5)
     with pytest.raises(GmaskError, match=r"data\.packing is for tasks that write"):
-        finetune.run(write_recipe(tmp_path / "cloze", data={"packing": 64}))
+        finetune.run_finetuning(write_recipe(tmp_path / "cloze", data={"packing": 64}))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora", "p-tuning-v2"])
 def test_checkpointing_gradients_changes_no_loss(tmp_path: Path, method: str) -> None:
     path = write_recipe(tmp_path, method={"name": method})
-    finetune.run(path, [f"run.out={tmp_path / 'plain'}"])
-    finetune.run(path, [f"run.out={tmp_path / 'saving'}", "optimization.gradient_checkpointing=true"])
+    finetune.run_finetuning(path, [f"run.out={tmp_path / 'plain'}"])
+    finetune.run_finetuning(path, [f"run.out={tmp_path / 'saving'}", "optimization.gradient_checkpointing=true"])
     plain, saving = ([record["loss"] for record in read_log(tmp_path / name)] for name in ("plain", "saving"))
     assert plain == pytest.approx(saving, rel=1e-5)
 
@@ -175,7 +175,7 @@ def test_a_bfloat16_forward_keeps_float32_master_weights(tmp_path: Path) -> None
     path = write_recipe(
         tmp_path, method={"name": "lora"}, model={"dtype": "bfloat16"}, optimization={"dtype": "bfloat16"}
     )
-    finetune.run(path)
+    finetune.run_finetuning(path)
     weights = load_file(tmp_path / "out" / "checkpoint-00000004" / "trained.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert all("lora" in name for name in weights)
@@ -189,7 +189,7 @@ def test_adapters_learn_beside_integers(tmp_path: Path, form: str, method: str) 
     path = write_recipe(
         tmp_path, method={"name": method}, model={"quantize": form}, optimization={"steps": 8, "learning_rate": rate}
     )
-    finetune.run(path)
+    finetune.run_finetuning(path)
     losses = [record["loss"] for record in read_log(tmp_path / "out")]
     assert sum(losses[-2:]) < sum(losses[:2])
 
@@ -198,13 +198,13 @@ def test_the_best_weights_are_kept_and_worse_ones_end_the_run(tmp_path: Path, mo
     told = iter([40.0, 60.0, 50.0, 60.0, 55.0, 99.0])
     seen: list[dict[str, torch.Tensor]] = []
 
-    def measure(self: training_measure.Measurer, samples: Any, **kwargs: Any) -> Evaluation:
+    def validate(self: Validator, samples: Any, **kwargs: Any) -> Evaluation:
         weights = {name: tensor.detach().clone() for name, tensor in self.model.named_parameters()}
         seen.append(weights)
         return Evaluation([], {"loss": 1.0, "accuracy": next(told)}, {})
 
-    monkeypatch.setattr(training_measure.Measurer, "measure", measure)
-    folder = finetune.run(
+    monkeypatch.setattr(Validator, "validate", validate)
+    folder = finetune.run_finetuning(
         write_recipe(tmp_path, optimization={"steps": 40, "evaluate_every": 2, "early_stop": 2, "learning_rate": 1e-4})
     )
     results = read_results(tmp_path / "out")
@@ -216,7 +216,7 @@ def test_the_best_weights_are_kept_and_worse_ones_end_the_run(tmp_path: Path, mo
 
 def test_folds_hold_out_every_record_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_recipe(tmp_path, data={"validation": None, "folds": 4}, optimization={"steps": 2})
-    out = finetune.run(path)
+    out = finetune.run_finetuning(path)
     results = read_results(out)
     texts = [
         json.loads(line)["text"]
@@ -234,8 +234,8 @@ def test_folds_hold_out_every_record_once(tmp_path: Path, capsys: pytest.Capture
 
 def test_a_random_model_of_the_same_shape_can_be_compared(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, task="language-model/text", records=TASKS["language-model"][1])
-    finetune.run(path, [f"run.out={tmp_path / 'known'}"])
-    finetune.run(path, [f"run.out={tmp_path / 'random'}", "model.initialization=random"])
+    finetune.run_finetuning(path, [f"run.out={tmp_path / 'known'}"])
+    finetune.run_finetuning(path, [f"run.out={tmp_path / 'random'}", "model.initialization=random"])
     known, random = (read_log(tmp_path / name)[0]["loss"] for name in ("known", "random"))
     assert known < random - 1
 
@@ -259,7 +259,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
     with pytest.raises(
         GmaskError, match=r"step 3: the loss is nan .*train\.jsonl:\d.* are kept in .*bad-batch-00000003"
     ):
-        finetune.run(write_recipe(tmp_path))
+        finetune.run_finetuning(write_recipe(tmp_path))
     (batch,) = torch.load(tmp_path / "out" / "bad-batch-00000003.pt")
     assert len(batch["samples"]) == len(batch["input_ids"]) == 4
     assert [folder.name for folder in list_checkpoints(tmp_path / "out")] == ["checkpoint-00000002"]
@@ -273,10 +273,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
     ],
 )
 def test_an_adapter_of_another_method_is_not_trained_on(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
-    folder = finetune.run(write_recipe(tmp_path, method={"name": "lora"}, optimization={"steps": 1}))
+    folder = finetune.run_finetuning(write_recipe(tmp_path, method={"name": "lora"}, optimization={"steps": 1}))
     path = write_recipe(tmp_path / "more", model={"adapter": str(folder)}, method=settings)
     with pytest.raises(GmaskError, match=message):
-        finetune.run(path)
+        finetune.run_finetuning(path)
 
 
 def test_a_batch_without_a_supervised_token_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +293,7 @@ def test_a_batch_without_a_supervised_token_is_refused(tmp_path: Path, monkeypat
     monkeypatch.setattr(training_losses, "find_collator", masking)
     task, records = TASKS["seq2seq"]
     with pytest.raises(GmaskError, match=r"step 1: no token of its samples is supervised.*train\.jsonl:\d"):
-        finetune.run(write_recipe(tmp_path, task=task, records=records))
+        finetune.run_finetuning(write_recipe(tmp_path, task=task, records=records))
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_bad_input_is_one_line_and_loses_nothing(tmp_path: Path, change: str, me
     changes = change.split(" data.") if change.startswith("data.folds") else [change]
     changes = [changes[0], *(f"data.{one}" for one in changes[1:])]
     with pytest.raises(GmaskError) as caught:
-        finetune.run(write_recipe(tmp_path), changes)
+        finetune.run_finetuning(write_recipe(tmp_path), changes)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -334,12 +334,12 @@ def test_bad_records_stop_the_run_or_are_counted(tmp_path: Path) -> None:
     records = [*SENTIMENT, {"text": "", "label": "good"}, {"text": "Odd.", "label": "odd"}]
     path = write_recipe(tmp_path, records=records, data={"validation": None})
     with pytest.raises(GmaskError, match=r"train\.jsonl, line 9: .*'text' is empty"):
-        finetune.run(path)
-    finetune.run(path, ["data.skip_bad_lines=true"])
+        finetune.run_finetuning(path)
+    finetune.run_finetuning(path, ["data.skip_bad_lines=true"])
     assert "2 records could not be used" in (tmp_path / "out" / "start.txt").read_text("utf-8")
     with (tmp_path / "train.jsonl").open("a", encoding="utf-8") as file:
         file.write("{broken\n")
-    finetune.run(path, ["data.skip_bad_lines=true", f"run.out={tmp_path / 'again'}"])
+    finetune.run_finetuning(path, ["data.skip_bad_lines=true", f"run.out={tmp_path / 'again'}"])
     assert "3 records could not be used" in (tmp_path / "again" / "start.txt").read_text("utf-8")
 
 
@@ -347,7 +347,7 @@ def test_long_samples_are_cut_and_counted_and_odd_rates_hinted_at(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_recipe(tmp_path, data={"max_source": 8}, method={"name": "p-tuning-v2"})
-    finetune.run(path, ["optimization.learning_rate=2e-4"])
+    finetune.run_finetuning(path, ["optimization.learning_rate=2e-4"])
     start = (tmp_path / "out" / "start.txt").read_text("utf-8")
     assert "of 8 samples, " in start and "raise data.max_source (8)" in start and "tokens on the left" in start
     assert "validation: of 4 samples " in capsys.readouterr().err
@@ -358,8 +358,8 @@ def test_long_samples_are_cut_and_counted_and_odd_rates_hinted_at(
 @pytest.mark.slow
 def test_options_of_the_library_pass_through(tmp_path: Path) -> None:
     path = write_recipe(tmp_path)
-    finetune.run(path, [f"run.out={tmp_path / 'adamw'}"])
-    finetune.run(path, [f"run.out={tmp_path / 'sgd'}", "optimization.trainer.optim=sgd"])
+    finetune.run_finetuning(path, [f"run.out={tmp_path / 'adamw'}"])
+    finetune.run_finetuning(path, [f"run.out={tmp_path / 'sgd'}", "optimization.trainer.optim=sgd"])
     adamw, sgd = (read_losses(tmp_path / name) for name in ("adamw", "sgd"))
     assert adamw[0][1] == sgd[0][1]
     assert adamw[1][1] != sgd[1][1]

@@ -1,6 +1,7 @@
 """Two processes that share a run make the steps that one makes."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ def test_two_processes_make_the_steps_of_one(tmp_path: Path, kind: str, method: 
         tmp_path, task=task, records=records, method={"name": method},
         optimization={"steps": 6, "batch_size": 2, "accumulation": 3, "evaluate_every": 3, "save_every": 3},
     )  # fmt: skip
-    finetune.run(path, [f"run.out={tmp_path / 'one'}"])
+    finetune.run_finetuning(path, [f"run.out={tmp_path / 'one'}"])
     done = run_in_two(path, f"run.out={tmp_path / 'two'}")
     assert done.returncode == 0, done.stderr[-4000:]
     one, two = (read_log(tmp_path / name) for name in ("one", "two"))
@@ -62,8 +63,8 @@ def test_a_run_of_two_processes_resumes_exactly(tmp_path: Path) -> None:
     assert whole.returncode == 0, whole.stderr[-4000:]
     again = tmp_path / "again"
     assert run_in_two(path, f"run.out={again}").returncode == 0
-    for left in ("results.json", "checkpoint-00000004/training.json"):
-        (again / left).unlink()  # as if it had been killed after its second step
+    (again / "results.json").unlink()
+    shutil.rmtree(again / "checkpoint-00000004")  # as if it had been killed after its second step
     resumed = run_in_two(path, f"run.out={again}")
     assert resumed.returncode == 0, resumed.stderr[-4000:]
     losses = [[record["loss"] for record in read_log(folder)] for folder in (tmp_path / "whole", again)]

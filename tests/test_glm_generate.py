@@ -260,7 +260,7 @@ def test_samples_are_drawn_from_the_recomputed_distribution(
 
 def test_the_streamer_yields_the_answer(model: GLMForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
     prompt = torch.tensor([PROMPTS[0]])
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=20)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=600)
     options = {"inputs": prompt, "max_new_tokens": 8, "streamer": streamer}
     thread = Thread(target=partial(greedy, model, **options))
     thread.start()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fake_hub import FakeHub
-from gmask.checkpoints.hub import fetch, looks_like_hub_name
+from gmask.checkpoints.hub import check_name, fetch, find_local, looks_like_hub_name
 from gmask.errors import GmaskError
 
 FILES = {
@@ -174,6 +174,36 @@ def test_the_weights_of_another_model_are_not_fetched(hub: FakeHub, config: byte
     hub.add("THUDM/chatglm2-6b", {**FILES, "config.json": config})
     assert "not to a first-generation GLM" in fetch_error("THUDM/chatglm2-6b")
     assert "pytorch_model.bin" not in hub.downloads()
+
+
+def test_an_unknown_name_is_looked_up_without_its_weights_and_a_known_one_not_at_all(hub: FakeHub) -> None:
+    for name in ("bundled", NAME, "GLM-10B", "ZhipuAI/glm-10b", str(Path(__file__).parent)):
+        check_name(name)
+    assert hub.asked == []
+    hub.add("somebody/glm", {**FILES, "config.json": b'{"model_type": "glm", "block_position_encoding": true}'})
+    check_name("somebody/glm")
+    assert set(hub.downloads()) == WANTED - {"pytorch_model.bin"}
+    asked = len(hub.asked)
+    check_name("somebody/glm")
+    assert len(hub.asked) == asked, "it is in the cache"
+    hub.add("somebody/other", {**FILES, "config.json": b'{"model_type": "glm4"}'})
+    for name, message in (
+        ("nobody/nothing", "check the name"),
+        ("somebody/other", "not to a first-generation GLM"),
+        ("GLM-Base", "on no hub"),
+        ("glm-11b", "no such folder; name the folder of a model, a published model, or bundled"),
+        (__file__, "is a file; name the folder of a model"),
+    ):
+        with pytest.raises(GmaskError) as caught:
+            check_name(name)
+        assert message in str(caught.value)
+
+
+def test_a_folder_goes_before_a_name_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_local(NAME) is None
+    Path(NAME).mkdir(parents=True)
+    assert find_local(NAME) == Path(NAME)
 
 
 def test_offline_the_message_names_the_ways_out(hub: FakeHub, offline: None) -> None:

@@ -14,9 +14,9 @@ from gmask.checkpoints.load import load_model
 from gmask.generation.answers import Answer, Hypothesis
 from gmask.generation.decode import make_decoder
 from gmask.generation.infill import Infiller
+from gmask.generation.prompts import Context, TextReader
 from gmask.generation.sampling import Sampler
 from gmask.generation.settings import Sampling
-from gmask.generation.text import Context, TextReader
 from gmask.infilling.blanks import BlankTokens
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from gmask.tokenizers.folder import read_tokenizer

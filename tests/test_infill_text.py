@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from gmask.errors import GmaskError
 from gmask.files import check_characters
 from gmask.generation.answers import TextAssembler, cut_at_stop, token_texts
-from gmask.generation.text import TextReader
+from gmask.generation.prompts import TextReader
 from gmask.training.tokenizer import GLM_TOKEN_ROLES, TOKEN_ROLES
 from tiny_folder import CHINESE, ENGLISH, train_tiny_tokenizer
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 import gmask
 from gmask import hardware
 from gmask.checkpoints.folder import read_config
+from gmask.checkpoints.formats import Checkpoint
 from gmask.checkpoints.load import load_model, load_tokenizer
-from gmask.checkpoints.weights import Checkpoint
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from gmask.models.glm_heads import GLMForMultipleChoice, GLMForSequenceClassification
 from tiny_folder import SPECIAL, make_folder
@@ -186,7 +186,7 @@ def test_every_public_name_is_there_and_a_wrong_one_is_not() -> None:
 
 def test_public_names_are_imported_on_first_use() -> None:
     code = "import sys, gmask; gmask.GmaskError; print('torch' in sys.modules, 'infill' in vars(gmask))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.stdout == "False False\n"
     assert gmask.infill is importlib.import_module("gmask.generation.infill").infill
 

@@ -12,8 +12,8 @@ from gmask.checkpoints import folder as checkpoint_folder
 from gmask.checkpoints import zoo
 from gmask.checkpoints.convert import quantize_folder
 from gmask.checkpoints.folder import read_config
+from gmask.checkpoints.formats import open_checkpoint
 from gmask.checkpoints.load import load_model
-from gmask.checkpoints.weights import open_checkpoint
 from gmask.models.glm import GLMForConditionalGeneration
 from gmask.models.glm_heads import GLMForSequenceClassification
 from gmask.quantization.quantizer import QuantizationConfig

@@ -11,7 +11,7 @@ from gmask.generation.score import AnswerRow, AnswerScorer
 from gmask.infilling.blanks import NOT_SCORED
 from gmask.models.glm_heads import GLMForSequenceClassification
 from gmask.tasks.records import Sample, TaskKind
-from gmask.training.examples import SampleEncoder, find_collator, pack
+from gmask.training.examples import SampleEncoder, find_collator, pack_examples
 from gmask.training.losses import choice_logprobs, choice_loss, class_loss, find_loss, token_loss
 from tiny_folder import make_folder
 from tuning_models import Pair, make_chatglm, make_glm, weights_kept
@@ -130,7 +130,7 @@ def assert_company_costs_nothing(pair: Pair, kind: TaskKind, samples: list[Sampl
     with torch.inference_mode():
         alone = [token_loss(pair[0], make_batch(pair, kind, [example])) for example in examples]
         padded = token_loss(pair[0], make_batch(pair, kind, examples))
-        rows = pack([*examples, *examples[:1]], row_length=sum(example.length for example in examples))
+        rows = pack_examples([*examples, *examples[:1]], row_length=sum(example.length for example in examples))
         packed = token_loss(pair[0], make_batch(pair, kind, rows))
     assert any(len(row) > 1 for row in rows)
     assert float(padded[0]) == pytest.approx(sum(float(total) for total, _ in alone), rel=1e-5)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import gmask
 from gmask.errors import GmaskError
+from gmask.generation.prompts import TextReader
 from gmask.generation.score import Scorer
-from gmask.generation.text import TextReader
 from gmask.models.glm_heads import GLMForSequenceClassification
 from gmask.quantization.linear import QuantizedLayer, QuantLinear
 from gmask.recipes.tuning import OWNERS, RATES, USUAL_RATES, MethodSettings, hint_learning_rate

@@ -14,8 +14,8 @@ from conftest import MASK, PAD, SOP
 from gmask.checkpoints.adapters import save_adapter
 from gmask.errors import GmaskError
 from gmask.generation.engine import Engine, Request
+from gmask.generation.prompts import TextReader
 from gmask.generation.settings import Sampling
-from gmask.generation.text import TextReader
 from gmask.models.base import attach_prefix
 from gmask.models.glm import GLMForConditionalGeneration
 from tiny_folder import make_folder

@@ -23,7 +23,7 @@ from gmask.models.glm import GLMForConditionalGeneration
 from gmask.recipes.pretraining import load_recipe
 from gmask.training import pretrain, run_folder
 from gmask.training.loop import Loop
-from gmask.training.run_folder import read_records
+from gmask.training.run_folder import read_metrics
 
 SENTENCES = [
     "The small brown dog ran over the green hill.",
@@ -65,17 +65,17 @@ def recipe_path(tmp_path: Path) -> Path:
 
 def losses(out: Path) -> list[tuple[int, float, Any]]:
     return [
-        (record["step"], record["loss"], record.get("validation")) for record in read_records(out / "metrics.jsonl")
+        (record["step"], record["loss"], record.get("validation")) for record in read_metrics(out / "metrics.jsonl")
     ]
 
 
 def test_a_run_ends_with_a_model_folder_and_a_log(recipe_path: Path, tmp_path: Path) -> None:
-    model_folder = pretrain.run(str(recipe_path))
+    model_folder = pretrain.run_pretraining(str(recipe_path))
     names = {path.name for path in model_folder.iterdir()}
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "curves.png", "metrics.jsonl", "recipe.yaml"}
     assert {tensor.dtype for tensor in load_file(model_folder / "model.safetensors").values()} == {torch.bfloat16}
     assert [record[0] for record in losses(tmp_path / "out")] == list(range(1, 17))
-    validated = [record for record in read_records(tmp_path / "out" / "metrics.jsonl") if "validation" in record]
+    validated = [record for record in read_metrics(tmp_path / "out" / "metrics.jsonl") if "validation" in record]
     assert [record["step"] for record in validated] == [8, 16]
     assert set(validated[0]["validation"]["toy"]) == {"token", "sentence", "document"}
     assert [folder.name for folder in run_folder.list_checkpoints(tmp_path / "out")] == [
@@ -114,30 +114,30 @@ def test_twenty_documents_are_learnt(recipe_path: Path, tmp_path: Path) -> None:
         "run.validate_every=1000",
         "run.save_every=1000",
     ]
-    pretrain.run(str(recipe_path), settings)
+    pretrain.run_pretraining(str(recipe_path), settings)
     found = [loss for _, loss, _ in losses(tmp_path / "out")]
     assert sum(found[-20:]) / 20 < 3.0  # guessing by word frequency alone stays near 4
 
 
 def test_rows_longer_than_the_positions_are_cut_into_pieces(recipe_path: Path, tmp_path: Path) -> None:
     longer = ["data.row_length=256", "model.max_position_embeddings=40", "optimization.steps=8"]
-    pretrain.run(str(recipe_path), longer)
+    pretrain.run_pretraining(str(recipe_path), longer)
     assert [step for step, _, validation in losses(tmp_path / "out") if validation] == [8]
 
 
 def test_a_killed_run_goes_on_bit_for_bit(recipe_path: Path, tmp_path: Path) -> None:
-    pretrain.run(str(recipe_path), [f"run.out={tmp_path / 'whole'}"])
+    pretrain.run_pretraining(str(recipe_path), [f"run.out={tmp_path / 'whole'}"])
     overrides = [f"run.out={tmp_path / 'killed'}"]
-    code = f"from gmask.training.pretrain import run; run({str(recipe_path)!r}, {overrides!r})"
+    code = f"from gmask.training.pretrain import run_pretraining; run_pretraining({str(recipe_path)!r}, {overrides!r})"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300  # a busy machine takes long to start it
     log = tmp_path / "killed" / "metrics.jsonl"
-    while time.monotonic() < deadline and not (log.exists() and len(read_records(log)) >= 6):
+    while time.monotonic() < deadline and not (log.exists() and len(read_metrics(log)) >= 6):
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert 6 <= len(read_records(log)) <= 16
-    pretrain.run(str(recipe_path), overrides)
+    assert 6 <= len(read_metrics(log)) <= 16
+    pretrain.run_pretraining(str(recipe_path), overrides)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     whole, killed = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
@@ -147,7 +147,7 @@ def test_a_run_with_dropout_resumes_bit_for_bit(
     recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dropout = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
-    pretrain.run(str(recipe_path), [*dropout, f"run.out={tmp_path / 'whole'}"])
+    pretrain.run_pretraining(str(recipe_path), [*dropout, f"run.out={tmp_path / 'whole'}"])
     step = Loop.step
 
     def stop_at_six(self: Loop, *args: Any, **kwargs: Any) -> Any:
@@ -158,17 +158,17 @@ def test_a_run_with_dropout_resumes_bit_for_bit(
     monkeypatch.setattr(Loop, "step", stop_at_six)
     overrides = [*dropout, f"run.out={tmp_path / 'stopped'}"]
     with pytest.raises(KeyboardInterrupt):
-        pretrain.run(str(recipe_path), overrides)
+        pretrain.run_pretraining(str(recipe_path), overrides)
     monkeypatch.setattr(Loop, "step", step)
     torch.rand(100)  # whatever happened to the random state since
-    pretrain.run(str(recipe_path), overrides)
+    pretrain.run_pretraining(str(recipe_path), overrides)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
 
 
 def test_the_loss_does_not_depend_on_how_a_step_is_split(recipe_path: Path, tmp_path: Path) -> None:
     overrides = ["optimization.steps=2", "run.validate_every=100", *NO_DROPOUT]
     for rows in (1, 4):
-        pretrain.run(
+        pretrain.run_pretraining(
             str(recipe_path), [*overrides, f"optimization.rows_per_pass={rows}", f"run.out={tmp_path / str(rows)}"]
         )
     one, four = ([record[1] for record in losses(tmp_path / str(rows))] for rows in (1, 4))
@@ -188,7 +188,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch_named(
 
     monkeypatch.setattr(GLMForConditionalGeneration, "token_losses", poisoned)
     with pytest.raises(GmaskError, match=r"step 6: the loss is nan .* rows 20 to 23 are kept in .*bad-batch-00000006"):
-        pretrain.run(str(recipe_path))
+        pretrain.run_pretraining(str(recipe_path))
     batches = torch.load(tmp_path / "out" / "bad-batch-00000006.pt")
     assert [batch["rows"] for batch in batches] == [[20, 21], [22, 23]]
     assert all(batch["input_ids"].shape == (2, 64) for batch in batches)
@@ -207,11 +207,11 @@ def test_a_full_disk_keeps_the_last_checkpoint(
 
     monkeypatch.setattr(run_folder, "save_file", full_at_eight)
     with pytest.raises(GmaskError, match="No space left on device"):
-        pretrain.run(str(recipe_path))
+        pretrain.run_pretraining(str(recipe_path))
     assert [folder.name for folder in run_folder.list_checkpoints(tmp_path / "out")] == ["checkpoint-00000004"]
     assert not list((tmp_path / "out").glob(".checkpoint*"))
     monkeypatch.undo()
-    pretrain.run(str(recipe_path))
+    pretrain.run_pretraining(str(recipe_path))
     assert losses(tmp_path / "out")[-1][0] == 16
 
 
@@ -224,9 +224,9 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_would_have(tmp_path: Path) ->
     for name in ("checkpoint-00000004", "tokenizer"):
         shutil.copytree(folder / name, tmp_path / "out" / name)
     places = [f"run.out={tmp_path / 'out'}", f"data.root={folder}", f"data.cache={tmp_path / 'cache'}"]
-    pretrain.run(str(folder / "recipe.yaml"), places)
-    expected = [record for record in read_records(folder / "log.jsonl") if record["step"] > 4]
-    found = read_records(tmp_path / "out" / "metrics.jsonl")
+    pretrain.run_pretraining(str(folder / "recipe.yaml"), places)
+    expected = [record for record in read_metrics(folder / "log.jsonl") if record["step"] > 4]
+    found = read_metrics(tmp_path / "out" / "metrics.jsonl")
     for old, new in zip(expected, found, strict=True):
         assert old.keys() == new.keys()
         assert {"tokens", "labelled_tokens", "learning_rate"} <= old.keys()
@@ -237,20 +237,27 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_would_have(tmp_path: Path) ->
         )
 
 
+def test_a_checkpoint_of_another_version_stops_the_run(recipe_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "checkpoint-00000004").mkdir(parents=True)
+    with pytest.raises(GmaskError, match=r"checkpoint-00000004: has no training\.json: another version of gmask"):
+        pretrain.run_pretraining(str(recipe_path))
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
 def test_a_damaged_checkpoint_is_named(recipe_path: Path, tmp_path: Path) -> None:
-    pretrain.run(str(recipe_path), ["optimization.steps=4"])
+    pretrain.run_pretraining(str(recipe_path), ["optimization.steps=4"])
     path = tmp_path / "out" / "checkpoint-00000004" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(GmaskError, match=r"checkpoint-00000004: damaged .* delete it"):
-        pretrain.run(str(recipe_path))
+        pretrain.run_pretraining(str(recipe_path))
 
 
 def test_another_model_shape_cannot_resume(recipe_path: Path) -> None:
-    pretrain.run(str(recipe_path), ["optimization.steps=4"])
+    pretrain.run_pretraining(str(recipe_path), ["optimization.steps=4"])
     with pytest.raises(GmaskError, match="another shape"):
-        pretrain.run(str(recipe_path), ["model.hidden_size=64"])
+        pretrain.run_pretraining(str(recipe_path), ["model.hidden_size=64"])
     with pytest.raises(GmaskError, match="holds a run already"):
-        pretrain.run(str(recipe_path), resume=False)
+        pretrain.run_pretraining(str(recipe_path), resume=False)
 
 
 RATES = ["optimization.steps=110", "optimization.learning_rate=1.0", "optimization.final_learning_rate=0.1"]
@@ -316,7 +323,7 @@ def test_muon_takes_the_matrices_of_the_layers_and_embeddings_need_not_decay(rec
 def test_a_run_with_muon_average_and_decay_resumes_bit_for_bit(
     recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
-    whole = pretrain.run(str(recipe_path), [*NEW_KEYS, f"run.out={tmp_path / 'whole'}"])
+    whole = pretrain.run_pretraining(str(recipe_path), [*NEW_KEYS, f"run.out={tmp_path / 'whole'}"])
     step = Loop.step
 
     def stop_there(self: Loop, *args: Any, **kwargs: Any) -> Any:
@@ -327,8 +334,8 @@ def test_a_run_with_muon_average_and_decay_resumes_bit_for_bit(
     overrides = [*NEW_KEYS, "run.save_every=2", f"run.out={tmp_path / 'stopped'}"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Loop, "step", stop_there)
-        pretrain.run(str(recipe_path), overrides)
-    stopped = pretrain.run(str(recipe_path), overrides)
+        pretrain.run_pretraining(str(recipe_path), overrides)
+    stopped = pretrain.run_pretraining(str(recipe_path), overrides)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
     before, after = (load_file(folder / "model.safetensors") for folder in (whole, stopped))
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -350,37 +357,37 @@ def test_the_average_of_the_weights_is_exported(recipe_path: Path) -> None:
 
 def test_a_run_is_made_longer_from_the_start_of_its_decay(recipe_path: Path, tmp_path: Path) -> None:
     settings = [*CONSTANT, "decay.share=0.25", "run.keep_last=1"]
-    pretrain.run(str(recipe_path), settings)
+    pretrain.run_pretraining(str(recipe_path), settings)
     kept = [folder.name for folder in run_folder.list_checkpoints(tmp_path / "out")]
     assert kept == ["checkpoint-00000012", "checkpoint-00000016"]
     longer = [*settings, "optimization.steps=24"]
     with pytest.raises(GmaskError, match="delete the checkpoints after that step"):
-        pretrain.run(str(recipe_path), longer)
+        pretrain.run_pretraining(str(recipe_path), longer)
     shutil.rmtree(tmp_path / "out" / "checkpoint-00000016")
-    pretrain.run(str(recipe_path), longer)
-    pretrain.run(str(recipe_path), [*longer, f"run.out={tmp_path / 'at once'}"])
+    pretrain.run_pretraining(str(recipe_path), longer)
+    pretrain.run_pretraining(str(recipe_path), [*longer, f"run.out={tmp_path / 'at once'}"])
     assert losses(tmp_path / "out")[12:] == losses(tmp_path / "at once")[12:]
 
 
 def test_a_run_that_is_past_the_start_of_its_decay_says_so(recipe_path: Path, tmp_path: Path) -> None:
-    pretrain.run(str(recipe_path), [*CONSTANT, "decay.share=0"])
+    pretrain.run_pretraining(str(recipe_path), [*CONSTANT, "decay.share=0"])
     with pytest.raises(GmaskError, match=r"past step 12, .* raise optimization.steps"):
-        pretrain.run(str(recipe_path), [*CONSTANT, "decay.share=0.25"])
+        pretrain.run_pretraining(str(recipe_path), [*CONSTANT, "decay.share=0.25"])
 
 
 def test_another_optimizer_cannot_resume(recipe_path: Path) -> None:
-    pretrain.run(str(recipe_path), ["optimization.steps=4"])
+    pretrain.run_pretraining(str(recipe_path), ["optimization.steps=4"])
     with pytest.raises(GmaskError, match=r"had another optimization.optimizer"):
-        pretrain.run(str(recipe_path), ["optimization.optimizer=muon"])
+        pretrain.run_pretraining(str(recipe_path), ["optimization.optimizer=muon"])
 
 
 def test_a_run_on_another_cpu_goes_on_and_says_so(
     recipe_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pretrain.run(str(recipe_path), ["optimization.steps=4"])
+    pretrain.run_pretraining(str(recipe_path), ["optimization.steps=4"])
     assert "bit for bit" not in capsys.readouterr().err
     monkeypatch.setattr(pretrain, "cpu_instructions", lambda: "another")
-    pretrain.run(str(recipe_path), ["optimization.steps=8"])
+    pretrain.run_pretraining(str(recipe_path), ["optimization.steps=8"])
     assert re.search(r"float32 on another: the run goes on, but not bit for bit", capsys.readouterr().err)
 
 
@@ -388,8 +395,8 @@ def test_blanks_in_held_out_sentences_are_measured_by_language_and_kind(
     recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sentences = "data.sources=[{name: toy, train: train.jsonl, validation: train.jsonl, kind: modern}]"
-    pretrain.run(str(recipe_path), ["run.validation_sentences=6", sentences])
-    found = [record["blanks"] for record in read_records(tmp_path / "out" / "metrics.jsonl") if "blanks" in record]
+    pretrain.run_pretraining(str(recipe_path), ["run.validation_sentences=6", sentences])
+    found = [record["blanks"] for record in read_metrics(tmp_path / "out" / "metrics.jsonl") if "blanks" in record]
     assert len(found) == 2
     assert set(found[0]) == {"English", "English, modern", "Chinese", "Chinese, modern"}
     assert found[0]["English"] == found[0]["English, modern"]

@@ -35,7 +35,7 @@ def make_weight(
     shape = (rows,) if group_size is None else (rows, columns // group_size)
     scale = torch.rand(shape, generator=generator).mul(0.01).add(0.001).to(dtype)
     scale[0] = 0
-    return formats.pack(integers, bits), scale
+    return formats.pack_integers(integers, bits), scale
 
 
 def error_bound(x: Tensor, weight: Tensor, exact: Tensor, bias: Tensor, path: str, *, group: int | None) -> Tensor:
@@ -90,7 +90,7 @@ def test_a_path_equals_the_reference(
     generator = torch.Generator().manual_seed(seed)
     x = (torch.randn(rows, columns, generator=generator) * 4.0 ** torch.randn(columns, generator=generator)).to(dtype)
     bias = torch.randn(outputs, generator=generator).to(dtype)
-    dense = formats.dequantize(formats.unpack(weight, bits), scale, torch.float64)
+    dense = formats.dequantize(formats.unpack_integers(weight, bits), scale, torch.float64)
     exact = x.double() @ dense.T + bias.double()
     y = kernels.matmul(x, packed, bias)
     assert y.dtype == dtype and y.shape == (rows, outputs)
@@ -111,7 +111,7 @@ def test_outliers_cost_less_than_the_rounding_of_the_weight(path: str, bits: int
     x = x.bfloat16()
     quantized = x.double() @ formats.dequantize(integers, scale, torch.float64).T
     weight_error = (quantized - x.double() @ weight.double().T).norm()
-    y = kernels.matmul(x, kernels.prepare(formats.pack(integers, bits), scale, bits=bits, path=path))
+    y = kernels.matmul(x, kernels.prepare(formats.pack_integers(integers, bits), scale, bits=bits, path=path))
     assert (y.double() - quantized).norm() < weight_error
 
 

@@ -55,9 +55,9 @@ def test_quantizing_the_dense_checkpoint_gives_the_published_integers_and_scales
     for key in names:
         source = "transformer.word_embeddings" if key == "lm_head" else key  # one quantization for both
         integers, scale = formats.quantize(dense[f"{source}.weight"], bits)
-        assert torch.equal(formats.pack(integers, bits), published[f"{key}.weight"]), key
+        assert torch.equal(formats.pack_integers(integers, bits), published[f"{key}.weight"]), key
         assert torch.equal(scale, published[f"{key}.weight_scale"]), key
-        assert torch.equal(formats.unpack(published[f"{key}.weight"], bits), integers), key
+        assert torch.equal(formats.unpack_integers(published[f"{key}.weight"], bits), integers), key
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -65,13 +65,13 @@ def test_the_published_checksums_and_dequantized_weights_are_met(name: str) -> N
     case, tensors = read_case(name)
     weights, bits = read_weights(name), PUBLISHED[name]
     for key, sums in case["checksums"].items():
-        assert int(formats.unpack(weights[f"{key}.weight"], bits).long().sum()) == sums["sum_int"]
+        assert int(formats.unpack_integers(weights[f"{key}.weight"], bits).long().sum()) == sums["sum_int"]
         assert float(weights[f"{key}.weight_scale"].double().sum()) == pytest.approx(sums["sum_scale"], rel=1e-6)
     compared = 0
     for key, expected in tensors.items():
         kind, _, layer = key.partition(".")
         if kind in ("deq32", "deq16"):
-            integers = formats.unpack(weights[f"{layer}.weight"], bits)
+            integers = formats.unpack_integers(weights[f"{layer}.weight"], bits)
             got = formats.dequantize(integers, weights[f"{layer}.weight_scale"], expected.dtype)
             assert torch.equal(got, expected), key
             compared += 1
@@ -84,7 +84,7 @@ def test_a_float32_model_gets_float32_scales_as_the_published_cpu_code_gave_it(n
     key = "transformer.layers.0.attention.query_key_value.weight"
     weight = read_weights("chatglm-tiny")[key].float()
     integers, scale = formats.quantize(weight, PUBLISHED[name], dtype=torch.float32)
-    assert torch.equal(formats.pack(integers, PUBLISHED[name]), tensors["cpu_fp32_quantize.weight"])
+    assert torch.equal(formats.pack_integers(integers, PUBLISHED[name]), tensors["cpu_fp32_quantize.weight"])
     assert torch.equal(scale, tensors["cpu_fp32_quantize.weight_scale"])
 
 
@@ -92,9 +92,9 @@ def test_a_float32_model_gets_float32_scales_as_the_published_cpu_code_gave_it(n
 def test_packing_in_rows_and_in_blocks_can_be_undone(rows: int, columns: int, bits: int, seed: int) -> None:
     columns = 2 * columns if bits == 4 else columns
     integers = random_integers(rows, columns, bits, seed)
-    packed = formats.pack(integers, bits)
+    packed = formats.pack_integers(integers, bits)
     assert packed.shape == (rows, columns * bits // 8)
-    assert torch.equal(formats.unpack(packed, bits), integers)
+    assert torch.equal(formats.unpack_integers(packed, bits), integers)
     blocks = formats.pack_blocks(packed, bits)
     assert torch.equal(formats.unpack_blocks(blocks, bits, rows, columns), packed)
 

@@ -25,7 +25,7 @@ from gmask.errors import GmaskError
 from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from gmask.models.glm import GLMForConditionalGeneration
 from gmask.quantization.calibration import calibrate_model, cut_texts
-from gmask.quantization.formats import dequantize, pack, quantize, unpack
+from gmask.quantization.formats import dequantize, pack_integers, quantize, unpack_integers
 from gmask.quantization.linear import QuantEmbedding, QuantLinear
 from gmask.quantization.quantizer import QuantizationConfig, quantized_layers
 
@@ -83,7 +83,7 @@ def our_numbers(name: str) -> dict[str, Tensor]:
         found[f"deq32.{path}"], found[f"deq16.{path}"] = layer.dequantize(), layer.dequantize(torch.float16)
     weight = load_float().transformer.layers[0].attention.query_key_value.weight.detach()
     integers, scale = quantize(weight, bits, dtype=torch.float32)
-    found |= {"cpu_fp32_quantize.weight": pack(integers, bits), "cpu_fp32_quantize.weight_scale": scale}
+    found |= {"cpu_fp32_quantize.weight": pack_integers(integers, bits), "cpu_fp32_quantize.weight_scale": scale}
     return found
 
 
@@ -133,7 +133,7 @@ def test_every_published_checksum(name: str) -> None:
     assert case["checksums"].keys() == layers.keys() - {"transformer.word_embeddings", "lm_head"}
     for path, sums in case["checksums"].items():
         layer = layers[path]
-        assert int(unpack(layer.weight, layer.bits).sum(dtype=torch.int64)) == sums["sum_int"], path
+        assert int(unpack_integers(layer.weight, layer.bits).sum(dtype=torch.int64)) == sums["sum_int"], path
         assert float(layer.weight_scale.double().sum()) == pytest.approx(sums["sum_scale"], rel=1e-12), path
 
 
@@ -246,7 +246,7 @@ def test_calibration_brings_the_logits_nearer_to_those_of_the_unquantized_model(
 
 def test_dequantized_weights_are_those_that_the_integers_stand_for() -> None:
     layer = load_published("chatglm-tiny-int4").transformer.layers[1].mlp.dense_4h_to_h
-    assert torch.equal(layer.dequantize(), dequantize(unpack(layer.weight, 4), layer.weight_scale))
+    assert torch.equal(layer.dequantize(), dequantize(unpack_integers(layer.weight, 4), layer.weight_scale))
 
 
 def write_folder(folder: Path, state: dict[str, Tensor], **changes: Any) -> Path:

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 import gmask
 from gmask.generation.decode import make_decoder
 from gmask.generation.engine import Budget, Stepper
+from gmask.generation.prompts import TextReader
 from gmask.generation.sampling import Sampler, SamplerState
 from gmask.generation.settings import Sampling
-from gmask.generation.text import TextReader
 from tiny_folder import make_folder
 
 VOCABULARY, ENDS, FORBIDDEN = 24, (3, 5), (0, 1, 3)

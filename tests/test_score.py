@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import gmask
 from gmask.checkpoints.load import load_model
+from gmask.generation.answers import rank_scores
+from gmask.generation.prompts import Context
 from gmask.generation.score import AnswerRow, AnswerScorer, Scorer, Scoring, score
-from gmask.generation.text import Context
 from gmask.infilling.blanks import BlankTokens
 from tiny_folder import CHINESE, ENGLISH, make_folder
 
@@ -111,6 +112,29 @@ def test_neither_order_nor_company_changes_a_score(pair, asked, batch_size: int)
     for one, other in zip(forwards, backwards[::-1], strict=True):
         mine = [answer.logprob for answer in one.answers]
         assert mine == pytest.approx([answer.logprob for answer in other.answers[::-1]], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scores", "ranking"),
+    [
+        ([-2.0, -1.0, -3.0], [1, 0, 2]),
+        ([-1.0, -1.0 + 4e-6, -1.0 - 4e-6], [0, 1, 2]),
+        ([-3.0, -1.0 - 4e-6, -1.0], [1, 2, 0]),
+        ([-1.0 - 1.6e-5, -1.0 - 8e-6, -1.0], [1, 2, 0]),  # equal to the best, not to each other in a chain
+        ([-math.inf, -1.0, -math.inf], [1, 0, 2]),
+    ],
+)
+def test_scores_equal_to_rounding_are_ranked_as_given(scores: list[float], ranking: list[int]) -> None:
+    assert rank_scores(scores) == ranking
+
+
+def test_one_answer_given_twice_is_ranked_as_given(pair) -> None:
+    answers = ["old", "small", "old"]
+    for batch_size in (1, 2, 16):
+        found = score(*pair, [TEXTS[0]] * 3, [answers] * 3, batch_size=batch_size)
+        for scoring in found:
+            ranked = [next(n for n, own in enumerate(scoring.answers) if own is one) for one in scoring.ranked]
+            assert ranked.index(0) < ranked.index(2)
 
 
 def test_normalizations_are_what_they_are_defined_to_be(pair) -> None:

@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 import gmask
-from gmask.cli import writing as verbs
+from gmask.cli import generation as verbs
 from gmask.generation.embed import Embedder, embed
 from gmask.generation.files import FileReport, count_correct, embed_file, score_file
 from gmask.generation.score import Scorer, score

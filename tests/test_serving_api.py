@@ -417,7 +417,7 @@ TAKEN = {("/v1/chat/completions", "n"), ("/v1/completions", "n"), ("/v1/completi
 def two(loaded) -> Iterator[TestClient]:
     """Of a server with a model to fill blanks and one to talk with."""
     talks = make_backend(*gmask.load("bundled-chat"), name="talker", settings=ServerSettings(max_tokens=7))
-    with TestClient(create_app(*loaded, settings=ServerSettings(model_name="filler"), talks=talks)) as client:
+    with TestClient(create_app(*loaded, settings=ServerSettings(model_name="filler"), chat_backend=talks)) as client:
         yield client
 
 
@@ -448,7 +448,7 @@ def test_two_models_need_two_names(loaded) -> None:
     talks = make_backend(*loaded, name="one")
     try:
         with pytest.raises(gmask.GmaskError, match="two models have the name 'one'"):
-            create_app(*loaded, settings=ServerSettings(model_name="one"), talks=talks)
+            create_app(*loaded, settings=ServerSettings(model_name="one"), chat_backend=talks)
     finally:
         talks.close()
 

@@ -21,7 +21,7 @@ from fake_engine import FakeEngine
 from gmask.cli import main
 from gmask.errors import GmaskError
 from gmask.serving.app import create_app, open_port
-from gmask.serving.middleware import JsonFormatter, describe, host_name, is_authorized
+from gmask.serving.middleware import JsonFormatter, explain_invalid_body, host_name, is_authorized
 from gmask.serving.settings import ServerSettings
 from tiny_folder import make_folder
 
@@ -262,7 +262,7 @@ def test_what_is_asked_for_is_counted_before_texts_are_read(serve, monkeypatch: 
         pytest.fail("a text is read")
 
     monkeypatch.setattr("gmask.serving.backend.Backend.fit", fail)
-    monkeypatch.setattr("gmask.generation.text.TextReader.read", fail)
+    monkeypatch.setattr("gmask.generation.prompts.TextReader.read", fail)
     many = {"text": ["[MASK]"] * 256, "answers": ["a"] * 1024}
     with serve() as client:
         for path, body, reason in (
@@ -298,9 +298,9 @@ def test_of_a_thousand_faults_one_is_looked_for(
 
     def count(errors: Any, body: Any) -> Any:
         found.append(len(errors))
-        return describe(errors, body)
+        return explain_invalid_body(errors, body)
 
-    monkeypatch.setattr("gmask.serving.middleware.describe", count)
+    monkeypatch.setattr("gmask.serving.middleware.explain_invalid_body", count)
     with serve() as client:
         assert client.post(path, json=body).status_code == 400
     assert found and found[0] <= 8  # one for each type that the parameter may have

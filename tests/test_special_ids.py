@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gmask.checkpoints.special_ids import SPELLINGS, special_ids
+from gmask.checkpoints.special_ids import TOKEN_SPELLINGS, special_ids
 from gmask.checkpoints.zoo import find_family
 from gmask.errors import GmaskError
 
@@ -42,7 +42,7 @@ def config_of(name: str, **changes: Any) -> dict[str, Any]:
 def roles_of(name: str) -> dict[str, int]:
     family = find_family(name)
     assert family is not None
-    return {role: token_id for role, token_id in family.special_ids.items() if role in SPELLINGS}
+    return {role: token_id for role, token_id in family.special_ids.items() if role in TOKEN_SPELLINGS}
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "roberta", "chinese"])
@@ -58,7 +58,7 @@ def test_published_folders_of_all_four_tokenizers_say_their_ids_themselves(kind:
     anonymous = {"model_type": "glm", "vocab_size": 60000}  # fits no row: the files alone have to do
     found = special_ids(folder, anonymous)
     expected = {f"{role}_token_id": pair[1] for role, pair in golden["special"].items() if isinstance(pair, list)}
-    assert found == {role: expected[role] for role in SPELLINGS if role in expected}
+    assert found == {role: expected[role] for role in TOKEN_SPELLINGS if role in expected}
     (folder / "tokenizer_config.json").unlink()
     guessed = special_ids(folder, {**anonymous, "pad_token_id": None})
     assert guessed == roles_of(FAMILIES[kind]), "without the tokenizer's settings, as the training code had them"
@@ -82,7 +82,7 @@ def test_what_the_config_states_stays(tmp_path: Path) -> None:
     assert found == {
         r: i for r, i in roles_of("GLM-Large-Chinese").items() if r not in ("pad_token_id", "gmask_token_id")
     }
-    stated = {role: 1 for role in SPELLINGS}
+    stated = {role: 1 for role in TOKEN_SPELLINGS}
     assert special_ids(folder, config_of("GLM-Large-Chinese", **stated)) == {}
 
 
@@ -120,5 +120,5 @@ def test_another_models_vocabulary_and_damaged_files_are_named(tmp_path: Path) -
     with pytest.raises(GmaskError, match=r"the id 50009.*vocab_size of 30592"):
         special_ids(tmp_path, config_of("GLM-Large"))
     (tmp_path / "added_tokens.json").write_text('{"[MASK]": ')
-    with pytest.raises(GmaskError, match=r"added_tokens\.json: not JSON"):
+    with pytest.raises(GmaskError, match=r"added_tokens\.json, line 1: not JSON"):
         special_ids(tmp_path, config_of("GLM-Large"))

@@ -86,7 +86,7 @@ def run_together(folder: Path) -> None:
     ]
     try:
         for worker in workers:
-            _, errors = worker.communicate(timeout=240)
+            _, errors = worker.communicate(timeout=600)
             assert worker.returncode == 0, errors[-4000:]
     finally:
         for worker in workers:

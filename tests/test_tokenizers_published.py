@@ -19,7 +19,7 @@ from transformers import BatchEncoding
 from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES, AutoTokenizer
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
-from gmask.checkpoints.load import BUNDLED
+from gmask.checkpoints.hub import BUNDLED
 from gmask.errors import GmaskError
 from gmask.tokenizers.folder import CLASS_NAMES, CLASSES, read_tokenizer
 from gmask.tokenizers.glm_inputs import GLMBatchEncoding

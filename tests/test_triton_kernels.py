@@ -117,7 +117,7 @@ class TestOnAGpu:
         weight, scale = (tensor.to(CUDA) for tensor in make_weight(*shape, bits, group_size))
         packed = kernels.prepare(weight, scale, bits=bits, group_size=group_size)
         assert packed.path == "triton"
-        dense = formats.dequantize(formats.unpack(weight, bits), scale)
+        dense = formats.dequantize(formats.unpack_integers(weight, bits), scale)
         bias = torch.randn(shape[0], device=CUDA, dtype=dtype)
         for rows in (1, 2, 3, 8, 16, 17, 300):
             x = torch.randn(rows, shape[1], device=CUDA, dtype=dtype)

@@ -60,7 +60,7 @@ def test_the_keys_that_change_the_numbers_are_told_apart_from_places(recipe_path
 def test_a_recipe_that_travels_names_no_place(recipe_path: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     places = ["run.out=/x/out", "run.device=cpu", "data.root=/data", f"model.name={tmp_path / 'mine'}"]
-    travels = load_tuning_recipe(recipe_path, places).without_places()
+    travels = load_tuning_recipe(recipe_path, places).portable()
     assert str(tmp_path) not in travels.to_yaml()
     assert "/data" not in travels.to_yaml()
     assert (travels.run.out, travels.run.device, travels.model.name) == ("out", None, "mine")

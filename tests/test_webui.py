@@ -404,7 +404,7 @@ def test_one_model_may_fill_and_another_talk(loaded: Any, monkeypatch: pytest.Mo
     fills = make_backend(*loaded, name="bundled")
     talks = make_backend(*gmask.load("bundled-chat"), name="bundled-chat", settings=limits)
     try:
-        webui.draw_page(fills, talks=talks)
+        webui.draw_page(fills, chat_backend=talks)
         assert (asked["fill"], asked["chat"]) == (fills, talks)
         assert (talks.settings.max_tokens, talks.settings.request_seconds) == (7, 3.0)
         assert talks.settings.model_name == "bundled-chat"

@@ -22,7 +22,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="a browser is dri
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
-PATIENCE = 120_000  # ms, of a busy machine
+PATIENCE = 600_000  # ms, of a busy machine
 
 playwright.expect.set_options(timeout=PATIENCE)
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmask.checkpoints.weights import Split, bare_name, divide, merge, same_bits, split_of
+from gmask.checkpoints.formats import Split, bare_name, divide, merge, same_bits, split_of
 from gmask.errors import GmaskError
 
 LAYER = "transformer.layers.1."

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from gmask.checkpoints.load import load_model
-from gmask.checkpoints.output import SHARD_BYTES, write_config
+from gmask.checkpoints.save import SHARD_BYTES, write_config
 from gmask.checkpoints.tensor_files import SafetensorsWriter, plan_shards
 from gmask.files import write_json
 from gmask.generation.chat import DEFAULTS
 from gmask.generation.engine import Request, Stepper
+from gmask.generation.prompts import Context
 from gmask.generation.sampling import Sampler
 from gmask.generation.settings import Sampling
-from gmask.generation.text import Context
 from gmask.infilling.blanks import BlankTokens
 from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from gmask.quantization.quantizer import QuantizationConfig, lay_out, quantized_layers

@@ -1,8 +1,8 @@
 """gmask: the first-generation GLM family, which fills in blanks, on today's PyTorch and transformers.
 
 The public names are those that the stub beside this file imports: one list for type checkers and for Python. Each is
-imported on first use, so that ``import gmask`` loads neither torch nor transformers. It also lets transformers' Auto
-classes read published GLM folders.
+imported on first use, so that ``import gmask`` loads neither torch nor transformers. Importing it also registers our
+classes with transformers' Auto classes.
 """
 
 import importlib
@@ -36,4 +36,4 @@ def __dir__() -> list[str]:
     return __all__
 
 
-registration.register()  # transformers' Auto classes learn of the GLMs, now or when they are first imported
+registration.register()

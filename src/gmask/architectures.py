@@ -1,6 +1,6 @@
-"""The architectures: their classes, tokenizers and special ids, and the models that share their name and are others.
+"""The architectures GLM and ChatGLM: classes, tokenizers, special ids; and other models with the same ``model_type``.
 
-Plain data, which registration reads before torch is loaded, and models, tokenizers and checkpoints read above it.
+This is plain data: registration needs it before torch is loaded.
 """
 
 import importlib
@@ -23,11 +23,11 @@ class Architecture:
     heads: str  # the module of its other classes
     config_name: str
     model_type: str  # of the configs that we save
-    classes: tuple[str, ...]  # first the language model, which a config means unless it names another
-    body: str  # what published configs name, too
-    auto_classes: Mapping[str, str]  # which class each Auto class of transformers gives
+    classes: tuple[str, ...]  # first the language model, which is the default of a config
+    body: str  # the class without a head; published configs may name it
+    auto_classes: Mapping[str, str]  # the class for each Auto class of transformers
     tokenizer_home: str
-    tokenizers: Mapping[str, str | None]  # by the names that published folders call them: the kind of vocabulary
+    tokenizers: Mapping[str, str | None]  # the kind of vocabulary by the tokenizer class of a published folder
     special_ids: tuple[str, ...]  # those that a published config may leave out
     prompt_ids: tuple[str, ...]  # those that its prompts end with, and that its tokenizer must therefore agree on
     embedding: str  # the bare name of its word embedding
@@ -37,11 +37,11 @@ class Architecture:
         return getattr(importlib.import_module(self.home), self.config_name)
 
     def module_of(self, name: str) -> str:
-        """The module of one of its models."""
+        """Returns the module of one of its classes."""
         return self.home if name in (self.classes[0], self.body) else self.heads
 
     def find_class(self, name: str | None) -> Any:
-        """The class of a name; the language model without one."""
+        """Returns the class of a name; without a name the language model."""
         name = name or self.classes[0]
         return getattr(importlib.import_module(self.module_of(name)), name)
 
@@ -103,14 +103,14 @@ ARCHITECTURES = (GLM, CHATGLM)
 
 @dataclass(frozen=True, slots=True)
 class OtherModel:
-    """A model that shares its ``model_type`` with one of ours."""
+    """Another model whose ``model_type`` is that of one of ours."""
 
     name: str
     remedy: str
-    keys: frozenset[str] = frozenset()  # of its configs, and of no config of ours
+    keys: frozenset[str] = frozenset()  # that its configs have, and ours do not
 
     def refusal(self, evidence: str) -> GmaskError:
-        """The error for something that is of this model."""
+        """Returns the error for ``evidence`` of this model, such as a key of its config."""
         return GmaskError(f"{evidence} belongs to {self.name}, not to a first-generation GLM; {self.remedy}")
 
 
@@ -129,11 +129,11 @@ GLM4 = OtherModel("GLM-4 or later", "load it with transformers (AutoModelForCaus
 
 
 def refuse_other_chatglm(values: Mapping[str, Any], source: str = "") -> None:
-    """Raises `GmaskError` for a config of ``model_type`` chatglm that is of another model.
+    """Raises `GmaskError` for a config of ``model_type`` chatglm that belongs to another model.
 
     Args:
         values: of the config.
-        source: what comes before the message, such as ``"FOLDER/config.json: "``.
+        source: the start of the message, such as ``"FOLDER/config.json: "``.
     """
     if later := LATER_CHATGLM.keys & values.keys():
         raise LATER_CHATGLM.refusal(f"{source}{min(later)}")
@@ -144,20 +144,20 @@ def refuse_other_chatglm(values: Mapping[str, Any], source: str = "") -> None:
 
 
 def is_glm(values: Mapping[str, Any]) -> bool:
-    """Whether a config is of a GLM of the first generation: its ``model_type``, glm, says GLM-4, too."""
+    """Returns True if a config belongs to a first-generation GLM, which shares its ``model_type`` with GLM-4."""
     has_name = not {*GLM.classes, GLM.body}.isdisjoint(_named_classes(values))
     return values.get("model_type") == GLM.model_type or "block_position_encoding" in values or has_name
 
 
 def find_architecture(values: Mapping[str, Any], source: Path | str) -> Architecture:
-    """The architecture that a config is of.
+    """Returns the architecture of the values of a config.
 
     Args:
         values: of the config.
         source: its file or folder, for messages.
 
     Raises:
-        GmaskError: none of ours; which one, and what reads it.
+        GmaskError: it is another model; the message names it and the software that loads it.
     """
     kind = values.get("model_type")
     if kind == CHATGLM.model_type:
@@ -171,19 +171,20 @@ def find_architecture(values: Mapping[str, Any], source: Path | str) -> Architec
 
 
 def architecture_of(config: "PreTrainedConfig") -> Architecture:
-    """The architecture that a config of ours is of."""
+    """Returns the architecture of a config of ours."""
     return next(row for row in ARCHITECTURES if isinstance(config, row.config_class))
 
 
 def class_of(config: "PreTrainedConfig") -> Any:
-    """The class that a config of ours names; the language model if it names none."""
+    """Returns the class that a config of ours names; the language model if it names none."""
     return architecture_of(config).find_class((config.architectures or [None])[0])
 
 
 def find_class_name(values: Mapping[str, Any], source: Path | str) -> str:
-    """The name of the class that a config is for; the bare body, as most published configs say, is a language model.
+    """Returns the name of the class of a config. The bare body, which most published configs name, means the language
+    model.
 
-    Arguments and errors as of `find_architecture`; also an unknown class.
+    Arguments and errors as of `find_architecture`; also for an unknown class.
     """
     architecture, classes = find_architecture(values, source), _named_classes(values)
     unknown = [name for name in classes if name not in (*architecture.classes, architecture.body)]

@@ -1,9 +1,9 @@
 """Settings as dataclasses: YAML in, values checked against the types and rules beside the fields, one-line errors.
 
 A field says by its type what it may be: ``Annotated[float, Range(0, below=1)]``, ``Literal["adamw", "muon"]``,
-``str | None``, ``tuple[str, ...]``, another dataclass. `build` makes an instance of plain values, such as YAML has;
-`check_fields`, in a ``__post_init__``, holds what Python code gave to the same rules. A type that is none of these is
-not looked at.
+``str | None``, ``tuple[str, ...]``, another dataclass. `build_settings` makes an instance from plain values, such as
+YAML has. `check_fields`, in a ``__post_init__``, holds values from Python code to the same rules. Values of other types
+are not checked.
 """
 
 import dataclasses
@@ -31,20 +31,20 @@ from gmask.files import read_text
 
 T = TypeVar("T")
 MOST_NODES = 1_000_000
-"""Values of a YAML text, each counted as often as anchors repeat it."""
+"""The limit of values in a YAML text, each counted as often as anchors repeat it."""
 
 
 @runtime_checkable
 class Rule(Protocol):
-    """What a value has to keep, beside its type; stands in ``Annotated``."""
+    """A condition on a value beside its type; it is written in ``Annotated``."""
 
     def fault(self, value: Any) -> str | None:
-        """What is wrong with a value, behind its name; None if nothing is."""
+        """The rest of an error that begins with the value's key; None if the value is right."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Range:
-    """Where a number lies: ``least`` and ``most`` belong to it, ``above`` and ``below`` do not."""
+    """A range of numbers: ``least`` and ``most`` belong to it, ``above`` and ``below`` do not."""
 
     least: float | None = None
     most: float | None = None
@@ -67,13 +67,13 @@ class Range:
             return f"from {self.least} to {self.most}"
         if self.least is not None and self.below is not None:
             return f"from {self.least} to below {self.below}"
-        words = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        return " and ".join(f"{word} {limit}" for word, limit in words.items() if limit is not None)
+        limits = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{name} {limit}" for name, limit in limits.items() if limit is not None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Choices:
-    """A few values; for those that are not known when the code is written, else ``Literal`` says them."""
+class OneOf:
+    """One of several values, for values that are computed; fixed ones are written as a ``Literal``."""
 
     values: Collection[Any]
 
@@ -84,7 +84,7 @@ class Choices:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NotEmpty:
-    """A text, a list or a mapping that holds something."""
+    """A text, a list or a mapping that is not empty."""
 
     def fault(self, value: Any) -> str | None:
         return None if value else "is empty"
@@ -97,15 +97,15 @@ Part = Annotated[float, Range(above=0, below=1)]
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(0)]
 RunSeed = Annotated[int, Range(0, 2**32 - 1)]
-"""NumPy's global generator takes no higher one."""
+"""Up to the highest seed that NumPy's global generator takes."""
 
 
-def build(kind: type[T], values: Any, where: str = "", *, title: str = "") -> T:
-    """An instance of a settings class from plain values. A number may be written as a text, as YAML has ``1e-3``.
+def build_settings(kind: type[T], values: Any, where: str = "", *, title: str = "") -> T:
+    """An instance of a settings class from plain values. A number may be a text: YAML reads ``1e-3`` as one.
 
     Args:
-        where: the dotted key that the values stand at, for errors; what ends with a space stands before the keys as is.
-        title: what they are called where that is no key: "the recipe".
+        where: the dotted key of the values, for errors. If it ends with a space, no dot is put behind it.
+        title: the name of the values if they have no key: "the recipe".
 
     Raises:
         GmaskError: an unknown key (the nearest one is named), a missing one, a value that does not fit.
@@ -120,8 +120,8 @@ def build(kind: type[T], values: Any, where: str = "", *, title: str = "") -> T:
     ]
     missing = [name for name in needed if name not in found]
     for name in list(missing):
-        if _is_settings(hints[name]):  # a section that is left out, and may have no key that is needed
-            found[name] = build(hints[name], {}, _join(where, name))
+        if _is_settings(hints[name]):  # a section that is left out; its keys may all have defaults
+            found[name] = build_settings(hints[name], {}, _join(where, name))
             missing.remove(name)
     if missing:
         raise GmaskError(f"{title or where}: {', '.join(missing)} is missing")
@@ -129,35 +129,35 @@ def build(kind: type[T], values: Any, where: str = "", *, title: str = "") -> T:
 
 
 def read_values(values: Any, hints: Mapping[str, Any], where: str = "", *, title: str = "") -> dict[str, Any]:
-    """Plain values as the types of their keys want them; see `build`."""
+    """The plain values of a mapping, converted to the types of their keys; see `build_settings`."""
     check_mapping(values, title or where)
     check_keys(values, list(hints), title or where)
     found = dict(values)
     for name, value in values.items():
         is_section = _is_settings(hints[name]) or _is_mapping(hints[name])
-        given = {} if value is None and is_section else value  # a section whose keys are all left out
-        found[name] = _read(given, hints[name], _join(where, name), exact=False)
+        given = {} if value is None and is_section else value  # a section without keys
+        found[name] = _convert(given, hints[name], _join(where, name), exact=False)
     return found
 
 
 def check_fields(settings: Any, where: str = "") -> None:
-    """Holds an instance of a settings class to its fields; for its ``__post_init__``. Lists become tuples.
+    """Checks an instance of a settings class against its fields; for its ``__post_init__``. Lists become tuples.
 
     Args:
-        where: the dotted key that stands before the names of the fields, for errors.
+        where: the dotted key before the names of the fields, for errors.
 
     Raises:
         GmaskError: a value that does not fit.
     """
     for name, hint in hints_of(type(settings)).items():
         value = getattr(settings, name)
-        read = _read(value, hint, _join(where, name), exact=True)
-        if read is not value:
-            object.__setattr__(settings, name, read)
+        converted = _convert(value, hint, _join(where, name), exact=True)
+        if converted is not value:
+            object.__setattr__(settings, name, converted)
 
 
 def hints_of(kind: Any) -> dict[str, Any]:
-    """The types of a dataclass's fields; of those that are written as texts, in transformers, the plain ones."""
+    """The types of a dataclass's fields. transformers writes its types as texts: of those, the plain ones are read."""
     return {field.name: _evaluate(field.type) for field in dataclasses.fields(kind)}
 
 
@@ -178,26 +178,26 @@ def check_keys(values: Mapping[str, Any], known: Sequence[str], where: str) -> N
 
 
 def check_choice(value: Any, choices: Collection[Any], where: str) -> None:
-    """Raises `GmaskError` for a value that is none of the choices."""
-    if fault := Choices(choices).fault(value):
+    """Raises `GmaskError` if a value is none of the choices."""
+    if fault := OneOf(choices).fault(value):
         raise GmaskError(f"{where} {fault}")
 
 
 def show(value: Any) -> str:
-    """A value in an error, not too long."""
+    """A value as errors show it: its ``repr``, cut after 200 characters."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 class _OtherTypeError(GmaskError):
-    """A value of another type than is wanted."""
+    """A value has another type than expected."""
 
 
-def _read(value: Any, hint: Any, where: str, *, exact: bool) -> Any:
-    """A value as its type wants it; ``exact``: a number is not read from a text."""
+def _convert(value: Any, hint: Any, where: str, *, exact: bool) -> Any:
+    """The value converted to its type. With ``exact`` a number is not read from a text."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        value = _read(value, arguments[0], where, exact=exact)
+        value = _convert(value, arguments[0], where, exact=exact)
         for rule in arguments[1:]:
             if isinstance(rule, Rule) and (fault := rule.fault(value)):
                 raise GmaskError(f"{where} {fault}")
@@ -206,53 +206,56 @@ def _read(value: Any, hint: Any, where: str, *, exact: bool) -> Any:
         check_choice(value, arguments, where)
         return value
     if origin in (Union, UnionType):
-        return _read_union(value, arguments, where, exact=exact)
+        return _convert_union(value, arguments, where, exact=exact)
     if origin is tuple:
-        return _read_tuple(value, arguments, where, exact=exact)
+        return _convert_tuple(value, arguments, where, exact=exact)
     if _is_mapping(hint):
         check_mapping(value, where)
         key_kind, value_kind = arguments or (Any, Any)
-        read = {
-            _read(key, key_kind, where, exact=exact): _read(one, value_kind, _join(where, str(key)), exact=exact)
+        converted = {
+            _convert(key, key_kind, where, exact=exact): _convert(one, value_kind, _join(where, str(key)), exact=exact)
             for key, one in value.items()
         }
-        return value if exact else read
+        return value if exact else converted
     if _is_settings(hint):
-        return value if isinstance(value, hint) else build(hint, value, where)
-    if hint in READERS:
+        return value if isinstance(value, hint) else build_settings(hint, value, where)
+    if hint in CONVERTERS:
         try:
-            return READERS[hint](value, exact)
+            return CONVERTERS[hint](value, exact)
         except (TypeError, ValueError, OverflowError) as error:
             raise _OtherTypeError(f"{where} is {show(value)}: expected {_describe(hint)}") from error
     return value
 
 
-def _read_union(value: Any, kinds: Sequence[Any], where: str, *, exact: bool) -> Any:
-    """A value of the first type that takes it; the error is that of the one whose rule it breaks, if there is one."""
+def _convert_union(value: Any, kinds: Sequence[Any], where: str, *, exact: bool) -> Any:
+    """The value converted to the first type that accepts it.
+
+    If none does, the error is that of the first type whose rule the value breaks, else it lists all types.
+    """
     if value is None and NoneType in kinds:
         return None
     kinds = [kind for kind in kinds if kind is not NoneType]
     if len(kinds) == 1:
-        return _read(value, kinds[0], where, exact=exact)
+        return _convert(value, kinds[0], where, exact=exact)
     broken: GmaskError | None = None
     for kind in kinds:
         try:
-            return _read(value, kind, where, exact=exact)
+            return _convert(value, kind, where, exact=exact)
         except _OtherTypeError:
             continue
         except GmaskError as error:
             broken = broken or error
-    wanted = ", or ".join(_describe(kind) for kind in kinds)
-    raise broken or _OtherTypeError(f"{where} is {show(value)}: expected {wanted}")
+    expected = ", or ".join(_describe(kind) for kind in kinds)
+    raise broken or _OtherTypeError(f"{where} is {show(value)}: expected {expected}")
 
 
-def _read_tuple(value: Any, kinds: Sequence[Any], where: str, *, exact: bool) -> tuple[Any, ...]:
+def _convert_tuple(value: Any, kinds: Sequence[Any], where: str, *, exact: bool) -> tuple[Any, ...]:
     is_open = len(kinds) == 2 and kinds[1] is Ellipsis
     if not isinstance(value, list | tuple) or (not is_open and len(value) != len(kinds)):
         raise _OtherTypeError(f"{where} is {show(value)}: expected {'a list' if is_open else f'{len(kinds)} values'}")
     if is_open:
         kinds = [kinds[0]] * len(value)
-    return tuple(_read(one, kind, where, exact=exact) for one, kind in zip(value, kinds, strict=True))
+    return tuple(_convert(one, kind, where, exact=exact) for one, kind in zip(value, kinds, strict=True))
 
 
 def _is_settings(hint: Any) -> bool:
@@ -264,6 +267,7 @@ def _is_mapping(hint: Any) -> bool:
 
 
 def _evaluate(annotation: Any) -> Any:
+    """The type of an annotation. Of those written as texts only the plain ones are known; others become Any."""
     if not isinstance(annotation, str):
         return annotation
     plain = {kind.__name__: kind for kind in TYPE_NAMES}
@@ -275,15 +279,16 @@ def _join(where: str, name: str) -> str:
     return f"{where}.{name}" if where and not where.endswith(" ") else f"{where}{name}"
 
 
-def _list(words: Collection[Any]) -> str:
-    *first, last = map(str, words)
+def _list(values: Collection[Any]) -> str:
+    *first, last = map(str, values)
     return f"{', '.join(first)} or {last}" if first else last
 
 
 def _describe(hint: Any) -> str:
+    """The name of a type in errors."""
     if get_origin(hint) is Annotated:
         kind, rule = get_args(hint)[:2]
-        if isinstance(rule, Choices):
+        if isinstance(rule, OneOf):
             return _list(rule.values)
         return f"{_describe(kind).replace('finite ', '')} {rule}" if isinstance(rule, Range) else _describe(kind)
     if get_origin(hint) is Literal:
@@ -293,14 +298,13 @@ def _describe(hint: Any) -> str:
     return "key: value pairs" if _is_mapping(hint) else TYPE_NAMES.get(hint, "something else")
 
 
-def _read_float(value: Any, exact: bool) -> float:
-    """YAML has texts for numbers such as ``1e-3``."""
+def _to_float(value: Any, exact: bool) -> float:
     if isinstance(value, bool) or (exact and not isinstance(value, int | float)) or not math.isfinite(float(value)):
         raise ValueError
     return value if exact else float(value)
 
 
-def _read_int(value: Any, exact: bool) -> int:
+def _to_int(value: Any, exact: bool) -> int:
     if isinstance(value, bool) or (exact and not isinstance(value, int)):
         raise ValueError
     if not isinstance(value, int) and int(value) != float(value):
@@ -308,20 +312,20 @@ def _read_int(value: Any, exact: bool) -> int:
     return int(value)
 
 
-def _read_bool(value: Any, exact: bool) -> bool:
+def _check_bool(value: Any, exact: bool) -> bool:
     if not isinstance(value, bool):
         raise ValueError
     return value
 
 
-def _read_str(value: Any, exact: bool) -> str:
+def _check_str(value: Any, exact: bool) -> str:
     if not isinstance(value, str):
         raise ValueError
     return value
 
 
-READERS: Mapping[Any, Callable[[Any, bool], Any]] = {
-    float: _read_float, int: _read_int, bool: _read_bool, str: _read_str,
+CONVERTERS: Mapping[Any, Callable[[Any, bool], Any]] = {
+    float: _to_float, int: _to_int, bool: _check_bool, str: _check_str,
 }  # fmt: skip
 TYPE_NAMES = {float: "a finite number", int: "int", bool: "bool", str: "str"}
 
@@ -330,7 +334,7 @@ def load_tree(path: Path | str, overrides: Sequence[str], sections: Sequence[str
     """The plain values of a recipe; each override is ``section.key=value`` with a YAML value.
 
     Raises:
-        GmaskError: no such file, no YAML, or not a mapping of ``sections``.
+        GmaskError: no such file, not YAML, or not a mapping.
     """
     tree = read_yaml(path)
     if not isinstance(tree, dict):
@@ -350,10 +354,10 @@ def read_yaml(path: Path | str) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text. Anchors and merge keys are read, as long as they do not multiply.
+    """The value of a YAML text. Anchors and merge keys are read, up to `MOST_NODES` values.
 
     Raises:
-        GmaskError: not YAML, a key that stands twice in a mapping, a value that holds itself.
+        GmaskError: not YAML, too many values, a key that occurs twice in a mapping, a value that contains itself.
     """
     try:
         loader = yaml.SafeLoader(text)
@@ -367,14 +371,17 @@ def parse_yaml(text: str) -> Any:
         return loader.construct_document(node)
     except GmaskError:
         raise
-    except (yaml.YAMLError, ValueError) as error:  # the latter of a date or a number that cannot be
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError comes from a date or a number that does not exist
         raise GmaskError(f"not YAML ({' '.join(str(error).split())})") from error
     except RecursionError as error:
         raise GmaskError("not read, since its values are nested too deeply") from error
 
 
 def _count_nodes(node: yaml.Node, counted: dict[int, int]) -> int:
-    """How many values a node unfolds into; ``counted`` remembers that by node, 0 for those that are being counted."""
+    """The number of values that a node unfolds into.
+
+    counted: the numbers that are known, by the node's id; 0 for a node that is being counted.
+    """
     if id(node) in counted:
         if not counted[id(node)]:
             raise GmaskError(f"not read, since a value holds itself (line {node.start_mark.line + 1})")
@@ -398,7 +405,7 @@ def _count_nodes(node: yaml.Node, counted: dict[int, int]) -> int:
 
 
 def plain_values(settings: Any) -> dict[str, Any]:
-    """The values of nested settings as YAML has them: lists in place of tuples."""
+    """The values of nested settings as YAML writes them: lists in place of tuples."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings)))
     return values
 

@@ -1,7 +1,7 @@
-"""Conversations: what was said, in each of the forms in which it is given, as rounds of a question and its answer.
+"""Reads conversations in all accepted forms as rounds of a question and its answer.
 
-The published chat, `gmask.Chat`, `gmask.reply_all`, the server, the page and training read conversations here, so that
-the same conversation is the same prompt everywhere.
+The published chat, `gmask.Chat`, `gmask.reply_all`, the server, the page and training all read conversations here, so
+that the same conversation is the same prompt everywhere.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from gmask.errors import GmaskError
 from gmask.files import check_text
 
 Round = tuple[str, str]
-"""What was asked and what was answered."""
+"""A question and its answer."""
 
 Rounds = Sequence[Round]
 """Oldest first."""
@@ -34,11 +34,11 @@ class Conversation:
     """The rounds of a conversation, and the question that waits for a reply."""
 
     rounds: tuple[Round, ...]
-    query: str | None = None  # None: the assistant spoke last, or nobody
-    is_greeted: bool = False  # the assistant spoke first: the first round has an empty question
+    query: str | None = None  # None: the last message is the assistant's, or there is none
+    is_greeted: bool = False  # the first message is the assistant's: the first round has an empty question
 
     def require_query(self) -> str:
-        """The question to reply to. Raises `GmaskError` if there is none."""
+        """Returns the question to reply to. Raises `GmaskError` if there is none."""
         if self.query is None:
             raise GmaskError("a conversation to reply to ends with a message of the user")
         return self.query
@@ -47,21 +47,22 @@ class Conversation:
 def read_conversation(history: History | None, query: str | None = None) -> Conversation:
     """Reads the rounds of a history, and the question behind it.
 
-    - Messages of one speaker in a row are one, joined by a newline.
-    - These models know no system role: what the system says goes, on a line of its own, before the user's next message;
-      behind a message of the user it is joined to that one.
-    - Where the assistant speaks first, that is a round with an empty question.
-    - Of a message in parts, as OpenAI's clients send it, the texts are joined.
+    - Consecutive messages of one speaker are joined by a newline.
+    - These models have no system role. A system message is put before the next message of the user, on a line of its
+      own; right behind a message of the user it is appended to that one.
+    - If the assistant speaks first, that is a round with an empty question.
+    - The texts of a message in parts, as OpenAI's clients send it, are joined.
 
     Args:
-        history: pairs or messages, also mixed; those of ShareGPT, with ``from`` and ``value``, too. None is empty.
-        query: what the user says last, if that is not in the history.
+        history: pairs or messages, also mixed; messages may be those of ShareGPT, with ``from`` and ``value``. None is
+            an empty history.
+        query: the last message of the user, if it is not in the history.
 
     Raises:
-        GmaskError: anything else, such as a bare text, None in the place of a text, an unknown role or an image.
+        GmaskError: anything else, such as a bare text, None instead of a text, an unknown role or an image.
     """
     turns: list[tuple[str, str]] = []
-    system: list[str] = []  # what it has said since the user's last message
+    system: list[str] = []  # system messages since the last message of the user
     for number, entry in enumerate(_entries(history), 1):
         try:
             said = _read_entry(entry)
@@ -82,7 +83,7 @@ def read_conversation(history: History | None, query: str | None = None) -> Conv
 
 
 def read_content(content: Any) -> str:
-    """The text of a message, which may come in parts.
+    """Returns the text of a message, which may come in parts.
 
     Raises:
         GmaskError: not a text, such as None or an image.
@@ -104,7 +105,7 @@ def _entries(history: Any) -> Sequence[Any]:
 
 
 def _read_entry(entry: Any) -> list[tuple[str, str]]:
-    """Role and text of a message, or of both messages of a pair."""
+    """Returns role and text of a message, or of both messages of a pair."""
     if isinstance(entry, Mapping):
         return [_read_message(entry)]
     if not _is_list(entry) or len(entry) != 2:
@@ -141,7 +142,7 @@ def _read_part(part: Any) -> str:
 
 
 def _add(turns: list[tuple[str, str]], system: list[str], role: str, text: str) -> None:
-    """Adds a message to the turns, which alternate; ``system`` keeps what goes before the user's next message."""
+    """Adds a message to the turns, which alternate; system messages wait in ``system`` for the next user message."""
     if role == "system" and not (turns and turns[-1][0] == "user"):
         system.append(text)
         return
@@ -161,6 +162,6 @@ def _is_list(value: Any) -> bool:
 
 
 def _name(value: Any) -> str:
-    """What a value is, without what it holds."""
+    """Returns the type of a value with an article, such as "a dict"."""
     name = type(value).__name__
     return "None" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

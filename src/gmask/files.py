@@ -20,25 +20,27 @@ LFS_POINTER = b"version https://git-lfs"
 UTF8_MARK = b"\xef\xbb\xbf"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 READ_BYTES = 1 << 20
-MAX_OBJECT_BYTES = 64 << 20  # of a JSON file in a model's folder; an index of tensors has less than 1 MB
+MAX_OBJECT_BYTES = 64 << 20  # of a JSON file in a model's folder; the greatest, a tokenizer.json, has 20 MB
+COPY_AGAIN = "download or copy it again"
+"""What to do about a damaged file of a model folder."""
 
-# torch.save and safetensors wrap what the system says of a disk into messages of their own.
+# torch.save and safetensors wrap the system's message about a disk into messages of their own.
 TORCH_WRITER = re.compile("PytorchStreamWriter|inline_container")
 SAFETENSORS_REASON = re.compile(r"I/O error: (.*) \(os error \d+\)")
 
 
 @contextmanager
 def written(path: Path | str, *, kept: str = "") -> Iterator[Path]:
-    """A draft beside ``path``, an empty file to write into; it takes the path's place when the block ends well.
+    """Gives an empty draft beside ``path``, and renames it to ``path`` when the block ends without an error.
 
-    The draft is on the disk before that, and readable to whom a new file of this user is. After any error it is
-    removed, and what is at the path stays as it was. Folders above the path are made.
+    Before that, the draft's bytes are flushed to the disk, and it gets the permissions of a new file. After an error it
+    is removed, and a file at the path stays as it was. Folders above the path are made.
 
     Args:
-        kept: what is not lost if it cannot be written, for the error: "the last complete checkpoint".
+        kept: what is not lost if the file cannot be written, for the error: "the last complete checkpoint".
 
     Raises:
-        GmaskError: it cannot be written.
+        GmaskError: the file cannot be written.
     """
     path = Path(path)
     draft = _draft_of(path)
@@ -59,16 +61,17 @@ def written(path: Path | str, *, kept: str = "") -> Iterator[Path]:
 
 @contextmanager
 def written_folder(folder: Path | str, *, replace: bool = True, kept: str = "") -> Iterator[Path]:
-    """A draft beside ``folder``, an empty folder to fill; it takes the folder's place when the block ends well.
+    """Gives an empty draft beside ``folder``, and renames it to ``folder`` when the block ends without an error.
 
-    What is at the place is removed after that. After any error the draft is removed, and what is there stays.
+    A folder that was there is removed after that. After an error the draft is removed, and the folder that was there
+    stays.
 
     Args:
-        replace: if False, a folder that is there and not empty is refused before anything is written.
+        replace: if False, a folder that exists and is not empty is refused before anything is written.
         kept: as of `written`.
 
     Raises:
-        GmaskError: it cannot be written.
+        GmaskError: the folder cannot be written.
     """
     folder = Path(folder)
     draft = _draft_of(folder)
@@ -93,10 +96,10 @@ def written_folder(folder: Path | str, *, replace: bool = True, kept: str = "") 
 
 @contextmanager
 def writing(path: Path, draft: Path, *, kept: str = "") -> Iterator[None]:
-    """Turns what goes wrong in writing a draft of ``path`` into one line.
+    """Turns the errors of writing a draft of ``path`` into one line.
 
     Raises:
-        GmaskError: it cannot be written.
+        GmaskError: the draft cannot be written.
     """
     try:
         yield
@@ -108,7 +111,7 @@ def writing(path: Path, draft: Path, *, kept: str = "") -> Iterator[None]:
 
 
 def write_text(path: Path | str, text: str | Iterable[str], *, kept: str = "") -> None:
-    """Writes a text, or the pieces of one, as UTF-8 by `written`."""
+    """Writes a text, or the parts of one, as UTF-8 by `written`."""
     with written(path, kept=kept) as draft, draft.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines([text] if isinstance(text, str) else text)
 
@@ -116,17 +119,17 @@ def write_text(path: Path | str, text: str | Iterable[str], *, kept: str = "") -
 def write_json(
     path: Path | str, values: Any, *, indent: int | None = 1, sort_keys: bool = False, kept: str = ""
 ) -> None:
-    """Writes a JSON file by `written`; what is not ASCII stays readable."""
+    """Writes a JSON file by `written`; characters beyond ASCII are not escaped."""
     write_text(path, json.dumps(values, ensure_ascii=False, indent=indent, sort_keys=sort_keys) + "\n", kept=kept)
 
 
 def write_json_lines(path: Path | str, values: Iterable[Any], *, kept: str = "") -> None:
-    """Writes one JSON value a line by `written`; what is not ASCII stays readable."""
+    """Writes one JSON value a line by `written`; characters beyond ASCII are not escaped."""
     write_text(path, (json.dumps(value, ensure_ascii=False) + "\n" for value in values), kept=kept)
 
 
 def remove_drafts(path: Path | str) -> None:
-    """Removes the drafts of a file or a folder that killed processes left; for the only one that writes there."""
+    """Removes the drafts of a file or a folder that killed processes left. No other process may be writing it."""
     path = Path(path)
     pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.(partial|replaced)")
     for found in list(path.parent.iterdir()) if path.parent.is_dir() else []:
@@ -152,7 +155,7 @@ def read_text(path: Path | str, *, keep_ends: bool = False) -> str:
 
 
 def decode_text(data: bytes, path: Path | str) -> str:
-    """The text of bytes in UTF-8, without a byte order mark. Raises `GmaskError` as `read_text`; ``path``: for that."""
+    """The text of UTF-8 bytes, without a byte order mark. Raises `GmaskError` as `read_text`, naming ``path``."""
     _refuse_start(path, data)
     try:
         return data.removeprefix(UTF8_MARK).decode("utf-8")
@@ -161,23 +164,50 @@ def decode_text(data: bytes, path: Path | str) -> str:
         raise at_line(path, line, "not UTF-8 text; save the file as UTF-8") from error
 
 
-def read_json(path: Path | str) -> Any:
+def read_json(path: Path | str, *, checked: bool = True, remedy: str = "") -> Any:
     """The value of a JSON file.
+
+    Args:
+        checked: refuse what `check_values` does.
+        remedy: what to do about a file that is not JSON, for the error.
 
     Raises:
         GmaskError: as by `read_text` and `parse_json`, with the path.
     """
-    return parse_json(read_text(path), path)
+    return parse_json(read_text(path), path, checked=checked, remedy=remedy)
+
+
+def read_object(path: Path | str, *, required: bool = True, remedy: str = COPY_AGAIN) -> dict[str, Any]:
+    """The object in a JSON file that gmask or another program wrote; not checked by `check_values`.
+
+    Args:
+        required: if False, a file that is not there gives an empty object.
+        remedy: what to do about a file that is missing, empty or damaged, for the error.
+
+    Raises:
+        GmaskError: no such file, not JSON (with the line), another value than an object, or a Git LFS pointer.
+    """
+    path = Path(path)
+    if not required and not path.is_file():
+        return {}
+    refuse_placeholder(path, remedy)
+    if (size := path.stat().st_size) > MAX_OBJECT_BYTES:
+        raise GmaskError(f"{path}: has {size >> 20:,} MB, and no such file is as large; {remedy}")
+    values = read_json(path, checked=False, remedy=remedy)
+    if not isinstance(values, dict):
+        raise GmaskError(f"{path}: expected a JSON object; {remedy}")
+    return values
 
 
 def read_json_lines(
-    path: Path | str, on_bad_line: Callable[[GmaskError], None] | None = None
+    path: Path | str, on_bad_line: Callable[[GmaskError], None] | None = None, *, checked: bool = True
 ) -> Iterator[tuple[int, Any]]:
     """The values of a file with one JSON value a line, and the lines' numbers from 1; empty lines are left out.
 
     Args:
-        on_bad_line: is given the error of each line that is not UTF-8, not JSON, or refused by `check_values`, and
-            the line is left out; without it the first one raises.
+        on_bad_line: called with the error of each line that is not UTF-8, not JSON, or refused by `check_values`; the
+            line is left out. Without it the first bad line raises.
+        checked: refuse what `check_values` does.
 
     Raises:
         GmaskError: a bad line, with file and number, or as by `read_lines`.
@@ -187,7 +217,7 @@ def read_json_lines(
             if isinstance(line, GmaskError):
                 raise line
             if line.strip():
-                yield number, parse_json(line.rstrip("\r\n"))
+                yield number, parse_json(line.rstrip("\r\n"), checked=checked)
         except GmaskError as error:
             located = at_line(path, number, error)
             if on_bad_line is None:
@@ -198,10 +228,10 @@ def read_json_lines(
 def read_lines(
     path: Path | str, *, start: int = 0, max_bytes: int | None = None
 ) -> Iterator[tuple[int, str | GmaskError]]:
-    """The lines of a UTF-8 file with their ends, and their numbers from 1; a .zst file is unpacked.
+    """The lines of a UTF-8 file with their ends, and their numbers from 1; a .zst file is decompressed.
 
-    A line that cannot be read stands there as its error, which does not say where: see `at_line`. A byte order mark is
-    dropped.
+    In place of a line that cannot be read comes its error, which names neither file nor line: `at_line` adds them. A
+    byte order mark is dropped.
 
     Args:
         start: lines at the beginning that are left out.
@@ -240,12 +270,13 @@ def at_line(path: Path | str, number: int, fault: object) -> GmaskError:
     return GmaskError(f"{path}, line {number}: {fault}")
 
 
-def parse_json(text: str, path: Path | str | None = None, *, checked: bool = True) -> Any:
-    """The value of a JSON text.
+def parse_json(text: str, path: Path | str | None = None, *, checked: bool = True, remedy: str = "") -> Any:
+    """The value of a JSON text. Its nesting is bounded by Python's recursion limit.
 
     Args:
-        path: where it was read as a whole, to be named in errors.
+        path: the file whose whole content the text is, to be named in errors.
         checked: refuse what `check_values` does.
+        remedy: what to do, for the end of the error.
 
     Raises:
         GmaskError: not JSON (with the line, if there is a path), or refused.
@@ -254,18 +285,27 @@ def parse_json(text: str, path: Path | str | None = None, *, checked: bool = Tru
         values = json.loads(text)
         if checked:
             check_values(values)
-    except json.JSONDecodeError as error:
-        message = f"not JSON ({error.msg} at column {error.colno})"
-        raise (GmaskError(message) if path is None else at_line(path, error.lineno, message)) from error
-    except (RecursionError, ValueError) as error:  # the latter is one of ours, or of an integer of thousands of digits
-        message = str(error) if isinstance(error, GmaskError) else f"not JSON ({one_line(error)})"
-        message = "not read, since its values are nested too deeply" if isinstance(error, RecursionError) else message
-        raise GmaskError(message if path is None else f"{path}: {message}") from error
+    except (RecursionError, ValueError) as error:
+        message = _describe_json_error(error) + (f"; {remedy}" if remedy else "")
+        if path is None:
+            raise GmaskError(message) from error
+        if isinstance(error, json.JSONDecodeError):
+            raise at_line(path, error.lineno, message) from error
+        raise GmaskError(f"{path}: {message}") from error
     return values
 
 
+def _describe_json_error(error: RecursionError | ValueError) -> str:
+    if isinstance(error, RecursionError):
+        return "not read, since its values are nested too deeply"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON ({error.msg} at column {error.colno})"
+    # Python refuses an integer of thousands of digits by a plain ValueError.
+    return str(error) if isinstance(error, GmaskError) else f"not JSON ({one_line(error)})"
+
+
 def check_values(values: Any) -> None:
-    """Raises `GmaskError` for what Python reads from JSON and nobody can use: NaN, infinity, half of a character."""
+    """Raises `GmaskError` for values that Python reads and JSON does not have: NaN, infinity, half a character."""
     if isinstance(values, str):
         check_text(values, "a text")
     elif isinstance(values, float):
@@ -282,10 +322,10 @@ def check_values(values: Any) -> None:
 
 
 def check_text(text: str, name: str = "the text") -> str:
-    """The text, if it is one; Python's may hold what has no UTF-8: halves of surrogate pairs, bytes of an argument.
+    """Returns the text if UTF-8 can write it. A Python string may also hold half of a surrogate pair, or a raw byte.
 
     Raises:
-        GmaskError: it is not.
+        GmaskError: UTF-8 cannot write it.
     """
     if not text.isascii():
         try:
@@ -307,49 +347,29 @@ class Vocabulary(Protocol):
     """What of a tokenizer `check_characters` asks for."""
 
     def get_vocab(self) -> dict[str, int]:
-        """The ids of the tokens."""
+        """Returns the ids of the tokens."""
 
 
 def check_characters(text: str, most: int, tokenizer: Vocabulary, *, name: str = "the text") -> None:
     """Raises `GmaskError` for a text that is longer than ``most`` of the longest tokens.
 
-    To cut it into tokens would take seconds a megabyte, only to count too many of them.
+    Tokenizing takes seconds a megabyte, only to find too many tokens.
     """
     if len(text) > most * LONGEST_TOKEN and len(text) > most * max(map(len, tokenizer.get_vocab())):
         raise GmaskError(f"{name} has {len(text)} characters, and there is room for {most} tokens: shorten it")
 
 
-def read_object(path: Path, *, required: bool = True) -> dict[str, Any]:
-    """The object in a JSON file of a model folder.
+def refuse_placeholder(path: Path, remedy: str = COPY_AGAIN) -> None:
+    """Raises `GmaskError` for a missing or empty file, a folder in its place, or a Git LFS pointer.
 
-    Args:
-        required: if False, a file that is not there gives an empty object.
-
-    Raises:
-        GmaskError: no such file, not JSON, another value than an object, or a Git LFS pointer.
+    remedy: what to do about a missing or empty file, for the error.
     """
-    if not required and not path.is_file():
-        return {}
-    refuse_placeholder(path)
-    if (size := path.stat().st_size) > MAX_OBJECT_BYTES:
-        raise GmaskError(f"{path}: has {size >> 20:,} MB, and no such file of a model is as large; copy it again")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise GmaskError(f"{path}: not JSON, download or copy it again ({one_line(error)})") from error
-    if not isinstance(values, dict):
-        raise GmaskError(f"{path}: expected a JSON object")
-    return values
-
-
-def refuse_placeholder(path: Path) -> None:
-    """Raises `GmaskError` if there is no file, or only what stands for one: a folder, nothing, a Git LFS pointer."""
     if path.is_dir():
         raise GmaskError(f"{path}: is a folder, where a file is expected")
     if not path.is_file():
-        raise GmaskError(f"{path}: missing; download or copy it again")
+        raise GmaskError(f"{path}: missing; {remedy}")
     if path.stat().st_size == 0:
-        raise GmaskError(f"{path}: truncated or damaged, download or copy it again (it is empty)")
+        raise GmaskError(f"{path}: truncated or damaged, {remedy} (it is empty)")
     try:
         with path.open("rb") as file:
             start = file.read(len(LFS_POINTER))
@@ -364,7 +384,7 @@ def _refuse_pointer(path: Path | str, data: bytes) -> None:
 
 
 def _refuse_start(path: Path | str, data: bytes) -> None:
-    """Raises `GmaskError` for the first bytes of a file that is none of UTF-8."""
+    """Raises `GmaskError` if the first bytes of a file are those of a Git LFS pointer or of UTF-16."""
     _refuse_pointer(path, data)
     if data.startswith(UTF16_MARKS):
         raise GmaskError(f"{path}: UTF-16 text; save the file as UTF-8")
@@ -410,7 +430,7 @@ def _reason(error: Exception, path: Path, draft: Path) -> str:
 
 
 def _finish_file(path: Path, mode: int) -> None:
-    """Gives a file its permissions, and has its bytes written to the disk."""
+    """Gives a file its permissions, and flushes its bytes to the disk."""
     path.chmod(mode)
     with path.open("r+b") as file:
         os.fsync(file.fileno())
@@ -438,7 +458,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Has the names in a folder written to the disk, where the system can be asked for it."""
+    """Flushes the names in a folder to the disk, on systems that can."""
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -1,7 +1,8 @@
-"""This machine: which device and dtype to use, how much memory is free, and whether something fits.
+"""This machine: the best device and dtype, free memory, and whether something fits into it.
 
-oneDNN, which multiplies bfloat16 matrices, keeps what it prepared for each shape, 1024 of them: at the head of a small
-model 4 MB each. Texts of ever new lengths would fill gigabytes, and seldom be the same again.
+oneDNN, which multiplies bfloat16 matrices, caches a primitive for each of up to 1024 shapes; at the head of a small
+model each takes 4 MB. Texts of many lengths would fill gigabytes with primitives that are seldom used again, so the
+cache is bounded here.
 """
 
 import os
@@ -18,14 +19,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def best_device() -> str:
-    """The fastest device of this machine: CUDA, Apple's MPS, or the CPU."""
+    """Returns the fastest device of this machine: CUDA, Apple's MPS, or the CPU."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def read_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """The dtype of a name; None for ``"auto"``.
+    """Returns the dtype of a name; None for ``"auto"``.
 
     Raises:
         GmaskError: no such name.
@@ -40,7 +41,7 @@ def read_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def cpu_instructions() -> str:
-    """The instructions that decide how fast bfloat16 is multiplied: ``"amx"``, ``"avx512_bf16"``, ``"avx2"`` ..."""
+    """Returns the CPU's instruction set for products, in bfloat16 if it has one: ``"amx"``, ``"avx512_bf16"``, ..."""
     if _has("amx_bf16", "_is_amx_tile_supported"):
         return "amx"
     if _has("avx512_bf16", "_is_avx512_bf16_supported"):
@@ -51,21 +52,21 @@ def cpu_instructions() -> str:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 by instructions of its own; without them it is slower than float32."""
+    """Returns True if the device has instructions for bfloat16; without them it is slower than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and cpu_instructions() in ("amx", "avx512_bf16", "neon_bf16")
 
 
 def training_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of a training pass: ``"float32"`` or ``"bfloat16"`` as named; ``"auto"`` takes the faster one."""
+    """Returns the dtype of a training pass: ``"float32"`` or ``"bfloat16"`` as named; ``"auto"`` is the faster one."""
     if name == "auto":
         return torch.bfloat16 if has_bfloat16(device) else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def describe_training_dtype(name: str, device: torch.device) -> str:
-    """One line about the type that `training_dtype` chooses, with a measured warning where it is the slower one."""
+    """Describes the dtype that `training_dtype` chooses in one line; warns, with a measurement, if it is slower."""
     chosen = str(training_dtype(name, device)).removeprefix("torch.")
     if device.type != "cpu":
         return f"training in {chosen} on {device}"
@@ -80,7 +81,7 @@ def describe_training_dtype(name: str, device: torch.device) -> str:
 
 
 def bfloat16_slowdown(*, rows: int = 512, width: int = 512, repeats: int = 5) -> float:
-    """The time of a bfloat16 product ``[rows, width] @ [width, width]`` on this CPU, in times of the float32 one."""
+    """Measures the time of a bfloat16 product ``[rows, width] @ [width, width]`` on this CPU, relative to float32."""
     times = {}
     for dtype in (torch.float32, torch.bfloat16):
         left, right = torch.ones(rows, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
@@ -94,7 +95,7 @@ def bfloat16_slowdown(*, rows: int = 512, width: int = 512, repeats: int = 5) ->
 
 
 def _has(capability: str, probe: str) -> bool:
-    """Whether torch reports a capability of the CPU; older versions have a probe of their own for some."""
+    """Returns True if torch reports a capability of the CPU. Older versions of torch have a function for some."""
     listed: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     if capability in listed:
         return bool(listed[capability])
@@ -105,7 +106,7 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of a device; of the CPU (and Apple's GPU, which shares it), what this process may still take."""
+    """Returns the free memory of a device; for the CPU and Apple's GPU, within the limit of the container."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     available = int(psutil.virtual_memory().available)
@@ -116,7 +117,7 @@ def free_bytes(device: torch.device) -> int:
 def check_room(source: Path, needed: int, device: torch.device, *, advice: str = "") -> None:
     """Raises `GmaskError`, with the numbers, if a device has less than ``needed`` bytes free.
 
-    source: what is to be loaded; advice: what needs less.
+    ``source``: the file or folder to load; ``advice``: what would need less memory.
     """
     free = free_bytes(device)
     if needed <= free:
@@ -126,12 +127,12 @@ def check_room(source: Path, needed: int, device: torch.device, *, advice: str =
 
 
 def format_bytes(count: int) -> str:
-    """In decimal units, such as ``7.2 GB``."""
+    """Formats a number of bytes in decimal units, such as ``7.2 GB``."""
     return f"{count / 1e9:.1f} GB" if count >= 10**8 else f"{count / 1e6:.1f} MB"
 
 
 def _container_room(group: Path) -> int | None:
-    """Bytes to the limit of the container; None without one. What only caches files is given up when it is needed."""
+    """Returns the bytes up to the memory limit of the container; None without one. File caches count as free."""
     try:
         limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
         cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
@@ -147,5 +148,5 @@ PRIMITIVE_CACHE_SHAPES = 64  # shapes; a model's own, with one length of texts, 
 
 
 def bound_primitive_cache() -> None:
-    """Bounds the cache of this process, unless the environment does. To be called before the first product."""
+    """Bounds oneDNN's primitive cache, unless the environment does. It must be called before the first product."""
     os.environ.setdefault(PRIMITIVE_CACHE, str(PRIMITIVE_CACHE_SHAPES))

@@ -1,10 +1,12 @@
-"""transformers' Auto classes learn of the GLM classes, without losing their own GLM-4.
+"""Registers our classes with transformers' Auto classes, which still load transformers' own GLM-4.
 
-Nothing is imported for it: the modules that matter are watched, and what they need is done when they have been loaded.
-The published configs share their ``model_type``, ``glm``, with GLM-4, so a config class under that name sends each to
-its own. ``chatglm`` is shared with ChatGLM2, ChatGLM3 and GLM-4-9B, whose code is remote: as transformers asks for it
-only where no class is registered, they are refused with a word on `unregister`. Configs and models from outside
-transformers come before a repository's remote code; tokenizers do if they are registered by name, not by config.
+Nothing is imported for this: an import hook watches a few modules, and registers classes once they are loaded.
+
+The published configs have the ``model_type`` of GLM-4, ``glm``: a dispatching config class under that name decides
+between the two. ``chatglm`` is also the type of ChatGLM2, ChatGLM3 and GLM-4-9B, whose code is remote. transformers
+uses remote code only for types without a registered class, so these models are refused, with advice to call
+`unregister`. Registered configs and models take precedence over a repository's remote code; tokenizers do so if they
+are registered by name, not by config.
 """
 
 import functools
@@ -23,9 +25,9 @@ CONFIGS = "transformers.models.auto.configuration_auto"
 
 
 def register() -> None:
-    """Makes `transformers.AutoConfig` and its like know the GLMs, now or once they are first imported.
+    """Registers our classes with `transformers.AutoConfig` and its like, now or when they are first imported.
 
-    Called by ``import gmask``; more calls change nothing.
+    ``import gmask`` calls it; further calls change nothing.
     """
     if any(map(_is_ours, sys.meta_path)):
         return
@@ -41,7 +43,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Gives the Auto classes back as they were before `register`."""
+    """Restores the Auto classes as they were before `register`."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if not _is_ours(finder)]
     if CONFIGS in sys.modules:
         configs = sys.modules[CONFIGS].CONFIG_MAPPING._extra_content
@@ -59,7 +61,7 @@ def unregister() -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Runs a function when a module has been imported. The import itself is that of the other finders."""
+    """Runs a function after a module was imported. The other finders do the import."""
 
     def __init__(self, actions: Mapping[str, Callable[[], None]]) -> None:
         self.actions = actions
@@ -85,18 +87,18 @@ class _AfterImport(MetaPathFinder):
 
 
 def _is_ours(thing: object) -> bool:
-    """Whether a finder or a config class is one of gmask; by name, so that a reloaded module knows its earlier self."""
+    """Returns True if a finder or a config class is ours; by name, so that it works after a reload of this module."""
     kind = thing if isinstance(thing, type) else type(thing)
     return kind.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def _register_configs() -> None:
-    """Both names of the config. No other module is imported here, as half of transformers may be loading."""
+    """Registers the config classes. Nothing else is imported, since transformers may be in the middle of its import."""
     from transformers.configuration_utils import PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     class GLMDispatch(PreTrainedConfig):
-        """Stands for ``glm`` in the mapping alone; what it makes is a config of either kind."""
+        """The config class of ``glm`` in the mapping. It makes configs of our GLM or of transformers' GLM-4."""
 
         model_type = "glm"
         displaced = CONFIG_MAPPING._extra_content.get("glm")
@@ -115,7 +117,7 @@ def _register_configs() -> None:
             return cls.displaced or importlib.import_module("transformers").GlmConfig
 
     def stand_in(architecture: Architecture) -> type[PreTrainedConfig]:
-        """What stands for a config class of ours until it is loaded."""
+        """Returns a class that replaces a config class of ours until that is loaded."""
 
         class OnUse(PreTrainedConfig):
             model_type = architecture.model_type
@@ -136,7 +138,7 @@ def _register_configs() -> None:
 
 
 def _register_classes(architecture: Architecture) -> None:
-    """The classes of an architecture, whose config is here; the Auto classes have been loaded with it."""
+    """Registers the classes of an architecture, once the module of its config is loaded."""
     import transformers
     from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
 
@@ -145,13 +147,13 @@ def _register_classes(architecture: Architecture) -> None:
     _strict_loading().check_source = staticmethod(_check_source)
     transformers.AutoConfig.register(architecture.model_type, config_class, exist_ok=True)
     _register_models(architecture, architecture.home)
-    importlib.import_module(architecture.heads)  # registers its own, unless it is being imported: then when it is done
+    importlib.import_module(architecture.heads)  # its models are registered now or, during its import, when that ends
     for name in architecture.tokenizers:
         REGISTERED_TOKENIZER_CLASSES[name] = _find_class(architecture.tokenizer_home, name)
 
 
 def _register_models(architecture: Architecture, module: str) -> None:
-    """The models of an architecture that are in one module, which has been loaded."""
+    """Registers the models of an architecture that are in one loaded module."""
     import transformers
 
     for auto_name, name in architecture.auto_classes.items():
@@ -159,7 +161,7 @@ def _register_models(architecture: Architecture, module: str) -> None:
             continue
         model_class = architecture.find_class(name)
         getattr(transformers, auto_name).register(architecture.config_class, model_class, exist_ok=True)
-        if not hasattr(transformers, name):  # where a config's `architectures` are looked up
+        if not hasattr(transformers, name):  # transformers looks up the `architectures` of a config there
             setattr(transformers, name, model_class)
 
 
@@ -187,7 +189,7 @@ def _strict_loading() -> Any:
 
 
 def _check_source(model_class: Any, source: Any, **settings: Any) -> None:
-    """Has a folder checked before `from_pretrained` reads it; settings are the keywords of that."""
+    """Checks a folder before `from_pretrained` reads it; ``settings`` are the keywords of that."""
     from gmask.checkpoints.load import check_pretrained
 
     folder = None if source is None or settings.get("revision") else _folder_of(str(source))
@@ -196,9 +198,9 @@ def _check_source(model_class: Any, source: Any, **settings: Any) -> None:
 
 
 def _complete_glm(values: Mapping[str, Any], source: str | None) -> dict[str, Any]:
-    """A published config with the special ids that it lacks, and without what names remote code.
+    """Returns a published config with the special ids that it lacks, and without the keys of remote code.
 
-    source: the folder or hub name that it came from.
+    ``source``: the folder or hub name that it came from.
     """
     from gmask.checkpoints.special_ids import special_ids
 
@@ -208,7 +210,7 @@ def _complete_glm(values: Mapping[str, Any], source: str | None) -> dict[str, An
 
 
 def _complete_chatglm(values: Mapping[str, Any]) -> dict[str, Any]:
-    """As `_complete_glm` for the config of a ChatGLM, whose ids no file of its folder tells."""
+    """As `_complete_glm`, for the config of a ChatGLM, whose ids are in no file of its folder."""
     from gmask.checkpoints.special_ids import special_ids
 
     own = {key: value for key, value in values.items() if key != "auto_map"}
@@ -216,7 +218,7 @@ def _complete_chatglm(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _folder_of(source: str | None) -> Path | None:
-    """The folder of `source`, or of its default revision in the local cache."""
+    """Returns the folder ``source``, or the cached folder of this hub name at its default revision; else None."""
     if source is None:
         return None
     path = Path(source).expanduser()

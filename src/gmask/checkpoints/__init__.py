@@ -1,1 +1,1 @@
-"""Published weights: which there are, how they lie on a disk, and how they become others."""
+"""Published weights: the table of models, checkpoints in all forms, loading, conversion, adapters."""

@@ -1,12 +1,13 @@
-"""Adapters: put into a model, saved, merged for good; PEFT's folders and the published ones.
+"""Adapters: loads them into a model, saves them, and merges them into its weights.
 
-The folders have three forms: PEFT's, which `gmask` writes too (``adapter_config.json`` and
-``adapter_model.safetensors``); the published one of P-tuning v2 (a checkpoint with ``transformer.prefix_encoder.*``
-alone, by ``ptuning/trainer.py``); and trained vectors (P-tuning), whose ``adapter_config.json`` PEFT does not read.
+Their folders have three forms: PEFT's, which `gmask` writes too (``adapter_config.json`` and
+``adapter_model.safetensors``); the published one of P-tuning v2 (a checkpoint that holds only
+``transformer.prefix_encoder.*``, by ``ptuning/trainer.py``); and trained vectors (P-tuning), whose
+``adapter_config.json`` PEFT does not read.
 
-PEFT's layers (LoRA, DoRA, AdaLoRA, IA3) take the place of linear layers inside the model, so that its class stays what
-it is and every verb works on it; a wrapper of PEFT would hide the model. What they add is float32, whatever the
-precision of the model.
+PEFT's layers (LoRA, DoRA, AdaLoRA, IA3) replace linear layers inside the model. So the class of the model stays the
+same, and every verb works on it, which would not be so with PEFT's wrapper. The added parameters are float32, whatever
+the precision of the model.
 """
 
 import copy
@@ -23,8 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gmask.architectures import architecture_of
+from gmask.checkpoints.formats import PREFIX_ENCODER, Checkpoint, open_checkpoint
 from gmask.checkpoints.tensor_files import PickledFile, SafetensorsFile, TensorFile
-from gmask.checkpoints.weights import PREFIX, Checkpoint, open_checkpoint
 from gmask.errors import GmaskError, one_line
 from gmask.files import read_object, write_json, written
 from gmask.models.base import Mismatch, attach_prefix
@@ -44,7 +45,7 @@ def load_adapter(model: PreTrainedModel, folder: Path | str, *, trainable: bool 
     Args:
         model: of a class of ours, without an adapter or with a prefix, which is replaced.
         folder: PEFT's form of LoRA, DoRA, AdaLoRA, IA3 and prefix tuning, `save_adapter`'s, or a published prefix.
-        trainable: whether it is to be trained on, and the rest of the model frozen.
+        trainable: whether the adapter is to be trained further, with the rest of the model frozen.
 
     Raises:
         GmaskError: no such folder, a damaged one, or one that was trained for another model.
@@ -63,13 +64,13 @@ def load_adapter(model: PreTrainedModel, folder: Path | str, *, trainable: bool 
 
 @dataclass(frozen=True)
 class Adapter:
-    """The folder of an adapter, read but for its tensors.
+    """The opened folder of an adapter. The tensors are not read yet.
 
     Attributes:
-        folder: where it lies.
-        kind: PEFT's ``peft_type``: one of `LAYERS`, or `PREFIX_TUNING`, which a published prefix is too; or `PROMPTS`.
-        values: of ``adapter_config.json``; of a published prefix, what the shapes tell.
-        tensors: where they are read from, opened.
+        folder: its path.
+        kind: PEFT's ``peft_type``: one of `LAYERS`; `PREFIX_TUNING`, also for a published prefix; or `PROMPTS`.
+        values: of ``adapter_config.json``; for a published prefix, inferred from the shapes.
+        tensors: the opened file or checkpoint of the tensors.
     """
 
     folder: Path
@@ -79,13 +80,13 @@ class Adapter:
 
     @property
     def notes(self) -> Mapping[str, Any]:
-        """What gmask notes of the base model; empty for folders that others wrote."""
+        """The facts about the base model that gmask writes; empty for folders that gmask did not write."""
         notes = self.values.get("auto_mapping")
         return notes if isinstance(notes, dict) else {}
 
     @property
     def model_class(self) -> str | None:
-        """The name of the class that it was trained for, if gmask wrote it."""
+        """The name of the class that it was trained for; None if gmask did not write it."""
         name = self.notes.get("base_model_class")
         return name if isinstance(name, str) and "base_shape" in self.notes else None
 
@@ -95,11 +96,11 @@ class Adapter:
 
     @property
     def names(self) -> list[str]:
-        """Of its tensors."""
+        """The names of its tensors."""
         return self.tensors.keys() if isinstance(self.tensors, Checkpoint) else self.tensors.names()
 
     def whole_parts(self) -> dict[str, str]:
-        """Tensors that stand for those of the base model, such as the head of a classifier: their names in both."""
+        """Names of the tensors that replace those of the model, such as a classifier's head: ``{here: there}``."""
         mark = f".{LAYERS[self.kind]}" if self.kind in LAYERS else ENCODERS[self.kind]
         return {
             name: name.removeprefix(WRAPPER).replace(".base_layer.", ".")
@@ -108,7 +109,7 @@ class Adapter:
         }
 
     def read(self) -> dict[str, Tensor]:
-        """All tensors by name, on the CPU and in memory of their own."""
+        """Returns all tensors by name, copied to memory of the CPU."""
         return {name: self.tensors.read(name).clone() for name in self.names}
 
     def check_base(self, config: PreTrainedConfig, base: Path) -> None:
@@ -127,7 +128,7 @@ class Adapter:
     def check_weights(self, model: PreTrainedModel) -> None:
         """Raises `GmaskError` if it was trained for other weights than those of a model of the same shape."""
         wanted = self.notes.get("base_fingerprint")
-        if wanted is not None and wanted != fingerprint(model):
+        if wanted is not None and wanted != weights_fingerprint(model):
             name = self.values.get("base_model_name_or_path") or "another model"
             raise GmaskError(
                 f"{self.folder}: was trained for {name}, and {model.name_or_path or 'this model'} has other weights: "
@@ -136,7 +137,7 @@ class Adapter:
 
 
 def attach(model: PreTrainedModel, adapter: Adapter, tensors: Mapping[str, Tensor], *, trainable: bool = False) -> None:
-    """Puts an adapter that was read into a model, but for whole parts of this: `read_parts`.
+    """Puts an adapter that was read into a model, except for the parts that `read_parts` returns.
 
     Raises:
         GmaskError: it was trained for other weights.
@@ -155,10 +156,10 @@ def attach(model: PreTrainedModel, adapter: Adapter, tensors: Mapping[str, Tenso
 
 
 def read_parts(adapter: Adapter, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an adapter that stand for those of the model, by their names there.
+    """Returns the tensors of an adapter that replace those of the model, by their names there.
 
     Raises:
-        GmaskError: the model has no place for one.
+        GmaskError: the model has no such tensor, or one of another shape.
     """
     parts = {own: tensors[name] for name, own in adapter.whole_parts().items()}
     own = {name: parameter for name, parameter in model.named_parameters() if name in parts}
@@ -169,13 +170,13 @@ def read_parts(adapter: Adapter, model: PreTrainedModel, tensors: Mapping[str, T
 def save_adapter(
     model: PreTrainedModel, folder: Path | str, *, base: str, settings: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes what was trained beside a model into a folder that names the model.
+    """Writes the adapter of a model into a folder that names the model.
 
-    PEFT reads the folder too, but for trained vectors in the text, which it has no form for.
+    PEFT reads the folder too, except for one with trained vectors (P-tuning), for which it has no format.
 
     Args:
-        base: the name or folder of the model, for others to find it.
-        settings: of the method, to be noted.
+        base: the name or folder of the model, which is written into the config.
+        settings: of the tuning method, which are written, too.
 
     Raises:
         GmaskError: the model has no adapter.
@@ -200,10 +201,10 @@ def save_adapter(
 
 
 def merge_adapter(model: PreTrainedModel) -> int:
-    """Folds LoRA, DoRA, AdaLoRA or IA3 into the weights of a model, in place; returns the number of layers.
+    """Merges LoRA, DoRA, AdaLoRA or IA3 into the weights of a model, in place; returns the number of merged layers.
 
     Raises:
-        GmaskError: no such adapter; a prefix or trained vectors, which no weight can stand for; integers as weights.
+        GmaskError: no such adapter; a prefix or trained vectors, which cannot be merged; quantized weights.
     """
     if has_layers(model):
         return fold_layers(model)
@@ -215,7 +216,7 @@ def merge_adapter(model: PreTrainedModel) -> int:
 
 
 def head_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """The head for a task, which every method trains as a whole; empty for a language model."""
+    """Returns the parameters of a task's head, which every method trains fully; none for a language model."""
     if model.base_model is model:
         return {}
     body = (f"{model.base_model_prefix}.", "lm_head.")
@@ -225,8 +226,12 @@ def head_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 def _attach_prefix(
     model: PreTrainedModel, adapter: Adapter, tensors: Mapping[str, Tensor], *, trainable: bool
 ) -> nn.Module:
-    """A prefix as it was stored; of PEFT's form and ours, the table that a network made, unless that is to learn."""
-    mark = PREFIX if adapter.is_published_prefix else ENCODERS[PREFIX_TUNING]
+    """Attaches a prefix.
+
+    A published one is attached as it was stored. Of PEFT's and ours, which hold both the prefix and the network that
+    computes it, the network is needed only for training.
+    """
+    mark = PREFIX_ENCODER if adapter.is_published_prefix else ENCODERS[PREFIX_TUNING]
     network = {name.removeprefix(mark): tensor for name, tensor in tensors.items() if name.startswith(mark)}
     if not adapter.is_published_prefix and not (trainable and network):
         network = {"embedding.weight": _find(adapter, tensors, VECTORS)}
@@ -259,7 +264,7 @@ def _find(adapter: Adapter, tensors: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def _fill(encoder: nn.Module, network: Mapping[str, Tensor], adapter: Adapter, mark: str) -> None:
-    """Raises `GmaskError` for tensors that are not those of the encoder."""
+    """Fills an encoder with its tensors. Raises `GmaskError` if they are not those of the encoder."""
     found = {f"{mark}{name}": tensor for name, tensor in network.items()}
     _compare(adapter, found, {f"{mark}{name}": tensor for name, tensor in encoder.state_dict().items()})
     with torch.no_grad():
@@ -268,7 +273,7 @@ def _fill(encoder: nn.Module, network: Mapping[str, Tensor], adapter: Adapter, m
 
 
 def _prefix_values(model: PreTrainedModel) -> dict[str, Any]:
-    """Of a prefix, as PEFT's ``PrefixTuningConfig`` calls them."""
+    """Returns the config of a prefix by the keys of PEFT's ``PrefixTuningConfig``."""
     config = model.config
     return {
         "peft_type": PREFIX_TUNING,
@@ -294,39 +299,42 @@ def _prompt_values(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _encoder_tensors(encoder: nn.Module, result: Tensor, mark: str) -> dict[str, Tensor]:
-    """What an encoder computes, and the network that does, to train on; a table that is its own result stands once."""
+    """Returns the output of an encoder and its own parameters, which further training needs.
+
+    An encoder that is a table alone is its own output, and is returned once.
+    """
     own = dict(encoder.named_parameters())
     network = {f"{mark}{name}": parameter for name, parameter in own.items()} if len(own) > 1 else {}
     return {VECTORS: result, **network}
 
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-OLD_WEIGHTS = "adapter_model.bin"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+OLD_ADAPTER_WEIGHTS = "adapter_model.bin"
 LAYERS = {"LORA": "lora_", "ADALORA": "lora_", "IA3": "ia3_"}
-"""What the tensors that PEFT's layers add begin with, by ``peft_type``; DoRA is a kind of LORA."""
+"""The start of the names of the tensors that PEFT's layers add, by ``peft_type``; DoRA is a kind of LORA."""
 
 PREFIX_TUNING = "PREFIX_TUNING"
 PROMPTS = "GMASK_P_TUNING"
-"""What ``peft_type`` says of trained vectors in the text, which PEFT has no form for."""
+"""The ``peft_type`` of trained vectors in the text, for which PEFT has no format."""
 
 VECTORS = "prompt_embeddings"
-"""The trained vectors as such, or the prefix as a table ``[P, 2 L H]``: what PEFT calls the result of its encoders."""
+"""PEFT's name for the output of its encoders: the trained vectors, or the prefix as a table ``[P, 2 L H]``."""
 
 ENCODERS = {PREFIX_TUNING: "prefix_encoder.", PROMPTS: "prompt_encoder."}
-"""What the network begins with that they come out of, where there is one."""
+"""The start of the names of the network's parameters that computes them."""
 
 WRAPPER = "base_model.model."
-"""What PEFT puts before the names that a model gives its tensors."""
+"""PEFT's prefix of the names of a model's tensors."""
 
 SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """What tells the weights of a model from others of its shape: a digest of its last layer norm.
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """Returns a digest of a model's last layer norm, which differs between models of the same shape.
 
-    That is never quantized, and rounded to bfloat16 it is the same in every precision. Weights with LoRA folded in keep
-    it.
+    The norm is never quantized, and merging LoRA does not change it. It is rounded to bfloat16, so that the digest is
+    the same in every precision.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -344,71 +352,73 @@ def read_adapter(folder: Path) -> Adapter:
     """
     if not folder.is_dir():
         raise GmaskError(f"{folder}: no such folder; name that of an adapter")
-    if not (folder / CONFIG).is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         return _read_published_prefix(folder)
-    values = read_object(folder / CONFIG)
+    values = read_object(folder / ADAPTER_CONFIG)
     kind = values.get("peft_type")
     if kind not in (*LAYERS, PREFIX_TUNING, PROMPTS):
         said = f"peft_type {kind!r} is" if kind else "names no peft_type, so it is"
         raise GmaskError(
-            f"{folder / CONFIG}: {said} none of {', '.join(LAYERS)} and {PREFIX_TUNING}, which gmask reads"
+            f"{folder / ADAPTER_CONFIG}: {said} none of {', '.join(LAYERS)} and {PREFIX_TUNING}, which gmask reads"
         )
     return Adapter(folder, kind, values, open_weights(folder))
 
 
 def open_weights(folder: Path) -> TensorFile:
-    """The file of tensors beside an ``adapter_config.json``.
+    """Opens the file of tensors beside an ``adapter_config.json``.
 
     Raises:
         GmaskError: missing or damaged.
     """
-    if not (folder / WEIGHTS).is_file() and (folder / OLD_WEIGHTS).is_file():
-        return PickledFile(folder / OLD_WEIGHTS)
-    return SafetensorsFile(folder / WEIGHTS)
+    if not (folder / ADAPTER_WEIGHTS).is_file() and (folder / OLD_ADAPTER_WEIGHTS).is_file():
+        return PickledFile(folder / OLD_ADAPTER_WEIGHTS)
+    return SafetensorsFile(folder / ADAPTER_WEIGHTS)
 
 
 def write_adapter(folder: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes an adapter into a folder; each of the two files is there as a whole, or as it was before."""
+    """Writes an adapter into a folder. Each of the two files is replaced as a whole, or stays as it was."""
     own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    with written(folder / WEIGHTS) as draft:
+    with written(folder / ADAPTER_WEIGHTS) as draft:
         draft.write_bytes(save(own, metadata={"format": "pt"}))
-    write_json(folder / CONFIG, values, indent=2, sort_keys=True)
+    write_json(folder / ADAPTER_CONFIG, values, indent=2, sort_keys=True)
 
 
 def shape_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """What a base model's config says of its shape: an adapter fits no model where this differs."""
+    """Returns the shape of a model by its config. An adapter fits only models of the same shape."""
     return {"model_type": config.model_type, **{name: getattr(config, name) for name in SHAPE}}
 
 
 def describe_base(model: PreTrainedModel) -> dict[str, Any]:
-    """What is noted of a base model, in a place of ``adapter_config.json`` where PEFT leaves room for it."""
+    """Returns the facts about a base model that are written as ``auto_mapping``, which PEFT leaves free for them."""
     config = model.config
     return {
         "base_model_class": type(model).__name__,
         "parent_library": architecture_of(config).home,
         "base_shape": shape_of(config),
-        "base_fingerprint": fingerprint(model),
+        "base_fingerprint": weights_fingerprint(model),
         "num_labels": config.num_labels,
     }
 
 
 def _read_published_prefix(folder: Path) -> Adapter:
-    table, checkpoint = f"{PREFIX}embedding.weight", open_checkpoint(folder)
-    others = [key for key in checkpoint if not key.startswith(PREFIX)]
+    table, checkpoint = f"{PREFIX_ENCODER}embedding.weight", open_checkpoint(folder)
+    others = [key for key in checkpoint if not key.startswith(PREFIX_ENCODER)]
     if others or table not in checkpoint:
         held = f"holds {others[0]}" if others else f"has no {table}"
-        raise GmaskError(f"{folder}: {held}, so it is not a P-tuning prefix, and no {CONFIG} makes it an adapter")
-    projection = f"{PREFIX}trans.0.weight" in checkpoint
+        raise GmaskError(
+            f"{folder}: {held}, so it is not a P-tuning prefix, and no {ADAPTER_CONFIG} makes it an adapter"
+        )
+    projection = f"{PREFIX_ENCODER}trans.0.weight" in checkpoint
     values = {"num_virtual_tokens": checkpoint.shape(table)[0], "prefix_projection": projection}
     return Adapter(folder, PREFIX_TUNING, values, checkpoint)
 
 
 NAME = "default"
-"""What PEFT calls an adapter that has no name."""
+"""PEFT's name for an adapter that was given none."""
 
 
 def require_peft() -> ModuleType:
-    """The library.
+    """Returns the module ``peft``.
 
     Raises:
         GmaskError: it is not installed.
@@ -421,11 +431,11 @@ def require_peft() -> ModuleType:
 
 
 def inject(model: PreTrainedModel, config: "PeftConfig") -> Any:
-    """Puts new layers into a model, in place, and freezes all but these; returns PEFT's tuner, which knows of them.
+    """Puts new layers of PEFT into a model, in place, and freezes everything else; returns PEFT's tuner.
 
     Raises:
         GmaskError: the model has such layers already.
-        ValueError: no layer of the model is meant.
+        ValueError: the config names no layer of the model.
     """
     peft = require_peft()
     from peft.tuners.tuners_utils import cast_adapter_dtype
@@ -435,36 +445,36 @@ def inject(model: PreTrainedModel, config: "PeftConfig") -> Any:
     tuner = peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, adapter_name=NAME)
     cast_adapter_dtype(model, NAME)
     for name, parameter in model.named_parameters():
-        if ".ranknum." in name:  # adalora's count of ranks, which PEFT has train on a bfloat16 model
+        if ".ranknum." in name:  # AdaLoRA's count of ranks, which PEFT would train on a bfloat16 model
             parameter.requires_grad_(False)
-    model._hf_peft_config_loaded = True  # as transformers' add_adapter has it, for what transformers does with models
+    model._hf_peft_config_loaded = True  # as transformers' add_adapter does, so that transformers knows of the adapter
     model.train(model.training)
     return tuner
 
 
 def has_layers(model: PreTrainedModel) -> bool:
-    """Whether layers of PEFT stand in the model; transformers' own `add_adapter` leaves the same mark."""
+    """Returns True if the model has layers of PEFT, also those of transformers' `add_adapter`."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def fill_layers(model: PreTrainedModel, adapter: Adapter, tensors: Mapping[str, Tensor], *, trainable: bool) -> None:
-    """Puts the layers of a folder into a model.
+    """Puts PEFT's layers of a folder into a model.
 
     Args:
-        tensors: all of the folder, by their names there.
+        tensors: all tensors of the folder, by their names there.
 
     Raises:
-        GmaskError: no peft; a folder that does not belong to this model, or lacks a tensor.
+        GmaskError: peft is not installed; a folder that does not belong to this model, or lacks a tensor.
     """
     peft = require_peft()
     try:
         config = peft.PeftConfig.from_peft_type(**adapter.values)
-        config.inference_mode, config.modules_to_save = not trainable, None  # these are whole parts: see Adapter
+        config.inference_mode, config.modules_to_save = not trainable, None  # these modules are read by `read_parts`
         pattern = config.rank_pattern if adapter.kind == "ADALORA" else None
         if pattern:
             config.rank_pattern = None
         tuner = inject(model, config)
-        if pattern:  # ranks of which some were dropped for good
+        if pattern:  # some ranks were dropped in training
             tuner.resize_modules_by_rank_pattern(pattern, NAME)
     except GmaskError:
         raise
@@ -477,12 +487,12 @@ def fill_layers(model: PreTrainedModel, adapter: Adapter, tensors: Mapping[str, 
 
 
 def layer_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What the layers have added, by the names that PEFT gives these in files, less its `WRAPPER`."""
+    """Returns the tensors that PEFT's layers added, by their names in PEFT's files, without `WRAPPER`."""
     peft = require_peft()
     own = {name: tensor for name, tensor in model.named_parameters() if ".base_layer." not in name}
     config = model.peft_config[NAME]
     pattern = getattr(config, "rank_pattern", None)
-    if config.peft_type == "ADALORA":  # PEFT would ask its wrapper to cut the ranks; those dropped are 0
+    if config.peft_type == "ADALORA":  # PEFT would need its wrapper to cut the ranks; dropped ranks are stored as 0
         config.rank_pattern = None
     found: dict[str, Tensor] = peft.get_peft_model_state_dict(
         model, state_dict=own, adapter_name=NAME, save_embedding_layers=False
@@ -493,7 +503,7 @@ def layer_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def layer_values(model: PreTrainedModel) -> dict[str, Any]:
-    """The values of ``adapter_config.json``."""
+    """Returns the values of ``adapter_config.json`` for a model with PEFT's layers."""
     config = copy.copy(model.peft_config[NAME])
     config.inference_mode = True
     if config.peft_type == "ADALORA":
@@ -503,10 +513,10 @@ def layer_values(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def fold_layers(model: PreTrainedModel) -> int:
-    """Folds the layers into the weights, in float32 and in place; returns how many there were.
+    """Merges PEFT's layers into the weights, computed in float32, in place; returns the number of layers.
 
     Raises:
-        GmaskError: the weights are integers, or the numbers are not finite.
+        GmaskError: the weights are quantized, or the adapter has values that are not finite.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -533,9 +543,9 @@ def fold_layers(model: PreTrainedModel) -> int:
 def _compare(
     adapter: Adapter, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, trained_for: str | None = None
 ) -> None:
-    """Raises `GmaskError` if tensors of an adapter are not those that a model has a place for.
+    """Raises `GmaskError` if tensors of an adapter have other names or shapes than those ``wanted`` by a model.
 
-    trained_for: the class of the model that would have one.
+    ``trained_for``: the class that the adapter was trained for, for the message.
     """
     shapes = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (found, wanted))
     if mismatch := Mismatch.between(*shapes):

@@ -1,6 +1,6 @@
-"""The transforms of folders: into another form, into ranks, quantized, or with an adapter merged in.
+"""Converts, quantizes and merges folders of models, and divides checkpoints among ranks.
 
-Each makes a `Plan` of an opened folder, which `rewrite` carries out tensor by tensor.
+Each transform makes a `Plan` from an opened folder; `rewrite` carries the plan out, tensor by tensor.
 
 Source: THUDM/GLM change_mp.py and utils.py.
 """
@@ -20,8 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gmask.architectures import architecture_of
 from gmask.checkpoints.adapters import LAYERS, merge_adapter, read_adapter
 from gmask.checkpoints.folder import HEAD, ROWS_APART, Folder, copies_of
+from gmask.checkpoints.formats import TRACKERS, Checkpoint, divide, find_rank_files, rank_file_name, same_bits
 from gmask.checkpoints.load import check_vocabulary, fill_model, plan_weights, stream_weights
-from gmask.checkpoints.output import (
+from gmask.checkpoints.rewrite import Advance, Plan, Report, rewrite
+from gmask.checkpoints.save import (
     EMBEDDING,
     Content,
     dtype_name,
@@ -30,9 +32,7 @@ from gmask.checkpoints.output import (
     write_rows,
     write_weights,
 )
-from gmask.checkpoints.rewrite import Advance, Plan, Report, rewrite
 from gmask.checkpoints.tensor_files import PickledWriter
-from gmask.checkpoints.weights import TRACKERS, Checkpoint, divide, find_rank_files, rank_file_name, same_bits
 from gmask.checkpoints.zoo import ITEM_BYTES, family_of_shape
 from gmask.errors import GmaskError
 from gmask.hardware import check_room
@@ -47,7 +47,7 @@ FORMS = ("gmask", "huggingface", "megatron")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConversionReport(Report):
-    """What `convert` did."""
+    """The report of `convert`."""
 
     source_form: str  # as `Checkpoint.layout`
     source_parts: int
@@ -57,7 +57,7 @@ class ConversionReport(Report):
     parameters: int
     dtypes: tuple[str, ...]
     files: dict[str, int]  # bytes by name
-    notes: tuple[str, ...]  # what should be known about the result
+    notes: tuple[str, ...]  # to the user, about the result
 
 
 def convert(
@@ -72,7 +72,7 @@ def convert(
     tokenizer: Path | None = None,
     force: bool = False,
 ) -> ConversionReport:
-    """Writes a checkpoint anew in another form, tensor by tensor, and reads it back to compare every bit.
+    """Writes a checkpoint in another form, tensor by tensor, reads it back, and compares every bit.
 
     Args:
         source: a folder in any form that `open_checkpoint` reads.
@@ -81,13 +81,13 @@ def convert(
             published folders) or, for a GLM, ``megatron`` (a file for each rank, for the original training code).
         parts: ranks of model parallelism; for ``megatron`` alone.
         dtype: float32, bfloat16 or float16; as stored if absent. Integers and their scales stay what they are.
-        like: for a checkpoint of the training code whose shape does not tell, the published model that it is made like.
-        heads: for such a checkpoint of another shape, the number of its attention heads.
+        like: the published model that a checkpoint of the training code is an instance of, if its shape is not unique.
+        heads: the number of attention heads of such a checkpoint, if it is no published model.
         tokenizer: the folder with the vocabulary, if it is not beside the weights.
 
     Raises:
-        GmaskError: unsuitable settings; as of `rewrite`; weights, config and vocabulary that do not fit, or do not tell
-            the number of heads; what the form has no place for.
+        GmaskError: unsuitable settings; as of `rewrite`; weights, config and vocabulary that do not fit together; an
+            unknown number of heads; a model that the form cannot hold.
     """
     folder = Folder(source, like=like, heads=heads, tokenizer=tokenizer)
     _check_settings(folder, to, parts, dtype, has_tokenizer=tokenizer is not None)
@@ -135,7 +135,7 @@ def _report_conversion(
 
 
 def _plan_folder(folder: Folder, *, published: bool, dtype: torch.dtype | None) -> Plan[ConversionReport]:
-    """Plans a folder that transformers reads, in the published form or in ours."""
+    """Plans a Hugging Face folder, in the published form or in ours."""
     weights, config = _open_weights(folder), folder.config
     if isinstance(config, GLMConfig):
         _refuse_quantized(folder)
@@ -151,11 +151,11 @@ def _plan_folder(folder: Folder, *, published: bool, dtype: torch.dtype | None) 
     folder.check_head(model)
     rows: dict[int, Tensor] = {}
     if isinstance(config, GLMConfig):
-        content, rows, told = _glm_content(folder, config, names, dtype, published=published)
-        notes += told
+        content, rows, more = _glm_content(folder, config, names, dtype, published=published)
+        notes += more
     else:
         content = _chatglm_content(weights, model, names, dtype, published=published)
-        notes += _tell_unknown(config) if published else []
+        notes += _residual_notes(config) if published else []
     config.dtype = main_dtype(content, architecture_of(config).embedding)
 
     def write(new: Path, advance: Advance) -> None:
@@ -169,7 +169,7 @@ def _plan_folder(folder: Folder, *, published: bool, dtype: torch.dtype | None) 
 
 
 def _open_weights(folder: Folder) -> Checkpoint:
-    """The weights; refused if they are in files that fill memory as a whole, and do not fit there."""
+    """Returns the weights. Raises `GmaskError` if their files cannot be mapped, and do not fit into memory."""
     if folder.weights.unmapped_bytes:
         check_room(folder.path, folder.weights.unmapped_bytes, torch.device("cpu"))
     return folder.weights
@@ -184,7 +184,7 @@ def _refuse_quantized(folder: Folder) -> None:
 
 
 def _complete_config(folder: Folder, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Gives the config of a checkpoint of the training code the ids of its vocabulary; returns notes."""
+    """Adds the special ids of the vocabulary to the config of a checkpoint of the training code; returns notes."""
     config, family, heads = folder.config, folder.family, folder.heads
     for role in architecture_of(config).special_ids:
         token_id = find_token_id(tokenizer, role)
@@ -204,7 +204,10 @@ TANH, ERF = "gelu_pytorch_tanh", "gelu"
 def _glm_content(
     folder: Folder, config: GLMConfig, names: Mapping[str, str], dtype: torch.dtype | None, *, published: bool
 ) -> tuple[Content, dict[int, Tensor], list[str]]:
-    """The tensors of a GLM, rows of the word embedding to keep for the way back to training, and notes."""
+    """Returns the tensors of a GLM, the rows of the word embedding that they replace, and notes.
+
+    The replaced rows are written beside the model, so that it can become a training checkpoint again.
+    """
     if published and not config.tie_word_embeddings:
         raise GmaskError(
             f"{folder}: its output head is not the word embedding, which the published form has no place for; convert "
@@ -238,10 +241,10 @@ def _chatglm_content(
     *,
     published: bool,
 ) -> Content:
-    """The tensors of a ChatGLM; integers and scales stay as they are.
+    """Returns the tensors of a ChatGLM; integers and scales stay as they are.
 
-    Our form holds what the model takes. The published one holds all that the source does, and a head beside the
-    embedding that it equals, without which the published code would start with a random one.
+    Our form holds the tensors that the model takes. The published form holds all tensors of the source, and the head
+    even if it is tied to the embedding: without it the published code would start with a random one.
     """
     positions = {name: position for position, name in enumerate(model.state_dict())}  # scales behind their integers
     names = {key: taken[key] for key in sorted(taken, key=lambda key: positions[taken[key]])}
@@ -254,8 +257,8 @@ def _chatglm_content(
     return Content(checkpoint, names | {key: key for key in twins}, dtype, twins=twins)
 
 
-def _tell_unknown(config: ChatGLMConfig) -> list[str]:
-    """Of what is computed otherwise than by the published code, which does not know the setting."""
+def _residual_notes(config: ChatGLMConfig) -> list[str]:
+    """Returns a note if the config has a ``residual_alpha`` that the published code does not know."""
     alpha = config.residual_alpha
     if alpha == ChatGLMConfig().residual_alpha:
         return []
@@ -264,7 +267,7 @@ def _tell_unknown(config: ChatGLMConfig) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizationReport(Report):
-    """What `quantize_folder` did."""
+    """The report of `quantize_folder`."""
 
     form: str
     layers: int  # quantized
@@ -282,19 +285,20 @@ def quantize_folder(
     calibrate: Callable[[], PreTrainedModel] | None = None,
     force: bool = False,
 ) -> QuantizationReport:
-    """Writes a model anew in a quantized form, with its config and tokenizer.
+    """Writes a quantized model, with its config and tokenizer.
 
-    Without calibration tensors go one by one from file to file, so no more memory is taken than the largest needs.
+    Without calibration, tensors are copied one by one from file to file, so that only the largest has to fit into
+    memory.
 
     Args:
         source: a folder in any form.
         target: and ``force``: as of `rewrite`.
         tokenizer: the folder with the vocabulary, if it is not beside the weights.
-        calibrate: makes the model of the source, quantized in the form, once all is checked; by default its weights are
-            rounded as published.
+        calibrate: returns the model of the source, quantized in the form; it is called once all is checked. By default
+            the weights are rounded as published.
 
     Raises:
-        GmaskError: as of `rewrite`; a source that is quantized already, a vocabulary or a form that does not fit it.
+        GmaskError: as of `rewrite`; a source that is quantized already; a vocabulary or a form that does not fit it.
     """
     transform = partial(_plan_quantized, form=form, calibrate=calibrate)
     return rewrite(Folder(source, tokenizer=tokenizer), target, transform, force=force)
@@ -343,7 +347,7 @@ def _plan_quantized(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeReport(Report):
-    """What `merge_folder` did."""
+    """The report of `merge_folder`."""
 
     adapter: str
     layers: int  # whose weights were changed
@@ -354,9 +358,9 @@ class MergeReport(Report):
 def merge_folder(
     source: Path, adapter: Path, target: Path, *, dtype: torch.dtype | None = None, force: bool = False
 ) -> MergeReport:
-    """Writes a model whose weights an adapter was folded into, with its config and tokenizer.
+    """Writes a model with an adapter merged into its weights, with its config and tokenizer.
 
-    Every layer is computed in float32, and rounded once to the precision that is written.
+    Every layer is computed in float32, and rounded once to the dtype that is written.
 
     Args:
         adapter: the folder of LoRA, DoRA, AdaLoRA or IA3.
@@ -364,8 +368,8 @@ def merge_folder(
         dtype: of the weights in the target; by default that of the source.
 
     Raises:
-        GmaskError: as of `rewrite`; a quantized source; an adapter that no weights can stand for, or that is not for
-            this model; a vocabulary that does not fit.
+        GmaskError: as of `rewrite`; a quantized source; an adapter that cannot be merged, or is not for this model; a
+            vocabulary that does not fit.
     """
     transform = partial(_plan_merge, adapter=adapter, dtype=dtype)
     return rewrite(Folder(source), target, transform, force=force, also_read=[adapter])
@@ -442,10 +446,10 @@ def _plan_ranks(folder: Folder, *, parts: int, dtype: torch.dtype | None) -> Pla
 
 
 def _rows_for_training(content: Content, config: GLMConfig) -> tuple[dict[int, Tensor], bool, list[str]]:
-    """What becomes of rows of the word embedding that were copied when a training checkpoint became this one.
+    """Handles rows of the word embedding that were copied when a training checkpoint became this one.
 
     Returns:
-        rows to put back, whether the copies have come to differ from what they were copied from, and notes.
+        The rows to put back; True if a copy has changed since, so that it needs a row of its own; notes.
     """
     family = family_of_shape(
         layers=config.num_hidden_layers,
@@ -484,9 +488,9 @@ FIRST_ITERATION = 1  # of weights without a history: the training code takes no 
 
 
 def training_names(checkpoint: Checkpoint, keys: list[str]) -> dict[str, str]:
-    """What the training code calls tensors: as the checkpoint does if that code wrote it.
+    """Returns the names of tensors in the training code: those of the checkpoint, if that code wrote it.
 
-    Behind a classifier it keeps the model under ``model.``, and calls the layers of the classifier otherwise.
+    In a classifier the training code has the model under ``model.``, and other names for the layers of the head.
     """
     if checkpoint.layout == "megatron":
         return {key: checkpoint.stored_name(key) for key in keys}
@@ -522,7 +526,7 @@ def _is_divisible(content: Content, parts: int, heads: int | None) -> bool:
 
 
 def find_iteration(checkpoint: Checkpoint) -> str:
-    """The name of a checkpoint's iteration: a number, or ``release``."""
+    """Returns the name of a checkpoint's iteration: a number, or ``release``."""
     if checkpoint.layout != "megatron":
         return str(FIRST_ITERATION)
     name = find_rank_files(checkpoint.folder)[0].resolve().parent.name
@@ -533,7 +537,7 @@ def find_iteration(checkpoint: Checkpoint) -> str:
 
 
 def new_bookkeeping(checkpoint: Checkpoint, parts: int) -> dict[str, Any]:
-    """The entries beside the weights: those of the checkpoint with None for what fits no other number of ranks."""
+    """Returns the entries beside the weights. Of those of a checkpoint, None replaces all that depend on the ranks."""
     if checkpoint.layout != "megatron":
         return {"iteration": FIRST_ITERATION, "mp_world_size": parts}
     kept = {key: value if key in KEPT else None for key, value in checkpoint.bookkeeping.items()}
@@ -549,10 +553,10 @@ def write_ranks(
     bookkeeping: Mapping[str, Any],
     advance: Callable[[int], object],
 ) -> None:
-    """Writes the files of all ranks side by side, then those that name the iteration.
+    """Writes the files of all ranks in one pass over the tensors, then the files that name the iteration.
 
     Args:
-        advance: is told the bytes that were read.
+        advance: is called with the number of bytes of each tensor that was read.
     """
     plans: list[dict[str, Tensor]] = [{} for _ in range(parts)]
     for key, name in content.names.items():

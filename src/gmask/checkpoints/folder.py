@@ -1,7 +1,7 @@
-"""The folder of a model, opened once: its config, special ids, weights and tokenizer, and whether they fit together.
+"""`Folder`: the opened folder of a model, with its config, special ids, weights and tokenizer.
 
-Of a checkpoint of the training code, which stores no config, shapes tell all but the number of heads and the
-vocabulary; the table of published models knows these.
+A checkpoint of the training code has no config. It is inferred from the shapes of the weights; the number of heads and
+the vocabulary are those of the published model of the same shape.
 """
 
 import re
@@ -15,9 +15,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.architectures import VISUALGLM, architecture_of, class_of, find_architecture, find_class_name
+from gmask.checkpoints.formats import PREFIX_ENCODER, Checkpoint, bare_name, is_megatron, open_megatron, open_published
 from gmask.checkpoints.special_ids import special_ids
 from gmask.checkpoints.tensor_files import SCALES
-from gmask.checkpoints.weights import PREFIX, Checkpoint, bare_name, is_megatron, open_megatron, open_published
 from gmask.checkpoints.zoo import FAMILIES, Family, family_of_shape, find_family
 from gmask.errors import GmaskError, one_line
 from gmask.files import read_object
@@ -32,19 +32,20 @@ Config: TypeAlias = GLMConfig | ChatGLMConfig
 HEAD = "lm_head.weight"
 
 ROWS_APART = "fix_command_token"
-"""The entry of a checkpoint that `gmask convert` made, if tokens that the training code took for one have rows of their
-own: the training code then needs its option of this name."""
+"""An entry that `gmask convert` adds to a training checkpoint in which ``[gMASK]`` has a row of its own.
+
+The training code has one row for ``[gMASK]`` and the end token, unless its option of this name is set."""
 
 
 class Folder:
-    """The folder of a model in any form. Each file is read when it is first asked for, and what it says is kept.
+    """The folder of a model in any form. Each file is read once, when it is first needed.
 
     Args:
-        path: where it lies.
-        like: of a checkpoint of the training code, the published model that it is made like.
-        heads: of such a checkpoint, the number of attention heads, in place of ``like``; special ids are then left out.
+        path: of the folder.
+        like: the published model that a checkpoint of the training code is an instance of.
+        heads: instead of ``like``, the number of attention heads; the config then lacks the special ids.
         tokenizer: the folder with the vocabulary, if it is not beside the weights.
-        config: in place of the one that the folder holds.
+        config: instead of the one in the folder.
     """
 
     def __init__(
@@ -80,17 +81,17 @@ class Folder:
 
     @cached_property
     def is_megatron(self) -> bool:
-        """Whether it is a checkpoint of the training code (Megatron, DeepSpeed); such a one may have a config, too."""
+        """True for a checkpoint of the training code (Megatron, DeepSpeed), with or without a config.json."""
         return is_megatron(self.path)
 
     @property
     def lacks_config(self) -> bool:
-        """Whether the config has to be inferred from shapes and the table of published models."""
+        """True if the config has to be inferred from shapes and the table of published models."""
         return not self.has_config and self.is_megatron
 
     @cached_property
     def weights(self) -> Checkpoint:
-        """The weights, mapped and unread; errors as of `open_checkpoint`."""
+        """The weights, mapped into memory; errors as of `open_checkpoint`."""
         return open_megatron(self.path) if self.is_megatron else open_published(self.path)
 
     @cached_property
@@ -98,7 +99,7 @@ class Folder:
         """The config, with the special ids that a published one leaves out.
 
         Raises:
-            GmaskError: no JSON, or the config of another architecture; nothing that tells the number of heads.
+            GmaskError: not JSON; the config of another architecture; an unknown number of heads.
         """
         if self._given_config is not None:
             return self._given_config
@@ -109,10 +110,10 @@ class Folder:
 
     @property
     def glm_config(self) -> GLMConfig:
-        """The config, for what only a GLM can be used for.
+        """The config of a GLM.
 
         Raises:
-            GmaskError: also for a ChatGLM.
+            GmaskError: as of `config`; the model is a ChatGLM.
         """
         if not isinstance(self.config, GLMConfig):
             raise GmaskError(
@@ -131,7 +132,7 @@ class Folder:
         """The published model that a GLM is an instance of: the one named ``like``, else the one of its shape.
 
         Raises:
-            GmaskError: no such name, or a model of another shape; weights that are not those of a GLM.
+            GmaskError: an unknown name, or that of a model of another shape; weights that are not those of a GLM.
         """
         shape = read_shape(self.weights)
         layers, width = shape["num_hidden_layers"], shape["hidden_size"]
@@ -162,10 +163,10 @@ class Folder:
         return self.family
 
     def _infer_config(self) -> dict[str, Any]:
-        """The values of a config for a checkpoint of the training code.
+        """Returns the values of a config for a checkpoint of the training code.
 
-        The activation is the tanh form of GELU, as in the training code. A checkpoint with the layers of a classifier
-        is one for sequence classification.
+        The activation is the tanh form of GELU, as in the training code. If the checkpoint has the layers of a
+        classifier, the class is that for sequence classification.
         """
         family = self._require_family() if self.heads is None else None
         values = {
@@ -182,21 +183,21 @@ class Folder:
         return values
 
     def copied_rows(self) -> Mapping[int, int]:
-        """Rows of the word embedding that the Hugging Face form takes from others: ``{to: from}``.
+        """Returns the rows of the word embedding that are copies of others in the Hugging Face form: ``{to: from}``.
 
-        GLM-10B-Chinese was trained with one id for ``[gMASK]`` and the end token. Its Hugging Face form, whose ids we
-        take, has two, and a copy of the row.
+        GLM-10B-Chinese was trained with one id for ``[gMASK]`` and the end token. Its Hugging Face form, whose ids are
+        used here, has two ids, and a copy of the row.
         """
         if not self.lacks_config or self.family is None or self.weights.bookkeeping.get(ROWS_APART):
             return {}
         return copies_of(self.family, self.config)
 
     def read_tokenizer(self, *, required: bool = False) -> PreTrainedTokenizerBase:
-        """The tokenizer, read anew.
+        """Reads the tokenizer.
 
         Args:
-            required: whether a folder without any vocabulary is to be told where one may come from, as a checkpoint of
-                the training code always is.
+            required: for a folder without any vocabulary, name the files that are needed and where to get them. For a
+                checkpoint of the training code this is always done.
 
         Raises:
             GmaskError: no vocabulary there, or a damaged one.
@@ -209,13 +210,13 @@ class Folder:
     def shape_model(
         self, model_class: type[PreTrainedModel] | None = None, *, quantized: bool = True
     ) -> PreTrainedModel:
-        """The model without numbers, as its weights are stored; by default of the class that the config names.
+        """Returns the model on the meta device, by default of the class that the config names.
 
         Args:
-            quantized: if False, as it was before it was quantized.
+            quantized: False for the shapes that a quantized model had before it was quantized.
 
         Raises:
-            GmaskError: a class or a form that is not for this kind of model.
+            GmaskError: a class or a quantization that is not for this kind of model.
         """
         chosen = model_class or class_of(self.config)
         if not issubclass(chosen.config_class, type(self.config)):
@@ -229,13 +230,16 @@ class Folder:
         return model
 
     def compare(self, model: PreTrainedModel, elsewhere: Collection[str] = ()) -> dict[str, str]:
-        """For each tensor of the weights that a model takes, its name in the model.
+        """Compares names and shapes of the weights with those of a model.
 
         Args:
-            elsewhere: bare names of tensors that the model has from elsewhere, or does without.
+            elsewhere: bare names of tensors that the model gets from elsewhere, or does not need.
+
+        Returns:
+            The name in the model of each tensor that it takes, by bare name.
 
         Raises:
-            GmaskError: the model lacks a tensor, has no place for one, or has another shape for one.
+            GmaskError: tensors that are missing, unexpected, or of another shape.
         """
         weights, state = self.weights, model.state_dict()
         own = {bare_name(name): name for name in state}
@@ -243,7 +247,7 @@ class Folder:
         skipped = {*elsewhere, *(key for key in weights if any(re.search(pattern, key) for pattern in unread))}
         if model.config.tie_word_embeddings:
             skipped |= {HEAD, f"{HEAD}_scale"}
-        # What may be absent is compared where both have it: a tied head that was stored has to have the right shape.
+        # A tensor that may be absent is compared if both have it: a tied head that was stored must have its shape.
         stored = {key: weights.shape(key) for key in weights if key in own or key not in skipped}
         wanted = {key: state[name].shape for key, name in own.items() if key in weights or key not in skipped}
         if mismatch := Mismatch.between(stored, wanted):
@@ -253,7 +257,7 @@ class Folder:
 
     def _explain(self, mismatch: Mismatch, model: PreTrainedModel, taken: Collection[str]) -> str:
         has_integers = any(self.weights.dtype(key) == torch.int8 for key in self.weights)
-        if taken and all(key.startswith(PREFIX) for key in taken):
+        if taken and all(key.startswith(PREFIX_ENCODER) for key in taken):
             return (
                 "holds no more than a P-tuning prefix: load the model that it was trained for, with "
                 f"adapter={self.path}"
@@ -267,17 +271,17 @@ class Folder:
                 "holds quantized weights, where config.json says nothing of it; take all files from one revision, or "
                 "name the folder of the unquantized model"
             )
-        told = mismatch.explain_for(model)
+        message = mismatch.explain_for(model)
         if mismatch.missing or mismatch.unexpected:
-            return told
+            return message
         key = next(iter(mismatch.shapes))
         if key.endswith(("word_embeddings.weight", HEAD)):
-            return f"{told}; take all files from one revision"
+            return f"{message}; take all files from one revision"
         is_integer = self.weights.dtype(key) == torch.int8
-        return told + "; quantization_bit there says another number of bits than the weights have" * is_integer
+        return message + "; quantization_bit there says another number of bits than the weights have" * is_integer
 
     def check_head(self, model: PreTrainedModel) -> None:
-        """Raises `GmaskError` if a head that the config ties to the embedding was stored, and differs from it."""
+        """Raises `GmaskError` if the config ties the head to the embedding, but the stored head differs from it."""
         embedding = architecture_of(model.config).embedding
         for head, twin in ((HEAD, embedding), (f"{HEAD}_scale", f"{embedding}_scale")):
             if not model.config.tie_word_embeddings or head not in self.weights or twin not in self.weights:
@@ -290,13 +294,13 @@ class Folder:
 
 
 def read_config(path: Path, like: str | None = None, heads: int | None = None) -> Config:
-    """The config of a folder that is opened for it alone; arguments and errors as of `Folder`."""
+    """Opens a folder only to read its config; arguments and errors as of `Folder`."""
     with Folder(path, like=like, heads=heads) as folder:
         return folder.config
 
 
 def _make_config(values: dict[str, Any], source: Path, folder: Path) -> Config:
-    """A config of ours; ``source`` is blamed for wrong values."""
+    """Makes a config of ours; errors name ``source``."""
     values.pop("auto_map", None)  # names remote code
     architecture = find_architecture(values, source)
     values["architectures"] = [find_class_name(values, source)]
@@ -321,7 +325,7 @@ def _make_config(values: dict[str, Any], source: Path, folder: Path) -> Config:
 
 
 def read_shape(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The settings of a config that the shapes of a GLM tell: all but the number of heads.
+    """Returns the values of a config that follow from the shapes of a GLM: all but the number of heads.
 
     Raises:
         GmaskError: the weights are not those of a GLM.
@@ -344,7 +348,7 @@ def read_shape(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def copies_of(family: Family, config: Config) -> dict[int, int]:
-    """`Family.copied_rows` that a model of this config has: those of its own ``[gMASK]``."""
+    """Returns those of `Family.copied_rows` that concern the ``[gMASK]`` of this config."""
     return {row: source for row, source in family.copied_rows.items() if row == config.gmask_token_id}
 
 

@@ -1,10 +1,10 @@
-"""A name or a folder becomes a model and its tokenizer, quantized on the way; what does not fit is refused."""
+"""Loads models and tokenizers by the name of a model or its folder, and quantizes them on the way."""
 
 import copy
 import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -14,11 +14,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from gmask.architectures import architecture_of
 from gmask.checkpoints.adapters import PREFIX_TUNING, Adapter, attach, read_adapter, read_parts
 from gmask.checkpoints.folder import Config, Folder
-from gmask.checkpoints.hub import fetch, looks_like_hub_name
-from gmask.checkpoints.output import main_dtype
+from gmask.checkpoints.formats import Checkpoint, bare_name, holds_published
+from gmask.checkpoints.hub import BUNDLED_MODELS, fetch, find_local
+from gmask.checkpoints.save import main_dtype
 from gmask.checkpoints.tensor_files import SCALES
-from gmask.checkpoints.weights import Checkpoint, bare_name, holds_published
-from gmask.checkpoints.zoo import find_family
 from gmask.errors import GmaskError
 from gmask.hardware import (
     best_device,
@@ -33,21 +32,17 @@ from gmask.models.base import PLACEMENTS, new_parts
 from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, spread_layers
 from gmask.models.glm import GLMForConditionalGeneration
 from gmask.quantization.quantizer import (
+    ModelType,
     QuantizationConfig,
+    detach_from_files,
     finish,
     lay_out,
     quantize_weight,
     read_form,
-    settle,
 )
 from gmask.tokenizers.special_tokens import find_token_id
 
-BUNDLED = Path(__file__).parents[1] / "pretrained"
-BUNDLED_MODELS = {"bundled": BUNDLED, "bundled-chat": BUNDLED / "chat"}
-"""What comes with gmask: a model that fills blanks, and the same tuned to answer."""
-
 LanguageModel: TypeAlias = GLMForConditionalGeneration | ChatGLMForConditionalGeneration
-Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 @overload
@@ -90,8 +85,8 @@ def load(
     like: str | None = ...,
     tokenizer: str | Path | None = ...,
     adapter: str | Path | None = ...,
-    model_class: type[Model],
-) -> tuple[Model, PreTrainedTokenizerBase]: ...
+    model_class: type[ModelType],
+) -> tuple[ModelType, PreTrainedTokenizerBase]: ...
 def load(
     name: str | Path = "bundled",
     *,
@@ -107,40 +102,40 @@ def load(
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Loads a model, ready to fill blanks or to chat, and its tokenizer.
 
-    Tensors go one by one from the files to their places in the model, and are quantized on the way, so that at no time
-    more memory is taken than the model needs, and one tensor. No code from the folder is run.
+    Tensors are copied one by one from the files into the model, and quantized on the way, so that loading takes the
+    memory of the model and of one tensor. No code from the folder is run.
 
     Args:
         name: ``"bundled"`` for the model that comes with gmask, or ``"bundled-chat"``, the same tuned to answer; the
             folder of another one: our own, one in the published Hugging Face form, or a checkpoint of the original
             training code (Megatron, DeepSpeed); or the name of a published model, such as ``THUDM/glm-10b`` or
             ``THUDM/chatglm-6b``, which is downloaded once.
-        dtype: of the weights, or of those that are not quantized and of what is computed with them, such as
-            ``"bfloat16"``. By default on a CPU float32, where log-probabilities are then exact, but bfloat16 for a
-            model of more than 3 billion parameters; elsewhere as stored.
+        dtype: of the weights that are not quantized, and of the activations, such as ``"bfloat16"``. By default, on a
+            CPU, float32, with which log-probabilities are exact, or bfloat16 for a model of more than 3 billion
+            parameters; on other devices as stored.
         device: such as ``"cpu"`` or ``"cuda:1"``. By default the best there is: CUDA, Apple's MPS, the CPU.
         quantize: ``"int8"`` or ``"int4"`` for integers in the four linear layers of every block, the same that
-            ``gmask quantize`` writes. A folder that holds quantized weights needs no word; another form is refused.
+            ``gmask quantize`` writes. It need not be given for a folder of quantized weights; another form is refused.
         group_size: columns that share a scale, 32, 64 or 128; by default all of a row, as published.
         revision: a branch, tag or commit of a published model.
-        like: for a checkpoint of the training code whose shape does not tell, the published model that it is made
-            like, such as ``"GLM-10B"``: number of heads, vocabulary and special ids come from there.
+        like: the published model that a checkpoint of the training code is an instance of, such as ``"GLM-10B"``, if
+            its shape is not unique. Number of heads, vocabulary and special ids are those of this model.
         tokenizer: the folder with the vocabulary, if it is not beside the weights.
-        adapter: the folder of what was trained for this model beside its weights: LoRA, DoRA, AdaLoRA, IA3 or a prefix,
-            as PEFT or gmask saved them; trained vectors of gmask's (P-tuning); for a ChatGLM also a prefix as the
-            published ``ptuning`` code saved it.
+        adapter: the folder of an adapter that was trained for this model: LoRA, DoRA, AdaLoRA, IA3 or a prefix, as
+            saved by PEFT or gmask; trained vectors (P-tuning) of gmask; for a ChatGLM also a prefix as the published
+            ``ptuning`` code saved it.
         model_class: one of those in `gmask.models.glm` or `gmask.models.chatglm`; by default the one that the adapter
             was trained for, or that the config names.
 
     Raises:
-        GmaskError: no such model; a missing, damaged, dangerous or unsuitable file, which is named; too little memory.
+        GmaskError: no such model; a missing, damaged, dangerous or unsuitable file; too little memory.
     """
     wanted, form = read_dtype(dtype), read_form(quantize, group_size)
     vocabulary = None if tokenizer is None else Path(tokenizer).expanduser()
     with open_folder(name, revision, like=like, tokenizer=vocabulary) as folder:
         config = folder.config
-        words = folder.read_tokenizer()
-        check_vocabulary(words, config)
+        loaded_tokenizer = folder.read_tokenizer()
+        check_vocabulary(loaded_tokenizer, config)
         model = fill_model(
             folder,
             device=torch.device(device or best_device()),
@@ -149,22 +144,24 @@ def load(
             adapter=None if adapter is None else Path(adapter).expanduser(),
             model_class=model_class,
         )
-    return model, words
+    return model, loaded_tokenizer
 
 
 def open_folder(
     name: str | Path, revision: str | None = None, *, like: str | None = None, tokenizer: Path | None = None
 ) -> Folder:
-    """The opened folder that a name stands for; that of a published model is downloaded first, if need be.
+    """Opens the folder of a model by its name or path; downloads a published model first, if need be.
 
     Args:
         like: and ``tokenizer``: as of `Folder`.
 
     Raises:
-        GmaskError: there is none, or it holds no model.
+        GmaskError: no such folder, or one without a model.
     """
-    path = BUNDLED_MODELS.get(str(name)) or Path(name).expanduser()
-    if revision is not None and (name in BUNDLED_MODELS or path.exists()):
+    path = find_local(name)
+    if path is None:
+        return Folder(fetch(str(name), revision=revision), like=like, tokenizer=tokenizer)
+    if revision is not None:
         raise GmaskError(f"{name}: is a folder of this machine, which has no revision {revision}")
     folder = Folder(path, like=like, tokenizer=tokenizer)
     if folder.has_config:
@@ -173,21 +170,15 @@ def open_folder(
         raise GmaskError(
             "this installation lacks the bundled model: install gmask again, or name the folder of another model"
         )
-    if path.is_dir():
-        if folder.is_megatron:
-            return folder
-        if (path / "config.json").exists():
-            raise GmaskError(f"{path / 'config.json'}: is a folder, where a file is expected")
-        raise GmaskError(f"{path}: no config.json there, so it is not the folder of a model")
-    if path.exists():
-        raise GmaskError(f"{path}: is a file; name the folder of a model")
-    if looks_like_hub_name(str(name)) or find_family(str(name)):
-        return Folder(fetch(str(name), revision=revision), like=like, tokenizer=tokenizer)
-    raise GmaskError(f"{name}: no such folder; name the folder of a model, a published model, or bundled")
+    if folder.is_megatron:
+        return folder
+    if (path / "config.json").exists():
+        raise GmaskError(f"{path / 'config.json'}: is a folder, where a file is expected")
+    raise GmaskError(f"{path}: no config.json there, so it is not the folder of a model")
 
 
 def find_folder(name: str | Path, revision: str | None = None) -> Path:
-    """The path alone of `open_folder`."""
+    """Returns the path of the folder that `open_folder` would open."""
     return open_folder(name, revision).path
 
 
@@ -201,7 +192,7 @@ def load_model(
     like: str | None = None,
     model_class: type[PreTrainedModel] | None = None,
 ) -> Any:
-    """The model alone, in evaluation mode; arguments and errors as in `load`."""
+    """Loads a model without its tokenizer, in evaluation mode; arguments and errors as in `load`."""
     with Folder(folder, like=like) as opened:
         return fill_model(
             opened,
@@ -218,17 +209,18 @@ def load_model_on_gpus(
     device_map: Mapping[str, int | str] | None = None,
     **kwargs: Any,
 ) -> ChatGLMForConditionalGeneration:
-    """A ChatGLM over several GPUs, in float16: the published ``utils.load_model_on_gpus``, for folders and hub names.
+    """Loads a ChatGLM in float16 over several GPUs, as the published ``utils.load_model_on_gpus``.
 
     Args:
-        num_gpus: how many to spread the layers evenly over; the first also gets the embeddings, the last norm and the
-            head.
-        device_map: where each module goes instead, such as ``{"transformer.layers.0": 1, ...}``; a GPU's number,
-            ``"cpu"`` or ``"disk"``.
+        checkpoint_path: a folder, or the name of a published model.
+        num_gpus: the number of GPUs over which the layers are spread evenly. The first one also gets the embeddings,
+            the last norm and the head.
+        device_map: the device of each module instead, such as ``{"transformer.layers.0": 1, ...}``: the number of a
+            GPU, ``"cpu"`` or ``"disk"``.
         **kwargs: as for `transformers.PreTrainedModel.from_pretrained`, such as ``dtype`` or ``offload_folder``.
 
     Raises:
-        GmaskError: fewer GPUs, or not a ChatGLM; else as of `load`.
+        GmaskError: there are fewer GPUs; the model is not a ChatGLM; as of `load`.
     """
     folder = open_folder(checkpoint_path)
     config = folder.config
@@ -249,7 +241,7 @@ def load_model_on_gpus(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder.
+    """Loads the tokenizer of a folder.
 
     Raises:
         GmaskError: no vocabulary there, or a damaged one.
@@ -259,7 +251,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 LARGE = 3_000_000_000
-"""Parameters beyond which a model is in bfloat16 on a CPU, unless another dtype is asked for: 12 GB in float32."""
+"""Models with more parameters are loaded in bfloat16 on a CPU by default: in float32 this many take 12 GB."""
 
 DENSE = torch.contiguous_format
 
@@ -273,75 +265,75 @@ def fill_model(
     adapter: Path | None = None,
     model_class: type[PreTrainedModel] | None = None,
 ) -> PreTrainedModel:
-    """The model of a folder in evaluation mode, filled tensor by tensor; arguments and errors as of `gmask.load`.
+    """Makes the model of a folder, tensor by tensor, in evaluation mode; arguments and errors as of `gmask.load`.
 
-    form: in which the weights are to be kept, if the folder does not hold quantized ones.
+    ``form``: to which the weights are quantized, unless the folder holds quantized ones.
     """
     bound_primitive_cache()
     config, stored_form = folder.config, folder.quantization
-    held = None if adapter is None else _choose_adapter(adapter, folder)
-    named = None if held is None else held.model_class
+    opened = None if adapter is None else _open_adapter(adapter, folder)
+    named = None if opened is None else opened.model_class
     model = folder.shape_model(model_class or _find_class(config, named), quantized=False)
     numbers = sum(parameter.numel() for parameter in model.parameters())
     if stored_form is not None:
         _check_form(folder, stored_form, form)
         form = stored_form
         lay_out(model, form)
-    tensors = {} if held is None else held.read()
-    parts = {} if held is None else read_parts(held, model, tensors)
+    tensors = {} if opened is None else opened.read()
+    parts = {} if opened is None else read_parts(opened, model, tensors)
     elsewhere = {bare_name(name) for name in parts}
-    if held is not None and held.kind == PREFIX_TUNING:  # in place of one that the folder may hold
+    if opened is not None and opened.kind == PREFIX_TUNING:  # it replaces a prefix that the folder may hold
         elsewhere |= {key for key in folder.weights if "prefix_encoder." in key}
     names = folder.compare(model, elsewhere)
     if form is not None and stored_form is None:
         lay_out(model, form)
     wanted = dtype or _default_dtype(folder, device, numbers)
-    plan = plan_weights(model, {name: _place_dtype(folder.weights, key, wanted) for key, name in names.items()})
+    plan = plan_weights(model, {name: _loaded_dtype(folder.weights, key, wanted) for key, name in names.items()})
     check_memory(folder.weights, plan, device)
     weights = {
-        # Integers are packed straight out of the file, below.
+        # Integers are not copied here: `detach_from_files` packs them straight out of the file.
         name: tensor.to(device, plan[name].dtype, copy=tensor.dtype != torch.int8, memory_format=DENSE)
         for name, tensor in stream_weights(folder, model, names, label=f"loading {folder.path.name}")
     }
     folder.check_head(model)
     weights |= {name: tensor.to(device) for name, tensor in parts.items()}
-    model.load_state_dict(weights, strict=False, assign=True)  # strict already, but for the tied head
+    model.load_state_dict(weights, strict=False, assign=True)  # names were compared; only a tied head is absent
     model.tie_weights()
     if form is not None:
         finish(model, form)
-    if held is not None:
-        attach(model, held, tensors)
+    if opened is not None:
+        attach(model, opened, tensors)
     if form is not None:
-        settle(model)
+        detach_from_files(model)
     return model.eval()
 
 
-def _choose_adapter(path: Path, folder: Folder) -> Adapter:
-    """The adapter of a path; what it brings in place of the model's own is taken out of the config of the folder.
+def _open_adapter(path: Path, folder: Folder) -> Adapter:
+    """Opens an adapter, and changes the config of the model as the adapter needs it.
 
     Raises:
         GmaskError: no adapter there, or one for another model.
     """
-    held, config = read_adapter(path), folder.config
-    held.check_base(config, folder.path)
-    if held.kind == PREFIX_TUNING:
+    opened, config = read_adapter(path), folder.config
+    opened.check_base(config, folder.path)
+    if opened.kind == PREFIX_TUNING:
         config.pre_seq_len = None
-    if "num_labels" in held.notes:
-        config.num_labels = held.notes["num_labels"]
-    return held
+    if "num_labels" in opened.notes:
+        config.num_labels = opened.notes["num_labels"]
+    return opened
 
 
 def _find_class(config: Config, name: str | None) -> type[PreTrainedModel] | None:
-    """The class that an adapter was trained for, if it is one of ours."""
+    """Returns the class of a name, if it is one of ours; else None."""
     architecture = architecture_of(config)
     found: type[PreTrainedModel] | None = architecture.find_class(name) if name in architecture.classes else None
     return found
 
 
 def plan_weights(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """What a model that may be laid out for integers will hold, by name and without numbers.
+    """Returns the tensors that a model will hold, by name, on the meta device.
 
-    dtypes: of tensors by their names; they do not concern those that are to be quantized.
+    ``dtypes``: of the tensors by name; integers stay int8.
     """
     tied = model.all_tied_weights_keys
     return {
@@ -354,9 +346,9 @@ def plan_weights(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> d
 def stream_weights(
     folder: Folder, model: PreTrainedModel, names: Mapping[str, str], *, label: str | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a model by name, one after the other, those quantized that `lay_out` has prepared it for.
+    """Yields the tensors of a model by name, one after the other; quantizes those that `lay_out` prepared it for.
 
-    The others are in their stored dtype, and may be views of the file: copy them.
+    The others have their stored dtype, and may be views of the file, so copy them.
 
     Args:
         names: of `Folder.compare`.
@@ -376,7 +368,7 @@ def stream_weights(
 def _check_form(folder: Folder, stored: QuantizationConfig, wanted: QuantizationConfig | None) -> None:
     """Raises `GmaskError` if a folder holds integers of another form than is asked for.
 
-    A form without a group size leaves it open, and whether the embeddings are quantized is never asked.
+    If the wanted form has no group size, any is accepted. The embeddings may be quantized or not.
     """
     if wanted is None:
         return
@@ -390,14 +382,14 @@ def _default_dtype(folder: Folder, device: torch.device, numbers: int) -> torch.
     return main_dtype(folder.weights, architecture_of(folder.config).embedding)
 
 
-def _place_dtype(checkpoint: Checkpoint, key: str, wanted: torch.dtype) -> torch.dtype:
-    """The dtype of a tensor in the model: integers and scales stay as they are stored."""
+def _loaded_dtype(checkpoint: Checkpoint, key: str, wanted: torch.dtype) -> torch.dtype:
+    """Returns the dtype of a tensor in the model: integers and scales stay as they are stored."""
     stored = checkpoint.dtype(key)
     return wanted if stored.is_floating_point and not key.endswith(SCALES) else stored
 
 
 def check_memory(checkpoint: Checkpoint, plan: Mapping[str, Tensor], device: torch.device) -> None:
-    """Raises `GmaskError` if the weights do not fit into memory, before any is filled."""
+    """Raises `GmaskError` if the weights do not fit into memory, before any is loaded."""
     needed = sum(tensor.nbytes for tensor in plan.values())
     passing = max(checkpoint.shape(key).numel() * checkpoint.dtype(key).itemsize for key in checkpoint)
     is_host = device.type != "cuda"
@@ -421,7 +413,7 @@ def check_memory(checkpoint: Checkpoint, plan: Mapping[str, Tensor], device: tor
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
-    """Raises `GmaskError` if a tokenizer cannot be that of a model."""
+    """Raises `GmaskError` if a tokenizer does not belong to a model."""
     source = tokenizer.name_or_path or "the tokenizer"
     if len(tokenizer) > config.vocab_size:
         raise GmaskError(
@@ -439,10 +431,10 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Config) -> None
 
 
 def check_pretrained(path: Path, model_class: Any, *, config: Any = None, **settings: Any) -> None:
-    """`check_folder` for what `from_pretrained` is given; nothing for a folder without weights, which that refuses.
+    """Runs `check_folder` for the arguments of `from_pretrained`, unless the folder holds no weights.
 
     Args:
-        settings: the keywords of `from_pretrained`, those for the config among them.
+        settings: the keywords of `from_pretrained`, also those for the config.
     """
     if not holds_published(path):
         return
@@ -452,7 +444,7 @@ def check_pretrained(path: Path, model_class: Any, *, config: Any = None, **sett
     is_ours = form is None or isinstance(form, QuantizationConfig)
     if not isinstance(config, PreTrainedConfig):
         config = model_class.config_class.from_pretrained(config or path, **settings)
-    with Folder(path, config=copy.deepcopy(config)) as folder:  # a model leaves marks in its config
+    with Folder(path, config=copy.deepcopy(config)) as folder:  # making a model changes its config
         check_folder(
             folder,
             model_class,
@@ -470,13 +462,13 @@ def check_folder(
     form: QuantizationConfig | None = None,
     on_cpu: bool = True,
 ) -> None:
-    """Raises `GmaskError` for weights that do not belong to a model, or do not fit into memory, before it is built.
+    """Raises `GmaskError` if weights do not belong to a model, or do not fit into memory, before the model is built.
 
     Args:
-        model_class: what they are for. A head for a task may be new, and the bare body takes no head.
-        dtype: what they become; None for as stored.
-        form: what they are to be quantized to while they are loaded.
-        on_cpu: whether they all go into the memory of the CPU, which is asked for room.
+        model_class: of the model. The head of a task may be absent from the weights, and the bare body ignores heads.
+        dtype: of the loaded weights; None for as stored.
+        form: to which they are quantized while they are loaded.
+        on_cpu: True if they all go into the memory of the CPU; then its free memory is checked.
     """
     weights = folder.weights
     is_body = model_class.__name__ == architecture_of(folder.config).body
@@ -493,13 +485,13 @@ def check_folder(
 
 
 def _new_parts(checkpoint: Checkpoint, model: Any) -> set[str]:
-    """Bare names of a head for a task, and of what tuning adds, of which a checkpoint has nothing."""
+    """Returns the bare names of a task's head and of an adapter, if the checkpoint has no tensor of it."""
     parts = ({bare_name(name) for name in names} for names in new_parts(model))
     return {bare for part in parts if part.isdisjoint(checkpoint) for bare in part}
 
 
 def _outside_body(checkpoint: Checkpoint, model: Any) -> set[str]:
-    """Bare names of all that is not of the body: heads of any kind."""
+    """Returns the bare names of all tensors outside of the body, that is, of heads."""
     own = {bare_name(key): key for key in model.state_dict()}
     body = {bare.partition(".")[0] for bare, key in own.items() if key.startswith(f"{model.base_model_prefix}.")}
     return {bare for bare in {*own, *checkpoint} if bare.partition(".")[0] not in body}

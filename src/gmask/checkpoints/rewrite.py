@@ -1,4 +1,4 @@
-"""A folder becomes another: what every rewriting checks, places whole or not at all, and reports."""
+"""`rewrite`: writes a folder of a model anew, as a transform plans it, whole or not at all."""
 
 import shutil
 import time
@@ -12,22 +12,22 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from gmask.checkpoints.folder import Config, Folder
-from gmask.checkpoints.output import Content, verify_config, verify_weights, write_config, write_tokenizer
-from gmask.checkpoints.weights import RANK_FILE, TRACKERS
+from gmask.checkpoints.formats import RANK_FILE, TRACKERS
+from gmask.checkpoints.save import Content, verify_config, verify_weights, write_config, write_tokenizer
 from gmask.errors import GmaskError
 from gmask.files import written_folder
 from gmask.hardware import format_bytes
 
 COMPANIONS = ("README.md", "LICENSE", "MODEL_LICENSE", "generation_config.json")
-"""Files that go along with the weights: they say whose these are, and how answers are drawn."""
+"""Files that are copied with the weights: model card, licences, generation settings."""
 
 Advance: TypeAlias = Callable[[int], object]
-"""Is told the bytes that were dealt with."""
+"""Is called with the number of bytes that were processed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What was done."""
+    """The report of a rewriting."""
 
     source: str
     target: str
@@ -42,16 +42,16 @@ R = TypeVar("R", bound=Report)
 
 @dataclass(frozen=True, slots=True)
 class Plan(Generic[R]):
-    """What a transform makes of a folder: all is known, and nothing is written yet.
+    """The plan of a transform for a folder; nothing is written yet.
 
     Attributes:
         nbytes: of the new weights.
         write: writes the weights into a folder.
-        report: what was done, of the fields of `Report` and the bytes of all ``files`` by name.
-        config: of the new folder; None for a form that keeps none.
-        tokenizer: of the new folder; None for a form that keeps none.
-        published: whether config and tokenizer are written in the published form.
-        expected: what the new weights are read back and compared with, bit by bit.
+        report: makes the report, from the fields of `Report` and the sizes of all ``files`` by name.
+        config: of the new folder; None for a form without one.
+        tokenizer: of the new folder; None for a form without one.
+        published: True to write config and tokenizer in the published form.
+        expected: the tensors that the new weights are compared with, bit by bit, when they are read back.
     """
 
     nbytes: int
@@ -71,17 +71,17 @@ def rewrite(
     force: bool = False,
     also_read: Sequence[Path] = (),
 ) -> R:
-    """Writes a folder anew as a transform plans it; the source stays as it is.
+    """Writes a folder anew, as a transform plans it. The source stays as it is.
 
-    The target appears at once when all is done, or not at all.
+    The target appears when all is done, or not at all.
 
     Args:
-        target: a folder that is not there yet.
-        force: replaces a checkpoint that is at the target, after the new one is complete.
+        target: a folder that does not exist yet.
+        force: replace a checkpoint at the target, after the new one is complete.
         also_read: folders that the transform reads beside the source.
 
     Raises:
-        GmaskError: a target that is in use, no room on the disk; a source that the transform refuses.
+        GmaskError: a target that is in use; no space on the disk; a source that the transform refuses.
     """
     started = time.monotonic()
     check_target(folder.path, target, force=force, also_read=also_read)
@@ -122,25 +122,25 @@ OWN_FILES = (
     "*.safetensors", "pytorch_model*.bin", "*.json", "*.model", "merges.txt", "vocab.txt", "README.md", "LICENSE",
     "MODEL_LICENSE", ".gitattributes", *TRACKERS,
 )  # fmt: skip
-"""What may be lost when a checkpoint is replaced; a folder that holds anything else is left alone."""
+"""The files of a checkpoint. A folder that holds any other file is not replaced."""
 
 
 def check_target(source: Path, target: Path, *, force: bool, also_read: Sequence[Path] = ()) -> None:
-    """Raises `GmaskError` if a folder cannot be written without harm to others, or to what is there.
+    """Raises `GmaskError` if writing a folder would overwrite files that are read, or that are no checkpoint.
 
     Args:
-        source: is converted.
-        target: does not exist, or is empty; with ``force``, may also hold a checkpoint, and nothing else.
+        source: the folder that is read.
+        target: must not exist, or be empty; with ``force``, it may hold a checkpoint and nothing else.
         also_read: folders that are read beside the source.
     """
-    place = target.resolve()
+    resolved = target.resolve()
     for folder in (source, *also_read):
         real = folder.resolve()
-        if real == place:
+        if real == resolved:
             raise GmaskError(f"{target}: is what is read; name another folder for the result")
-        if place.is_relative_to(real):
+        if resolved.is_relative_to(real):
             raise GmaskError(f"{target}: lies in {folder}, which is read; name a folder outside it")
-        if real.is_relative_to(place):
+        if real.is_relative_to(resolved):
             raise GmaskError(f"{target}: holds {folder}, which is read; name another folder for the result")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise GmaskError(f"{target}: is a file or a link; name a new folder")
@@ -155,7 +155,7 @@ def check_target(source: Path, target: Path, *, force: bool, also_read: Sequence
 
 
 def _find_foreign(folder: Path) -> Path | None:
-    """Something in a folder that is no part of one checkpoint."""
+    """Returns a file or folder that does not belong to a checkpoint; None if there is none."""
     iterations = [path for path in folder.iterdir() if path.is_dir()]
     for path in sorted(folder.iterdir()):
         if path.is_dir():
@@ -168,12 +168,12 @@ def _find_foreign(folder: Path) -> Path | None:
 
 
 def check_space(target: Path, needed: int) -> None:
-    """Raises `GmaskError`, with the numbers, if the disk has no room for ``needed`` bytes more."""
+    """Raises `GmaskError`, with the numbers, if the disk has less than ``needed`` bytes free."""
     free = shutil.disk_usage(nearest_folder(target)).free
     if needed > free:
         raise GmaskError(f"{target}: needs {format_bytes(needed)} of the disk, {format_bytes(free)} are free")
 
 
 def nearest_folder(path: Path) -> Path:
-    """The first of its parents that exists."""
+    """Returns the nearest parent folder that exists."""
     return next(parent for parent in path.resolve().parents if parent.is_dir())

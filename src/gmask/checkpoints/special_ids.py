@@ -1,4 +1,4 @@
-"""The ids of a folder's special tokens, where its config leaves them out."""
+"""Finds the ids of special tokens that the config of a folder lacks."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,10 +7,10 @@ from typing import Any
 from gmask.architectures import CHATGLM, GLM, Architecture
 from gmask.checkpoints.zoo import FAMILIES, Family, family_of_shape, find_family
 from gmask.errors import GmaskError
-from gmask.files import read_object
+from gmask.files import read_object, read_text
 
-SPELLINGS = {
-    "pad_token_id": ("</s>", "<|endoftext|>", "[PAD]"),  # RoBERTa's vocabulary has the second, too, and never uses it
+TOKEN_SPELLINGS = {
+    "pad_token_id": ("</s>", "<|endoftext|>", "[PAD]"),  # RoBERTa's vocabulary has <|endoftext|>, but never uses it
     "eos_token_id": ("</s>", "<|endoftext|>", "[PAD]"),
     "sop_token_id": ("<|startofpiece|>",),
     "eop_token_id": ("<|endofpiece|>",),
@@ -18,30 +18,31 @@ SPELLINGS = {
     "smask_token_id": ("[sMASK]",),
     "gmask_token_id": ("[gMASK]",),
 }
-"""The ids that a model needs, by their names in a config, and how the published vocabularies spell their tokens."""
+"""The keys of special ids in a config, and the spellings of their tokens in the published vocabularies."""
 
 
 def special_ids(folder: Path | None, values: Mapping[str, Any], architecture: Architecture = GLM) -> dict[str, int]:
-    """The special ids that a config lacks.
+    """Returns the special ids that a config lacks.
 
-    They come from the vocabulary beside it, whichever of the published forms it has, else from the catalog: from the
-    row that the config or the tokenizer names, or that has its shape, unless it contradicts the ids that are known. For
-    a ChatGLM from the row with its number of tokens.
+    They come from the vocabulary beside the config, in any of the published forms. Ids that it does not have come from
+    the table of published models: from the row that the config or the tokenizer names, or the one of the same shape,
+    unless that row contradicts the ids that are known. For a ChatGLM they come from the row with its number of tokens.
 
     Args:
-        folder: that of the config; None without one.
+        folder: of the config; None without one.
         values: of ``config.json``.
 
     Returns:
-        Ids by their names in a config; only such as the config does not state, and nothing that is not certain.
+        Ids by their keys in a config, without those that the config has and those that are not certain.
 
     Raises:
-        GmaskError: a file of the vocabulary is not JSON, or is another model's: it has ids that the model has not.
+        GmaskError: a file of the vocabulary that is damaged, or belongs to another model: its ids are beyond
+            ``vocab_size``.
     """
     if architecture is CHATGLM:
         return _chat_ids(values)
-    stated = {role: values[role] for role in SPELLINGS if isinstance(values.get(role), int)}
-    if len(stated) == len(SPELLINGS):
+    stated = {role: values[role] for role in TOKEN_SPELLINGS if isinstance(values.get(role), int)}
+    if len(stated) == len(TOKEN_SPELLINGS):
         return {}
     settings = read_object(folder / "tokenizer_config.json", required=False) if folder else {}
     found = _read_vocabulary(folder, settings) if folder else {}
@@ -50,7 +51,7 @@ def special_ids(folder: Path | None, values: Mapping[str, Any], architecture: Ar
     family = _find_row(values, settings)
     if family and all(known.get(role, token_id) == token_id for role, token_id in family.special_ids.items()):
         known = {**family.special_ids, **known}
-    return {role: known[role] for role in SPELLINGS if role in known and values.get(role) is None}
+    return {role: known[role] for role in TOKEN_SPELLINGS if role in known and values.get(role) is None}
 
 
 def _chat_ids(values: Mapping[str, Any]) -> dict[str, int]:
@@ -72,19 +73,19 @@ def _check_range(found: Mapping[str, int], vocab_size: int | None, folder: Path 
 
 def _read_vocabulary(folder: Path, settings: Mapping[str, Any]) -> dict[str, int]:
     ids = _read_added_tokens(folder, settings)
-    wanted = {role: _spell(role, settings) for role in SPELLINGS}
-    if any(not any(token in ids for token in tokens) for tokens in wanted.values()):  # the large files, if need be
+    wanted = {role: _spell(role, settings) for role in TOKEN_SPELLINGS}
+    if any(not any(token in ids for token in tokens) for tokens in wanted.values()):  # read large files only if needed
         ids = {**_read_pieces(folder), **ids}
     found = {role: [ids[token] for token in tokens if token in ids] for role, tokens in wanted.items()}
     return {role: token_ids[0] for role, token_ids in found.items() if token_ids}
 
 
 def _spell(role: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """How a role's token is spelled: as the tokenizer's settings say, else in one of the usual ways."""
+    """Returns the spellings of a role's token: the one in the tokenizer's settings, else the usual ones."""
     token = settings.get(role.removesuffix("_id"))
     if isinstance(token, Mapping):  # a serialized AddedToken
         token = token.get("content")
-    return (token,) if isinstance(token, str) else SPELLINGS[role]
+    return (token,) if isinstance(token, str) else TOKEN_SPELLINGS[role]
 
 
 def _read_added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, int]:
@@ -98,16 +99,16 @@ def _read_added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, i
 
 
 def _read_pieces(folder: Path) -> dict[str, int]:
-    """The vocabulary of BERT (``vocab.txt``; line numbers are the ids) or of GPT-2 and RoBERTa (``vocab.json``)."""
-    words = folder / "vocab.txt"
-    if words.is_file():
-        lines = words.read_text(encoding="utf-8").split("\n")
+    """Reads the vocabulary of BERT (``vocab.txt``, by line numbers from 0) or of GPT-2 and RoBERTa (``vocab.json``)."""
+    vocabulary = folder / "vocab.txt"
+    if vocabulary.is_file():
+        lines = read_text(vocabulary, keep_ends=True).split("\n")
         return {line.rstrip("\r"): number for number, line in enumerate(lines)}
     return _only_ids(read_object(folder / "vocab.json", required=False))
 
 
 def _find_row(values: Mapping[str, Any], settings: Mapping[str, Any]) -> Family | None:
-    """The row of the catalog that a config and the settings of its tokenizer point at."""
+    """Finds the published model that a config and the settings of its tokenizer belong to."""
     names = [values.get(key) for key in ("_name_or_path", "name_or_path", "model_name_or_path")]
     for name in (*names, settings.get("name_or_path")):
         family = find_family(name) if isinstance(name, str) else None
@@ -127,7 +128,7 @@ def _row_of_shape(values: Mapping[str, Any]) -> Family | None:
         "vocab_size": values.get("vocab_size"),
         "positions": values.get("max_sequence_length", values.get("max_position_embeddings")),
     }
-    return family_of_shape(**shape)  # what is missing fits no row
+    return family_of_shape(**shape)  # a shape with None fits no row
 
 
 def _mapping(values: Any) -> dict[str, Any]:

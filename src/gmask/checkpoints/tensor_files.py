@@ -1,10 +1,10 @@
-"""One file of tensors: mapped and read, or written one tensor at a time.
+"""Reads and writes single files of tensors: safetensors, and those of `torch.save`.
 
-Files are mapped, not read: a tensor takes memory when it is copied, and opening a file of 20 GB takes none. No pickle
-runs code: each is read with ``weights_only=True``.
+Files are mapped into memory: opening a file of 20 GB takes no memory, and a tensor takes some when it is copied.
+Pickles are read with ``weights_only=True``, so that they run no code.
 
-A file to write is planned with tensors on the meta device, which have shapes and no numbers, and takes as much memory
-as the tensor that is being written. Tensors may come in any order.
+A file to write is planned with tensors on the meta device. Tensors are written one at a time, in any order, so that
+only one of them is in memory.
 
 Source: the format description of safetensors; ``torch/serialization.py`` for the archives of `torch.save`; PKWARE's
 APPNOTE.TXT 4.3.9 and 4.3.12 for their checksums.
@@ -30,22 +30,22 @@ from gmask.errors import GmaskError, one_line
 from gmask.files import refuse_placeholder
 
 WEIGHTS_ENTRY = "module"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Of floating-point numbers, as safetensors calls them."""
+FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Floating-point dtypes by their names in safetensors."""
 
-INTEGERS = {"I8": torch.int8}
-"""Of quantized weights, which are read where there are scales beside them (`SCALES` ends the keys of these)."""
+INTEGER_DTYPES = {"I8": torch.int8}
+"""The dtype of quantized weights. They are read only if the file has scales, whose names end with `SCALES`."""
 
 SCALES = "weight_scale"
-UNREADABLE = (
+DAMAGED_FILE_ERRORS = (
     SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, ValueError, EOFError, TypeError,
     AttributeError, LookupError, AssertionError, OSError,
 )  # fmt: skip
-"""What torch, safetensors and the reader of pickles raise for a damaged file."""
+"""The errors of torch, safetensors and pickle for a damaged file."""
 
 
 class LeftOut:
-    """Stands in a pickle of the training code for an object that has nothing to do with the weights."""
+    """Replaces objects in a pickle of the training code that are not needed, such as a loss scaler."""
 
 
 BOOKKEEPING_CLASSES: list[Any] = [
@@ -60,29 +60,29 @@ BOOKKEEPING_CLASSES: list[Any] = [
     (LeftOut, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (LeftOut, "argparse.Namespace"),
 ]
-"""What THUDM/GLM and DeepSpeed store beside tensors: numpy's random state, and objects that are replaced unread."""
+"""Classes in the checkpoints of THUDM/GLM and DeepSpeed: those of numpy's random state, and some that are replaced."""
 
 
 class TensorFile(Protocol):
     """An open file of tensors."""
 
     path: Path
-    is_mapped: bool  # else it fills memory as soon as one tensor is read
+    is_mapped: bool  # if False, reading one tensor reads the whole file into memory
 
     def names(self) -> list[str]:
-        """Names in the order in which the tensors lie in the file."""
+        """Returns the names in the order of the file."""
 
     def shape(self, key: str) -> torch.Size: ...
     def dtype(self, key: str) -> torch.dtype: ...
     def read(self, key: str) -> Tensor:
-        """The tensor on the CPU, as stored; it may be a view of the file, so copy it before the file changes."""
+        """Returns the tensor on the CPU, as stored. It may be a view of the file: copy it before the file changes."""
 
 
 class SafetensorsFile:
     """A file in the safetensors format.
 
     Raises:
-        GmaskError: not such a file, or one that holds other than floating-point numbers.
+        GmaskError: not such a file, or one with tensors that are neither floating-point nor quantized.
     """
 
     is_mapped = True
@@ -93,10 +93,10 @@ class SafetensorsFile:
         try:
             file: Any = safe_open(path, framework="pt")
             self._file, self._entries = file, {key: file.get_slice(key) for key in file.offset_keys()}
-        except UNREADABLE as error:
+        except DAMAGED_FILE_ERRORS as error:
             raise explain(path, error) from error
         for key, entry in self._entries.items():
-            if entry.get_dtype() not in DTYPES | (INTEGERS if _has_scales(self._entries) else {}):
+            if entry.get_dtype() not in FLOAT_DTYPES | (INTEGER_DTYPES if _has_scales(self._entries) else {}):
                 raise GmaskError(_explain_integers(path, key, entry.get_dtype()))
 
     def names(self) -> list[str]:
@@ -106,7 +106,7 @@ class SafetensorsFile:
         return torch.Size(self._entries[key].get_shape())
 
     def dtype(self, key: str) -> torch.dtype:
-        return (DTYPES | INTEGERS)[self._entries[key].get_dtype()]
+        return (FLOAT_DTYPES | INTEGER_DTYPES)[self._entries[key].get_dtype()]
 
     def read(self, key: str) -> Tensor:
         tensor: Tensor = self._file.get_tensor(key)
@@ -114,14 +114,14 @@ class SafetensorsFile:
 
 
 class PickledFile:
-    """A file that `torch.save` wrote: tensors by name, at the top or in an entry of it.
+    """A file of `torch.save`: a dictionary of tensors, or one that has such a dictionary as an entry.
 
     Args:
         path: of the file.
-        entry: the name of the entry with the tensors; None if they are the whole.
+        entry: the name of the entry with the tensors; None if the whole is the dictionary.
 
     Raises:
-        GmaskError: not such a file, one that would run code, or one that holds something else.
+        GmaskError: not such a file, one that would run code, or one that holds other objects.
     """
 
     def __init__(self, path: Path, entry: str | None = None) -> None:
@@ -150,7 +150,7 @@ class PickledFile:
         return self._tensors[key].dtype
 
     def read(self, key: str) -> Tensor:
-        """As in `TensorFile`; of a file that cannot be mapped, each tensor is let go once it has been read."""
+        """As in `TensorFile`. If the file cannot be mapped, a tensor that was read is not kept."""
         if self.is_mapped:
             return self._tensors[key]
         if key not in self._whole:
@@ -159,15 +159,15 @@ class PickledFile:
         return self._whole.pop(key).detach()
 
     def _load(self, *, whole: bool) -> Any:
-        place = "cpu" if self.is_mapped or whole else "meta"
+        device = "cpu" if self.is_mapped or whole else "meta"
         try:
             if self.is_mapped:
                 _refuse_compressed(self.path)
             with torch.serialization.safe_globals(BOOKKEEPING_CLASSES):
-                content = torch.load(self.path, map_location=place, mmap=self.is_mapped, weights_only=True)
+                content = torch.load(self.path, map_location=device, mmap=self.is_mapped, weights_only=True)
         except GmaskError:
             raise
-        except UNREADABLE as error:
+        except DAMAGED_FILE_ERRORS as error:
             raise explain(self.path, error) from error
         if not isinstance(content, dict):
             raise GmaskError(f"{self.path}: holds a {type(content).__name__}, not weights by name")
@@ -175,7 +175,7 @@ class PickledFile:
 
 
 def explain(path: Path, error: Exception) -> GmaskError:
-    """What another library's error means for a file."""
+    """Returns our error for an error of another library about a file."""
     if code := re.search(r"GLOBAL (\S+) (?:was not an allowed global|whose module)", str(error)):
         return GmaskError(
             f"{path}: asks to run {code[1]} when it is read, which is code and no weights: refused; get the weights "
@@ -185,13 +185,13 @@ def explain(path: Path, error: Exception) -> GmaskError:
 
 
 def _is_zip(path: Path) -> bool:
-    """Whether `torch.save` wrote the file in its form since PyTorch 1.6, the only one that can be mapped."""
+    """Returns True if the file has the format of `torch.save` since PyTorch 1.6, the only one that can be mapped."""
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
 
 
 def _refuse_compressed(path: Path) -> None:
-    """Raises `GmaskError` if an archiver has packed the file anew: mapped, it would give other numbers."""
+    """Raises `GmaskError` if an archiver has compressed the file: mapped, it would give wrong numbers."""
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise GmaskError(f"{path}: an archiver has compressed it; use the file that torch.save wrote")
@@ -217,7 +217,7 @@ def _check_plain(path: Path, key: Any, tensor: Any, *, may_be_integers: bool) ->
 
 
 def _is_data(value: Any, depth: int = 20) -> bool:
-    """Whether a value is made of numbers, strings and containers alone, these no deeper than ``depth``."""
+    """Returns True if a value consists of numbers, strings and containers, nested no deeper than ``depth``."""
     if isinstance(value, Mapping):
         value = [*value, *value.values()]
     if isinstance(value, list | tuple | set | frozenset):
@@ -226,12 +226,12 @@ def _is_data(value: Any, depth: int = 20) -> bool:
 
 
 class TensorWriter:
-    """A file that is being filled, in a ``with`` block; whole once that is left.
+    """A file that is filled in a ``with`` block, and complete at its end.
 
     Args:
-        path: of a file in which all but the numbers has been written.
-        plan: all that will come, by name and without numbers.
-        offsets: where each tensor's numbers begin.
+        path: of a file that has everything but the data of the tensors.
+        plan: all tensors by name, on the meta device.
+        offsets: of the data of each tensor, in bytes.
     """
 
     def __init__(self, path: Path, plan: Mapping[str, Tensor], offsets: Mapping[str, int]) -> None:
@@ -252,7 +252,7 @@ class TensorWriter:
         self._file.write(data)
 
     def _finish(self) -> None:
-        """Writes what depends on all tensors."""
+        """Writes the parts of the file that depend on all tensors."""
 
     def __enter__(self) -> Self:
         return self
@@ -270,11 +270,11 @@ class SafetensorsWriter(TensorWriter):
     """A file in the safetensors format: the length of a JSON header in 8 bytes, the header, the numbers."""
 
     def __init__(self, path: Path, plan: Mapping[str, Tensor]) -> None:
-        names = {dtype: name for name, dtype in (DTYPES | INTEGERS).items()}
+        names = {dtype: name for name, dtype in (FLOAT_DTYPES | INTEGER_DTYPES).items()}
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
         end = 0
         starts: dict[str, int] = {}
-        for name in sorted(plan, key=lambda name: -plan[name].itemsize):  # none lies across the grid of its dtype
+        for name in sorted(plan, key=lambda name: -plan[name].itemsize):  # so that all are aligned to their dtypes
             starts[name], end = end, end + plan[name].nbytes
             header[name] = {
                 "dtype": names[plan[name].dtype],
@@ -288,19 +288,19 @@ class SafetensorsWriter(TensorWriter):
 
 
 class PickledWriter(TensorWriter):
-    """A file as `torch.save` makes it, of an object with the tensors by name in its entry ``module``.
+    """A file of `torch.save` that holds a dictionary with the tensors by name in its entry ``module``.
 
-    `torch.save` writes the archive itself, with gaps where the numbers belong.
+    `torch.save` writes the archive, with gaps for the data of the tensors.
 
     Args:
-        others: its other entries, plain data.
+        others: the other entries, plain data.
     """
 
     def __init__(self, path: Path, plan: Mapping[str, Tensor], others: Mapping[str, Any]) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode  # loads sympy, which nothing else here needs
 
         assert _is_data(others), "tensors beside the weights would become zeros"
-        with FakeTensorMode():  # tensors that say they are on the CPU and take no memory
+        with FakeTensorMode():  # tensors that claim to be on the CPU, but take no memory
             tensors = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in plan.items()}
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save({**others, WEIGHTS_ENTRY: tensors}, path)
@@ -314,7 +314,7 @@ class PickledWriter(TensorWriter):
         self._checksums[name] = zlib.crc32(data)
 
     def _finish(self) -> None:
-        """Puts the checksums into the archive, for zip tools: torch writes 0 for a gap, and never looks at them."""
+        """Writes the checksums into the archive, for zip tools. For gaps torch wrote 0; it does not check them."""
         with zipfile.ZipFile(self.path) as archive:
             entry = archive.start_dir
             paths = [info.filename for info in archive.infolist()]
@@ -336,15 +336,15 @@ DIRECTORY_ENTRY = 46
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU, without a copy if it is contiguous."""
+    """Returns the bytes of a tensor on the CPU, without a copy if it is contiguous."""
     numbers = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
     return memoryview(numbers)  # type: ignore[arg-type]  # numpy says so only of Python 3.12 and later
 
 
 def plan_shards(plan: Mapping[str, Tensor], limit: int) -> dict[str, dict[str, Tensor]]:
-    """The names of safetensors files, and what each holds: at most ``limit`` bytes, or one tensor.
+    """Divides tensors among safetensors files of at most ``limit`` bytes, or one tensor; returns them by file name.
 
-    Scales stay in the file of the tensor before them: a file of integers alone is not read.
+    Scales stay in the file of the tensor before them, since a file of integers without scales is refused.
     """
     shards: list[dict[str, Tensor]] = [{}]
     size = 0

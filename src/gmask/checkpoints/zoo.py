@@ -1,6 +1,6 @@
-"""The published models: shapes, tokenizers, special ids, licences.
+"""The table of published models: shapes, tokenizers, special ids, licences.
 
-The rows are in ``zoo.yaml`` beside this file: a new model is a new row there.
+Its rows are in ``zoo.yaml`` beside this file: a new model is a new row there.
 """
 
 from collections.abc import Mapping
@@ -17,10 +17,10 @@ QUANTIZED_BITS = {"int8": 8, "int4": 4}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Family:
-    """A published model: a row of the catalog."""
+    """A published model: a row of the table."""
 
     name: str
-    hub_names: tuple[str, ...]  # of Hugging Face and ModelScope, the one to download first; () if on neither
+    hub_names: tuple[str, ...]  # on Hugging Face and ModelScope; the first one is downloaded; () if on neither
     architecture: Literal["glm", "chatglm"]
     parameters: int  # the output head is the word embedding, and counted once
     language: str
@@ -39,16 +39,16 @@ class Family:
     bits: int | None = None  # of quantized weights
     quantized_embeddings: bool = False
     copied_rows: Mapping[int, int] = field(default_factory=dict)
-    """Rows of the word embedding that the Hugging Face form took from others of the training checkpoint: {to: from}."""
+    """Rows of the word embedding that are copies of others in the Hugging Face form: ``{to: from}``."""
     aliases: tuple[str, ...] = ()  # other names in use, under which no download was found
     archive: str | None = None  # of the original checkpoint, as the README of THUDM/GLM names it
     stored_dtype: str | None = None  # of the weights in the Hugging Face form; None where that is not known
 
     def memory(self, dtype: str) -> int:
-        """Bytes of the weights in ``"float32"``, ``"bfloat16"`` or ``"float16"``, or as ``"int8"`` or ``"int4"``.
+        """Returns the bytes of the weights in ``"float32"``, ``"bfloat16"`` or ``"float16"``, ``"int8"`` or ``"int4"``.
 
-        Quantized are the four matrices of a layer, each row with a scale of two bytes, and the embedding where the row
-        says so; the rest is float16.
+        The four matrices of a layer are quantized, with a scale of two bytes for each of their rows, and the embedding
+        if `quantized_embeddings`; the rest is float16.
         """
         if dtype in ITEM_BYTES:
             return ITEM_BYTES[dtype] * self.parameters
@@ -59,7 +59,7 @@ class Family:
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """Those that the weights can be had in: of quantized ones, only the one that they are published in."""
+        """The dtypes in which the weights can be loaded; quantized ones only as they are published."""
         return (f"int{self.bits}",) if self.bits else tuple(ITEM_BYTES)
 
 
@@ -78,7 +78,7 @@ FAMILIES = _read_families()
 
 
 def find_family(name: str) -> Family | None:
-    """The row of a name, hub name or alias, such as ``GLM-10B`` or ``THUDM/glm-10b``, in any case; None without one."""
+    """Finds a model by its name, hub name or alias, such as ``THUDM/glm-10b``, in any case; None if it is unknown."""
     wanted = name.casefold()
     for family in FAMILIES:
         if wanted in (known.casefold() for known in (family.name, *family.hub_names, *family.aliases)):
@@ -87,12 +87,12 @@ def find_family(name: str) -> Family | None:
 
 
 def families_of_shape(*, layers: int, hidden_size: int, vocab_size: int, positions: int) -> tuple[Family, ...]:
-    """The rows of this shape: weights cannot tell them apart."""
+    """Returns the models of this shape, which their weights do not distinguish."""
     shape = (layers, hidden_size, vocab_size, positions)
     return tuple(row for row in FAMILIES if (row.layers, row.hidden_size, row.vocab_size, row.positions) == shape)
 
 
 def family_of_shape(*, layers: int, hidden_size: int, vocab_size: int, positions: int) -> Family | None:
-    """The first row of this shape; None if there is none, or if such rows differ in heads or tokenizer."""
+    """Returns the first model of this shape; None if there is none, or if several differ in heads or tokenizer."""
     found = families_of_shape(layers=layers, hidden_size=hidden_size, vocab_size=vocab_size, positions=positions)
     return found[0] if len({(family.heads, family.tokenizer) for family in found}) == 1 else None

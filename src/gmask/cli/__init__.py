@@ -1,21 +1,22 @@
-"""The command line: what can be typed after ``gmask``.
+"""The command line ``gmask``.
 
-One thin function a verb; each imports what it needs when it runs, so that ``gmask --help`` is quick.
+Each verb is one thin function, which imports what it needs when it runs, so that ``gmask --help`` is fast.
 """
 
 import os
 import re
 import sys
 import warnings
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
+from gmask import __version__
 from gmask.cli.estimate import estimate
+from gmask.cli.generation import chat, embed, infill, score
 from gmask.cli.models import convert, info, merge, quantize
 from gmask.cli.serving import serve, webui
 from gmask.cli.training import evaluate, finetune, pretrain, train_tokenizer
-from gmask.cli.writing import chat, embed, infill, score
 from gmask.errors import GmaskError, is_shortage
 
 app = typer.Typer(
@@ -23,7 +24,7 @@ app = typer.Typer(
     help="Fill in the blanks: the first-generation GLM family on today's PyTorch and transformers.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # it would take [sMASK] for markup
+    rich_markup_mode=None,  # else [sMASK] would be markup
 )
 VERBS = (
     infill, chat, score, embed, serve, webui, convert, quantize, info, estimate, merge, pretrain, finetune, evaluate,
@@ -33,8 +34,24 @@ for verb in VERBS:
     app.command()(verb)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"gmask {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def take_options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    """The options that stand before a verb; the help of the program is that of `app`."""
+
+
 def main() -> None:
-    """Runs a verb. A mistake of the user's is one line on standard error and exit code 2; Ctrl-C is exit code 130."""
+    """Runs a verb. A user's mistake is one line on standard error and exit code 2; Ctrl-C is exit code 130."""
     _quiet_libraries()
     try:
         sys.exit(app(prog_name=app.info.name, standalone_mode=False))
@@ -63,7 +80,7 @@ def _fail(message: str) -> NoReturn:
 
 
 def _fail_missing(error: ModuleNotFoundError) -> NoReturn:
-    """Says which package is missing, and which extra of gmask installs it, if one does."""
+    """Reports a missing package, and the extra of gmask that installs it, if there is one."""
     if error.name is None:
         _fail(str(error))
     package = error.name.partition(".")[0]
@@ -72,7 +89,7 @@ def _fail_missing(error: ModuleNotFoundError) -> NoReturn:
 
 
 def find_extra(package: str) -> str | None:
-    """The extra of gmask that requires a package, by the metadata of the installation; None if none does."""
+    """Returns the extra of gmask that requires a package, by the metadata of the installation; None if none does."""
     from importlib import metadata
 
     try:
@@ -87,7 +104,7 @@ def find_extra(package: str) -> str | None:
 
 
 def _fail_usage(error: typer.TyperException) -> NoReturn:
-    """Reports wrong arguments; without any arguments, typer's message is the help."""
+    """Reports wrong arguments. If there are no arguments, typer's message is the help."""
     if len(sys.argv) == 1:
         print(error.format_message())
         sys.exit(error.exit_code)

@@ -22,11 +22,11 @@ CONTEXT_LENGTHS = (512, 2048)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WeightForm:
-    """A form to load a model in, as it is typed."""
+    """A dtype and a quantization to load a model with."""
 
     dtype: str
     quantize: str | None
-    form: "QuantizationConfig | None"  # None: as the config says
+    form: "QuantizationConfig | None"  # None: that of the config
 
     @property
     def label(self) -> str:
@@ -34,7 +34,7 @@ class WeightForm:
 
     @property
     def options(self) -> str:
-        """What loads it; more than ``--quantize`` says, `gmask quantize` has to write before."""
+        """The options that load a model so. Some forms have to be written by `gmask quantize` first."""
         if self.form is None:
             return f"--dtype {self.dtype}"
         if self.form.group_size is None and not self.form.embeddings:
@@ -99,9 +99,9 @@ def estimate(
     as_json: AsJson = False,
 ) -> None:
     """Tell how much memory a model takes to run or to tune, and what fits here, without loading or fetching it."""
+    config = find_config(model)
     from gmask.hardware import best_device
 
-    config = find_config(model)
     lengths = sorted(set(context_length or (min(n, config.max_position_embeddings) for n in CONTEXT_LENGTHS)))
     forms = list_forms(config, dtype, quantize, group_size=group_size, embeddings=embeddings)
     if method is not None:
@@ -115,15 +115,15 @@ def estimate(
 
 
 def find_config(name: str) -> "Config":
-    """The config of a folder, or of a published model, which need not be on this machine.
+    """Returns the config of a folder, or of a published model, which need not be on this machine.
 
     Raises:
         GmaskError: neither a folder of a model nor a name in the catalog.
     """
+    source, family = find_source(name)  # a mistyped one is refused before torch is imported
     from gmask.checkpoints.load import find_folder
     from gmask.estimation.inference import config_of_family, read_shape_config
 
-    source, family = find_source(name)
     if family is not None:
         return config_of_family(family)
     assert source is not None
@@ -133,7 +133,7 @@ def find_config(name: str) -> "Config":
 def list_forms(
     config: "Config", dtype: str | None, quantize: str | None, *, group_size: int | None, embeddings: bool
 ) -> list[WeightForm]:
-    """The forms that were asked for; by default the plain precisions, and both kinds of integers.
+    """Returns the forms that were asked for; by default float32, bfloat16, int8 and int4.
 
     Raises:
         GmaskError: an unknown dtype or form.
@@ -166,7 +166,7 @@ def print_estimates(
     *,
     as_json: bool,
 ) -> None:
-    """Prints what a model takes in this use, in each form and at each length."""
+    """Prints the memory of a model in this use, in each form and at each length."""
     found: dict[WeightForm, list[Any]] = {form: [usage.estimate(config, form, n) for n in lengths] for form in forms}
     if as_json:
         estimates = [
@@ -184,7 +184,7 @@ def print_estimates(
 
 @dataclass(frozen=True, slots=True)
 class Answering:
-    """Prompts that are answered, some at once."""
+    """The use of a model for answering ``batch_size`` prompts at a time."""
 
     batch_size: int
     device_kind: Any  # of this machine's best device
@@ -203,11 +203,11 @@ class Answering:
         )
 
     def device(self) -> dict[str, Any]:
-        """The device, for programs."""
+        """Returns the device, for JSON."""
         return {"device": self.device_kind, "free_bytes": _free_bytes(self.device_kind)}
 
     def describe(self, length: int, figures: "MemoryEstimate") -> dict[str, Any]:
-        """An estimate for programs; sizes in bytes."""
+        """Returns an estimate for JSON; sizes in bytes."""
         return {
             "context_length": length,
             "batch_size": self.batch_size,
@@ -217,21 +217,21 @@ class Answering:
         }
 
     def columns(self, lengths: Sequence[int]) -> list[str]:
-        """The headings of the table, but for that of the form."""
+        """Returns the headings of the table, without that of the form."""
         return ["weights", *(f"cache\nat {n}" for n in lengths), *(f"peak\nat {n}" for n in lengths)]
 
     def rows(self, lengths: Sequence[int], figures: "Sequence[MemoryEstimate]") -> list[list[str]]:
-        """The cells of one form."""
+        """Returns the table rows of one form."""
         return [_sizes(figures[0].weights, *(one.cache for one in figures), *(one.peak for one in figures))]
 
     def advise(self, found: "dict[WeightForm, list[MemoryEstimate]]", length: int) -> str:
-        """What fits into the free memory at the longest length."""
+        """Returns a sentence on the forms that fit into the free memory at the longest length."""
         peaks = {form: figures[-1].peak for form, figures in found.items()}
         return advise_form(peaks, _free_bytes(self.device_kind), device=self.device_kind, length=length)
 
 
 def advise_form(peaks: dict[WeightForm, int], free: int, *, device: str, length: int) -> str:
-    """Which forms fit into the free memory, and which options load the most exact of them."""
+    """Returns a sentence on the forms that fit into the free memory, and the options for the most exact of them."""
     from gmask.hardware import format_bytes
 
     room = f"{format_bytes(free)} are free on {device}"
@@ -245,13 +245,13 @@ def advise_form(peaks: dict[WeightForm, int], free: int, *, device: str, length:
     return f"{room}: at {length} tokens fits {labels}. Choose {fitting[0].options}."
 
 
-OTHER_SETTINGS = ("optimizer", "answer_length", "accumulation")
-"""What ``--set`` takes beside the settings of a method."""
+OTHER_SETTINGS = {"optimizer": str, "answer_length": int, "accumulation": int}
+"""Types of the settings that ``--set`` takes beside those of a method; they are arguments of `estimate_training`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """Tuning by a method; methods as of `Answering`."""
+    """The use of a model for tuning; it has the same functions as `Answering`."""
 
     method: "MethodSettings"
     others: dict[str, Any]  # of OTHER_SETTINGS
@@ -264,27 +264,25 @@ class Tuning:
     def read(
         method: str, pairs: Sequence[str], batch_size: int, gpus: int | None, *, gradient_checkpointing: bool
     ) -> "Tuning":
-        """From the options of the command line.
+        """Reads the options of the command line.
 
         Raises:
-            GmaskError: an unknown method or setting, or a value that it cannot have.
+            GmaskError: an unknown method or setting, or a wrong value.
         """
-        from gmask.config import build
+        from gmask.config import build_settings, read_values
         from gmask.hardware import best_device
         from gmask.recipes.tuning import MethodSettings
 
         values = parse_settings(pairs)
         if "name" in values:
             raise GmaskError("--method and --set name say the same: give --method alone")
-        others = {name: values.pop(name) for name in OTHER_SETTINGS if name in values}
-        for name in ("answer_length", "accumulation"):
-            if not isinstance(others.get(name, 1), int):
-                raise GmaskError(f"--set {name}={others[name]}: expected a whole number")
-        settings = build(MethodSettings, {"name": method, **values}, "method")
+        given = {name: values.pop(name) for name in OTHER_SETTINGS if name in values}
+        others = read_values(given, OTHER_SETTINGS, "--set ")
+        settings = build_settings(MethodSettings, {"name": method, **values}, "method")
         return Tuning(settings, others, batch_size, gpus, gradient_checkpointing, "cuda" if gpus else best_device())
 
     def usable_forms(self, forms: Sequence[WeightForm]) -> list[WeightForm]:
-        """The forms of weights that can be tuned by the method.
+        """Returns the forms of weights that can be tuned by the method.
 
         Raises:
             GmaskError: there are none.

@@ -1,4 +1,4 @@
-"""``gmask convert``, ``quantize``, ``merge`` and ``info``: folders of models, and the table of published ones."""
+"""``gmask convert``, ``quantize``, ``merge`` and ``info``."""
 
 import functools
 import sys
@@ -15,7 +15,7 @@ from gmask.errors import GmaskError
 if TYPE_CHECKING:
     from gmask.checkpoints.convert import ConversionReport
     from gmask.checkpoints.folder import Folder
-    from gmask.checkpoints.weights import Checkpoint
+    from gmask.checkpoints.formats import Checkpoint
     from gmask.checkpoints.zoo import Family
     from gmask.quantization.quantizer import QuantizationConfig
 
@@ -50,6 +50,9 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint in another form, and compare every bit of the result with the source."""
+    from gmask.checkpoints.hub import check_name
+
+    check_name(source)  # before torch is imported, which takes seconds
     from gmask.checkpoints import convert as conversion
     from gmask.checkpoints.load import find_folder
 
@@ -111,6 +114,9 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Write a model with int8 or int4 weights, which loads and runs as any other."""
+    from gmask.checkpoints.hub import check_name
+
+    check_name(source)  # before torch is imported
     from gmask.checkpoints.convert import quantize_folder
     from gmask.checkpoints.load import find_folder
     from gmask.hardware import format_bytes
@@ -132,7 +138,7 @@ def quantize(
 
 
 def _calibrate(folder: Path, form: "QuantizationConfig", text: Path) -> Any:
-    """The model of a folder, rounded by what it computes on a text."""
+    """Returns the model of a folder, quantized with calibration on a text."""
     from gmask.checkpoints.load import load
     from gmask.quantization.calibration import calibrate_model, cut_texts
     from gmask.tasks.records import read_texts
@@ -155,6 +161,9 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Fold an adapter into the weights of its model, and write that as a model of its own."""
+    from gmask.checkpoints.hub import check_name
+
+    check_name(source)  # before torch is imported
     from gmask.checkpoints.convert import merge_folder
     from gmask.checkpoints.load import find_folder
     from gmask.hardware import format_bytes, read_dtype
@@ -201,10 +210,10 @@ def info(
 
 
 def describe_model(name: str) -> dict[str, Any]:
-    """What the files of a model say about it; of a published one that is not here, what the catalog says.
+    """Describes a model by its files, or a published one that was not fetched by the table of published models.
 
     Raises:
-        GmaskError: neither a folder of a model nor a name in the catalog.
+        GmaskError: neither a folder of a model nor a published model.
     """
     source, family = find_source(name)
     if family is None:
@@ -214,7 +223,7 @@ def describe_model(name: str) -> dict[str, Any]:
 
 
 def describe_folder(name: str) -> dict[str, Any]:
-    """What the files of a model say about it; the headers of the weights are read, not the weights."""
+    """Describes a model by its files; only the headers of the weights are read."""
     from gmask.checkpoints.load import open_folder
 
     with open_folder(name) as folder:
@@ -260,7 +269,7 @@ def _describe_config(folder: "Folder") -> dict[str, Any]:
 
 
 def _compare(folder: "Folder") -> str:
-    """Whether names and shapes of the weights are those that the config asks for, or what is wrong with them."""
+    """Returns "yes" if names and shapes of the weights fit the config, else "no: " and the first difference."""
     model = folder.shape_model()
     try:
         folder.compare(model)
@@ -270,7 +279,7 @@ def _compare(folder: "Folder") -> str:
 
 
 def _describe_training_checkpoint(checkpoint: "Checkpoint") -> dict[str, Any]:
-    """What the shapes of a checkpoint of the original training code say; they imply neither heads nor vocabulary."""
+    """Describes a checkpoint of the original training code by its shapes, which imply neither heads nor vocabulary."""
     from gmask.checkpoints.folder import read_shape
 
     values, keys = read_shape(checkpoint), checkpoint.keys()
@@ -289,7 +298,7 @@ def _describe_training_checkpoint(checkpoint: "Checkpoint") -> dict[str, Any]:
 
 
 def _names_of_shape(shape: dict[str, Any]) -> list[str]:
-    """The published models of a shape."""
+    """Returns the names of the published models of a shape."""
     from gmask.checkpoints.zoo import families_of_shape
 
     families = families_of_shape(
@@ -302,7 +311,7 @@ def _names_of_shape(shape: dict[str, Any]) -> list[str]:
 
 
 def read_licence(folder: Path) -> str | None:
-    """The licence that the head of the model card names; None if there is no such card."""
+    """Returns the licence in the metadata of the model card; None if there is none."""
     from gmask.config import parse_yaml
     from gmask.files import read_text
 
@@ -331,7 +340,7 @@ COLUMNS = (
 
 NOTHING = "-"
 README = "https://github.com/THUDM/GLM#pretrained-models"
-"""Where the archives of the original checkpoints are linked."""
+"""The page with links to the archives of the original checkpoints."""
 
 
 def print_zoo(families: "Sequence[Family]") -> None:
@@ -348,7 +357,7 @@ def print_zoo(families: "Sequence[Family]") -> None:
 
 
 def table_row(family: "Family") -> tuple[str, ...]:
-    """The cells of a row, in the order of `COLUMNS`."""
+    """Returns the cells of a row, in the order of `COLUMNS`."""
     gigabytes = {dtype: f"{family.memory(dtype) / 1e9:.1f}" for dtype in family.dtypes}
     quantized = [size for dtype, size in gigabytes.items() if dtype.startswith("int")]
     return (
@@ -368,7 +377,7 @@ def table_row(family: "Family") -> tuple[str, ...]:
 
 
 def terminal_row(family: "Family") -> tuple[str, ...]:
-    """The same, narrow enough for a terminal: several lines a cell."""
+    """Returns the cells of a row with several lines each, narrow enough for a terminal."""
     row = dict(zip(COLUMNS, table_row(family), strict=True))
     memory = [
         f"{row[column]} GB {column.removeprefix('GB ')}"
@@ -386,7 +395,7 @@ def terminal_row(family: "Family") -> tuple[str, ...]:
 
 
 def describe_family(family: "Family") -> dict[str, Any]:
-    """All that the catalog says about a model, and how to get it."""
+    """Describes a published model by its row in the table, and how to get it."""
     return {
         "name": family.name,
         "hub_names": list(family.hub_names),
@@ -411,7 +420,7 @@ def describe_family(family: "Family") -> dict[str, Any]:
 
 
 def how_to_get(family: "Family") -> str:
-    """One sentence: the command that downloads a model, or where its archive is linked."""
+    """Returns one sentence with the command that downloads a model, or the link to its archive."""
     if family.hub_names:
         dtype = family.dtypes[0] if family.bits else family.stored_dtype
         size = f" ({family.memory(dtype) / 1e9:.1f} GB)" if dtype else ""
@@ -427,5 +436,5 @@ def how_to_get(family: "Family") -> str:
 
 
 def round_count(count: int) -> str:
-    """109338624 as 109 M, 9880682496 as 9.88 B."""
+    """Formats 109338624 as 109 M, 9880682496 as 9.88 B."""
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.0f} M"

@@ -1,4 +1,4 @@
-"""Options that several verbs share, and the meaning of what was typed."""
+"""Options that several verbs share, and functions that read their values."""
 
 import sys
 from collections.abc import Sequence
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 BUNDLED_NAMES = ("bundled", "bundled-chat")
-"""The models that come with gmask. The names stand here so that no verb has to import what loads models for them."""
+"""The models that come with gmask. The names are here, since importing `gmask.checkpoints.load` takes long."""
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-"""The addresses that no other machine reaches."""
+"""Addresses that other machines cannot reach."""
 
 DTYPE_NAMES = "float32|bfloat16|float16"
 
 
 def output_option(help: str, *aliases: str, show_default: bool | str = False) -> Any:
-    """The option ``--output``, which has the same names in all verbs, with a help that says what is written."""
+    """Makes the option ``--output``, with a help text of its own for each verb."""
     return typer.Option("--output", *aliases, "-o", help=help, show_default=show_default)
 
 
@@ -83,10 +83,10 @@ Pairs = Annotated[
 
 
 def read_files(texts: Sequence[str] | None, source: Path | None, target: Path | None) -> tuple[Path, Path] | None:
-    """The files of ``--input`` and ``--output``, or None if there are none.
+    """Returns the files of ``--input`` and ``--output``; None if both are absent.
 
     Raises:
-        GmaskError: one without the other, or beside texts.
+        GmaskError: one without the other, or texts beside them.
     """
     if source is None and target is None:
         return None
@@ -98,7 +98,7 @@ def read_files(texts: Sequence[str] | None, source: Path | None, target: Path | 
 
 
 def texts_or_stdin(texts: list[str] | None) -> list[str]:
-    """The texts of the command line, else the lines of standard input.
+    """Returns the texts of the command line, else the lines of standard input.
 
     Raises:
         GmaskError: there are none, or they are not UTF-8.
@@ -107,7 +107,7 @@ def texts_or_stdin(texts: list[str] | None) -> list[str]:
         return [check_text(text) for text in texts]
     if sys.stdin.isatty():
         raise GmaskError("there is no text: give one, or --input")
-    data = getattr(sys.stdin, "buffer", sys.stdin).read()  # one that a program puts in its place may be of texts
+    data = getattr(sys.stdin, "buffer", sys.stdin).read()  # a program may replace stdin by one of texts
     text = decode_text(data, "standard input") if isinstance(data, bytes) else data
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
@@ -116,7 +116,7 @@ def texts_or_stdin(texts: list[str] | None) -> list[str]:
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """The values of ``--set key=value``, as YAML reads them.
+    """Returns the values of ``--set key=value``, as YAML reads them.
 
     Raises:
         GmaskError: no ``=``, or no YAML.
@@ -136,7 +136,10 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def merge_settings(pairs: Sequence[str] | None, **options: Any) -> dict[str, Any]:
-    """The values of ``--set`` together with those of options of their own, such as ``--max-tokens``; None: not given.
+    """Returns the values of ``--set`` together with those of single options, such as ``--max-tokens``.
+
+    Args:
+        options: by name; None if an option is not given.
 
     Raises:
         GmaskError: a setting that is given in both ways.
@@ -152,7 +155,7 @@ def merge_settings(pairs: Sequence[str] | None, **options: Any) -> dict[str, Any
 
 
 def read_candidates(choice: str, *, option: str = "--choices") -> list[str]:
-    """The candidates of ``--choices 'a|b'``."""
+    """Returns the candidates of ``--choices 'a|b'``."""
     candidates = check_text(choice, option).split("|")
     if not all(candidates):
         raise GmaskError(f"{option} {choice!r}: a candidate is empty; write them as 'sunny|rainy'")
@@ -160,16 +163,17 @@ def read_candidates(choice: str, *, option: str = "--choices") -> list[str]:
 
 
 def find_source(name: str) -> "tuple[str | None, Family | None]":
-    """The folder of a model and its entry in the catalog, as far as there are any; nothing is fetched.
+    """Looks up a model without fetching it.
 
     Args:
         name: of a folder, a bundled model, or a published one, which need not be on this machine.
 
     Returns:
-        What `find_folder` takes, or None for a published model that was not fetched before; the entry, or None.
+        A name for `find_folder`, None for a published model that was never fetched; and the model's row in the table of
+        published models, None if it has none.
 
     Raises:
-        GmaskError: none of these.
+        GmaskError: an unknown name.
     """
     from gmask.checkpoints.hub import find_cached
     from gmask.checkpoints.zoo import find_family
@@ -186,7 +190,10 @@ def find_source(name: str) -> "tuple[str | None, Family | None]":
 def load_glm(
     model: str, adapter: Path | None, dtype: str | None, quantize: str | None
 ) -> "tuple[PreTrainedModel, GLMTokenizer]":
-    """The model of the options ``--model``, ``--adapter``, ``--dtype`` and ``--quantize``, which must fill blanks."""
+    """Loads the model of ``--model``, ``--adapter``, ``--dtype`` and ``--quantize``, which has to be a GLM."""
+    from gmask.checkpoints.hub import check_name
+
+    check_name(model)  # before torch is imported, which takes seconds
     from gmask.checkpoints.load import load
     from gmask.models.glm import GLMForConditionalGeneration
 
@@ -194,7 +201,7 @@ def load_glm(
 
 
 def base_of(adapter: Path, otherwise: str) -> str:
-    """The bundled model that an adapter was trained for; ``otherwise`` if that was another one."""
+    """Returns the bundled model that an adapter was trained for; ``otherwise`` if it was another model."""
     from gmask.checkpoints.adapters import read_adapter
 
     named = read_adapter(adapter.expanduser()).values.get("base_model_name_or_path")

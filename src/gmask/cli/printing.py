@@ -1,4 +1,4 @@
-"""How results are printed: JSON, named fields, tables, filled texts."""
+"""Prints results: JSON, named fields, tables, filled texts."""
 
 import json
 import sys
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from gmask.generation.infill import Fragment
 
 ANSWER_STYLE = "bold green"
-CUT_STYLE = "bold yellow"
-"""Of an answer that was cut at the limit on its tokens."""
+CUT_STYLE = "bold yellow"  # of an answer that was cut at the limit on its tokens
 
 
 def print_json(value: Any, *, indent: int | None = None) -> None:
@@ -25,13 +24,13 @@ def print_json(value: Any, *, indent: int | None = None) -> None:
 
 
 def print_fields(fields: Mapping[str, str], *, width: int = 12) -> None:
-    """Prints a line for each field: its name, filled up to ``width`` columns, and its value."""
+    """Prints a line for each field: its name, padded to ``width`` columns, and its value."""
     for name, value in fields.items():
         print(f"{name + ' ':{width}}{value}")
 
 
 def print_result(result: dict[str, Any], fields: Mapping[str, str], *, as_json: bool) -> None:
-    """Prints what a verb did: the whole result as JSON, or its fields for people."""
+    """Prints the result of a verb: all of it as JSON, or its fields for people."""
     if as_json:
         print_json(result, indent=2)
     else:
@@ -39,7 +38,7 @@ def print_result(result: dict[str, Any], fields: Mapping[str, str], *, as_json: 
 
 
 def print_tabbed(rows: Iterable[Sequence[str]]) -> None:
-    """Prints a line for each row, with tabs between the cells; white space within a cell becomes one space."""
+    """Prints a line for each row, with tabs between the cells; white space within cells is collapsed."""
     for row in rows:
         print("\t".join(" ".join(cell.split()) for cell in row))
 
@@ -76,21 +75,21 @@ def print_table(
 
 
 def _plain_console() -> "Console":
-    """A console that takes nothing in a text for markup, and colours nothing by itself."""
+    """Returns a console without markup and automatic colours."""
     from rich.console import Console
 
     return Console(markup=False, emoji=False, highlight=False)
 
 
-def print_file_report(report: "FileReport", target: Path, *, deed: str) -> None:
-    """Prints on standard error how many lines of a file were processed."""
+def print_file_report(report: "FileReport", target: Path, *, participle: str) -> None:
+    """Prints on standard error how many lines were processed; ``participle``: such as "filled"."""
     resumed = f", {report.resumed} of them by an earlier run" if report.resumed else ""
-    skipped = f'; {report.skipped} could not be {deed}, see their "error"' if report.skipped else ""
+    skipped = f'; {report.skipped} could not be {participle}, see their "error"' if report.skipped else ""
     print(f"{target}: {report.lines} lines{resumed}{skipped}", file=sys.stderr)
 
 
 def print_infilling(infilling: "Infilling") -> None:
-    """Prints a filled text, or several alternatives, each behind its log-probability (of choices: its probability)."""
+    """Prints a filled text, or several alternatives with their log-probabilities (for choices, probabilities)."""
     ranked = [infilling, *infilling.alternatives]
     scores = [""] if len(ranked) == 1 else [f"{found.logprob:.3f}\t" for found in ranked]
     if infilling.choices and len(ranked) > 1:
@@ -105,7 +104,7 @@ def print_infilling(infilling: "Infilling") -> None:
 
 
 def highlight_answers(infilling: "Infilling") -> "Text":
-    """The filled text with its answers in colour."""
+    """Returns the filled text with its answers in colour."""
     from rich.text import Text
 
     text = Text(infilling.text)
@@ -115,7 +114,7 @@ def highlight_answers(infilling: "Infilling") -> "Text":
 
 
 def print_stream(pieces: Sequence[str], fragments: Generator["Fragment", None, "Infilling"]) -> None:
-    """Prints a text on the terminal while its blanks are being filled.
+    """Prints a text on the terminal while its blanks are filled.
 
     Args:
         pieces: the text before, between and behind the blanks.
@@ -124,9 +123,9 @@ def print_stream(pieces: Sequence[str], fragments: Generator["Fragment", None, "
     from rich.text import Text
 
     console = _plain_console()
-    printed = 0  # pieces
+    printed = 0  # pieces so far
     for fragment in fragments:
-        if fragment.blank >= printed:  # the text up to this blank; earlier blanks may have got empty answers
+        if fragment.blank >= printed:  # print the text up to this blank; earlier blanks may have empty answers
             console.out("".join(pieces[printed : fragment.blank + 1]), end="", highlight=False)
             printed = fragment.blank + 1
         console.print(Text(fragment.text, style=ANSWER_STYLE), end="", soft_wrap=True)

@@ -23,15 +23,15 @@ from gmask.cli.options import (
 )
 from gmask.errors import GmaskError, nearest
 from gmask.files import read_text
-from gmask.serving.settings import ServerSettings, called, environment_keys
+from gmask.serving.settings import ServerSettings, default_model_name, environment_keys
 
 if TYPE_CHECKING:
     import gradio as gr
 
 
-FILLS, TALKS = BUNDLED_NAMES
-SETTINGS = [field.name for field in fields(ServerSettings) if field.name not in ("api_keys", "log_prompts")]
-"""What ``--set`` takes; the other two have an option each."""
+INFILL_MODEL, CHAT_MODEL = BUNDLED_NAMES
+SERVER_SETTINGS = [field.name for field in fields(ServerSettings) if field.name not in ("api_keys", "log_prompts")]
+"""The settings of ``--set``; the other two have an option each."""
 
 Served = Annotated[
     str | None,
@@ -62,12 +62,12 @@ Adapters = Annotated[
 ]
 
 LogPrompts = Annotated[bool, typer.Option("--log-prompts", help="Write what is asked to the log.")]
-Limits = Annotated[
+LimitPairs = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help=f"{', '.join(SETTINGS[:-1])} or {SETTINGS[-1]}, such as max_rows=16; once for each.",
+        help=f"{', '.join(SERVER_SETTINGS[:-1])} or {SERVER_SETTINGS[-1]}, such as max_rows=16; once for each.",
         show_default=False,
     ),
 ]
@@ -82,13 +82,16 @@ def serve(
     dtype: Dtype = None,
     adapter: Adapters = None,
     log_prompts: LogPrompts = False,
-    pairs: Limits = None,
+    pairs: LimitPairs = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI's API, ChatGLM-6B's, and blanks to fill and to score."""
     check_installed()
     fixed, chosen = read_adapters(adapter or [])
-    name = model or (base_of(fixed, FILLS) if fixed else FILLS)
+    name = model or (base_of(fixed, INFILL_MODEL) if fixed else INFILL_MODEL)
     settings = read_settings(name, host, read_keys(api_key_file), log_prompts, parse_settings(pairs or []))
+    from gmask.checkpoints.hub import check_name
+
+    check_name(name)  # before torch is imported, which takes seconds
     from gmask.checkpoints.load import load
     from gmask.serving.app import create_app, make_server, open_port
     from gmask.serving.backend import make_backend
@@ -96,20 +99,22 @@ def serve(
 
     sockets = open_port(host, port)  # before the model, which takes a while
     network, tokenizer = load(name, dtype=dtype, quantize=quantize, adapter=fixed)
-    talks = None
-    if model is None and fixed is None:  # the first says little of sense in a conversation
-        talks = make_backend(*load(TALKS, dtype=dtype, quantize=quantize), name=TALKS, settings=settings)
+    chat_backend = None
+    if model is None and fixed is None:  # the first was not tuned for conversations
+        chat_backend = make_backend(
+            *load(CHAT_MODEL, dtype=dtype, quantize=quantize), name=CHAT_MODEL, settings=settings
+        )
     log_as_json()
     if host not in LOOPBACK and not settings.api_keys:
         print("note: everybody who reaches this address may ask: --api-key-file asks for a key", file=sys.stderr)
-    app = create_app(network, tokenizer, settings=settings, adapters=chosen, talks=talks)
+    app = create_app(network, tokenizer, settings=settings, adapters=chosen, chat_backend=chat_backend)
     shows_page = find_spec("gradio") is not None
     if shows_page:
         from gmask.serving.webui import mount_page
 
         app = mount_page(app)
     page = ", a page at /ui" if shows_page else ""
-    names = settings.model_name if talks is None else f"{settings.model_name} and {TALKS}"
+    names = settings.model_name if chat_backend is None else f"{settings.model_name} and {CHAT_MODEL}"
     print(f"{names} at http://{host}:{port}/v1, documented at /docs{page}", file=sys.stderr)
     try:
         make_server(app, host=host, port=port).run(sockets=sockets)
@@ -129,7 +134,7 @@ def check_installed() -> None:
 
 
 def read_keys(path: Path | None) -> tuple[str, ...]:
-    """The keys of a file and of the environment.
+    """Returns the API keys of a file and of the environment.
 
     Raises:
         GmaskError: a file without any.
@@ -144,10 +149,10 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
 
 
 def read_adapters(values: list[str]) -> tuple[Path | None, dict[str, Path]]:
-    """The adapter that every request goes through, if there is one, and those that requests choose, by name.
+    """Returns the adapter that every request goes through, or None, and those that requests choose, by name.
 
     Raises:
-        GmaskError: several of the former, or one beside others; a name that is empty or given twice.
+        GmaskError: an adapter without a name beside another one; a name that is empty or given twice.
     """
     fixed: list[Path] = []
     chosen: dict[str, Path] = {}
@@ -167,28 +172,33 @@ def read_adapters(values: list[str]) -> tuple[Path | None, dict[str, Path]]:
 def read_settings(
     model: str, host: str, keys: tuple[str, ...], log_prompts: bool, values: dict[str, Any]
 ) -> ServerSettings:
-    """The limits of a server.
+    """Returns the settings of a server.
 
     Raises:
         GmaskError: an unknown setting (the nearest one is named), or a value that does not fit.
     """
     for name in values:
-        if name not in SETTINGS:
-            near = nearest(name, SETTINGS)
-            raise GmaskError(f"there is no setting {name!r}; the nearest is {near!r}, all are {', '.join(SETTINGS)}")
+        if name not in SERVER_SETTINGS:
+            near = nearest(name, SERVER_SETTINGS)
+            raise GmaskError(
+                f"there is no setting {name!r}; the nearest is {near!r}, all are {', '.join(SERVER_SETTINGS)}"
+            )
     hosts = values.pop("allowed_hosts", None)
     names = tuple(str(hosts).split(",")) if hosts else own_names(host)
-    values.setdefault("model_name", called(model))
+    values.setdefault("model_name", default_model_name(model))
     values["model_name"] = str(values["model_name"])
     return ServerSettings(api_keys=keys, allowed_hosts=names, log_prompts=log_prompts, **values)
 
 
 def own_names(host: str) -> tuple[str, ...]:
-    """The hosts that a server is called by: one that only this machine reaches answers to its own names alone."""
+    """Returns the names that are accepted in the Host header: at a loopback address, local names alone.
+
+    Otherwise a foreign web page could use DNS rebinding to send requests from the browser of its reader.
+    """
     return (*LOOPBACK[:2], "[::1]") if host in LOOPBACK else ("*",)
 
 
-Model = Annotated[
+ServedModel = Annotated[
     str | None,
     typer.Argument(
         help="Folder or name of a model.",
@@ -197,22 +207,26 @@ Model = Annotated[
 ]
 
 Share = Annotated[bool, typer.Option("--share", help="Make a public link, through a server of Gradio's.")]
-Language = Annotated[
+LanguageOption = Annotated[
     Literal["en", "zh", "auto"], typer.Option(help="Of the labels; auto is the browser's.", show_choices=True)
 ]
 
 
 def webui(
-    model: Model = None,
+    model: ServedModel = None,
     port: Port = 7860,
     host: Host = "127.0.0.1",
     share: Share = False,
-    language: Language = "auto",
+    language: LanguageOption = "auto",
     adapter: AdapterFolder = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
 ) -> None:
     """Open a page in the browser: fill blanks and chat, in English and Chinese."""
+    if model is not None:
+        from gmask.checkpoints.hub import check_name
+
+        check_name(model)  # before torch and Gradio are imported, which takes seconds
     try:
         from gmask.serving.app import open_port
         from gmask.serving.backend import make_backend
@@ -221,7 +235,7 @@ def webui(
         raise GmaskError(f"{error.name} is not installed; the page needs pip install 'gmask[webui]'") from error
     from gmask.checkpoints.load import load
 
-    for opened in open_port(host, port):  # Gradio opens it again; a taken one is said before the model is loaded
+    for opened in open_port(host, port):  # Gradio opens it again; here a taken port fails before the model is loaded
         opened.close()
     names = (model,) if model else (base_of(adapter, BUNDLED_NAMES[0]),) if adapter else BUNDLED_NAMES
     with contextlib.ExitStack() as stack:
@@ -230,7 +244,7 @@ def webui(
             network, tokenizer = load(name, dtype=dtype, quantize=quantize, adapter=adapter)
             backends.append(make_backend(network, tokenizer, name=Path(name).name or name))
             stack.callback(backends[-1].close)
-        serve_page(draw_page(backends[0], talks=backends[-1], language=language), host, port, share=share)
+        serve_page(draw_page(backends[0], chat_backend=backends[-1], language=language), host, port, share=share)
 
 
 def serve_page(page: "gr.Blocks", host: str, port: int, *, share: bool) -> None:

@@ -28,9 +28,9 @@ def pretrain(
     resume: Resume = True,
 ) -> None:
     """Train a GLM from scratch. A run that was stopped goes on when the same command is given again."""
-    from gmask.training.pretrain import run
+    from gmask.training.pretrain import run_pretraining
 
-    print(run(recipe, overrides or [], resume=resume))
+    print(run_pretraining(recipe, overrides or [], resume=resume))
 
 
 def finetune(
@@ -49,9 +49,9 @@ def finetune(
     """Tune a model to a task: LoRA, P-tuning or all weights. A run that was stopped goes on with the same command."""
     import os
 
-    from gmask.training.finetune import read_results, run
+    from gmask.training.finetune import read_results, run_finetuning
 
-    folder = run(recipe, overrides or [], resume=resume)
+    folder = run_finetuning(recipe, overrides or [], resume=resume)
     if os.environ.get("RANK", "0") != "0":  # of several processes only the first one prints
         return
     if as_json:
@@ -91,7 +91,7 @@ def train_tokenizer(
 
 
 def read_text_sources(files: list[str]) -> tuple[list["Source"], "TokenizerSettings"]:
-    """The texts to learn from, and the settings of the tokenizer: a recipe's, or the defaults.
+    """The texts to learn from, and the settings of the tokenizer: those of a recipe, or the defaults.
 
     Raises:
         GmaskError: a recipe among other files.
@@ -105,7 +105,7 @@ def read_text_sources(files: list[str]) -> tuple[list["Source"], "TokenizerSetti
     if len(files) > 1:
         raise GmaskError(f"give text files or one recipe, not {recipes[0]} and others")
     recipe = load_recipe(recipes[0])
-    return recipe.data.placed_sources, recipe.tokenizer
+    return recipe.data.resolved_sources, recipe.tokenizer
 
 
 def evaluate(
@@ -155,6 +155,9 @@ def evaluate(
         return
     if adapter is not None or pairs:
         raise GmaskError("--adapter and --set are for a task: name one with --task, such as superglue/rte")
+    from gmask.checkpoints.hub import check_name
+
+    check_name(model)  # before torch is imported, which takes seconds
     from gmask.evaluation.infilling import evaluate_held_out
 
     written = evaluate_held_out(
@@ -174,9 +177,12 @@ def _evaluate_task(
 ) -> None:
     if data is None:
         raise GmaskError("--task needs the records to measure: name their file with --data")
+    settings = parse_settings(pairs)
+    from gmask.checkpoints.hub import check_name
+
+    check_name(model)  # before torch is imported
     from gmask.evaluation.harness import run_task
 
-    settings = parse_settings(pairs)
     with warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("always", message="of .* samples", category=UserWarning)
         report = run_task(model, task=task, data=data, adapter=adapter, out=out, settings=settings, tables=not as_json)

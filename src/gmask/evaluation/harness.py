@@ -125,7 +125,7 @@ def run_task(
     plan, samples = _read_samples(task, data, limit)
     _check_answers(plan, samples)
     recipe = find_tuning_recipe(Path(adapter).expanduser() if adapter else find_folder(model))
-    decoding = make_sampling({**(recipe.written if recipe else {}), **(settings or {})})
+    decoding = make_sampling({**(recipe.decoding_settings if recipe else {}), **(settings or {})})
     limits = _choose_limits(recipe, max_source, truncation)
     network, tokenizer = load(model, adapter=adapter, device=device)
     with tqdm(total=len(samples), unit="sample", disable=not console.is_terminal, leave=False) as bar:

@@ -108,7 +108,7 @@ def _measure(
     report = evaluate_infilling(
         network,
         tokenizer,
-        plan.data.placed_sources,
+        plan.data.resolved_sources,
         make_mixture(tokenizer.backend_tokenizer, plan.objective),
         tokens_seen=tokens_seen,
         longest=plan.data.max_piece or plan.data.row_length,

@@ -1,1 +1,1 @@
-"""Tokens out: blanks filled, answers scored, replies of a chat, vectors of texts; for one text or for many at once."""
+"""Generation: infilling, scores, chat, embeddings, predictions, and the engine with continuous batching."""

@@ -1,8 +1,8 @@
-"""Adapters by row: which one each row of a batch goes through, where one model has several.
+"""Several adapters on one model, of which each row of a batch goes through one.
 
-LoRA adds to the linear layers: PEFT's own are given a name for each row. A prefix (P-tuning v2) is keys and values with
-which those of a row begin. Both are put in place from outside of the forward pass, so that whatever runs the model need
-not know of them.
+LoRA adds to the linear layers: PEFT's layers are given the name of an adapter for each row. A prefix (P-tuning v2) is
+keys and values in front of those of a row. Hooks do both, so that the code that runs the model need not know of
+adapters.
 
 Shape letters: L layers, N heads, P prefix length, D head size.
 """
@@ -31,28 +31,28 @@ from gmask.models.cache import GrowingCache
 from gmask.models.layout import continues
 
 BASE = "__base__"
-"""What PEFT calls the model without an adapter."""
+"""PEFT's name for the model without an adapter."""
 
 
 class AdapterSet:
-    """Adapters on one model, by their names. Outside of `rows` and `only` a pass goes through the model alone.
+    """Adapters of one model, by name. `only` and `rows` choose among them; else a pass goes through the model alone.
 
     Attributes:
-        names: in the order in which they were given.
+        names: of the adapters, in the order in which they were given.
     """
 
     def __init__(self, model: PreTrainedModel, folders: Mapping[str, Path]) -> None:
-        """Reads the adapters of folders, and has the model go through them.
+        """Reads the adapters of folders, and adds them and the hooks that choose among them to the model.
 
         Raises:
-            GmaskError: no such folder, a damaged one, one for another model, or of a kind that cannot be chosen by
-                row; a model that has an adapter for good.
+            GmaskError: a folder that is missing, damaged, or for another model; a kind of adapter that cannot be chosen
+                by row; a model that has a fixed adapter already.
         """
         self.model = model
         self.names = tuple(folders)
         self._prefixes: dict[str, Tensor] = {}  # L 2 N P D
-        self._layers: dict[str, str] = {}  # what PEFT calls an adapter, whose own name may hold any character
-        self._tuner: Any = None  # PEFT's, which knows of the layers
+        self._layers: dict[str, str] = {}  # PEFT's name by ours, which may hold characters that PEFT does not take
+        self._tuner: Any = None  # PEFT's object that holds the layers
         self._thread = threading.local()
         if not folders:
             return
@@ -67,18 +67,21 @@ class AdapterSet:
         model.eval()
 
     def prefix_length(self, name: str | None) -> int:
-        """Positions of keys and values that an adapter takes."""
+        """The number of positions that an adapter adds to the keys and values of a row."""
         return self._prefixes[name].shape[-2] if name in self._prefixes else 0
 
     @contextmanager
     def only(self, name: str | None) -> Iterator[None]:
-        """Has every row of this thread's passes go through one adapter; None: the model alone."""
+        """Within it, every row of this thread's passes goes through one adapter; None: through the model alone."""
         with self._choose(name):
             yield
 
     @contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Has each row of this thread's passes go through its own; passes that continue what was read through it."""
+        """Within it, each row of this thread's passes goes through the adapter of its name.
+
+        The passes are decoding steps: a prefix is in the cache since the context was read.
+        """
         with self._choose([self._layers.get(name or "", BASE) for name in names]):
             yield
 

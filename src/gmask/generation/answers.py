@@ -7,11 +7,27 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from gmask.generation.prompts import BlankedText, Context
 from gmask.generation.settings import Sampling
-from gmask.generation.text import BlankedText, Context
 
 Finish = Literal["end", "stop", "length"]
-"""Why an answer is complete: its end token, a stop text, or the limit on its tokens."""
+"""Why an answer ended: by its end token, a stop text, or the limit on its tokens."""
+
+
+ROUNDING = 1e-5
+"""Scores in nats that differ by less are equal but for rounding, which is another in another batch."""
+
+
+def rank_scores(scores: Sequence[float]) -> list[int]:
+    """Returns the indices of scores, highest first; of those that are equal but for rounding, the first one first."""
+    ranking: list[int] = []
+    equal: list[int] = []
+    for index in sorted(range(len(scores)), key=lambda index: -scores[index]):
+        if equal and not scores[equal[0]] - scores[index] <= ROUNDING:
+            ranking += sorted(equal)
+            equal = []
+        equal.append(index)
+    return ranking + sorted(equal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +46,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """The answers of one text so far."""
+    """The answers to the blanks of one text so far."""
 
-    text: int  # which of the batch's contexts
-    alternative: int  # which of the answers drawn for it
+    text: int  # index of its context in the batch
+    alternative: int  # index among the samples of this text
     context: Context
     done: tuple[Answer, ...] = ()
     open: Answer = Answer()
@@ -56,7 +72,7 @@ class Hypothesis:
         return score
 
     def advance(self, token: int, logprob: float, sampling: Sampling, end_ids: Sequence[int]) -> "Hypothesis":
-        """The hypothesis with one more token, which may end the answer."""
+        """Returns the hypothesis with one more token, which may end the answer."""
         total = self.logprob + logprob
         if token in end_ids:
             return self._end(replace(self.open, end_logprob=logprob, finish="end"), total)
@@ -70,7 +86,7 @@ class Hypothesis:
         return Hypothesis(self.text, self.alternative, self.context, self.done, Answer(ids, logprobs), total, stops)
 
     def _end(self, answer: Answer, total: float) -> "Hypothesis":
-        """The hypothesis at its next blank, if there is one."""
+        """Returns the hypothesis with the open answer done, at its next blank if there is one."""
         stops = None if self.stops is None else self.stops.begin()
         return replace(self, done=(*self.done, answer), open=Answer(), logprob=total, stops=stops)
 
@@ -84,7 +100,7 @@ class Hypothesis:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token of an answer. A character spelt in bytes is the text of its last byte."""
+    """One token of an answer. Where several tokens spell one character, the last of them has it as its text."""
 
     id: int
     text: str
@@ -96,7 +112,7 @@ class Blank:
     """The answer to one blank.
 
     Log-probabilities are in nats and the model's own: over its whole vocabulary, before temperature, top-k, top-p,
-    ``min_tokens`` and the ban on special tokens, none of which renormalises them.
+    ``min_tokens`` and the ban on special tokens are applied.
     """
 
     text: str  # as it stands in the filled text
@@ -124,9 +140,9 @@ class Combination:
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """How the choices were scored."""
+    """The scored combinations of choices."""
 
-    exact: bool  # every combination was scored; else the best ones of a beam search
+    exact: bool  # True: all combinations were scored; False: those that a beam search kept
     combinations: tuple[Combination, ...]  # best first
 
 
@@ -141,7 +157,7 @@ class Infilling:
     choices: Choices | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The form of ``gmask infill --json``.
+        """Returns what ``gmask infill --json`` prints.
 
         ``{"text", "logprob", "blanks": [{"text", "logprob", "tokens": [{"id", "text", "logprob"}]}]}``. A blank that
         was cut has ``"finished": false`` as well; ``alternatives`` and ``choices`` are there when they were asked for.
@@ -169,38 +185,38 @@ def _blank_to_dict(blank: Blank) -> dict[str, Any]:
 
 
 class TextAssembler:
-    """Turns the tokens of one answer into text as they come, and holds back the bytes of an unfinished character."""
+    """Decodes the tokens of one answer as they come, and holds back the bytes of an unfinished character."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.continuation: str = getattr(tokenizer, "continuation", "")  # spelt before a piece inside a word
+        self.continuation: str = getattr(tokenizer, "continuation", "")  # written before a piece inside a word
         self.count = 0  # tokens so far
-        self.window: list[int] = []  # the latest, from far enough back for a tokenizer that looks at its neighbours
-        self.known = 0  # tokens of the window whose text has been given out
-        self.has_begun = False  # text has been given out
-        self.new_text = ""  # of the window's other tokens
+        self.window: list[int] = []  # the latest tokens; a token's text may depend on those before it
+        self.known = 0  # tokens of the window whose text has been returned
+        self.has_begun = False  # some text has been returned
+        self.new_text = ""  # of the tokens of the window behind these
 
     def push(self, token_id: int) -> str:
-        """The text that the token completes; empty inside a character."""
+        """Adds a token; returns the text that it completes, which is empty inside a character."""
         self.window.append(token_id)
         self.count += 1
         text = self.new_text = self._read_new()
         if text.endswith("\ufffd"):
             return ""
-        if text.strip():  # a token without text, or of white space, tells nothing of its neighbours
+        if text.strip():  # a token of white space or without text does not decide how the next one is decoded
             del self.window[: self.known]
         self.known = len(self.window)
         self.has_begun = True
         return text
 
     def finish(self) -> str:
-        """What was held back, with the replacement character for bytes that make no character."""
+        """Returns the text that was held back; bytes that make no character become the replacement character."""
         text = self._read_new()
         self.window, self.known, self.has_begun = [], 0, self.count > 0
         return text
 
     def copy(self) -> "TextAssembler":
-        """One that goes on from here by itself."""
+        """Returns an independent copy."""
         other = copy.copy(self)
         other.window = self.window.copy()
         return other
@@ -208,7 +224,7 @@ class TextAssembler:
     def _read_new(self) -> str:
         known = self._decode(self.window[: self.known])
         text = self._decode(self.window)[len(known) :]
-        return text if self.has_begun else text.removeprefix(self.continuation)  # it may continue a word of the text
+        return text if self.has_begun else text.removeprefix(self.continuation)  # an answer may continue a word
 
     def _decode(self, ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -216,32 +232,32 @@ class TextAssembler:
 
 
 class StopMatcher:
-    """Looks for stop texts in an answer, token by token. It never changes, so that beams may share it."""
+    """Looks for stop texts in an answer, token by token. It is immutable, so that beams may share it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> None:
         self.stops = stops
         self.is_found = False
         self._assembler = TextAssembler(tokenizer)
-        self._kept = max(map(len, stops)) - 1  # characters in which a stop text may have begun
-        self._tail = ""
+        self._kept = max(map(len, stops)) - 1  # characters of the tail: a stop text may have begun in them
+        self._tail = ""  # the last characters of the answer
 
     def push(self, token_id: int) -> "StopMatcher":
-        """The matcher behind one more token."""
+        """Returns the matcher after one more token."""
         after = copy.copy(self)
         after._assembler = self._assembler.copy()
         complete = after._assembler.push(token_id)
-        text = self._tail + after._assembler.new_text  # bytes that make no character yet are looked at as they are
+        text = self._tail + after._assembler.new_text  # an unfinished character counts as its replacement character
         after.is_found = any(stop in text for stop in self.stops)
         after._tail = (self._tail + complete)[-self._kept :] if self._kept else ""
         return after
 
     def begin(self) -> "StopMatcher":
-        """The matcher of another answer."""
+        """Returns a matcher for the next answer."""
         return StopMatcher(self._assembler.tokenizer, self.stops)
 
 
 def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """A text for each token; joined, they are the answer."""
+    """Returns a text for each token; joined, they are the text of the answer."""
     assembler = TextAssembler(tokenizer)
     texts = [assembler.push(token_id) for token_id in ids]
     if texts:
@@ -264,7 +280,7 @@ def answer_text(answer: Answer, tokenizer: PreTrainedTokenizerBase, stops: Seque
 def assemble_infilling(
     blanked: BlankedText, answers: Sequence[Answer], tokenizer: PreTrainedTokenizerBase, *, stops: Sequence[str] = ()
 ) -> Infilling:
-    """Puts answers into their text."""
+    """Returns the text with its answers in place of the blanks."""
     texts = [token_texts(answer.ids, tokenizer) for answer in answers]
     raw = ["".join(parts) for parts in texts]
     filled = blanked.splice(
@@ -281,26 +297,29 @@ def assemble_infilling(
     return Infilling(filled.text, tuple(blanks), sum(blank.logprob for blank in blanks))
 
 
-def settle_blank(blanked: BlankedText, blank: int) -> Callable[[str, bool], str]:
-    """What is certain of an answer in its text: spaces at its end may be its last, which the text may drop."""
+def stable_answer(blanked: BlankedText, blank: int) -> Callable[[str, bool], str]:
+    """Returns the `AnswerStream.stable_text` of a blank: an answer as it stands in its text.
+
+    Until the answer is whole, spaces at its end are held back: if they stay its last, the text may drop them.
+    """
     return lambda text, is_whole: blanked.fit_answer(text if is_whole else text.rstrip(" "), blank)
 
 
 class AnswerStream:
-    """The text of one answer as far as it is certain: what has been given out is never taken back."""
+    """The text of one answer while it is written: as far as no further token can change it."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, settle: Callable[[str, bool], str], *, stops: Sequence[str]
+        self, tokenizer: PreTrainedTokenizerBase, stable_text: Callable[[str, bool], str], *, stops: Sequence[str]
     ) -> None:
-        """``settle``: what is certain of a text, given whether that is the whole answer."""
+        """``stable_text``: takes a text and True if it is the whole answer; returns the start that cannot change."""
         self.assembler = TextAssembler(tokenizer)
-        self.settle = settle
+        self.stable_text = stable_text
         self.stops = stops
-        self.text = ""
-        self.given = ""
+        self.text = ""  # of all tokens so far
+        self.given = ""  # has been returned
 
     def take(self, answer: Answer) -> str:
-        """The text that has become certain now that the answer has grown, or ended."""
+        """Returns the text that has become certain since the last call."""
         for token_id in answer.ids[self.assembler.count :]:
             self.text += self.assembler.push(token_id)
         if answer.finish:
@@ -308,17 +327,17 @@ class AnswerStream:
             text = cut_at_stop(self.text, self.stops) if answer.finish == "stop" else self.text
         else:
             text = self._without_open_stop()
-        certain = self.settle(text, answer.finish is not None)
+        certain = self.stable_text(text, answer.finish is not None)
         new = certain[len(self.given) :]
         self.given = certain
         return new
 
     def _without_open_stop(self) -> str:
-        """The text without what may be the start of a stop text."""
+        """The text without an ending that may be the start of a stop text."""
         keep = min((self._start_of(stop) for stop in self.stops), default=len(self.text))
         return self.text[:keep]
 
     def _start_of(self, stop: str) -> int:
-        """Where the text's longest ending that begins a stop text starts."""
+        """The position of the longest ending of the text that is the start of a stop text; its length if none is."""
         longest = range(min(len(stop) - 1, len(self.text)), 0, -1)
         return len(self.text) - next((size for size in longest if self.text.endswith(stop[:size])), 0)

@@ -1,4 +1,4 @@
-"""Batches: contexts of several texts side by side, and items of like length together.
+"""Batches: items of similar length, and the tensors of several contexts.
 
 Shape letters: B rows, T positions, V vocabulary.
 """
@@ -10,26 +10,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gmask.errors import GmaskError
-from gmask.generation.text import Context
+from gmask.generation.prompts import Context
 from gmask.infilling.blanks import BlankTokens
 
 NOT_NUMBERS = "the model computes values that are not numbers: its weights are damaged, or overflow in this dtype"
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices of ``batch_size`` items at a time, the shortest first: like lengths go together and need little padding.
-
-    Results go back to their order by these indices.
-    """
+    """Yields the indices of ``batch_size`` items at a time, the shortest items first: there is little padding then."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
 
 
 def stack_contexts(contexts: Sequence[Context], *, pad: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Ids ``[B, T]``, layout ``[B, 2, T]`` and a mask ``[B, T]``, False at the padding, which is on the left.
+    """Pads contexts on the left. Returns ids ``[B, T]``, layout ``[B, 2, T]`` and a mask ``[B, T]``, False at padding.
 
-    The mask is None where nothing is padded.
+    The mask is None if nothing is padded.
     """
     width = max(len(context.ids) for context in contexts)
     input_ids = torch.full((len(contexts), width), pad)
@@ -46,7 +43,7 @@ def stack_contexts(contexts: Sequence[Context], *, pad: int) -> tuple[Tensor, Te
 def stack_prompts(
     contexts: Sequence[Context], special: BlankTokens, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `stack_contexts`, with the ``<sop>`` of each context's first blank behind it, on a device."""
+    """Returns what `stack_contexts` does, on a device, with a ``<sop>`` behind each context for its first blank."""
     input_ids, layout, is_real = stack_contexts(contexts, pad=special.pad)
     first = torch.tensor([(context.blanks[0], 1) for context in contexts])
     input_ids = F.pad(input_ids, (0, 1), value=special.sop)
@@ -60,7 +57,7 @@ def log_softmax(logits: Tensor) -> Tensor:
     """Log-probabilities in float32.
 
     Raises:
-        GmaskError: not a number among the logits.
+        GmaskError: a logit is not a number.
     """
     logprobs = logits.float().log_softmax(-1)
     check_numbers(logprobs)
@@ -68,6 +65,6 @@ def log_softmax(logits: Tensor) -> Tensor:
 
 
 def check_numbers(values: Tensor) -> None:
-    """Raises `GmaskError` if some of what a model computed is not a number."""
+    """Raises `GmaskError` if a value that a model computed is not a number."""
     if bool(values.isnan().any()):
         raise GmaskError(NOT_NUMBERS)

@@ -1,4 +1,4 @@
-"""Conversations go on: at once, as they are written, or many in one batch."""
+"""Replies to conversations: `Chat` for one, whole or streamed, and `reply_all` for many in batches."""
 
 import warnings
 from collections.abc import Generator, Sequence
@@ -14,24 +14,24 @@ from gmask.errors import GmaskError, is_shortage
 from gmask.files import read_json, write_json
 from gmask.generation.answers import Answer, AnswerStream, answer_text
 from gmask.generation.engine import Request, Stepper
+from gmask.generation.prompts import Prompt, PromptFormat, find_format, fit_prompt
 from gmask.generation.sampling import Sampler
 from gmask.generation.settings import make_sampling
-from gmask.generation.text import Prompt, PromptFormat, find_format, fit_prompt
 
 DEFAULTS = {"temperature": 0.95, "top_p": 0.7, "top_k": 50}
-"""Those of the published ``chat``, where transformers' top-k of 50 was active unsaid."""
+"""The defaults of the published ``chat``. Its top-k of 50 was transformers' default."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a model answered."""
+    """The reply of a model."""
 
     text: str
     finish: Literal["end", "stop", "length", "cancelled"]
     prompt_tokens: int
     reply_tokens: int
-    rounds_left_out: int = 0  # the oldest ones, which had no room in the context
-    logprob: float = 0.0  # of its tokens and its end, in nats
+    rounds_left_out: int = 0  # the oldest ones, for which the context had no room
+    logprob: float = 0.0  # of its tokens and its end token, in nats
 
 
 class Chatter:
@@ -69,7 +69,9 @@ class Chatter:
         self.sampler = Sampler.for_model(special, forbidden, tokenizer, model.config.vocab_size)
 
     def fit(self, history: History, query: str | None = None) -> Prompt:
-        """The prompt of a query behind a history, or at its end: with as many rounds as leave room for the reply.
+        """Returns the prompt of a history and a query, with as many rounds as leave room for the reply.
+
+        Without a ``query`` the last message of the history is the query.
 
         Raises:
             GmaskError: not a conversation, or one without a query; a query that has no room.
@@ -84,20 +86,19 @@ class Chatter:
         )
 
     def reply(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Reply]:
-        """Replies to prompts in one batch; each draws by a seed of its own, as it would alone."""
+        """Returns the replies to prompts in one batch; each draws by its own seed, as it would alone."""
         stepper = Stepper(self.model, self.tokenizer, self.sampler, self.format.special)
         try:
             found = stepper.run([prompt.context for prompt in prompts], self.sampling, seeds=seeds)
         except (MemoryError, RuntimeError) as error:
-            raise self._explain(error, prompts) from error.with_traceback(
-                None
-            )  # its frames hold what filled the memory
+            # The traceback is dropped: its frames hold the tensors that filled the memory.
+            raise self._explain(error, prompts) from error.with_traceback(None)
         return [self._read(prompt, best.done[0]) for prompt, (best,) in zip(prompts, found, strict=True)]
 
     def stream(self, prompt: Prompt, seed: int) -> Generator[str, None, Reply]:
-        """The reply, in fragments that are never taken back; their sum is its text."""
+        """Yields the reply in fragments, which joined are its text; the generator returns the `Reply`."""
         stepper = Stepper(self.model, self.tokenizer, self.sampler, self.format.special)
-        stream = AnswerStream(self.tokenizer, self.format.settle, stops=self.sampling.stop)
+        stream = AnswerStream(self.tokenizer, self.format.stable_text, stops=self.sampling.stop)
         answer = Answer()
         try:
             for progress in stepper.stream(Request(context=prompt.context, sampling=self.sampling), seed=seed):
@@ -109,7 +110,7 @@ class Chatter:
         return self._read(prompt, answer)
 
     def _explain(self, error: Exception, prompts: Sequence[Prompt]) -> GmaskError:
-        """What to do about too little memory; another error is raised as it is."""
+        """Returns the error for too little memory, with advice; raises any other error as it is."""
         if not is_shortage(error):
             raise error
         longest = max(prompt.length for prompt in prompts)
@@ -133,8 +134,8 @@ class Chat:
     Args:
         model, tokenizer: as `gmask.load` returns them. A ChatGLM-6B is prompted as published, another GLM as
             ``问：...答：[gMASK]``.
-        context_length: tokens of prompt and reply together; by default what the model was trained on. The oldest
-            rounds are left out where they have no room.
+        context_length: tokens of prompt and reply together; by default what the model was trained on. If it has no room
+            for all rounds, the oldest ones are left out.
         settings: as of `gmask.infill`; by default ``temperature=0.95``, ``top_p=0.7``, ``top_k=50``, as published, and
             ``max_tokens`` half of the context. ``seed``: round i draws by ``seed + i``.
 
@@ -165,10 +166,10 @@ class Chat:
         ]
 
     def ask(self, text: str) -> Reply:
-        """The reply to a message; both become part of the conversation.
+        """Returns the reply to a message; both become part of the conversation.
 
         Raises:
-            GmaskError: the message alone has no room in the context, or the context none in memory.
+            GmaskError: the message alone does not fit into the context, or the context into memory.
         """
         prompt = self.chatter.fit(self.rounds, text)
         (reply,) = self.chatter.reply([prompt], [self._seed()])
@@ -176,9 +177,9 @@ class Chat:
         return reply
 
     def stream(self, text: str) -> Generator[str, None, Reply]:
-        """The reply in fragments; the generator returns the `Reply`.
+        """Yields the reply in fragments; the generator returns the `Reply`.
 
-        Left early, it stops the model, and what was said so far stays in the conversation. Where the model fails, the
+        If it is closed early, the model stops, and the text so far stays in the conversation. If the model fails, the
         conversation stays as it was.
 
         Raises:
@@ -201,14 +202,14 @@ class Chat:
         return reply
 
     def undo(self) -> bool:
-        """Takes the last round back; False if there is none."""
+        """Removes the last round; returns False if there is none."""
         if not self.rounds:
             return False
         self.rounds.pop()
         return True
 
     def clear(self) -> None:
-        """Begins anew."""
+        """Removes all rounds."""
         self.rounds.clear()
 
     def save(self, path: str | Path) -> None:
@@ -216,7 +217,7 @@ class Chat:
         write_json(path, {"messages": self.messages}, indent=2)
 
     def load(self, path: str | Path) -> None:
-        """Goes on with the messages of a JSON file.
+        """Replaces the conversation by the messages of a JSON file.
 
         Raises:
             GmaskError: not such a file, or the last message is not the assistant's.
@@ -247,7 +248,7 @@ def reply_all(
     batch_size: int = 8,
     **settings: Any,
 ) -> list[Reply]:
-    """A reply to each of several conversations, whose last message is the user's; what `Chat` would answer.
+    """Returns a reply to each of several conversations, as `Chat` would give it. Their last message is the user's.
 
     Args:
         conversations: messages with ``role`` and ``content``, as `gmask.conversation.read_conversation` reads them.
@@ -255,7 +256,7 @@ def reply_all(
         settings: as of `Chat`; conversation i draws by ``seed + i``.
 
     Raises:
-        GmaskError: not a conversation, or one whose last message is not the user's; a message that has no room.
+        GmaskError: not a conversation, or one whose last message is not the user's; a message that does not fit.
     """
     if not isinstance(conversations, Sequence) or isinstance(conversations, str):
         raise GmaskError("reply_all takes a list of conversations, each of which is a list of messages")

@@ -1,12 +1,13 @@
-"""Answers that have to be one of some texts, match a regex or fit a JSON schema: which tokens may come next.
+"""Constrained decoding: answers that are one of several texts, match a regex or fit a JSON schema.
 
-llguidance decides: of the kept libraries it takes any table of token bytes (xgrammar too, but it needs Triton and
-TVM), builds nothing beforehand (outlines-core makes an automaton over the vocabulary for each pattern), has no
-dependencies and serves in vLLM, SGLang and llama.cpp. It comes with the extra ``serve``.
+llguidance computes which tokens may come next. Among the maintained libraries it takes any table of token bytes
+(xgrammar does too, but needs Triton and TVM), builds nothing beforehand (outlines-core makes an automaton over the
+vocabulary for each pattern), has no dependencies, and is used by vLLM, SGLang and llama.cpp. It comes with the extra
+``serve``.
 
-A constraint holds for the answer's text behind one leading space, which the answer may have or not: words bring their
-own in GPT-2's vocabulary and in ours, and the decoders of SentencePiece and WordPiece drop it. Any sequence of tokens
-that spells an admitted text may be chosen, not only the one that the tokenizer would give.
+A constraint ignores one leading space of the answer: in GPT-2's vocabulary and in ours a word brings its own space, and
+the decoders of SentencePiece and WordPiece drop it. Every sequence of tokens that spells a text which fits may be
+chosen, not only the one that the tokenizer would give.
 """
 
 import json
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 JSON_WHITE_SPACE = r" |\n {0,16}"
-"""Between the parts of a JSON text: without a bound, a model may write white space for ever."""
+"""Between the parts of a JSON text. It is bounded, since a model may otherwise write white space for ever."""
 
 RESERVED_TAIL = 16
-"""Characters that are looked back on for the start of a reserved text; the longest of use is ``<|blank_80|>``."""
+"""Last characters of an answer in which a reserved text may have begun; the longest one is ``<|blank_80|>``."""
 
 
 class ConstraintError(GmaskError):
@@ -39,41 +40,41 @@ class ConstraintError(GmaskError):
 
 
 class TokenMask(Protocol):
-    """What a constraint has become for one answer that is being written."""
+    """The state of a constraint for one answer that is being written."""
 
     def allowed(self) -> Tensor:
-        """The tokens that may come next, bool ``[V]`` on the CPU; none is True once only the end is left.
+        """Returns which tokens may come next: bool ``[V]`` on the CPU, all False if the answer can only end.
 
-        End tokens are never among them: the caller allows those where `is_complete` says so.
+        End tokens are never among them: the caller allows them if `is_complete` returns True.
 
         Raises:
             ConstraintError: the answer can neither go on nor end.
         """
 
     def accept(self, token_id: int) -> None:
-        """Goes on with a token that `allowed` gave."""
+        """Moves on by a token that `allowed` permitted."""
 
     def is_complete(self) -> bool:
-        """The answer may end here."""
+        """Returns True if the answer may end here."""
 
 
 class Constraint(Protocol):
-    """What an answer's text has to be; one of them serves many answers."""
+    """A condition on the text of answers; one object serves many answers."""
 
     def start(self) -> TokenMask:
-        """The state before an answer's first token."""
+        """Returns the state before the first token of an answer."""
 
 
 def choices(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, vocabulary_size: int | None = None
 ) -> Constraint:
-    """The answer is one of the texts.
+    """Returns the constraint that the answer is one of the texts.
 
     Args:
         tokenizer: of any model that gmask loads.
         texts: as they are to be written. An uncased vocabulary has no capital letters.
-        vocabulary_size: V, the scores that the model gives: often more than the tokenizer has tokens. Those behind
-            them are never allowed. The default is the number of the tokenizer's ids.
+        vocabulary_size: V, the number of scores that the model gives, often more than the tokenizer has ids. The ids
+            behind those of the tokenizer are never allowed. The default is the number of the tokenizer's ids.
 
     Raises:
         GmaskError: no texts, or one that the vocabulary cannot spell; llguidance is not installed.
@@ -90,13 +91,13 @@ def choices(
 
 
 def regex(tokenizer: PreTrainedTokenizerBase, pattern: str, *, vocabulary_size: int | None = None) -> Constraint:
-    r"""The whole answer matches a pattern in the syntax of Rust's ``regex``: no look-around, no back-references.
+    r"""Returns the constraint that the whole answer matches a pattern.
 
-    ``\d`` is 0 to 9. A pattern that asks for a space at the start matches nothing where the decoder drops it. Other
-    arguments as of `choices`.
+    The syntax is that of Rust's ``regex``: no look-around, no back-references; ``\d`` is 0 to 9. A pattern that begins
+    with a space matches nothing if the decoder drops leading spaces. Other arguments as of `choices`.
 
     Raises:
-        GmaskError: not such a pattern, or one that no sequence of tokens matches; llguidance is not installed.
+        GmaskError: not a valid pattern, or one that no sequence of tokens matches; llguidance is not installed.
     """
     table = _find_table(tokenizer)
     from llguidance import regex_to_lark
@@ -118,14 +119,14 @@ def regex(tokenizer: PreTrainedTokenizerBase, pattern: str, *, vocabulary_size: 
 def json_schema(
     tokenizer: PreTrainedTokenizerBase, schema: Mapping[str, Any], *, vocabulary_size: int | None = None
 ) -> Constraint:
-    """The answer is JSON that is valid by a schema, with at most one space or line end between its parts.
+    """Returns the constraint that the answer is JSON that is valid by a schema.
 
-    Keywords that cannot be enforced while the text is written, such as ``not``, are refused; ``{}`` admits any JSON.
-    A vocabulary without byte tokens may lack the letters of a property's name, which is found only while the answer
-    is written. Other arguments as of `choices`.
+    There is at most one space or line end between the parts of the JSON. Keywords that cannot be enforced while the
+    text is written, such as ``not``, are refused; ``{}`` admits any JSON. A vocabulary without byte tokens may lack the
+    letters of a property's name; that becomes known only while the answer is written. Other arguments as of `choices`.
 
     Raises:
-        GmaskError: not a schema, one that nothing fits, or a keyword that is not supported; llguidance is not
+        GmaskError: not a schema, a schema that nothing fits, or a keyword that is not supported; llguidance is not
             installed.
     """
     table = _find_table(tokenizer)
@@ -141,21 +142,21 @@ def json_schema(
 
 
 class _Vocabulary:
-    """A vocabulary as llguidance reads it: a callable object, from which it asks for tokens of forced text only."""
+    """A vocabulary in the form that llguidance takes. It would call it only for the tokens of forced text."""
 
     bos_token_id = None
 
     def __init__(self, tokens: Sequence[bytes]) -> None:
         self.tokens = [*tokens, b""]
-        self.eos_token_id = len(tokens)  # of no model: our callers decide what ends an answer
+        self.eos_token_id = len(tokens)  # an id that no model has: the sampler decides what ends an answer
         self.special_token_ids = [self.eos_token_id]
 
     def __call__(self, text: bytes) -> list[int]:
-        return []  # of no use: grammars here are `no_forcing`
+        return []  # never used: grammars here are `no_forcing`
 
 
 class _Table:
-    """What is made once for a tokenizer."""
+    """The vocabulary of a tokenizer for llguidance; it is made once."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         from llguidance import LLTokenizer, TokenizerWrapper
@@ -164,7 +165,7 @@ class _Table:
         self.spelling = read_spelling(tokenizer)
         self.tokenizer = LLTokenizer(TokenizerWrapper(_Vocabulary(self.spelling.tokens)))
         tokens = enumerate(self.spelling.tokens)
-        # Only these can end a reserved text that other tokens have begun
+        # Only these tokens can end a reserved text that other tokens have begun.
         self.closing = [(index, token.decode(errors="replace")) for index, token in tokens if b">" in token]
 
 
@@ -172,7 +173,7 @@ _tables: WeakKeyDictionary[PreTrainedTokenizerBase, _Table] = WeakKeyDictionary(
 
 
 def _find_table(tokenizer: PreTrainedTokenizerBase) -> _Table:
-    """The table of a tokenizer, made at its first use and again when tokens were added."""
+    """Returns the table of a tokenizer. It is made at its first use, and again when tokens were added."""
     table = _tables.get(tokenizer)
     if table is None or table.size != len(tokenizer):
         try:
@@ -200,7 +201,7 @@ class _Grammar:
 
         self.table, self.name = table, name
         self.vocabulary_size = vocabulary_size or len(table.spelling.tokens)
-        # Forced text would be cut into tokens by the tokenizer, which sees neither the start nor the end of a word
+        # Without this option the tokenizer would cut forced text into tokens without knowing where words start and end.
         self.matcher = LLMatcher(table.tokenizer, f'%llguidance {{"no_forcing": true}}\n{grammar}', log_level=0)
         if self.matcher.is_error():
             raise GmaskError(f"{name} is not valid: {_first_reason(self.matcher.get_error())}")
@@ -223,11 +224,11 @@ class _Grammar:
 
 
 class _GrammarMask:
-    """How far one answer has come in a grammar."""
+    """The state of a grammar for one answer."""
 
     def __init__(self, grammar: _Grammar, matcher: "LLMatcher") -> None:
         self.grammar, self.matcher = grammar, matcher
-        self.tail = ""  # of the text
+        self.tail = ""  # the last `RESERVED_TAIL` characters of the answer
 
     def allowed(self) -> Tensor:
         mask = self._read()
@@ -245,11 +246,11 @@ class _GrammarMask:
         return self.matcher.is_accepting() and not self.matcher.is_error()
 
     def _read(self) -> Tensor:
-        """The mask ``[V]`` as it is."""
+        """Returns the mask ``[V]``, which may be empty."""
         spelling = self.grammar.table.spelling
         bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
         error = self.matcher.get_error()
-        if error and not error.startswith("NoExtension"):  # which says that no token fits
+        if error and not error.startswith("NoExtension"):  # NoExtension: no token fits
             raise ConstraintError(f"{self.grammar.name} is too complex: {_first_reason(error)}")
         mask = torch.zeros(self.grammar.vocabulary_size, dtype=torch.bool)
         known = np.unpackbits(bits, count=len(spelling.tokens), bitorder="little").view(bool)
@@ -261,7 +262,7 @@ class _GrammarMask:
 
 
 def _first_reason(message: str) -> str:
-    """The one line of a message of llguidance that says what is wrong."""
+    """Returns the line of a message of llguidance that says what is wrong."""
     if "not present in a registry" in message:
         return "a $ref leads out of it: put what it refers to under $defs"
     if reason := re.search(r"^error: (.*)$", message, re.MULTILINE):

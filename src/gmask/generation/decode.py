@@ -1,13 +1,13 @@
-"""Decoding offline: by beams, or by the stepper where each answer is one path.
+"""Decoding in the caller's thread: beam search, and the choice between it and the stepper.
 
-A beam is one hypothesis: a context and the answers so far. Every beam is fed one token a step. That is its last token
-or, where an answer has just ended, the ``<sop>`` of the next blank, at the position of that blank. The beams therefore
-need not agree on which blank they are at, and padding is needed only left of the contexts.
+A beam is one hypothesis: a context and the answers so far. In each step every beam is fed one token: its last one or,
+if an answer has just ended, the ``<sop>`` of the next blank, at the position of that blank. So the beams may be at
+different blanks, and only the contexts are padded, on the left.
 
 Shape letters: B rows, V vocabulary.
 
-Source: THUDM/GLM generate_samples.py (blanks from left to right, over all kinds; earlier answers stay in memory; the
-end token is not fed, nor is the last token of an answer that is cut).
+Source: THUDM/GLM generate_samples.py. As there, blanks of all kinds are filled from left to right, earlier answers stay
+in the cache, and neither the end token nor the last token of an answer that is cut is fed.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gmask.generation.answers import Hypothesis, StopMatcher
 from gmask.generation.batches import log_softmax, stack_prompts
 from gmask.generation.engine import Budget, Stepper
+from gmask.generation.prompts import Context
 from gmask.generation.sampling import Sampler
 from gmask.generation.settings import Sampling
-from gmask.generation.text import Context
 from gmask.infilling.blanks import BlankTokens
 from gmask.models.cache import GrowingCache
 
@@ -31,7 +31,7 @@ class Decoder(Protocol):
     """Answers contexts: a `Stepper`, or a `BeamSearch`."""
 
     def run(self, contexts: Sequence[Context], sampling: Sampling, *, seeds: Sequence[int]) -> list[list[Hypothesis]]:
-        """The answers to all blanks of each context, the best first; ``seeds`` has one for each context."""
+        """Returns the answers to all blanks of each context, the best first; ``seeds`` has one for each context."""
 
 
 def make_decoder(
@@ -43,11 +43,11 @@ def make_decoder(
     *,
     batch_size: int,
 ) -> Decoder:
-    """What answers by such settings: beams where the best of several is searched for, else the stepper.
+    """Returns the decoder for settings: a `BeamSearch` if they ask for beams, else a `Stepper`.
 
     Args:
         model, tokenizer, sampler, special: as of `Stepper`.
-        batch_size: rows that are decoded together; more, where a single text has more.
+        batch_size: rows that are decoded together; the samples of one text are never split.
     """
     if sampling.beams > 1:
         return BeamSearch(model, tokenizer, sampler, special, batch_size=batch_size)
@@ -55,17 +55,17 @@ def make_decoder(
 
 
 class DecodeState:
-    """The keys and values of what B beams have read so far."""
+    """The keys and values that B beams have read so far."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.cache = GrowingCache(model.config)
-        self.is_real: Tensor | None = None  # [B, read so far], False at padding; None where there is none
+        self.is_real: Tensor | None = None  # [B, read so far], False at padding; None if nothing is padded
 
     def read(self, input_ids: Tensor, layout: Tensor, is_real: Tensor | None = None) -> Tensor:
-        """Reads tokens ``[B, T]`` of a layout ``[B, 2, T]``; returns log-probabilities ``[B, V]`` of what follows.
+        """Reads tokens ``[B, T]`` of a layout ``[B, 2, T]``; returns log-probabilities ``[B, V]`` of the next token.
 
-        ``is_real``: ``[B, T]``, False at the padding of what is read first.
+        ``is_real``: ``[B, T]`` of the first tokens that are read, False at padding.
         """
         if self.is_real is not None:
             is_real = torch.cat((self.is_real, self.is_real.new_ones(input_ids.shape)), dim=1)
@@ -91,13 +91,13 @@ class DecodeState:
 
 
 class BeamSearch:
-    """The answers to all blanks of a text that score best jointly: by log-probability / tokens ** length_penalty.
+    """Beam search over the answers to all blanks of a text; the score is log-probability / tokens ** length_penalty.
 
-    All live beams have predicted equally many tokens, end tokens counted, whichever blank they are at, so that among
-    them the log-probability decides. A text is done when none of its live beams can beat the complete ones: a
-    log-probability only falls, and no text has more tokens than ``max_tokens`` for each blank.
+    All live beams have predicted the same number of tokens, end tokens counted, so they are ranked by their
+    log-probability. A text is done when no live beam can beat the complete ones: a log-probability only falls, and no
+    text has more tokens than ``max_tokens`` for each blank.
 
-    Source of the score: the beam search of transformers, which THUDM/GLM generates with.
+    Source of the score: the beam search of transformers, which THUDM/GLM uses.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class BeamSearch:
     def run(
         self, contexts: Sequence[Context], sampling: Sampling, *, seeds: Sequence[int] = ()
     ) -> list[list[Hypothesis]]:
-        """As of `Decoder`; nothing is drawn."""
+        """As of `Decoder`; the seeds are not used, since nothing is drawn."""
         size = max(1, self.batch_size // sampling.beams)
         found: list[list[Hypothesis]] = []
         with torch.inference_mode():
@@ -124,7 +124,7 @@ class BeamSearch:
         return found
 
     def _search(self, contexts: Sequence[Context], sampling: Sampling) -> list[list[Hypothesis]]:
-        """The best answers to contexts that are read together."""
+        """Returns the best answers to contexts that are read together."""
         stops = StopMatcher(self.tokenizer, sampling.stop) if sampling.stop else None
         live = [Hypothesis(text, 0, context, stops=stops) for text, context in enumerate(contexts)]
         complete: list[list[Hypothesis]] = [[] for _ in contexts]
@@ -143,7 +143,7 @@ class BeamSearch:
     def _grow(
         self, live: Sequence[Hypothesis], logprobs: Tensor, complete: list[list[Hypothesis]], sampling: Sampling
     ) -> list[tuple[int, Hypothesis]]:
-        """The next beams, each with the row that it grew from; complete ones are put aside."""
+        """Returns the next beams, each with the row that it grew from; adds those that end to ``complete``."""
         allowed = logprobs.clone()
         self.sampler.forbid(allowed, [hypothesis.open.ids for hypothesis in live], [sampling] * len(live))
         allowed = self._one_end(allowed)
@@ -164,7 +164,7 @@ class BeamSearch:
         return grown
 
     def _one_end(self, allowed: Tensor) -> Tensor:
-        """Leaves each row its more probable end token: ending is one event, whichever token says it."""
+        """Leaves each row only its more probable end token, so that no two beams end with the same answer."""
         ends = torch.tensor(self.sampler.end_ids, device=allowed.device)
         chosen = ends[allowed[:, ends].argmax(-1)][:, None]
         value = allowed.gather(-1, chosen)
@@ -174,7 +174,7 @@ class BeamSearch:
     def _keep(
         self, candidates: Sequence[tuple[int, Hypothesis, int, float]], complete: list[Hypothesis], sampling: Sampling
     ) -> list[tuple[int, Hypothesis]]:
-        """The next beams of one text, from candidates in descending order; complete ones are put aside as well."""
+        """Returns the next beams of one text from ranked candidates; adds those that end to ``complete``."""
         width, penalty = sampling.beams, sampling.length_penalty
         kept: list[tuple[int, Hypothesis]] = []
         for row, hypothesis, token, logprob in candidates:
@@ -193,7 +193,7 @@ class BeamSearch:
 
 
 def _best_end(live: Hypothesis, sampling: Sampling) -> float:
-    """A score that a live beam and what may become of it cannot exceed."""
+    """Returns an upper bound of the scores of all answers that a live beam can still become."""
     longest = sampling.max_tokens * len(live.context.blanks)
     length = longest if sampling.length_penalty > 0 else live.predicted
     bound: float = live.logprob / length**sampling.length_penalty

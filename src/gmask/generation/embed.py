@@ -1,4 +1,4 @@
-"""Vectors of texts.
+"""Embeddings of texts: pooled hidden states.
 
 Shape letters: B texts of a batch, T positions, H hidden size, N texts, L layers.
 """
@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
 from gmask.generation.batches import batches_by_length, check_numbers, stack_contexts
-from gmask.generation.text import Context, TextReader
+from gmask.generation.prompts import Context, TextReader
 from gmask.models.glm import GLMForConditionalGeneration
 
 Pooling = Literal["mean", "first", "last", "mask"]
-"""Which hidden states make the vector; see `embed`."""
+"""The hidden states that are pooled; see `embed`."""
 
 Vectors = npt.NDArray[np.float32]
 
@@ -37,24 +37,24 @@ def embed(
     truncate: bool = False,
     batch_size: int = 16,
 ) -> Vectors:
-    """The hidden states of texts, pooled into one vector for each: float32 ``[N, H]``.
+    """Returns the hidden states of texts, pooled into one vector for each: float32 ``[N, H]``.
 
-    A text is read as the context of `infill`, in both directions: ``[CLS] text <|endoftext|>``. It may have blanks and
-    needs none; ``\\[MASK]`` is the text "[MASK]".
+    A text is read as `infill` reads it, in both directions: ``[CLS] text <|endoftext|>``. It may have blanks, but needs
+    none; ``\\[MASK]`` is the text "[MASK]".
 
-    A model that fills blanks was not trained to put like texts near each other, so these vectors are features to train
-    on rather than sentence vectors to search with; docs/how-to/embed.md has measured it.
+    A model that fills blanks was not trained to put similar texts near each other. These vectors are features to train
+    on rather than sentence vectors to search with: docs/how-to/embed.md has measurements.
 
     Args:
         model, tokenizer: as `gmask.load` returns them.
         pooling: ``"mean"`` of all tokens, ``[CLS]`` and ``<|endoftext|>`` included; ``"first"``, which is ``[CLS]``;
             ``"last"``, which is ``<|endoftext|>``, or ``[gMASK]`` in a text that ends with it; ``"mask"``, the first
             blank; a text without one gets a ``[MASK]`` at its end.
-        layer: which hidden states: -1 are those that the head reads, behind the final norm; -2 to -L, or 1 to L - 1,
-            those behind an earlier layer; 0 the embeddings.
+        layer: whose hidden states: -1 is the last one, behind the final norm, which the head reads; -2 to -L, or 1 to
+            L - 1, an earlier layer; 0 the embeddings.
         normalize: to Euclidean length 1, so that a dot product is a cosine.
         truncate: cut texts that are longer than the model has positions, at their end, instead of refusing them.
-        batch_size: texts that are read together. Like lengths go together; results are those of single runs.
+        batch_size: texts that are read together; results are those of single runs.
 
     Raises:
         GmaskError: a text with an unknown special token, or too long; an unknown pooling; no such layer.
@@ -67,7 +67,7 @@ def embed(
 
 @dataclass(frozen=True)
 class Embedder:
-    """A model, its tokenizer and the way in which texts become vectors; arguments and errors as in `embed`."""
+    """A model, its tokenizer and the settings of embedding; arguments and errors as in `embed`."""
 
     model: GLMForConditionalGeneration
     tokenizer: PreTrainedTokenizerBase
@@ -91,7 +91,7 @@ class Embedder:
         return TextReader(self.tokenizer, self.model.config.prompt_ids)
 
     def read(self, text: str) -> Context:
-        """Encodes a text, and cuts it or checks that it fits the model."""
+        """Encodes a text, and cuts it if ``truncate`` says so; refuses one that does not fit the model."""
         positions = self.model.config.max_position_embeddings
         context = self.reader.read_any(text, positions=None if self.truncate else positions).context
         tail = 1  # tokens that stay when the text is cut
@@ -129,7 +129,7 @@ class Embedder:
             return F.normalize(pooled, dim=-1) if self.normalize else pooled
 
     def _weigh(self, contexts: Sequence[Context], *, width: int) -> Tensor:
-        """How much each token adds to the vector of its text: ``[B, T]``; rows sum to 1, and padding adds nothing."""
+        """Returns the pooling weight of each token ``[B, T]``; rows sum to 1, and padding has 0."""
         weights = torch.zeros(len(contexts), width)
         for row, context in enumerate(contexts):
             start = width - len(context.ids)  # padding is on the left
@@ -145,7 +145,7 @@ class Embedder:
 
 
 def _cut(context: Context, length: int, tail: int) -> Context:
-    """The context without the tokens before its last ``tail`` ones that are too many."""
+    """Returns the context cut to ``length`` tokens, the last ``tail`` of which are its last ones."""
     kept, surplus = length - tail, len(context.ids) - length
     positions = [index if index < kept else index - surplus for index in context.blanks]
     stays = [index < kept or index >= len(context.ids) - tail for index in context.blanks]
@@ -156,5 +156,5 @@ def _cut(context: Context, length: int, tail: int) -> Context:
 
 
 def as_floats(vector: Vectors) -> list[float]:
-    """The shortest decimals that are this float32 vector."""
+    """Returns a float32 vector as numbers whose shortest decimals are those of its float32 values."""
     return [float(str(value)) for value in vector]

@@ -1,10 +1,10 @@
-"""The stepper and the engine: many requests in one batch, each joining and leaving at any token.
+"""The stepper and the engine: continuous batching, in which requests join and leave the batch at any token.
 
-A step reads the contexts of waiting requests, whole (a context is bidirectional: it can neither be cut into chunks nor
-be shared by its beginning), and decodes one token for every running row. Rows of any length, with any number of
-blanks left, share a step (`SlotCache`). `Stepper.run` steps in the thread of its caller until all is answered; an
-`Engine` is a stepper with a thread of its own, to which any thread submits requests. The engine reads at most
-``prefill_tokens`` of contexts between two tokens, so a request that waits holds the running ones up by one prefill.
+A step reads the contexts of waiting requests and decodes one token for every running row. Contexts are read whole: they
+are bidirectional, so there are no chunked prefills and no shared prefixes. Rows of any length, with any number of
+blanks left, share a step (`SlotCache`). `Stepper.run` steps in the thread of its caller until all is answered. An
+`Engine` is a stepper with a thread of its own, to which any thread submits requests; it reads at most
+``prefill_tokens`` of contexts between two tokens, so that the running rows wait for one prefill at most.
 
 Shape letters: R rows, V vocabulary.
 """
@@ -28,9 +28,9 @@ from gmask.errors import GmaskError, is_shortage
 from gmask.generation.adapters import AdapterSet
 from gmask.generation.answers import Answer, Hypothesis, StopMatcher
 from gmask.generation.batches import NOT_NUMBERS, stack_prompts
+from gmask.generation.prompts import Context, find_format
 from gmask.generation.sampling import Sampler, SamplerState, top_tokens
 from gmask.generation.settings import Sampling
-from gmask.generation.text import Context, find_format
 from gmask.hardware import free_bytes
 from gmask.infilling.blanks import BlankTokens
 from gmask.models.cache import GrowingCache, SlotCache, capacity_for, total_positions
@@ -41,28 +41,28 @@ End = Literal["complete", "cancelled", "timeout", "failed"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A context whose blanks are to be filled, ``sampling.n`` times; it is read once."""
+    """A context whose blanks are to be filled ``sampling.n`` times. The context is read once."""
 
     context: Context
     sampling: Sampling
-    adapter: str | None = None  # the name of one of the engine's; None: the model alone
+    adapter: str | None = None  # the name of an adapter of the engine; None: the model alone
     priority: int = 0  # lower is served first
     timeout: float | None = None  # seconds from submission
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """A sample after one of its tokens, or at its end."""
+class SampleProgress:
+    """The state of a sample after one of its tokens, or at its end."""
 
-    index: int  # which sample, from 0
-    done: tuple[Answer, ...]  # of the blanks that are complete
-    open: Answer  # the one that is being written
+    index: int  # of the sample, from 0
+    done: tuple[Answer, ...]  # the complete answers
+    open: Answer  # the answer that is being written
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()  # beside each token of the latest answer, if asked for
-    end: End | None = None  # None: it goes on
+    end: End | None = None  # None: the sample goes on
     error: Exception | None = None  # why it failed
 
 
-OnProgress = Callable[[Progress], None]
+OnProgress = Callable[[SampleProgress], None]
 
 
 class QueueFull(GmaskError):
@@ -74,11 +74,11 @@ class QueueFull(GmaskError):
 
 
 class EngineClosed(GmaskError):
-    """The engine answers no more: it was closed, or has failed for good."""
+    """The engine takes no more requests: it was closed, or has failed for good."""
 
 
 class Submission:
-    """A submitted request."""
+    """A submitted request, and the progress of its samples."""
 
     def __init__(
         self,
@@ -94,15 +94,15 @@ class Submission:
         Args:
             on_progress: is called after each token of each sample and at its end.
             seed: sample i draws by ``default_rng([seed, i])``.
-            order: how many were submitted before.
+            order: the number of requests that were submitted before.
             deadline: a time of `time.monotonic`.
-            prefix: positions that the model itself puts in front.
+            prefix: positions of a trained prefix in front of the context.
         """
         self.request, self.on_progress = request, on_progress
         self.seed, self.order, self.deadline, self.prefix = seed, order, deadline, prefix
         self.is_cancelled = False
         self.finished: list[Hypothesis] = []
-        self.latest = [Progress(index, (), Answer()) for index in range(request.sampling.n)]
+        self.latest = [SampleProgress(index, (), Answer()) for index in range(request.sampling.n)]
         self._left = request.sampling.n  # samples that have not ended
         self._is_over = threading.Event()
 
@@ -113,21 +113,21 @@ class Submission:
 
     @property
     def positions(self) -> int:
-        """Of keys and values that one sample needs in the end: the context, and each answer with its ``<sop>``."""
+        """The positions of keys and values that one sample needs at most: prefix, context, answers with ``<sop>``."""
         context, tokens = self.request.context, self.request.sampling.max_tokens
         return self.prefix + len(context.ids) + len(context.blanks) * (tokens + 1)
 
-    def outer_end(self, now: float) -> End | None:
-        """What ends it from outside at a time of `time.monotonic`; None while it may go on."""
+    def forced_end(self, now: float) -> End | None:
+        """Returns "cancelled" or "timeout" if it has to end at a time of `time.monotonic`; else None."""
         if self.is_cancelled:
             return "cancelled"
         return "timeout" if self.deadline is not None and now > self.deadline else None
 
     def cancel(self) -> None:
-        """Has the engine stop; what was written so far is reported once more, with the end "cancelled"."""
+        """Asks the engine to stop; it reports each sample once more, with the end "cancelled"."""
         self.is_cancelled = True
 
-    def wait(self, timeout: float | None = None) -> list[Progress]:
+    def wait(self, timeout: float | None = None) -> list[SampleProgress]:
         """Waits for the end; returns the last progress of every sample.
 
         Raises:
@@ -137,8 +137,8 @@ class Submission:
             raise TimeoutError("the request is still running")
         return self.latest
 
-    def report(self, progress: Progress) -> None:
-        """Reports the progress of a sample; for the engine. A listener that fails does no harm to other requests."""
+    def report(self, progress: SampleProgress) -> None:
+        """Reports the progress of a sample; called by the engine. A listener that fails harms no other request."""
         self.latest[progress.index] = progress
         if self.on_progress is not None:
             try:
@@ -154,19 +154,19 @@ class Submission:
         """Ends all samples that have not ended."""
         for latest in self.latest:
             if latest.end is None:
-                self.report(Progress(latest.index, latest.done, latest.open, latest.top_logprobs, end, error))
+                self.report(SampleProgress(latest.index, latest.done, latest.open, latest.top_logprobs, end, error))
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What may run together."""
+    """The limits on what runs together."""
 
     rows: int = sys.maxsize  # samples
     positions: int = sys.maxsize  # of keys and values, of all rows together
     prefill_tokens: int = sys.maxsize  # of contexts that are read together, padding counted
 
     def check(self, submission: Submission) -> None:
-        """Raises `GmaskError` for a request that has no room even alone."""
+        """Raises `GmaskError` for a request that does not fit even alone."""
         n = submission.request.sampling.n
         needed = total_positions([submission.positions] * n)
         if n > self.rows or needed > self.positions:
@@ -176,7 +176,10 @@ class Budget:
             )
 
     def holds(self, running: Sequence[int], batch: Sequence[Submission]) -> bool:
-        """Whether requests can be read together, beside rows that may come to take so many positions each."""
+        """Returns True if requests fit together beside the running rows.
+
+        ``running``: the positions that each of these rows needs at most.
+        """
         positions = [*running, *(one.positions for one in batch for _ in range(one.request.sampling.n))]
         width = max(len(one.request.context.ids) + 1 for one in batch)
         return (
@@ -187,7 +190,7 @@ class Budget:
 
 
 class Scheduler:
-    """Waiting requests by priority, then in their order; one that has no room yet is not overtaken."""
+    """The waiting requests, by priority and then by order. A request that does not fit yet is not overtaken."""
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
@@ -200,18 +203,18 @@ class Scheduler:
         return (submission for _, submission in self._heap)
 
     def push(self, submission: Submission) -> None:
-        """Lets a request wait."""
+        """Adds a request."""
         heapq.heappush(self._heap, (submission.rank, submission))
 
     def take(self, running: Sequence[int]) -> list[Submission]:
-        """The next requests, as many as the budget holds together."""
+        """Removes and returns the next requests, as many as fit into the budget together."""
         batch: list[Submission] = []
         while self._heap and self.budget.holds(running, [*batch, self._heap[0][1]]):
             batch.append(heapq.heappop(self._heap)[1])
         return batch
 
     def remove(self, is_over: Callable[[Submission], object]) -> list[Submission]:
-        """The requests that are over, which wait no more."""
+        """Removes and returns the requests that are over."""
         removed = [submission for _, submission in self._heap if is_over(submission)]
         if removed:
             self._heap = [(rank, submission) for rank, submission in self._heap if submission not in removed]
@@ -219,7 +222,7 @@ class Scheduler:
         return removed
 
     def clear(self) -> None:
-        """Forgets all of them."""
+        """Removes all requests."""
         self._heap.clear()
 
 
@@ -235,24 +238,25 @@ class RunningSample:
 
 
 class Stepper:
-    """Answers requests in one batch that they join and leave at any token; greedy answers are those of single runs.
+    """Answers requests by continuous batching, in the thread of its caller. Greedy answers are those of single runs.
 
-    It steps in the thread of its caller. The model may change between two calls of `run`: nothing computed with its
-    weights is kept, and no gradients are recorded.
+    The weights of the model may change between two calls of `run`: nothing computed with them is kept. No gradients are
+    recorded.
 
     Args:
         model: a GLM or a ChatGLM.
         tokenizer: for stop texts.
-        sampler: which tokens end an answer, and which are forbidden.
-        special: the tokens that contexts are made of.
-        budget: what may run together.
-        adapters: that requests may name. Rows of different ones are decoded together; their contexts are read one
-            adapter after the other.
+        sampler: chooses the tokens, and knows which end an answer.
+        special: the ids of the special tokens.
+        budget: the limits on what runs together.
+        adapters: those that requests may name. Rows of different adapters are decoded together; their contexts are read
+            one adapter after the other.
 
     Attributes:
-        reserves: whether rows get the room of their longest answers at once; else it grows with them.
-        prompt_tokens, answer_tokens, steps: read, written and decoded so far.
-        ends: samples, by how they ended.
+        reserves: True if a row gets the room for its longest answers at once; else its room grows with it.
+        prompt_tokens, answer_tokens: tokens read and written so far.
+        steps: decoding steps so far.
+        ends: numbers of samples by how they ended.
     """
 
     reserves: ClassVar[bool] = False
@@ -275,7 +279,7 @@ class Stepper:
         self.rows: list[RunningSample] = []
         self.prompt_tokens = self.answer_tokens = self.steps = self.submitted = 0
         self.ends: Counter[End] = Counter()
-        self.reading: list[Submission] = []  # the latest contexts
+        self.reading: list[Submission] = []  # those whose contexts the latest step read
 
     def run(self, contexts: Sequence[Context], sampling: Sampling, *, seeds: Sequence[int]) -> list[list[Hypothesis]]:
         """Answers contexts; returns the ``sampling.n`` samples of each, the best first.
@@ -299,18 +303,18 @@ class Stepper:
         penalty = sampling.length_penalty
         return [sorted(one.finished, key=lambda found: -found.score(penalty)) for one in submissions]
 
-    def stream(self, request: Request, *, seed: int) -> Iterator[Progress]:
+    def stream(self, request: Request, *, seed: int) -> Iterator[SampleProgress]:
         """Answers a request, and yields the progress of its samples token by token; errors as of `run`.
 
-        The model stops where nobody asks for more.
+        The model computes only as far as the iterator is read.
         """
-        news: deque[Progress] = deque()
-        self.scheduler.push(self.prepare(request, news.append, seed=seed))
+        unread: deque[SampleProgress] = deque()
+        self.scheduler.push(self.prepare(request, unread.append, seed=seed))
         try:
             while self.has_work:
                 self.step()
-                while news:
-                    yield news.popleft()
+                while unread:
+                    yield unread.popleft()
         finally:
             self.clear()
 
@@ -319,31 +323,33 @@ class Stepper:
         return bool(self.rows or self.scheduler)
 
     def clear(self) -> None:
-        """Forgets what waits and what runs, and frees its memory."""
+        """Drops all waiting and running requests, and frees their memory."""
         self.scheduler.clear()
         self.rows.clear()
         self.slots = SlotCache(self.model.config.num_hidden_layers)
         self.submitted = 0
 
     def prepare(self, request: Request, on_progress: OnProgress | None = None, *, seed: int) -> Submission:
-        """A submission of a request, which does not wait yet. Arguments as of `Submission`."""
+        """Returns a submission of a request, which is not in the scheduler yet. Arguments as of `Submission`."""
         deadline = None if request.timeout is None else time.monotonic() + request.timeout
         prefix = self.prefix + self.adapters.prefix_length(request.adapter)
         order, self.submitted = self.submitted, self.submitted + 1
         return Submission(request, on_progress, seed=seed, order=order, deadline=deadline, prefix=prefix)
 
     def step(self) -> None:
-        """Reads the contexts that come next and have room, and writes the next token of every row that was running."""
+        """Reads the next contexts that fit, and writes the next token of every row that was running before."""
         self.reading, is_running = self._take(), bool(self.rows)
         with torch.inference_mode():
             for adapter in dict.fromkeys(submission.request.adapter for submission in self.reading):
                 self._read([one for one in self.reading if one.request.adapter == adapter])
-            if is_running and self.rows:  # else the first tokens can be given out before the next are written
+            if is_running and self.rows:  # else `stream` yields the first tokens before the next are computed
                 self._decode()
 
     def _take(self) -> list[Submission]:
-        """The contexts to read now. One that is read alone costs as much as a step of all rows, so a few wait for each
-        other until most rows are free."""
+        """Returns the requests whose contexts are read now: none before three quarters of the rows are free.
+
+        Reading a single context takes as long as a step of all rows, so several are collected.
+        """
         if len(self.rows) > self.scheduler.budget.rows // 4:
             return []
         return self._next()
@@ -375,14 +381,14 @@ class Stepper:
         self._advance(first, outputs.logits[sources, -1].float())
 
     def _begin(self, submission: Submission, index: int) -> RunningSample:
-        """A sample that has written nothing."""
+        """Returns a sample that has written nothing yet."""
         sampling = submission.request.sampling
         stops = StopMatcher(self.tokenizer, sampling.stop) if sampling.stop else None
         hypothesis = Hypothesis(submission.order, index, submission.request.context, stops=stops)
         return RunningSample(submission, hypothesis, SamplerState.make(sampling, seed=submission.seed, index=index))
 
     def _decode(self) -> None:
-        """Feeds each row its last token, and writes the next."""
+        """Feeds each row its last token, and writes the next one."""
         device = self.model.device
         inputs = torch.tensor([row.hypothesis.next_input(self.special.sop) for row in self.rows], device=device)
         visible = self.slots.begin_step(device)
@@ -399,7 +405,7 @@ class Stepper:
         self._advance(0, outputs.logits[:, -1].float())
 
     def _advance(self, first: int, logits: Tensor) -> None:
-        """Writes the next tokens of the rows from a first one on, from logits ``[R, V]``; lets those go that end."""
+        """Writes the next token of each row from index ``first`` on, by logits ``[R, V]``; removes rows that end."""
         rows = self.rows[first:]
         tokens, chosen, logprobs = self.sampler.choose(
             logits, [row.state for row in rows], [row.hypothesis.open.ids for row in rows]
@@ -429,7 +435,7 @@ class Stepper:
         self._report(row, "complete" if row.hypothesis.is_complete else None)
 
     def _fail(self, row: RunningSample, error: GmaskError) -> None:
-        """What becomes of a row that cannot go on: nobody else waits, so the error is the caller's."""
+        """Handles a row that cannot go on: here the error is the caller's."""
         raise error
 
     def _report(self, row: RunningSample, end: End | None, error: Exception | None = None) -> None:
@@ -438,11 +444,13 @@ class Stepper:
             self.ends[end] += 1
         hypothesis = row.hypothesis
         row.submission.report(
-            Progress(hypothesis.alternative, hypothesis.done, hypothesis.open, tuple(row.top_logprobs), end, error)
+            SampleProgress(
+                hypothesis.alternative, hypothesis.done, hypothesis.open, tuple(row.top_logprobs), end, error
+            )
         )
 
     def _remove(self, index: int) -> None:
-        """Lets a row go; the last one takes its slot."""
+        """Removes a row; the last row takes its slot."""
         self.slots.remove(index)
         self.rows[index] = self.rows[-1]
         self.rows.pop()
@@ -450,16 +458,16 @@ class Stepper:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How busy an engine is, and what it has done."""
+    """The load of an engine, and its totals."""
 
     waiting: int  # requests
     running: int  # rows
-    positions: int  # of keys and values that the running rows may come to take
+    positions: int  # of keys and values that the running rows need at most
     max_positions: int
     prompt_tokens: int  # read so far
     answer_tokens: int  # written so far
     steps: int  # decoding steps so far
-    ends: dict[End, int]  # samples, by how they ended
+    ends: dict[End, int]  # numbers of samples by how they ended
 
 
 PREFILL_TOKENS = 1024
@@ -469,19 +477,19 @@ PREFILL_TOKENS = 1024
 class Engine(Stepper):
     """A stepper with a thread of its own, to which any thread submits requests.
 
-    A fault of one request, or of one step, is reported to those whom it concerns, and the engine goes on.
+    An error in one request, or in one step, is reported to the requests that it concerns, and the engine goes on.
 
     Args:
         model, tokenizer: as `gmask.load` returns them.
         max_rows: samples that run together.
         max_positions: of keys and values of all running rows together; by default as many as ``max_rows`` rows of a
             quarter of the model's positions need, in at most half of the free memory.
-        max_queue: requests that may wait.
-        prefill_tokens: of contexts that are read together.
+        max_queue: the number of requests that may wait.
+        prefill_tokens: of the contexts that are read together.
         adapters: as of `Stepper`.
     """
 
-    reserves = True  # so that a row that has begun finds room to its end
+    reserves = True  # so that a row that has begun never runs out of room
 
     def __init__(
         self,
@@ -509,20 +517,20 @@ class Engine(Stepper):
 
     @property
     def is_alive(self) -> bool:
-        """Whether its thread runs; once it does not, nothing is answered any more."""
+        """True while its thread runs. Once it has ended, nothing is answered any more."""
         return self._thread.is_alive()
 
     def submit(self, request: Request, on_progress: OnProgress | None = None) -> Submission:
-        """Has a request answered.
+        """Adds a request to the queue.
 
         Args:
-            on_progress: is called, from the engine's thread, after each token of each sample and at its end; must not
+            on_progress: is called from the engine's thread after each token of each sample and at its end. It must not
                 block.
 
         Raises:
-            QueueFull: too many requests wait.
-            EngineClosed: it answers no more.
-            GmaskError: a context that the model or the engine has no room for.
+            QueueFull: too many requests are waiting.
+            EngineClosed: the engine takes no more requests.
+            GmaskError: a context that does not fit into the model or the engine.
         """
         if request.adapter is not None and request.adapter not in self.adapters.names:
             raise GmaskError(f"there is no adapter {request.adapter!r}")
@@ -544,7 +552,7 @@ class Engine(Stepper):
         return submission
 
     def counts(self) -> Counts:
-        """What the engine is doing now, and has done."""
+        """Returns the present load, and the totals so far."""
         with self._wake:
             return Counts(
                 waiting=len(self.scheduler),
@@ -558,7 +566,7 @@ class Engine(Stepper):
             )
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
-        """Takes no more requests; ends those that it has, or with ``drain`` waits ``timeout`` seconds for their end."""
+        """Closes the engine: running requests are ended or, with ``drain``, may go on for ``timeout`` seconds."""
         with self._wake:
             self._is_draining = True
             self._is_closed = self._is_closed or not drain
@@ -570,7 +578,7 @@ class Engine(Stepper):
         self._thread.join()
 
     def _seconds_to_room(self) -> float:
-        """A rough guess of when the queue will be shorter."""
+        """Returns a rough estimate of when the queue will be shorter."""
         return float(min(60, max(1, len(self.scheduler) // max(1, self.scheduler.budget.rows))))
 
     def _serve(self, threads: int) -> None:
@@ -578,14 +586,14 @@ class Engine(Stepper):
         end: End = "cancelled"
         fault: EngineClosed | None = None
         try:
-            with torch.inference_mode():  # rows are dropped between the steps, too
+            with torch.inference_mode():  # rows are removed between the steps, too
                 while self._wait():
                     try:
                         self._drop_ended()
                         self.step()
-                    except Exception as error:  # a fault of one step must not end the service
+                    except Exception as error:  # an error in one step must not end the service
                         self._fail_all(error)
-        except BaseException as error:  # what could not be mended must still reach those who wait
+        except BaseException as error:  # those who wait must still be told
             log.critical("the engine has ended", exc_info=error)
             end, fault = "failed", EngineClosed("the engine has failed for good: the server must be started again")
         finally:
@@ -598,27 +606,27 @@ class Engine(Stepper):
                 self._give_up(submission, end, fault)
 
     def _wait(self) -> bool:
-        """Waits for something to do; False once the engine is to end."""
+        """Waits for work; returns False once the engine is to end."""
         with self._wake:
             while not (self.has_work or self._is_closed or self._is_draining):
                 self._wake.wait()
             return not self._is_closed and self.has_work
 
     def _take(self) -> list[Submission]:
-        with self._wake:  # nobody is kept waiting
+        with self._wake:  # here contexts are read as soon as they fit
             return self._next()
 
     def _drop_ended(self) -> None:
-        """Lets go of what was cancelled or is too late."""
+        """Ends the requests that were cancelled or have timed out."""
         now = time.monotonic()
         with self._wake:
-            over = self.scheduler.remove(lambda submission: submission.outer_end(now))
+            over = self.scheduler.remove(lambda submission: submission.forced_end(now))
         for submission in {*over, *(row.submission for row in self.rows)}:
-            if end := submission.outer_end(now):
+            if end := submission.forced_end(now):
                 self._give_up(submission, end)
 
     def _read(self, batch: Sequence[Submission]) -> None:
-        """As of `Stepper`; a batch that fails is read one by one, to find the request that made it fail."""
+        """As of `Stepper`. If a batch fails, its contexts are read one by one, to find the one that failed."""
         try:
             super()._read(batch)
         except Exception as error:
@@ -644,11 +652,11 @@ class Engine(Stepper):
             self._give_up(submission, "failed", error)
 
     def _held(self) -> set[Submission]:
-        """The requests that wait no more; to give up one that has ended changes nothing."""
+        """The requests that have left the scheduler. Some may have ended: giving up these changes nothing."""
         return {*self.reading, *(row.submission for row in self.rows)}
 
     def _give_up(self, submission: Submission, end: End, error: Exception | None = None) -> None:
-        """Ends those samples of a request that have not ended."""
+        """Removes the rows of a request, and ends its samples that have not ended."""
         self._remove_rows(submission)
         self.ends[end] += sum(latest.end is None for latest in submission.latest)
         submission.give_up(end, error)

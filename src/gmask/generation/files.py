@@ -1,4 +1,4 @@
-"""Files worked through line by line, resumable: filled, scored or embedded, one result a line."""
+"""Fills, scores or embeds a file line by line. A job that was interrupted is resumed."""
 
 import hashlib
 import itertools
@@ -17,18 +17,18 @@ from gmask.errors import GmaskError
 from gmask.files import at_line, parse_json, read_json_lines, read_lines, writing, written
 from gmask.generation.embed import Embedder, as_floats
 from gmask.generation.infill import Infiller
-from gmask.generation.score import ChoiceLists, Question, Scorer, read_choices
-from gmask.generation.text import Context
+from gmask.generation.prompts import Context
+from gmask.generation.score import ChoiceLists, ChoiceQuestion, Scorer, read_choice_lists
 from gmask.models.glm import GLMForConditionalGeneration
 
 
 @dataclass(frozen=True, slots=True)
 class FileReport:
-    """What became of the lines of a file."""
+    """The number of lines that a job processed."""
 
     lines: int
-    resumed: int  # had been done before
-    skipped: int  # of the others: could not be read, and the output has their error in their place
+    resumed: int  # done by an earlier call
+    skipped: int  # of the others: could not be read or answered; the output has an error in their line
 
 
 def fill_file(
@@ -42,14 +42,14 @@ def fill_file(
 ) -> FileReport:
     """Fills the text of each line of ``source`` and writes one JSON line for each to ``target``.
 
-    The line with index i (from 0) draws as a single run does with ``seed + i``. All else is as in `run_job`.
+    The line with index i (from 0) draws by ``seed + i``, as a single run does. The rest is as in `run_file_job`.
     """
     (first_seed,) = infiller.sampling.seeds(1)
 
     def read(values: Mapping[str, Any]) -> str:
         blanked = infiller.read(values["text"])
         if choices is not None:
-            read_choices(choices, len(blanked.context.blanks))
+            read_choice_lists(choices, len(blanked.context.blanks))
         return str(values["text"])
 
     def answer(texts: Sequence[tuple[int, str]]) -> Iterator[dict[str, Any]]:
@@ -58,8 +58,8 @@ def fill_file(
             yield infilling.to_dict()
 
     settings = ["infill", infiller.sampling.keywords(), repr(choices)]
-    job = Job(read, answer, infiller.batch_size, infiller.model, settings)
-    return run_job(job, source, target, skip_bad_lines=skip_bad_lines, progress=progress)
+    job = FileJob(read, answer, infiller.batch_size, infiller.model, settings)
+    return run_file_job(job, source, target, skip_bad_lines=skip_bad_lines, progress=progress)
 
 
 def score_file(
@@ -73,26 +73,26 @@ def score_file(
 ) -> FileReport:
     """Scores the answers of each line of ``source`` and writes one JSON line for each to ``target``.
 
-    A line has its own ``answers``, or gets those that are given here. It may have a ``label``, the right answer or its
-    index from 0; its output then has the ``label`` (the answer) and whether the best answer is ``correct``. All else is
-    as in `run_job`.
+    A line has its own ``answers``, or gets those that are given here. It may have a ``label``: the right answer, or its
+    index from 0. Its output then has the ``label`` (the answer), and ``correct``, true if that is the best answer. The
+    rest is as in `run_file_job`.
     """
 
-    def read(values: Mapping[str, Any]) -> tuple[Question, str | None]:
+    def read(values: Mapping[str, Any]) -> tuple[ChoiceQuestion, str | None]:
         candidates = values.get("answers", answers)
         if candidates is None:
             raise GmaskError('no "answers" here, and none given for all lines')
         question = scorer.read(values["text"], candidates)
         return question, _read_label(values["label"], question.answers) if "label" in values else None
 
-    def answer(items: Sequence[tuple[int, tuple[Question, str | None]]]) -> Iterator[dict[str, Any]]:
-        scorings = scorer.score([question for _, (question, _) in items])
-        for scoring, (_, (_, label)) in zip(scorings, items, strict=True):
+    def answer(queries: Sequence[tuple[int, tuple[ChoiceQuestion, str | None]]]) -> Iterator[dict[str, Any]]:
+        scorings = scorer.score([question for _, (question, _) in queries])
+        for scoring, (_, (_, label)) in zip(scorings, queries, strict=True):
             verdict = {} if label is None else {"label": label, "correct": scoring.best.text == label}
             yield {**scoring.to_dict(), **verdict}
 
-    job = Job(read, answer, scorer.batch_size, scorer.model, ["score", scorer.normalization, answers])
-    return run_job(job, source, target, skip_bad_lines=skip_bad_lines, progress=progress)
+    job = FileJob(read, answer, scorer.batch_size, scorer.model, ["score", scorer.normalization, answers])
+    return run_file_job(job, source, target, skip_bad_lines=skip_bad_lines, progress=progress)
 
 
 def _read_label(label: object, answers: Sequence[str]) -> str:
@@ -104,7 +104,7 @@ def _read_label(label: object, answers: Sequence[str]) -> str:
 
 
 def count_correct(scored: Path) -> tuple[int, int]:
-    """How many best answers of a file that `score_file` wrote are correct, and how many lines have a label."""
+    """Returns, of a file that `score_file` wrote, the number of correct best answers and of lines with a label."""
     verdicts = [values["correct"] for _, values in read_json_lines(scored) if "correct" in values]
     return sum(verdicts), len(verdicts)
 
@@ -115,25 +115,26 @@ def embed_file(
     """Embeds the text of each line of ``source``.
 
     A ``target`` that ends with ``.npy`` becomes a float32 array ``[lines, H]``, with a row of NaN for a line that is
-    empty or was skipped; any other gets one JSON line for each, ``{"text", "embedding"}``. All else is as in `run_job`.
+    empty or was skipped. Any other target gets one JSON line for each, ``{"text", "embedding"}``. The rest is as in
+    `run_file_job`.
     """
 
     def read(values: Mapping[str, Any]) -> tuple[str, Context]:
         return values["text"], embedder.read(values["text"])
 
-    def answer(items: Sequence[tuple[int, tuple[str, Context]]]) -> Iterator[dict[str, Any]]:
-        vectors = embedder.embed([context for _, (_, context) in items])
-        for vector, (_, (text, _)) in zip(vectors, items, strict=True):
+    def answer(queries: Sequence[tuple[int, tuple[str, Context]]]) -> Iterator[dict[str, Any]]:
+        vectors = embedder.embed([context for _, (_, context) in queries])
+        for vector, (_, (text, _)) in zip(vectors, queries, strict=True):
             yield {"text": text, "embedding": as_floats(vector)}
 
     settings = ["embed", embedder.pooling, embedder.layer, embedder.normalize, embedder.truncate]
     convert = partial(_write_array, width=embedder.model.config.hidden_size) if target.suffix == ".npy" else None
-    job = Job(read, answer, embedder.batch_size, embedder.model, settings, convert)
-    return run_job(job, source, target, skip_bad_lines=skip_bad_lines, progress=progress)
+    job = FileJob(read, answer, embedder.batch_size, embedder.model, settings, convert)
+    return run_file_job(job, source, target, skip_bad_lines=skip_bad_lines, progress=progress)
 
 
 def _write_array(lines: Path, target: Path, *, width: int) -> None:
-    """Makes the JSON lines of `embed_file` an array, row by row."""
+    """Writes the JSON lines of `embed_file` as an array, row by row."""
     with lines.open(encoding="utf-8") as file, target.open("wb") as output:
         header = {"descr": "<f4", "fortran_order": False, "shape": (sum(1 for _ in file), width)}
         np.lib.format.write_array_header_1_0(output, header)
@@ -143,49 +144,49 @@ def _write_array(lines: Path, target: Path, *, width: int) -> None:
             output.write(np.array(values.get("embedding", [np.nan] * width), "<f4").tobytes())
 
 
-Item = TypeVar("Item")
+Query = TypeVar("Query")
 LONGEST_LINE = 2**22
-"""Bytes: far more than any of the models reads. Longer ones would only be cut into tokens to be refused."""
+"""In bytes, far more than any of the models reads. Longer lines are refused before they are tokenized."""
 
 
 @dataclass(frozen=True, slots=True)
-class Line(Generic[Item]):
-    """One line of the input: what it asks for, an error, or neither if it is empty."""
+class Line(Generic[Query]):
+    """One line of the input: it has a query or an error, or neither if it is empty."""
 
     number: int  # from 1
-    item: Item | None = None
+    query: Query | None = None
     error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Job(Generic[Item]):
-    """What is done with each line of a file."""
+class FileJob(Generic[Query]):
+    """The functions that read and answer the lines of a file."""
 
-    read: Callable[[Mapping[str, Any]], Item]  # what a line asks for, or GmaskError; its "text" is a string
-    answer: Callable[[Sequence[tuple[int, Item]]], Iterable[Mapping[str, Any]]]  # of lines by their index from 0
+    read: Callable[[Mapping[str, Any]], Query]  # makes the query of a line, whose "text" is a string; may raise
+    answer: Callable[[Sequence[tuple[int, Query]]], Iterable[Mapping[str, Any]]]  # of (index of the line, query)
     batch_size: int
     model: GLMForConditionalGeneration
-    settings: Any  # what was done with other ones is not taken over
-    convert: Callable[[Path, Path], None] | None = None  # from the finished JSON lines to the form of the target
+    settings: Any  # part of the fingerprint: a job with other settings starts anew
+    convert: Callable[[Path, Path], None] | None = None  # from the finished JSON lines to the format of the target
 
 
-def run_job(
-    job: Job[Item], source: Path, target: Path, *, skip_bad_lines: bool = False, progress: bool = False
+def run_file_job(
+    job: FileJob[Query], source: Path, target: Path, *, skip_bad_lines: bool = False, progress: bool = False
 ) -> FileReport:
     """Answers each line of ``source`` with one JSON line in ``target``.
 
     A ``.jsonl`` or ``.jsonl.zst`` file has an object with a ``text`` on each line; in any other file a line is a text.
     An empty line stays empty.
 
-    Until all lines are done they are kept beside the target, in a file whose name ends with ``.partial``; the same
-    call then goes on behind the last of them. A call with other settings starts anew.
+    Until all lines are done, the results are in a file beside the target whose name ends with ``.partial``. The same
+    call then resumes behind the last of them. A call with other settings starts anew.
 
     Args:
-        skip_bad_lines: write ``{"error": ...}`` in the place of a line that cannot be read or answered, and count it.
+        skip_bad_lines: write ``{"error": ...}`` for a line that cannot be read or answered, and count it.
 
     Raises:
-        GmaskError: a line that cannot be read or answered, with its number, the lines before it being kept; the target
-            is there already; the source cannot be read, or the target cannot be written.
+        GmaskError: a line that cannot be read or answered, with its number (the results of the lines before it are
+            kept); a target that exists; a source that cannot be read, or a target that cannot be written.
     """
     if target.exists():
         raise GmaskError(f"{target}: is there already and is not overwritten; remove it, or name another output")
@@ -193,7 +194,7 @@ def run_job(
     partial = target.with_name(f"{target.name}.{_fingerprint(job, source)}.partial")
     with writing(target, partial, kept="what is done"):
         resumed, skipped = keep_whole_lines(partial), 0
-        lines = _read_items(source, job.read, start=resumed)
+        lines = _read_queries(source, job.read, start=resumed)
         bar = tqdm(total=total, initial=resumed, unit="text", disable=not progress)
         with partial.open("a", encoding="utf-8") as output, bar:
             while batch := list(itertools.islice(lines, job.batch_size)):
@@ -215,8 +216,8 @@ def run_job(
     return FileReport(total, resumed, skipped)
 
 
-def _read_items(source: Path, read: Callable[[Mapping[str, Any]], Item], *, start: int) -> Iterator[Line[Item]]:
-    """What the lines of a file ask for, without the first ``start`` ones."""
+def _read_queries(source: Path, read: Callable[[Mapping[str, Any]], Query], *, start: int) -> Iterator[Line[Query]]:
+    """Yields the lines of a file with their queries, without the first ``start`` lines."""
     is_json = source.name.endswith((".jsonl", ".jsonl.zst"))
     for number, line in read_lines(source, start=start, max_bytes=LONGEST_LINE):
         try:
@@ -229,7 +230,7 @@ def _read_items(source: Path, read: Callable[[Mapping[str, Any]], Item], *, star
 
 
 def _parse(line: str, *, is_json: bool) -> Mapping[str, Any] | None:
-    """What a line says; None if it is empty."""
+    """Returns the object of a line; None if its text is empty."""
     values = parse_json(line) if is_json and line.strip() else {"text": line}
     if not isinstance(values, dict) or "text" not in values:
         raise GmaskError('not an object with a "text"')
@@ -238,12 +239,12 @@ def _parse(line: str, *, is_json: bool) -> Mapping[str, Any] | None:
     return values if values["text"].strip() else None
 
 
-def _answer_lines(lines: Sequence[Line[Item]], job: Job[Item]) -> Iterator[str]:
-    """The lines of the output, in order."""
-    items = [(line.number - 1, line.item) for line in lines if line.item is not None]
-    answers = iter(job.answer(items))
+def _answer_lines(lines: Sequence[Line[Query]], job: FileJob[Query]) -> Iterator[str]:
+    """Yields the lines of the output, in order."""
+    queries = [(line.number - 1, line.query) for line in lines if line.query is not None]
+    answers = iter(job.answer(queries))
     for line in lines:
-        if line.item is not None:
+        if line.query is not None:
             yield json.dumps(next(answers), ensure_ascii=False) + "\n"
         elif line.error is not None:
             yield json.dumps({"error": line.error}, ensure_ascii=False) + "\n"
@@ -252,7 +253,7 @@ def _answer_lines(lines: Sequence[Line[Item]], job: Job[Item]) -> Iterator[str]:
 
 
 def keep_whole_lines(path: Path) -> int:
-    """The number of lines in a file that may not be there; a last line without its end is cut off."""
+    """Returns the number of whole lines in a file, 0 if there is none, and cuts off a last line without its end."""
     if not path.exists():
         return 0
     with path.open("r+b") as file:
@@ -264,7 +265,7 @@ def keep_whole_lines(path: Path) -> int:
     return count
 
 
-def _fingerprint(job: Job[Any], source: Path) -> str:
-    """Tells runs apart that must not be joined: another source, model or setting."""
+def _fingerprint(job: FileJob[Any], source: Path) -> str:
+    """Returns a digest of source, model and settings: only a job with the same one may be resumed."""
     run = [str(source.resolve()), job.model.config.name_or_path, str(job.model.dtype), job.settings]
     return hashlib.sha256(json.dumps(run).encode()).hexdigest()[:8]

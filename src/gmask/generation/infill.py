@@ -1,4 +1,4 @@
-"""The blanks of a text are filled, at once or as a stream."""
+"""Fills the blanks of texts, at once or as a stream."""
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
@@ -8,13 +8,13 @@ from typing import Unpack, overload
 from transformers import PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
-from gmask.generation.answers import Answer, AnswerStream, Hypothesis, Infilling, assemble_infilling, settle_blank
+from gmask.generation.answers import Answer, AnswerStream, Hypothesis, Infilling, assemble_infilling, stable_answer
 from gmask.generation.decode import Decoder, make_decoder
 from gmask.generation.engine import Request, Stepper
+from gmask.generation.prompts import BlankedText, TextReader
 from gmask.generation.sampling import Sampler
-from gmask.generation.score import ChoiceLists, read_choices, score_choices
+from gmask.generation.score import ChoiceLists, read_choice_lists, score_choices
 from gmask.generation.settings import Sampling, SettingsKeywords, make_sampling
-from gmask.generation.text import BlankedText, TextReader
 from gmask.models.glm import GLMForConditionalGeneration
 
 
@@ -50,23 +50,23 @@ def infill(
     """Fills the blanks of a text, or of several in one batch, from left to right.
 
     ``[MASK]`` stands for a few words, ``[sMASK]`` for a sentence, ``[gMASK]`` for all that follows; ``\\[MASK]`` is the
-    text "[MASK]". The model reads the text once, in both directions; each answer sees the text and the answers before
-    it. An answer brings its own leading space, which is dropped where the text has white space before the blank.
+    text "[MASK]". The model reads the text once, in both directions. Each answer sees the text and the answers before
+    it. An answer begins with a space of its own, which is dropped if the text has white space before the blank.
 
     Args:
         model, tokenizer: as `gmask.load` returns them.
         text: one text, or several; the results of several are those of single runs.
         choices: the answers to choose from, scored jointly over all blanks: a list for texts with one blank, else a
             list of lists or a mapping from each blank (counted from 0). Up to 256 combinations are all scored, more
-            are searched by beams; `Infilling.choices` says which. A candidate is fitted to its place: after a space in
-            the text it is read with that space.
+            are searched by beams; `Infilling.choices` says which. If the text has a space before the blank, candidates
+            are read with that space.
         batch_size: rows that are decoded together.
-        settings: ``n=1`` alternatives: the best by beam search or, with a temperature, that many drawn ones, ranked by
-            the joint log-probability of all answers (one that was cut counts as far as it goes); ``max_tokens=64`` and
-            ``min_tokens=1`` of an answer; ``temperature=0``, ``top_k=0``, ``top_p=1``; ``num_beams=1``;
-            ``length_penalty=0`` (the rank is the log-probability divided by the number of tokens, ends counted, to this
-            power); ``no_repeat_ngram=0`` (no so many tokens stand twice in an answer); ``seed`` (text i of several
-            draws as a single run does with ``seed + i``); ``stop``, texts that end an answer.
+        settings: ``n=1`` alternatives: the best ones of a beam search or, with a temperature, drawn ones, ranked by the
+            joint log-probability of all answers, also of one that was cut; ``max_tokens=64`` and ``min_tokens=1`` of an
+            answer; ``temperature=0``, ``top_k=0``, ``top_p=1``; ``num_beams=1``; ``length_penalty=0`` (ranks by the
+            log-probability divided by the number of tokens, end tokens counted, to this power); ``no_repeat_ngram=0``
+            (no n-gram of this size occurs twice in an answer); ``seed`` (text i of several draws by ``seed + i``);
+            ``stop``, texts that end an answer.
 
     Returns:
         An `Infilling` for a text, a list of them for several. All log-probabilities are exact and the model's own.
@@ -84,7 +84,7 @@ def infill(
 
 @dataclass(frozen=True)
 class Infiller:
-    """A model, its tokenizer and the settings by which blanks are filled."""
+    """A model, its tokenizer and the settings of infilling."""
 
     model: GLMForConditionalGeneration
     tokenizer: PreTrainedTokenizerBase
@@ -103,7 +103,7 @@ class Infiller:
         return TextReader(self.tokenizer, self.model.config.prompt_ids)
 
     def decoder(self) -> Decoder:
-        """What writes the answers. Special tokens and the rows that pad the vocabulary are never part of one."""
+        """Returns the decoder of the settings. It never writes special tokens, nor ids that only pad the vocabulary."""
         special, forbidden = self.reader.special, self.reader.special_ids.values()
         sampler = Sampler.for_model(special, forbidden, self.tokenizer, self.model.config.vocab_size)
         return make_decoder(self.model, self.tokenizer, sampler, special, self.sampling, batch_size=self.batch_size)
@@ -127,7 +127,7 @@ class Infiller:
         filled = [
             assemble_infilling(text, hypothesis.done, self.tokenizer, stops=self.sampling.stop) for hypothesis in found
         ]
-        if self.sampling.beams > 1:  # different tokens may spell the same text: the best ones stand for it
+        if self.sampling.beams > 1:  # different tokens may spell the same text: only the best of them is kept
             unique: dict[str, Infilling] = {}
             for infilling in filled:
                 unique.setdefault(infilling.text, infilling)
@@ -138,7 +138,7 @@ class Infiller:
     def _choose(self, text: BlankedText, choices: ChoiceLists) -> Infilling:
         if self.sampling.temperature > 0:
             raise GmaskError("choices are scored, not drawn: leave temperature at 0")
-        lists = read_choices(choices, len(text.context.blanks))
+        lists = read_choice_lists(choices, len(text.context.blanks))
         scored = score_choices(self.model, self.reader, text, lists, batch_size=self.batch_size)
         filled = [assemble_infilling(text, answers, self.tokenizer) for answers in scored.answers[: self.sampling.n]]
         return replace(filled[0], alternatives=tuple(filled[1:]), choices=scored.choices)
@@ -146,9 +146,9 @@ class Infiller:
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """A stretch of one answer; never empty, and never part of a character."""
+    """A part of one answer; it is never empty, and never a part of a character."""
 
-    blank: int  # which blank it belongs to, from 0
+    blank: int  # index of the blank, from 0
     text: str
 
 
@@ -158,19 +158,19 @@ def stream_infill(
     text: str,
     **settings: Unpack[SettingsKeywords],
 ) -> Generator[Fragment, None, Infilling]:
-    """`infill` of one text that gives out the answers as they are written.
+    """As `infill` of one text, but yields the answers in fragments while they are written.
 
     Joined, the fragments of a blank are its answer as it stands in the filled text. The generator returns the
     `Infilling` (``result = yield from stream_infill(...)``).
 
     Raises:
-        GmaskError: as `infill`; also more than one alternative or beam, since the best is known only at the end.
+        GmaskError: as of `infill`; also for more than one alternative or beam, since the best is known only at the end.
     """
     return stream_answers(Infiller(model, tokenizer, make_sampling(settings)), text)
 
 
 def stream_answers(infiller: Infiller, text: str) -> Generator[Fragment, None, Infilling]:
-    """What `stream_infill` gives, by an `Infiller`; its errors come before the first fragment is asked for."""
+    """As `stream_infill`, by an `Infiller`. Wrong settings and texts raise at once, before the first fragment."""
     if infiller.sampling.n > 1 or infiller.sampling.beams > 1:
         raise GmaskError("answers are streamed for n=1 and num_beams=1 only: the best of several is known at the end")
     return _stream(infiller, infiller.read(text))
@@ -180,7 +180,7 @@ def _stream(infiller: Infiller, blanked: BlankedText) -> Generator[Fragment, Non
     sampling, stepper = infiller.sampling, infiller.decoder()
     assert isinstance(stepper, Stepper), "there is one answer"
     (seed,) = sampling.seeds(1)
-    answer_stream = AnswerStream(infiller.tokenizer, settle_blank(blanked, 0), stops=sampling.stop)
+    answer_stream = AnswerStream(infiller.tokenizer, stable_answer(blanked, 0), stops=sampling.stop)
     done: tuple[Answer, ...] = ()
     for progress in stepper.stream(Request(context=blanked.context, sampling=sampling), seed=seed):
         has_ended = len(progress.done) > len(done)
@@ -189,5 +189,5 @@ def _stream(infiller: Infiller, blanked: BlankedText) -> Generator[Fragment, Non
         if new:
             yield Fragment(len(done) - has_ended, new)
         if has_ended and progress.end is None:
-            answer_stream = AnswerStream(infiller.tokenizer, settle_blank(blanked, len(done)), stops=sampling.stop)
+            answer_stream = AnswerStream(infiller.tokenizer, stable_answer(blanked, len(done)), stops=sampling.stop)
     return assemble_infilling(blanked, done, infiller.tokenizer, stops=sampling.stop)

@@ -1,7 +1,7 @@
-"""A task's samples, as a model reads them, become predictions.
+"""Predictions for the samples of a task, and how a sample becomes the input of a model.
 
-Training and prediction read samples alike, so that a model is asked what it was taught. A GLM reads a text with blanks;
-a ChatGLM reads a prompt and answers behind it.
+Training and prediction read samples by the same `SampleReader`, so that a model is prompted as it was trained. A GLM
+reads a text with blanks; a ChatGLM reads a prompt and answers behind it.
 
 Shape letters: B samples of a batch, T positions, L labels.
 """
@@ -17,13 +17,13 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
-from gmask.generation.answers import Answer, answer_text
+from gmask.generation.answers import Answer, answer_text, rank_scores
 from gmask.generation.batches import batches_by_length, check_numbers, stack_contexts
 from gmask.generation.decode import make_decoder
+from gmask.generation.prompts import BLANKS, BlankedText, Context, TextReader, encode_plain, fit_prompt, format_of
 from gmask.generation.sampling import Sampler
-from gmask.generation.score import Normalization, check_normalization, normalize, score_answers
+from gmask.generation.score import ScoreNormalization, check_normalization, normalize, score_answer_ids
 from gmask.generation.settings import Sampling
-from gmask.generation.text import BLANKS, BlankedText, Context, TextReader, encode_plain, fit_prompt, format_of
 from gmask.models.chatglm import ChatGLMConfig
 from gmask.models.glm import GLMConfig
 from gmask.models.glm_heads import GLMForSequenceClassification
@@ -40,32 +40,32 @@ def predict(
     *,
     settings: Sampling = GREEDY,
     batch_size: int = 16,
-    normalization: Normalization = "sum",
+    normalization: ScoreNormalization = "sum",
     max_source: int | None = None,
     truncation: Truncation = "left",
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Prediction]:
-    """Answers samples: chooses among their candidates, classifies, or writes, by the kind of the task.
+    """Predicts the answers of samples: by choosing among candidates, classifying or writing, as the kind of task says.
 
     A GLM fills the blanks of a text; a ChatGLM answers behind its prompt, which ends with the blank. The results of
     several samples are those of single runs.
 
     Args:
         model, tokenizer: as `gmask.load` returns them; for ``"classification"`` a `GLMForSequenceClassification`.
-        settings: how texts are written. Sample i draws by ``seed + i``; of several answers the best is taken.
-        batch_size: samples that are read together; fewer, where each is searched by several beams.
+        settings: of written answers. Sample i draws by ``seed + i``; of several answers the best is taken.
+        batch_size: rows that are read together; a sample takes as many as it has beams or answers.
         normalization: of the candidates' log-probabilities, as in `gmask.score`.
-        max_source: tokens of a context, as of `SampleReader`; by default what the model has positions for, with room
-            for the answer where both share them. Longer ones are cut.
-        truncation: where a text that is too long is cut.
+        max_source: tokens of a context, as of `SampleReader`. Longer texts are cut. By default the number of positions
+            of the model, less those of the answer if both share them.
+        truncation: the side on which a text that is too long is cut.
         on_progress: is called after each batch with the number of its samples.
 
     Returns:
-        A `Prediction` for each sample. Candidates and classes: ``scores`` in nats, and the ``label`` of the highest.
-        Texts: one for each blank, and in ``scores`` their log-probabilities.
+        A `Prediction` for each sample. For candidates and classes it has ``scores`` in nats, and the ``label`` of the
+        highest. For written answers it has a text for each blank, and their log-probabilities as ``scores``.
 
     Raises:
-        GmaskError: a model that cannot do this kind of task; a sample that it cannot read, with file and line.
+        GmaskError: a model that cannot do this kind of task; a sample that cannot be read, with file and line.
 
     Warns:
         UserWarning: texts had to be cut, or rounds of conversations left out.
@@ -88,7 +88,7 @@ def predict(
 
 
 def _room(model: PreTrainedModel, kind: TaskKind, settings: Sampling) -> int:
-    """Tokens that a context may have. The answers to a GLM's blanks have positions of their own."""
+    """Returns the most tokens that a context may have. Answers to a GLM's blanks have positions of their own."""
     positions: int = model.config.max_position_embeddings
     if kind in LABELLED or (isinstance(model.config, GLMConfig) and kind != "chat"):
         return positions
@@ -99,7 +99,7 @@ def _room(model: PreTrainedModel, kind: TaskKind, settings: Sampling) -> int:
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout; a model that was in training goes back to it."""
+    """Puts the model into evaluation mode; afterwards it is in the mode that it was in before."""
     was_training = model.training
     model.eval()
     try:
@@ -110,22 +110,22 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class ReadSample:
-    """A sample as a model takes it."""
+    """A sample in tokens."""
 
     context: Context
-    answers: tuple[tuple[int, ...], ...]  # the ids of those that are known
-    blanked: BlankedText | None = None  # of a text with blanks, for the way back
+    answers: tuple[tuple[int, ...], ...]  # ids of the known answers
+    blanked: BlankedText | None = None  # of a text with blanks: to fit written answers into it
     tokens_cut: int = 0  # of the text
-    rounds_left_out: int = 0  # the oldest ones
+    rounds_left_out: int = 0  # of a conversation, the oldest ones
 
 
 class SampleReader:
     """Reads samples of one kind for models of one config.
 
     Args:
-        max_source: tokens of a context, blanks and control tokens counted. Where a text has more, tokens of the text
-            are cut; of a conversation the oldest rounds are left out first. No blank and no control token is.
-        truncation: where the text is cut.
+        max_source: tokens of a context, blanks and control tokens counted. If a text has more, tokens of the text are
+            cut, but no blank and no control token. Of a conversation, the oldest rounds are left out first.
+        truncation: the side on which the text is cut.
 
     Raises:
         GmaskError: a kind that the model cannot do, or more tokens than it has positions.
@@ -163,11 +163,11 @@ class SampleReader:
             self.control_ids |= {*self.blanks.prompt_ids}
 
     def read(self, sample: Sample) -> ReadSample:
-        """The context of a sample, cut to `max_source`, and the ids of its answers.
+        """Returns the context of a sample, cut to `max_source`, and the ids of its answers.
 
         Raises:
-            GmaskError: a text without a blank where there must be one, or answers that do not fit the blanks; told with
-                the file and line of the sample.
+            GmaskError: a text that lacks a blank, or answers that do not fit the blanks; the error names the file and
+                the line of the sample.
         """
         try:
             return self._read_chat(sample) if self.kind == "chat" else self._read_text(sample)
@@ -175,7 +175,7 @@ class SampleReader:
             raise locate(error, sample) from error
 
     def read_bare(self, question: ReadSample) -> Context:
-        """The context of a question whose text tells nothing: its blank alone."""
+        """Returns a context that is nothing but the blank of a question: for ``normalization="unconditional"``."""
         if self.blanks is None:
             return self.format.encode("", ())
         return self.blanks.read_blank(question.context.ids[question.context.blanks[0]])
@@ -191,7 +191,7 @@ class SampleReader:
         return ReadSample(prompt.context, answers, rounds_left_out=prompt.rounds_left_out)
 
     def _frame(self, context: Context) -> set[int]:
-        """Where the words of the prompt's form stand, which are there without a question, too."""
+        """Returns the indices of the tokens that belong to the prompt format, not to the question."""
         empty, ids = self.format.encode("", ()).ids, context.ids
         head, tail = 0, 0
         while head < len(empty) and empty[head] == ids[head]:
@@ -242,7 +242,7 @@ class SampleReader:
         return ids
 
     def _cut(self, context: Context, kept: Collection[int]) -> Context:
-        """The context in `max_source` tokens; what stands at the indices ``kept`` stays, as control tokens do."""
+        """Returns the context cut to `max_source` tokens. Control tokens and those at the indices ``kept`` stay."""
         surplus = len(context.ids) - self.max_source
         if surplus <= 0:
             return context
@@ -262,17 +262,17 @@ class SampleReader:
 
 @dataclass(frozen=True, slots=True)
 class Predictor:
-    """A model with all that its predictions depend on; arguments as of `predict`."""
+    """A model and the settings of its predictions; arguments as of `predict`."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     reader: SampleReader
     settings: Sampling
     batch_size: int
-    normalization: Normalization
+    normalization: ScoreNormalization
 
     def predict(self, samples: Sequence[Sample], on_progress: Callable[[int], None]) -> list[Prediction]:
-        """The predictions in the order of the samples; those of like length are made together."""
+        """Returns predictions in the order of the samples. Samples of similar length are batched."""
         questions = [self.reader.read(sample) for sample in samples]
         _warn_of_cuts(questions, self.reader.max_source)
         kind = self.reader.kind
@@ -281,7 +281,7 @@ class Predictor:
                 if not sample.answers:
                     raise locate(GmaskError("the sample has no candidates to choose from"), sample)
         seeds = self.settings.seeds(len(samples))
-        size = self.batch_size  # beams and samples of a text are rows, too
+        size = self.batch_size  # in rows: each beam and each answer of a text takes one
         if kind not in LABELLED:
             size = max(1, size // max(self.settings.beams, self.settings.n))
         found: dict[int, Prediction] = {}
@@ -300,7 +300,7 @@ class Predictor:
     def _choose(self, questions: Sequence[ReadSample]) -> list[Prediction]:
         special, size = self.reader.special, self.batch_size
         asked = [(question.context, question.answers) for question in questions]
-        answers = score_answers(self.model, asked, special, batch_size=size)
+        answers = score_answer_ids(self.model, asked, special, batch_size=size)
         bare = [self.reader.read_bare(question) for question in questions]
         return [
             _best(scores)
@@ -330,7 +330,7 @@ class Predictor:
         return Prediction(texts=tuple(texts), scores=tuple(answer.logprob for answer in answers))
 
     def _spell(self, question: ReadSample, blank: int, answer: Answer) -> str:
-        """An answer as it stands in its text, or as a conversation shows it."""
+        """Returns the text of an answer as it stands in its text, or as a conversation shows it."""
         text = answer_text(answer, self.tokenizer, self.settings.stop)
         if self.reader.kind == "chat":
             return self.reader.format.clean(text)
@@ -338,13 +338,12 @@ class Predictor:
 
 
 def _best(scores: Sequence[float]) -> Prediction:
-    """The first of the highest scores."""
-    label = max(range(len(scores)), key=lambda index: (scores[index], -index))
-    return Prediction(label=label, scores=tuple(scores))
+    """Returns the index of the highest score; of equal ones the first."""
+    return Prediction(label=rank_scores(scores)[0], scores=tuple(scores))
 
 
 def _warn_of_cuts(questions: Sequence[ReadSample], max_source: int) -> None:
-    """Warns of texts that are not read as a whole."""
+    """Warns if texts were cut or rounds left out."""
     cut = sum(question.tokens_cut > 0 for question in questions)
     left_out = sum(question.rounds_left_out for question in questions)
     if cut or left_out:
@@ -359,7 +358,7 @@ LAST_BLANK = re.compile(rf"(?<!\\)(\\*)({'|'.join(map(re.escape, BLANKS))})")
 
 
 def before_last_blank(text: str) -> str:
-    r"""The prompt of a text whose one blank ends it; ``\[MASK]`` is the text "[MASK]".
+    r"""Returns the text before the one blank that ends it; ``\[MASK]`` is the text "[MASK]".
 
     Raises:
         GmaskError: no blank, several, or one that does not end the text.
@@ -379,5 +378,5 @@ def before_last_blank(text: str) -> str:
 
 
 def locate(error: GmaskError, sample: Sample) -> GmaskError:
-    """The error with the file and line of a sample in front, if it has them."""
+    """Returns the error with the file and line of a sample in front, if the sample has them."""
     return GmaskError(f"{sample.path}:{sample.line}: {error}") if sample.path else error

@@ -1,8 +1,7 @@
 """The sampler: it chooses the next token of every row of a batch.
 
-The rows of a batch may have settings of their own. Scores are changed in the usual order: penalties, bias, what is
-forbidden, then temperature, top-k and top-p. The log-probabilities that are reported are the model's own, without any
-of this.
+Each row may have settings of its own. Scores are changed in the usual order: penalties, bias, forbidden tokens,
+temperature, top-k, top-p. The log-probabilities that are reported are the model's own, before any of these changes.
 
 Shape letters: R rows, V vocabulary.
 """
@@ -24,21 +23,21 @@ from gmask.infilling.blanks import BlankTokens
 
 @dataclass(slots=True)
 class SamplerState:
-    """What the sampler keeps of one row: its settings, its random numbers, and what it has written."""
+    """The sampler's state of one row: settings, random numbers, counts of written tokens, constraint."""
 
     sampling: Sampling
     generator: np.random.Generator
     counts: Counter[int] = field(default_factory=Counter)  # of the tokens written, over all blanks
-    mask: TokenMask | None = None  # of the answer that is being written, where a constraint holds
-    error: GmaskError | None = None  # why the constraint cannot be met
+    mask: TokenMask | None = None  # the constraint's state for the answer that is being written
+    error: GmaskError | None = None  # set if the constraint cannot be met
 
     @classmethod
     def make(cls, sampling: Sampling, *, seed: int, index: int) -> "SamplerState":
-        """That of sample ``index`` of a text: batches, single runs and the server draw alike."""
+        """Returns the state of sample ``index`` of a text, which draws the same alone, in a batch and on the server."""
         return cls(sampling, np.random.default_rng([seed, index]))
 
     def accept(self, token: int, *, ends_answer: bool) -> None:
-        """Notes the token that the row has written."""
+        """Records a token that the row has written."""
         if ends_answer:
             self.mask = None
             return
@@ -66,16 +65,17 @@ class Sampler:
     def for_model(
         cls, special: BlankTokens, forbidden_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, vocabulary: int
     ) -> "Sampler":
-        """That of a model with so many embeddings: those behind the tokenizer's last are never part of an answer."""
+        """Returns the sampler of a model. Of its ``vocabulary`` embeddings, those without a token are forbidden."""
         padding = range(len(tokenizer), vocabulary)
         return cls((special.eop, special.eos), {*forbidden_ids, *padding})
 
     def choose(
         self, logits: Tensor, states: Sequence[SamplerState], answers: Sequence[tuple[int, ...]]
     ) -> tuple[list[int], list[float], Tensor]:
-        """The next tokens of R rows.
+        """Chooses the next tokens of R rows.
 
-        A row that may write nothing ends its answer. A constraint that cannot be met is the row's `SamplerState.error`.
+        A row for which all tokens are forbidden ends its answer. If a constraint cannot be met, the row's
+        `SamplerState.error` is set.
 
         Args:
             logits: float32 ``[R, V]``.
@@ -83,8 +83,8 @@ class Sampler:
             answers: the ids of the answers that they are writing.
 
         Returns:
-            The tokens; their log-probabilities, which are not numbers where some of the row's logits are none; and
-            all log-probabilities ``[R, V]``.
+            The tokens; their log-probabilities, NaN in a row that has a NaN among its logits; and all log-probabilities
+            ``[R, V]``.
         """
         scores = logits.clone()
         for row, state in enumerate(states):
@@ -97,8 +97,11 @@ class Sampler:
         return tokens.tolist(), chosen.tolist(), logprobs
 
     def forbid(self, scores: Tensor, answers: Sequence[tuple[int, ...]], samplings: Sequence[Sampling]) -> None:
-        """Writes minus infinity into ``scores [R, V]`` at what may not follow: forbidden tokens, n-grams that would
-        stand twice, and the end of an answer that is too short and could go on."""
+        """Sets ``scores [R, V]`` to minus infinity at tokens that must not follow.
+
+        These are the forbidden ones, those that would repeat an n-gram, and the end tokens of an answer that is too
+        short and can go on.
+        """
         scores[:, self._forbidden.to(scores.device)] = -torch.inf
         for row, (ids, sampling) in enumerate(zip(answers, samplings, strict=True)):
             if sampling.no_repeat_ngram and (repeats := find_repeats(ids, sampling.no_repeat_ngram)):
@@ -114,7 +117,7 @@ class Sampler:
             scores[rows, ends] = torch.where(is_stuck[:, None], before, -torch.inf)
 
     def _change(self, scores: Tensor, state: SamplerState) -> None:
-        """Penalties, bias and constraint of one row ``[V]``, in place."""
+        """Applies penalties, bias and constraint to the scores of one row ``[V]``, in place."""
         sampling = state.sampling
         if state.counts:
             written = torch.tensor(list(state.counts), device=scores.device)
@@ -128,7 +131,7 @@ class Sampler:
         if sampling.constraint is not None:
             try:
                 self._constrain(scores, state, sampling.constraint)
-            except GmaskError as error:  # the row's own fault, and no other's
+            except GmaskError as error:  # it concerns this row alone
                 state.error = error
 
     def _constrain(self, scores: Tensor, state: SamplerState, constraint: Constraint) -> None:
@@ -140,7 +143,7 @@ class Sampler:
         scores[ends] = end_scores if state.mask.is_complete() else -torch.inf
 
     def _draw(self, scores: Tensor, states: Sequence[SamplerState]) -> Tensor:
-        """Tokens ``[R]``; rows of like settings are drawn together."""
+        """Returns tokens ``[R]``; rows with the same settings are drawn together."""
         tokens = scores.argmax(-1)
         drawing: dict[tuple[float, int, float], list[int]] = {}
         for row, state in enumerate(states):
@@ -156,7 +159,7 @@ class Sampler:
 
 
 def find_repeats(ids: Sequence[int], size: int) -> list[int]:
-    """The tokens that would complete a ``size``-gram that the ids hold already."""
+    """Returns the tokens that would complete a ``size``-gram that the ids contain already."""
     start = len(ids) - size + 1
     if start < 0:
         return []
@@ -165,14 +168,16 @@ def find_repeats(ids: Sequence[int], size: int) -> list[int]:
 
 
 def top_tokens(logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:
-    """The most probable tokens of a row ``[V]`` and their log-probabilities, best first."""
+    """Returns the most probable tokens of a row ``[V]`` and their log-probabilities, best first."""
     best = logprobs.topk(count)
     return tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
 def draw_tokens(scores: Tensor, quantiles: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Tokens ``[R]`` at quantiles ``[R]`` (in [0, 1)) of the distributions that scores ``[R, V]`` give, tempered and
-    cut."""
+    """Draws tokens ``[R]`` from scores ``[R, V]``, by temperature, top-k and top-p.
+
+    ``quantiles``: random numbers ``[R]`` in [0, 1); each token is the one at this quantile of its row's distribution.
+    """
     ranked, order = _in_order(scores / temperature, top_k)
     probabilities = ranked.double().softmax(-1)
     cumulative = probabilities.cumsum(-1)
@@ -186,7 +191,10 @@ def draw_tokens(scores: Tensor, quantiles: Tensor, *, temperature: float, top_k:
 
 
 def _in_order(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The ``top_k`` greatest scores of each row (0: all), in order, and where they were; of equals the first."""
+    """Returns the ``top_k`` greatest scores of each row (0: all) in descending order, and their indices.
+
+    Equal scores keep their order.
+    """
     if not 0 < top_k < scores.shape[-1]:
         return scores.sort(dim=-1, descending=True, stable=True)
     order = scores.topk(top_k, dim=-1, sorted=False).indices.sort(dim=-1).values  # a tenth of the time of a sort

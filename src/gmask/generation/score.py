@@ -1,4 +1,4 @@
-"""Given answers to the blanks of a text: how probable each is, and which fit best jointly.
+"""Scores given answers to the blanks of a text: each by itself, or combinations of them jointly.
 
 Shape letters: B contexts, R rows of answers, T positions, V vocabulary.
 """
@@ -16,15 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
 from gmask.files import check_characters
-from gmask.generation.answers import Answer, Choices, Combination, Token, token_texts
+from gmask.generation.answers import Answer, Choices, Combination, Token, rank_scores, token_texts
 from gmask.generation.batches import batches_by_length, log_softmax, stack_contexts
-from gmask.generation.text import BlankedText, Context, TextReader
+from gmask.generation.prompts import BlankedText, Context, TextReader
 from gmask.infilling.blanks import BlankTokens
 from gmask.models.cache import GrowingCache
 from gmask.models.glm import GLMForConditionalGeneration
 
-Normalization = Literal["sum", "mean", "unconditional"]
-"""What is made of an answer's log-probability; see `score`."""
+ScoreNormalization = Literal["sum", "mean", "unconditional"]
+"""How an answer's log-probability becomes its score; see `score`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +32,11 @@ class ScoredAnswer:
     """One of the answers. Log-probabilities are in nats, over the model's whole vocabulary."""
 
     text: str  # as given
-    logprob: float  # sum over the tokens, without the end
-    score: float  # the same, normalised
+    logprob: float  # sum over the tokens, without the end token
+    score: float  # the normalised log-probability
     probability: float  # among the answers: the softmax of their scores
     tokens: tuple[Token, ...]
-    end_logprob: float  # of the answer's end behind its last token; no part of logprob
+    end_logprob: float  # of an end token behind the last token; not part of logprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +49,18 @@ class Scoring:
     @property
     def best(self) -> ScoredAnswer:
         """The answer of the highest score; the first of equal ones."""
-        return max(self.answers, key=lambda answer: answer.score)
+        return self.ranked[0]
+
+    @property
+    def ranked(self) -> list[ScoredAnswer]:
+        """The answers from the highest score to the lowest; of equal ones the first comes first."""
+        return [self.answers[index] for index in rank_scores([answer.score for answer in self.answers])]
 
     def to_dict(self) -> dict[str, Any]:
-        """The form of ``gmask score --json``: ``{"text", "best", "answers": [{"text", "logprob", "score", ...}]}``."""
+        """Returns what ``gmask score --json`` prints.
+
+        ``{"text", "best", "answers": [{"text", "logprob", "score", ...}]}``.
+        """
         answers = [
             {
                 "text": answer.text,
@@ -74,7 +82,7 @@ def score(
     text: str,
     answers: Sequence[str],
     *,
-    normalization: Normalization = ...,
+    normalization: ScoreNormalization = ...,
     batch_size: int = ...,
 ) -> Scoring: ...
 @overload
@@ -84,7 +92,7 @@ def score(
     text: Sequence[str],
     answers: Sequence[str] | Sequence[Sequence[str]],
     *,
-    normalization: Normalization = ...,
+    normalization: ScoreNormalization = ...,
     batch_size: int = ...,
 ) -> list[Scoring]: ...
 def score(
@@ -93,23 +101,23 @@ def score(
     text: str | Sequence[str],
     answers: Sequence[str] | Sequence[Sequence[str]],
     *,
-    normalization: Normalization = "sum",
+    normalization: ScoreNormalization = "sum",
     batch_size: int = 16,
 ) -> Scoring | list[Scoring]:
     """Scores given answers to the blank of a text: exact log-probabilities, not samples.
 
-    A text is read as by `infill`, and an answer is fitted to its place: after a space in the text it is read with that
-    space. Each answer is scored by itself; the text is read once for all of them.
+    A text is read as by `infill`. If it has a space before the blank, answers are read with that space. Each answer is
+    scored by itself; the text is read once for all of them.
 
     Args:
         model, tokenizer: as `gmask.load` returns them.
         text: one text with one blank, or several such texts; the results of several are those of single runs.
         answers: the answers to a text; for several texts, a list for each or one list for all.
-        normalization: ``"sum"`` is the log-probability of the answer's tokens, without its end, as the published
-            multiple choice has it; it favours short answers. ``"mean"`` divides it by the number of tokens.
-            ``"unconditional"`` takes from it the log-probability of the same tokens where nothing is known, in the
-            text that is nothing but the same blank (``[CLS] [MASK] <|endoftext|>``); what is left says how much the
-            text speaks for the answer, however common that is.
+        normalization: ``"sum"`` is the log-probability of the answer's tokens, without its end token, as in the
+            published multiple choice; it favours short answers. ``"mean"`` divides it by the number of tokens.
+            ``"unconditional"`` subtracts the log-probability of the same tokens without the text, in a context that is
+            nothing but the blank (``[CLS] [MASK] <|endoftext|>``): the difference says how much the text speaks for the
+            answer, however common the answer is.
         batch_size: texts that are read together, and answers that are scored together.
 
     Returns:
@@ -121,7 +129,7 @@ def score(
 
     Source: sum: GLMForMultipleChoice of the published modeling_glm.py. unconditional: Brown et al., "Language Models
     are Few-Shot Learners", 2020, section 2.4; Holtzman et al., "Surface Form Competition", EMNLP 2021, whose PMI_DC
-    has words in the place of our blank alone.
+    has words in place of the blank.
     """
     scorer = Scorer(model, tokenizer, normalization, batch_size)
     if isinstance(text, str):
@@ -131,7 +139,7 @@ def score(
 
 
 def _read_lists(answers: Sequence[str] | Sequence[Sequence[str]], texts: int) -> list[Sequence[str]]:
-    """A list of answers for each text."""
+    """Returns a list of answers for each text."""
     if not isinstance(answers, str) and all(map(_is_text, answers)):
         return [cast(Sequence[str], answers)] * texts
     if len(answers) != texts:
@@ -144,8 +152,8 @@ def _is_text(value: object) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """A text with one blank, and its answers."""
+class ChoiceQuestion:
+    """A text with one blank, and the answers to score."""
 
     text: str
     blanked: BlankedText
@@ -160,11 +168,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Scorer:
-    """A model, its tokenizer and the way in which answers are scored; arguments and errors as in `score`."""
+    """A model, its tokenizer and the settings of scoring; arguments and errors as in `score`."""
 
     model: GLMForConditionalGeneration
     tokenizer: PreTrainedTokenizerBase
-    normalization: Normalization = "sum"
+    normalization: ScoreNormalization = "sum"
     batch_size: int = 16
 
     def __post_init__(self) -> None:
@@ -176,7 +184,7 @@ class Scorer:
     def reader(self) -> TextReader:
         return TextReader(self.tokenizer, self.model.config.prompt_ids)
 
-    def read(self, text: str, answers: Sequence[str]) -> Question:
+    def read(self, text: str, answers: Sequence[str]) -> ChoiceQuestion:
         """Cuts and encodes a text and its answers, and checks that they fit the model."""
         blanked = self.reader.read(text, positions=self.model.config.max_position_embeddings)
         if len(blanked.context.blanks) > 1:
@@ -191,17 +199,17 @@ class Scorer:
         if not all(answers):
             raise GmaskError("an answer is empty: only texts with at least one token can be scored")
         ids = [encode_answer(answer, blanked, 0, self.reader, self.model) for answer in answers]
-        return Question(text, blanked, tuple(answers), tuple(ids))
+        return ChoiceQuestion(text, blanked, tuple(answers), tuple(ids))
 
-    def score(self, questions: Sequence[Question]) -> list[Scoring]:
+    def score(self, questions: Sequence[ChoiceQuestion]) -> list[Scoring]:
         """Scores questions that were read by this scorer."""
         asked = [(question.blanked.context, question.ids) for question in questions]
-        found = score_answers(self.model, asked, self.reader.special, batch_size=self.batch_size)
+        found = score_answer_ids(self.model, asked, self.reader.special, batch_size=self.batch_size)
         bare = [self.reader.read_blank(question.blank_id) for question in questions]
         scores = normalize(self.model, found, bare, self.reader.special, self.normalization, batch_size=self.batch_size)
         return list(map(self._assemble, questions, found, scores))
 
-    def _assemble(self, question: Question, answers: Sequence[Answer], scores: Sequence[float]) -> Scoring:
+    def _assemble(self, question: ChoiceQuestion, answers: Sequence[Answer], scores: Sequence[float]) -> Scoring:
         weights = [math.exp(value - max(scores)) for value in scores]
         scored = []
         for text, answer, value, weight in zip(question.answers, answers, scores, weights, strict=True):
@@ -213,28 +221,28 @@ class Scorer:
 
 
 EXACT_LIMIT = 256
-"""Up to this many combinations, all are scored."""
+"""All combinations are scored if there are at most this many; else a beam search chooses."""
 
 BEAM_WIDTH = 64
-"""Beyond it, so many are kept after each blank."""
+"""The number of combinations that the beam search keeps after each blank."""
 
 ChoiceLists = Sequence[str] | Sequence[Sequence[str]] | Mapping[int, Sequence[str]]
-"""One list for a single blank; or a list for every blank, in order or by its number from 0."""
+"""A list of candidates for a single blank; or a list for each blank, in order or by the blank's number from 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredChoices:
-    """Combinations and the answers that they are made of, best first."""
+    """Combinations of choices and their answers, best first."""
 
     choices: Choices
     answers: tuple[tuple[Answer, ...], ...]
 
 
-def read_choices(choices: ChoiceLists, blanks: int) -> list[Sequence[str]]:
-    """A list of candidates for every blank.
+def read_choice_lists(choices: ChoiceLists, blanks: int) -> list[Sequence[str]]:
+    """Returns a list of candidates for each blank.
 
     Raises:
-        GmaskError: a blank without candidates, or lists for blanks that are not there.
+        GmaskError: a blank without candidates, or lists for blanks that the text does not have.
     """
     if isinstance(choices, Mapping):
         if unknown := [blank for blank in choices if blank not in range(blanks)]:
@@ -281,7 +289,7 @@ def score_choices(
         picks = [(*pick, *more) for pick in picks for more in itertools.product(*new)]
         rows = [tuple(ids[blank][choice] for blank, choice in enumerate(pick)) for pick in picks]
         scored = scorer.score([AnswerRow(0, row) for row in rows])
-        ranking = sorted(range(len(picks)), key=lambda index: -_joint(scored[index]))
+        ranking = rank_scores([_joint(answers) for answers in scored])
         ranking = ranking if is_exact else ranking[:BEAM_WIDTH]
         picks, scored = [picks[index] for index in ranking], [scored[index] for index in ranking]
     logprobs = [_joint(answers) for answers in scored]
@@ -301,16 +309,16 @@ def _joint(answers: Sequence[Answer]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class AnswerRow:
-    """Answers to the first blanks of a context, in order, each in the sight of those before it."""
+    """Answers to the first blanks of a context, in order. Each sees the answers before it."""
 
-    context: int  # which of the contexts
-    answers: tuple[tuple[int, ...], ...]  # ids, without an end token
+    context: int  # index of the context
+    answers: tuple[tuple[int, ...], ...]  # ids, without end tokens
 
 
 def encode_answer(
     answer: str, text: BlankedText, blank: int, reader: TextReader, model: GLMForConditionalGeneration
 ) -> tuple[int, ...]:
-    """The ids of an answer, with the white space that the blank took from the text before it.
+    """Returns the ids of an answer, with the white space that stands before the blank in the text.
 
     Raises:
         GmaskError: an answer longer than the model has positions.
@@ -326,9 +334,11 @@ def encode_answer(
 
 
 def check_normalization(normalization: str) -> None:
-    """Raises `GmaskError` for one that is not known."""
-    if normalization not in get_args(Normalization):
-        raise GmaskError(f"normalization must be one of {', '.join(get_args(Normalization))}, not {normalization!r}")
+    """Raises `GmaskError` for a normalization that is not known."""
+    if normalization not in get_args(ScoreNormalization):
+        raise GmaskError(
+            f"normalization must be one of {', '.join(get_args(ScoreNormalization))}, not {normalization!r}"
+        )
 
 
 def normalize(
@@ -336,26 +346,26 @@ def normalize(
     answers: Sequence[Sequence[Answer]],
     bare: Sequence[Context],
     special: BlankTokens,
-    normalization: Normalization,
+    normalization: ScoreNormalization,
     *,
     batch_size: int,
 ) -> list[list[float]]:
-    """The scores of scored answers, as of `score`.
+    """Returns the normalised scores of answers, as of `score`.
 
     Args:
-        answers: to each question.
-        bare: the context of each question whose text tells nothing: its blank alone.
+        answers: to each question, with their log-probabilities.
+        bare: of each question, the context that is nothing but its blank.
     """
     sums = [[sum(answer.logprobs) for answer in found] for found in answers]
     if normalization == "sum":
         return sums
     if normalization == "mean":
         return [[sum(answer.logprobs) / len(answer.ids) for answer in found] for found in answers]
-    wanted: dict[Context, dict[tuple[int, ...], float]] = {}  # questions share contexts, and each is read once
+    wanted: dict[Context, dict[tuple[int, ...], float]] = {}  # questions share bare contexts: each is read once
     for context, found in zip(bare, answers, strict=True):
         wanted.setdefault(context, {}).update((answer.ids, 0.0) for answer in found)
     asked = [(context, list(ids)) for context, ids in wanted.items()]
-    for (context, _), found in zip(asked, score_answers(model, asked, special, batch_size=batch_size), strict=True):
+    for (context, _), found in zip(asked, score_answer_ids(model, asked, special, batch_size=batch_size), strict=True):
         wanted[context].update((answer.ids, sum(answer.logprobs)) for answer in found)
     return [
         [total - wanted[context][answer.ids] for total, answer in zip(totals, found, strict=True)]
@@ -363,16 +373,16 @@ def normalize(
     ]
 
 
-def score_answers(
+def score_answer_ids(
     model: PreTrainedModel,
     questions: Sequence[tuple[Context, Sequence[tuple[int, ...]]]],
     special: BlankTokens,
     *,
     batch_size: int,
 ) -> list[list[Answer]]:
-    """The answers, given as ids, to the first blank of each context, with their log-probabilities.
+    """Scores answers, given as ids, to the first blank of each context.
 
-    ``batch_size`` contexts of like length are read together, and as many answers are scored together.
+    ``batch_size`` contexts of similar length are read together, and as many answers are scored together.
     """
     found: list[list[Answer]] = [[] for _ in questions]
     for batch in batches_by_length([len(context.ids) for context, _ in questions], batch_size):
@@ -384,9 +394,9 @@ def score_answers(
 
 
 class AnswerScorer:
-    """Log-probabilities of given answers to the blanks of B contexts, each of which is read once.
+    """Scores given answers to the blanks of B contexts, each of which is read once.
 
-    An answer ends with ``<eop>`` or ``<|endoftext|>``, whichever is more probable.
+    The end of an answer is ``<eop>`` or ``<|endoftext|>``, whichever is more probable.
     """
 
     def __init__(
@@ -409,7 +419,7 @@ class AnswerScorer:
             )
 
     def score(self, rows: Sequence[AnswerRow]) -> list[tuple[Answer, ...]]:
-        """The answers of R rows with their log-probabilities; ``batch_size`` rows of like length run together."""
+        """Returns the answers of R rows with their log-probabilities; ``batch_size`` rows run together."""
         scored: dict[int, tuple[Answer, ...]] = {}
         for batch in batches_by_length([sum(map(len, row.answers)) for row in rows], self.batch_size):
             chunk = [rows[index] for index in batch]
@@ -430,7 +440,7 @@ class AnswerScorer:
     def _split(
         self, rows: Sequence[AnswerRow], hidden_states: Tensor, is_answer: Tensor, targets: Tensor
     ) -> list[tuple[Answer, ...]]:
-        """The answers of rows, from what the model makes of their tokens ``[R, T, H]``."""
+        """Returns the answers of rows, from the hidden states of their tokens ``[R, T, H]``."""
         is_answer, targets = is_answer.to(self.model.device), targets.to(self.model.device)
         logprobs = log_softmax(self.model.lm_head(hidden_states[is_answer]))  # all tokens of all rows, V
         of_target = logprobs.gather(-1, targets[is_answer][:, None])[:, 0].tolist()
@@ -446,9 +456,9 @@ class AnswerScorer:
         return found
 
     def _stack_answers(self, rows: Sequence[AnswerRow]) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids ``[R, T]``, the tokens that follow them ``[R, T]`` and the layout ``[R, 2, T]``, 0 at padding.
+        """Returns ids ``[R, T]``, the next tokens ``[R, T]`` and the layout ``[R, 2, T]``, which is 0 at padding.
 
-        The padding is on the right, where no answer sees it.
+        Padding is on the right, where no answer sees it.
         """
         width = max(sum(len(ids) + 1 for ids in row.answers) for row in rows)
         input_ids = torch.full((len(rows), width), self.special.pad)

@@ -1,4 +1,4 @@
-"""The settings by which answers are written: how many, how long, how freely chosen."""
+"""`Sampling`: the settings by which answers are written."""
 
 import secrets
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ MOST_TOP_LOGPROBS = 20
 
 
 class SettingsKeywords(TypedDict, total=False):
-    """The fields of `Sampling` that functions take as keywords; the others belong to the server."""
+    """The fields of `Sampling` that functions take as keywords. The other fields are for the server."""
 
     n: int
     max_tokens: int
@@ -32,32 +32,32 @@ class SettingsKeywords(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the blanks of a text are answered.
+    """Sampling settings of the answers to a text.
 
-    ``temperature=0`` takes the most probable token (or beam); above 0, tokens are drawn from the ``top_k`` most
-    probable ones (0 = all) that together make ``top_p`` of the probability, after division of the logits by it.
+    ``temperature=0`` takes the most probable token (or beam). Above 0 the logits are divided by it, and tokens are
+    drawn from the ``top_k`` most probable ones (0 = all), cut to those that together have ``top_p`` of the probability.
 
     Raises:
         GmaskError: a value that does not fit.
     """
 
-    n: Count = 1  # answers to a text: independent samples, or the best of a beam search
+    n: Count = 1  # answers to a text: independent samples, or the best ones of a beam search
     max_tokens: Count = 64  # of an answer
     min_tokens: Whole = 1  # of an answer
     temperature: NotNegative = 0.0
     top_k: Whole = 0
     top_p: Annotated[float, Range(above=0, most=1)] = 1.0
-    num_beams: Count = 1  # at least 2 * n are used when n > 1 and nothing is drawn
-    length_penalty: float = 0.0  # ranks answers by log-probability / tokens ** it; above 0 helps long ones
-    no_repeat_ngram: Whole = 0  # no n tokens stand twice in an answer; 0 = they may
-    repetition_penalty: Positive = 1.0  # divides the score of what was written, or multiplies one below 0 (Keskar 2019)
-    presence_penalty: float = 0.0  # taken off the score of what was written
-    frequency_penalty: float = 0.0  # taken off for each time that it was written
+    num_beams: Count = 1  # at least 2 * n are used if n > 1 and nothing is drawn
+    length_penalty: float = 0.0  # answers are ranked by log-probability / tokens ** this; above 0 favours long ones
+    no_repeat_ngram: Whole = 0  # the size of n-grams that must not occur twice in an answer; 0: they may
+    repetition_penalty: Positive = 1.0  # divides scores of written tokens, or multiplies those below 0 (Keskar 2019)
+    presence_penalty: float = 0.0  # subtracted from the score of each written token
+    frequency_penalty: float = 0.0  # subtracted for each time that the token was written
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the scores of these tokens
-    constraint: "Constraint | None" = None  # what every answer has to match
-    top_logprobs: Annotated[int, Range(0, MOST_TOP_LOGPROBS)] = 0  # the most probable tokens reported beside each one
+    constraint: "Constraint | None" = None  # on the text of every answer
+    top_logprobs: Annotated[int, Range(0, MOST_TOP_LOGPROBS)] = 0  # number of most probable tokens reported with each
     seed: Whole | None = None
-    stop: tuple[Annotated[str, NotEmpty()], ...] = ()  # an answer ends before any of these; they may lie across tokens
+    stop: tuple[Annotated[str, NotEmpty()], ...] = ()  # texts that end an answer, which is cut before them
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -68,9 +68,9 @@ class Sampling:
 
     @property
     def beams(self) -> int:
-        """Width of the beam search that finds the ``n`` best answers; 1 where there is none.
+        """The width of the beam search that finds the ``n`` best answers; 1 if there is no beam search.
 
-        Alternatives need twice their number, for some differ in their tokens and not in their text.
+        It is at least twice ``n``, since some beams differ in their tokens but not in their text.
         """
         if self.temperature > 0:
             return 1
@@ -78,22 +78,22 @@ class Sampling:
 
     @property
     def changes_scores(self) -> bool:
-        """Whether what was written, or a given token, changes the scores that the sampler reads."""
+        """True if penalties, a bias or a constraint change the scores before a token is chosen."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
         return penalties != (1.0, 0.0, 0.0) or bool(self.logit_bias) or self.constraint is not None
 
     def keywords(self) -> dict[str, Any]:
-        """The values of `SettingsKeywords`."""
+        """Returns the values of `SettingsKeywords`."""
         return {name: getattr(self, name) for name in SettingsKeywords.__annotations__}
 
     def seeds(self, count: int) -> list[int]:
-        """Seeds of the first ``count`` texts: ``seed + i``, or behind a random one where there is none."""
+        """Returns the seeds of ``count`` texts: ``seed + i``; without a ``seed`` they start from a random one."""
         first = secrets.randbelow(2**62) if self.seed is None else self.seed
         return list(range(first, first + count))
 
 
 def make_sampling(values: Mapping[str, Any]) -> Sampling:
-    """`Sampling` from the keywords of a function; ``stop`` may be one text.
+    """Makes a `Sampling` of the keywords of a function; ``stop`` may be one text.
 
     Raises:
         GmaskError: an unknown keyword (the nearest one is named), or a value that does not fit.

@@ -1,1 +1,1 @@
-"""The two architectures of the family, each read from top to bottom, and the token layout that they share."""
+"""The architectures GLM and ChatGLM, their shared parts, the 2-D layout and the KV caches."""

@@ -1,9 +1,9 @@
-"""The body of a prefix language model, as GLM and ChatGLM share it.
+"""The parts that GLM and ChatGLM share.
 
 In this order: attention, trained prefixes, quantized weights, strict loading, the forward pass, tensor parallelism.
-What differs stands in glm.py and chatglm.py: blocks, positions, and how a layout is read off the tokens.
+glm.py and chatglm.py have the parts that differ: blocks, positions, and how the layout is derived from the tokens.
 
-A prefix is visible to every token, has no position in the layout, and is cached in front of the tokens.
+A trained prefix is visible to every token, has no position in the layout, and is cached in front of the tokens.
 
 Tensor parallelism: each config has the plan of the body (`base_model_tp_plan`), each model that of its head
 (`_tp_plan`). Blocks are divided by heads and by columns of the MLP, the vocabulary by rows (the embeddings and the tied
@@ -40,7 +40,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from gmask.errors import GmaskError, one_line
-from gmask.files import LFS_POINTER
+from gmask.files import refuse_placeholder
 from gmask.models.cache import GrowingCache
 from gmask.models.layout import build_mask, continues, resolve_sequences
 from gmask.native import ops as native
@@ -59,7 +59,7 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out: the plain twin of the fused kernels, and the one that returns the weights."""
+    """Attention in plain torch: the reference for the fused kernels, and the only one that returns the weights."""
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
@@ -72,9 +72,9 @@ def eager_attention(
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention, but for how a model gets queries, keys and values out of ``query_key_value``."""
+    """Multi-head self-attention. Subclasses compute queries, keys and values with ``query_key_value``."""
 
-    is_causal = False  # the mask says all; without one every key is visible
+    is_causal = False  # visibility is in the mask; without a mask every key is visible
     dense: nn.Module  # the output projection
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int, *, dropout: float = 0.0) -> None:
@@ -95,12 +95,12 @@ class SelfAttention(nn.Module):
         past_key_values: Cache | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention to the prefix, the cache and the new keys, as the config's ``attn_implementation`` says.
+        """Attends to the prefix, the cache and the new keys, by the ``attn_implementation`` of the config.
 
-        A single query on a CPU has a kernel of its own.
+        A single query on a CPU uses the package's own kernel.
 
         Returns:
-            ``[B, T, H]``, and the weights ``[B, N, T, K]`` where the implementation gives them.
+            ``[B, T, H]``, and the weights ``[B, N, T, K]`` if the implementation returns them, else None.
         """
         batch, _, length, _ = query.shape
         if prefix is not None:
@@ -187,7 +187,7 @@ def check_config_values(config_class: type[PreTrainedConfig], values: Mapping[st
 
 
 class PrefixConfig(Protocol):
-    """The values of a model's config that a prefix needs."""
+    """The part of a model's config that a prefix needs."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -200,7 +200,7 @@ class PrefixConfig(Protocol):
 
 
 class PrefixEncoder(nn.Module):
-    """``pre_seq_len`` trained keys and values for each layer: a table, with a small network behind it or without."""
+    """``pre_seq_len`` trained keys and values for each layer: a table, or a small network of a table."""
 
     def __init__(self, config: PrefixConfig) -> None:
         super().__init__()
@@ -219,22 +219,22 @@ class PrefixEncoder(nn.Module):
             self.embedding = nn.Embedding(self.length, width)
 
     def table(self) -> Tensor:
-        """``[P, 2 L N D]``: the embedding, or the output of the network for it."""
+        """Returns ``[P, 2 L N D]``: the embedding, or the output of the network for it."""
         table: Tensor = self.trans(self.embedding.weight) if self.config.prefix_projection else self.embedding.weight
         return table
 
     def forward(self) -> Tensor:
-        """``[2 L, N, P, D]``: key and value of layer 0, of layer 1, ... Keys are not rotated."""
+        """Returns ``[2 L, N, P, D]``: key and value of layer 0, of layer 1, ... Keys are not rotated."""
         heads, head_dim = self.config.num_attention_heads, self.config.head_dim
         return self.table().view(self.length, -1, heads, head_dim).permute(1, 2, 0, 3)
 
 
 def attach_prefix(model: PreTrainedModel, length: int, *, projection: bool) -> PrefixEncoder:
-    """Gives a GLM or ChatGLM a new prefix in float32, which replaces an earlier one.
+    """Adds a new prefix in float32 to a GLM or ChatGLM; it replaces an earlier one.
 
-    Its weights are drawn as those of the model were, from N(0, initializer_range).
+    Its weights are drawn from N(0, initializer_range), as those of the model.
     """
-    for config in (model.config, model.base_model.config):  # two if the body came from another model than the head
+    for config in (model.config, model.base_model.config):  # they differ if the body came from another model
         config.pre_seq_len, config.prefix_projection = length, projection
     encoder = PrefixEncoder(model.config).to(model.device)
     for module in encoder.modules():
@@ -244,26 +244,26 @@ def attach_prefix(model: PreTrainedModel, length: int, *, projection: bool) -> P
 
 
 def prepend(prefix: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Puts the keys and values of a layer's prefix ``[2, N, P, D]`` in front of those of tokens ``[B, N, K, D]``."""
+    """Prepends the keys and values of a layer's prefix ``[2, N, P, D]`` to those of tokens ``[B, N, K, D]``."""
     own_key, own_value = prefix.to(key).unsqueeze(1).expand(-1, len(key), -1, -1, -1)
     return torch.cat((own_key, key), dim=-2), torch.cat((own_value, value), dim=-2)
 
 
 def show_prefix(mask: Tensor | None, length: int, cache: Cache | None) -> Tensor | None:
-    """Puts the keys of a prefix, all visible, in front of a mask ``[B, 1, T, K]`` of `build_mask`.
+    """Prepends the keys of a prefix, all visible, to a mask ``[B, 1, T, K]`` of `build_mask`.
 
     Args:
         length: P.
-        cache: in a static one K counts the positions for the prefix already, at the end.
+        cache: if it is static, K includes the positions of the prefix already, at the end.
     """
     if mask is None:
         return None
     room = -length if cache is not None and cache.is_compileable else 0
-    return F.pad(mask, (length, room), value=mask.dtype == torch.bool)  # an additive one hides nothing with 0
+    return F.pad(mask, (length, room), value=mask.dtype == torch.bool)  # in an additive mask 0 is visible
 
 
 class QuantizingMixin:
-    """`quantize` as published, and casts that change neither quantized weights nor their scales."""
+    """The published method `quantize`, and casts that leave quantized weights and their scales as they are."""
 
     def quantize(self, bits: int, *, group_size: int | None = None, embeddings: bool = False) -> Self:
         """Quantizes the weights in place: `gmask.quantization.quantizer.quantize_model`."""
@@ -277,7 +277,7 @@ class QuantizingMixin:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the activations, which the scales need not have."""
+        """The dtype of the activations, from which that of the scales may differ."""
         named = self.named_parameters()  # type: ignore[attr-defined]
         found = (p.dtype for name, p in named if p.is_floating_point() and not name.endswith("weight_scale"))
         dtype: torch.dtype = next(found)
@@ -285,17 +285,17 @@ class QuantizingMixin:
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if not isinstance(module, QuantizedLayer):  # integers only come from files
+        if not isinstance(module, QuantizedLayer):  # integers are not drawn at random
             super()._init_weights(module)  # type: ignore[misc]
 
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """How the tensors of a file differ from those that are wanted."""
+    """The differences between the names and shapes of stored tensors and of those that a model needs."""
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
-    shapes: Mapping[str, tuple[Sequence[int], Sequence[int]]]  # stored and wanted, by name
+    shapes: Mapping[str, tuple[Sequence[int], Sequence[int]]]  # the stored and the wanted shape, by name
 
     @classmethod
     def of(
@@ -304,13 +304,13 @@ class Mismatch:
         unexpected: Collection[str],
         shapes: Mapping[str, tuple[Sequence[int], Sequence[int]]],
     ) -> "Mismatch | None":
-        """None if nothing differs."""
+        """Returns the mismatch; None if nothing differs."""
         differs = missing or unexpected or shapes
         return cls(tuple(sorted(missing)), tuple(sorted(unexpected)), shapes) if differs else None
 
     @classmethod
     def between(cls, stored: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> "Mismatch | None":
-        """Of two sets of shapes, by name; None if they are the same."""
+        """Compares two sets of shapes by name; returns None if they are the same."""
         shapes = {
             name: (shape, wanted[name]) for name, shape in stored.items() if name in wanted and shape != wanted[name]
         }
@@ -321,7 +321,7 @@ class Mismatch:
         return any(name.endswith("weight_scale") for name in self.missing)
 
     def explain(self) -> str:
-        """The first difference."""
+        """Returns a description of the first difference."""
         if self.lacks_scales:
             scale = next(name for name in self.missing if name.endswith("weight_scale"))
             return f"the weights lack their scales ({scale} ...); download the model again, or quantize it anew"
@@ -333,7 +333,7 @@ class Mismatch:
         return f"{name} has the shape {list(stored)}, but the model asks for {list(wanted)}"
 
     def explain_for(self, model: PreTrainedModel) -> str:
-        """The first difference from a model, and what one of names may come from."""
+        """Returns a description of the first difference from a model and, if names differ, of its likely cause."""
         if self.lacks_scales or not (self.missing or self.unexpected):
             return self.explain()
         return f"{self.explain()}; they do not fit the config, or are not those of {type(model).__name__}"
@@ -344,7 +344,7 @@ def _name_some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError)
+LOADING_ERRORS = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError)
 QUANTIZERS = ("gguf_file", "quantization_config")
 """Keywords of `from_pretrained` that load other weights than floats: the quantizer chooses their dtype."""
 
@@ -352,30 +352,30 @@ PLACEMENTS = (*QUANTIZERS, "device_map", "distributed_config", "tp_plan", "tp_si
 """Keywords of `from_pretrained` with which the weights may not all be floats on the CPU."""
 
 OTHER_FILES = ("gguf_file", "key_mapping", "state_dict", "subfolder", "use_safetensors", "variant")
-"""Keywords of `from_pretrained` that load other weights than those of the folder, or rename them."""
+"""Keywords of `from_pretrained` that choose other weights than those of the folder, or rename them."""
 
 
 class StrictLoadingMixin:
-    """`from_pretrained` that raises where transformers' own warns and goes on with random weights."""
+    """`from_pretrained` that raises an error where transformers warns and uses random weights."""
 
     base_model_prefix: str
     tuned_parts: ClassVar[tuple[str, ...]] = ()
-    """Prefixes of the keys that tuning adds: a checkpoint may lack all of them, like those of a head for a task."""
+    """Prefixes of the names that tuning adds. A checkpoint may lack all of them, as it may lack the head of a task."""
 
     check_source: ClassVar[Callable[..., None] | None] = None
-    """Checks a folder before it is loaded, as `gmask.load` does. `gmask.registration` sets it."""
+    """Checks a folder before it is loaded, as `gmask.load` does. It is set by `gmask.registration`."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """As `transformers.PreTrainedModel.from_pretrained`, but every weight must be there, be known, and fit.
+        """As `transformers.PreTrainedModel.from_pretrained`, but the names and shapes of all weights have to fit.
 
-        All weights of a head for a task (not of the one that predicts tokens) may be missing: the head is then new, and
-        transformers warns as usual. A model without a head ignores those of a checkpoint. Without a ``dtype`` the
-        weights are float32, as with the published code, whatever their number and their devices (`gmask.load` takes
-        bfloat16 on a CPU for more than 3 billion); ``dtype="auto"`` takes the stored one.
+        The head of a task (not the one that predicts tokens) may be missing as a whole: it is then new, and
+        transformers warns as usual. A model without a head ignores the heads of a checkpoint. Without a ``dtype`` the
+        weights are float32, as with the published code, for models of any size and on any device (`gmask.load` uses
+        bfloat16 on a CPU beyond 3 billion parameters); ``dtype="auto"`` is the stored one.
 
         Raises:
-            GmaskError: missing, unexpected or ill-shaped weights, which are named; unreadable files.
+            GmaskError: missing or unexpected weights, or such of another shape; unreadable files.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         lets_shapes_differ = kwargs.pop("ignore_mismatched_sizes", False)
@@ -389,15 +389,15 @@ class StrictLoadingMixin:
                 pretrained_model_name_or_path,
                 *model_args,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # so that all faults are known before one is raised
+                ignore_mismatched_sizes=True,  # so that all differences are known before one is raised
                 **kwargs,
             )
         except GmaskError:
             raise
-        except Exception as error:  # a pointer read as JSON or as an archive fails in as many ways
+        except Exception as error:  # a Git LFS pointer read as JSON or as an archive raises various errors
             _explain(pretrained_model_name_or_path, error)
             raise
-        if not getattr(model, "_hf_peft_config_loaded", False):  # else the report is on the adapter's weights
+        if not getattr(model, "_hf_peft_config_loaded", False):  # with an adapter, the report is about its weights
             if lets_shapes_differ:
                 info = {**info, "mismatched_keys": set()}
             _check(model, info, pretrained_model_name_or_path)
@@ -416,14 +416,14 @@ class StrictLoadingMixin:
 
 
 def new_parts(model: Any) -> tuple[set[str], set[str]]:
-    """The names of a head for a task, and of what tuning adds: a checkpoint may lack either as a whole."""
+    """Returns the names of a task's head and those that tuning adds. A checkpoint may lack either as a whole."""
     names, body = model.state_dict().keys(), (f"{model.base_model_prefix}.", "lm_head.")
     heads = {name for name in names if not name.startswith(body)}
     return heads, {name for name in names if name.startswith(model.tuned_parts)}
 
 
 def _check(model: Any, info: Mapping[str, Any], source: Any) -> None:
-    """Raises for what the loading report `info` says is amiss, but for heads."""
+    """Raises `GmaskError` for the first difference in the loading report ``info``, except for heads."""
     prefix = f"{model.base_model_prefix}."
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     if hasattr(model, model.base_model_prefix):
@@ -439,23 +439,22 @@ def _check(model: Any, info: Mapping[str, Any], source: Any) -> None:
 
 
 def _explain(source: Any, error: Exception) -> None:
-    """Raises a `GmaskError` if the weights of the folder `source` are at fault, rather than an argument."""
+    """Raises `GmaskError` if the error comes from the weights of the folder ``source``, not from an argument."""
     folder = Path(str(source)).expanduser()
     if not folder.is_dir():
         return
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        with path.open("rb") as file:
-            if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise GmaskError(
-                    f"{path}: a Git LFS pointer, not the weights: run `git lfs pull` there, or download the file"
-                ) from error
-    if isinstance(error, UNREADABLE):
-        reason = one_line(error)
-        raise GmaskError(f"{folder}: the weights cannot be read, download or copy them again ({reason})") from error
+        try:
+            refuse_placeholder(path)
+        except GmaskError as fault:
+            raise fault from error
+    if isinstance(error, LOADING_ERRORS):
+        message = f"{folder}: the weights cannot be read, download or copy them again ({one_line(error)})"
+        raise GmaskError(message) from error
 
 
 class PrefixLMPreTrainedModel(StrictLoadingMixin, QuantizingMixin, PreTrainedModel):
-    """What transformers has to know of a model, as far as it is the same for both architectures."""
+    """The attributes that transformers reads, as far as they are the same for both architectures."""
 
     supports_gradient_checkpointing = True
     _input_embed_layer = "word_embeddings"
@@ -463,11 +462,11 @@ class PrefixLMPreTrainedModel(StrictLoadingMixin, QuantizingMixin, PreTrainedMod
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_set_attn_implementation_cached_value = True  # transformers would look for it in the text of the model's file
+    _can_set_attn_implementation_cached_value = True  # else transformers searches the source file of the model
 
 
 class PrefixLMModel(PrefixLMPreTrainedModel):
-    """A model without its head: ids and layout in, final hidden states ``[B, T, H]`` out."""
+    """A model without its head: from ids and layout to final hidden states ``[B, T, H]``."""
 
     @merge_with_config_defaults
     @capture_outputs
@@ -486,16 +485,16 @@ class PrefixLMModel(PrefixLMPreTrainedModel):
         """Runs the transformer.
 
         Args:
-            input_ids: ``[B, T]``; a GLM takes those of ``config.prompt_ids`` as trained vectors.
-            attention_mask: ``[B, past + T]`` padding mask (1 = a token), or one of the published forms, which the
-                model's class names.
-            position_ids: ``[B, 2, T]``, the published name of ``layout``. 2-D ones ``[B, T]`` only say where packed
-                sequences start: at each 0, if there is neither a mask nor a cache.
-            layout: ``[B, 2, T]`` positions in the context and in the answer; read off ``input_ids`` if absent.
+            input_ids: ``[B, T]``; for a GLM, ``config.prompt_ids`` are the ids of trained vectors.
+            attention_mask: ``[B, past + T]`` padding mask (1 = a token), or one of the published forms, which are
+                listed at the model's class.
+            position_ids: ``[B, 2, T]``, the published name of ``layout``. If they are ``[B, T]``, without a mask and a
+                cache, a packed sequence starts at each 0.
+            layout: ``[B, 2, T]`` positions in the context and in the answer; by default derived from ``input_ids``.
             sequence_ids: ``[B, T]`` packed sequences, which do not see each other; -1 at padding.
 
         Raises:
-            ValueError: a layout that cannot be read off the ids, or positions that the model does not have.
+            ValueError: ids that imply no layout, or positions that the model does not have.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -524,27 +523,27 @@ class PrefixLMModel(PrefixLMPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
     def _embed(self, input_ids: Tensor | None) -> Tensor:
-        """Embeddings ``[B, T, H]`` of ids ``[B, T]``."""
+        """Returns the embeddings ``[B, T, H]`` of ids ``[B, T]``."""
         embedded: Tensor = self.word_embeddings(input_ids)
         return embedded
 
     def _read_layout(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, sequence_ids: Tensor | None, cache: Cache | None
     ) -> Tensor:
-        """The layout ``[B, 2, T]`` that the token ids imply."""
+        """Derives the layout ``[B, 2, T]`` from the token ids."""
         raise NotImplementedError
 
     def _check_layout(self, layout: Tensor, inputs_embeds: Tensor) -> None:
-        """Raises `ValueError` for a layout that the model cannot take; rotary positions have no end."""
+        """Raises `ValueError` for a layout that the model cannot take. Rotary positions have no limit."""
 
     def _read_mask(
         self, attention_mask: Tensor | None, length: int, cache: Cache | None, *, published_positions: bool
     ) -> Tensor | None:
-        """A mask of this model's published forms as one that `build_mask` takes.
+        """Converts a mask in one of the model's published forms into one that `build_mask` takes.
 
         Args:
             length: T.
-            published_positions: 3-D ``position_ids`` were given.
+            published_positions: True if 3-D ``position_ids`` were given.
         """
         raise NotImplementedError
 
@@ -557,14 +556,15 @@ class PrefixLMModel(PrefixLMPreTrainedModel):
         cache: Cache | None,
         **kwargs: Any,
     ) -> Tensor:
-        """Final hidden states ``[B, T, H]``."""
+        """Runs the blocks; returns the final hidden states ``[B, T, H]``."""
         raise NotImplementedError
 
 
 def run_blocks(blocks: Iterable[nn.Module], hidden_states: Tensor, prefix: Tensor | None, **kwargs: Any) -> Tensor:
     """Runs ``hidden_states [B, T, H]`` through the blocks, each with its part of the prefix ``[L, 2, N, P, D]``."""
     for index, block in enumerate(blocks):
-        own = None if prefix is None else prefix[index]  # a reentrant checkpoint loses gradients of keywords
+        # The prefix is no keyword: reentrant gradient checkpointing drops the gradients of keywords.
+        own = None if prefix is None else prefix[index]
         hidden_states = block(hidden_states, own, **kwargs)
     return hidden_states
 
@@ -586,7 +586,7 @@ def check_division(model: Any, processes: int) -> None:
                 "weights are not quantized while they are divided among processes: write them with gmask quantize, and "
                 "name that folder"
             )
-        together = layer.group_size or 8 // layer.bits  # columns that share a scale, or a byte
+        together = layer.group_size or 8 // layer.bits  # columns that share a scale or, without groups, a byte
         if model.tp_plan.get(parallel_rule(name)) == "rowwise" and layer.in_features % (together * processes):
             raise GmaskError(
                 f"the {layer.in_features} columns of {name} lie in groups of {together}, which cannot be divided among "
@@ -604,7 +604,7 @@ class ThirdsColwiseParallel(PackedColwiseParallel):
         whole = module._parameters.get(param)
         if whole is None:
             return
-        placement = _StridedShard(dim=0, split_factor=self.split_factor)  # transformers' own divides the bias plainly
+        placement = _StridedShard(dim=0, split_factor=self.split_factor)  # transformers would not divide the bias so
         module._parameters[param] = nn.Parameter(
             distribute_tensor(whole, mesh, [placement], src_data_rank=None), requires_grad=whole.requires_grad
         )

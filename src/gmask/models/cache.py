@@ -1,11 +1,12 @@
-"""Keys and values: a cache with room to grow, and one whose rows come and go.
+"""KV caches: `GrowingCache` for one batch, and `SlotCache` for rows that come and go.
 
-transformers' `DynamicCache` joins old and new into a fresh tensor at each token; for ChatGLM-6B at 512 positions that
-moves half a gigabyte a token. Here each layer has room to spare, and a new tensor is made only when it runs out.
+transformers' `DynamicCache` concatenates old and new keys into a new tensor at each token; for ChatGLM-6B at 512
+positions that copies half a gigabyte a token. A `GrowingCache` has spare room in each layer, and allocates a new tensor
+only when it is used up.
 
 `SlotCache` gives every running row a slot: a row of preallocated keys and values, filled from the left. A decoding step
-feeds one token a row, each to the next free position of its own slot, and looks at the filled part of all. A row that
-ends is replaced by the last one, so that the running rows always come first and no row has to be picked out.
+feeds one token a row, writes it to the next free position of its slot, and reads the filled part of all slots. A row
+that ends is replaced by the last one, so that the running rows are always the first ones and no indexing is needed.
 
 Shape letters: B rows, N heads, K positions so far, D head size, R rows, C positions of a slot, W the longest filled
 part.
@@ -22,14 +23,14 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 ROOM = 128
-"""Positions that room is made for at a time."""
+"""The number of positions that are allocated at a time."""
 
 CLEANED = 16
-"""Positions that are set to zero at a time."""
+"""The number of positions that are set to zero at a time."""
 
 
 def capacity_for(length: int) -> int:
-    """Positions that a layer of ``length`` positions has room for."""
+    """Returns the number of positions that are allocated for ``length`` of them."""
     return (length // ROOM + 1) * ROOM
 
 
@@ -40,7 +41,7 @@ class GrowingLayer(DynamicLayer):
     values: Tensor
 
     def __init__(self, *, spare: bool = True) -> None:
-        """``spare``: whether there is room for more positions than are there."""
+        """``spare``: True to allocate more positions than are filled."""
         super().__init__()
         self.spare = spare
         self._rooms: tuple[Tensor, Tensor] | None = None
@@ -48,7 +49,7 @@ class GrowingLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Adds new positions; returns all of them."""
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            self._rooms = None  # gradients do not flow through what is written in place
+            self._rooms = None  # gradients do not flow through writes in place
             joined: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
             return joined
         if not self.is_initialized:
@@ -70,7 +71,7 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def _lies_in(self, rooms: tuple[Tensor, Tensor]) -> bool:
-        """Whether the keys are still a part of their room: whoever selects or reorders rows replaces them."""
+        """Returns True if the keys are still a view of their room; selecting or reordering rows replaces them."""
         return self.keys.numel() == 0 or (
             self.keys.data_ptr() == rooms[0].data_ptr() and self.keys.stride() == rooms[0].stride()
         )
@@ -80,7 +81,7 @@ class GrowingLayer(DynamicLayer):
         return states.new_empty(batch, heads, capacity_for(length) if self.spare else length, size)
 
     def select(self, rows: Tensor, *, room: int) -> "GrowingLayer":
-        """A layer of its own with these rows, and room for exactly so many positions more."""
+        """Returns a new layer with these rows, and room for exactly ``room`` more positions."""
         batch, heads, length, size = len(rows), *self.keys.shape[1:]
         chosen = GrowingLayer()
         chosen.lazy_initialization(self.keys, self.values)
@@ -93,7 +94,7 @@ class GrowingLayer(DynamicLayer):
         return chosen
 
     def release(self) -> None:
-        """Lets the memory go; nothing can be read of the layer any more."""
+        """Frees the memory; the layer must not be read afterwards."""
         self._rooms = None
         self.keys, self.values = self.keys.new_empty(0), self.values.new_empty(0)
 
@@ -103,20 +104,20 @@ class GrowingLayer(DynamicLayer):
 
 
 def _own(states: Tensor) -> Tensor:
-    """The states in memory of their own: as a part of queries, keys and values they would keep all three."""
+    """Copies states that are a view of fused queries, keys and values, so that these can be freed."""
     is_part = states.untyped_storage().nbytes() > states.nbytes
     return states.clone(memory_format=torch.contiguous_format) if is_part else states
 
 
 class GrowingCache(DynamicCache):
-    """A `DynamicCache` that grows by `ROOM` positions at a time; without ``spare``, it holds what it must."""
+    """A `DynamicCache` that grows by `ROOM` positions at a time or, without ``spare``, has no spare room."""
 
     def __init__(self, config: PreTrainedConfig, *, spare: bool = True) -> None:
         super().__init__()
         self.layers = [GrowingLayer(spare=spare) for _ in range(config.num_hidden_layers)]
 
     def select(self, rows: Tensor, *, room: int) -> "GrowingCache":
-        """A cache of its own with these rows, and room for exactly so many positions more; a row may come twice."""
+        """Returns a new cache with these rows, which may repeat, and room for exactly ``room`` more positions."""
         chosen = copy.copy(self)
         chosen.layers = [layer.select(rows, room=room) for layer in self.layers]
         return chosen
@@ -124,12 +125,12 @@ class GrowingCache(DynamicCache):
 
 @dataclass(slots=True)
 class FilledSlots:
-    """How far the slots are filled; all layers share it."""
+    """The filled part of the slots; all layers share this object."""
 
-    lengths: list[int] = field(default_factory=list)  # of each running row: filled positions
+    lengths: list[int] = field(default_factory=list)  # filled positions of each running row
     row_index: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    positions: Tensor | None = None  # where the next token of each row goes; None: all at the same
-    width: int = 0
+    positions: Tensor | None = None  # of the next token of each row; None if all are the same
+    width: int = 0  # W of the present step
 
 
 class SlotLayer(CacheLayerMixin):
@@ -144,10 +145,10 @@ class SlotLayer(CacheLayerMixin):
     def __init__(self, filled: FilledSlots) -> None:
         super().__init__()
         self.filled = filled
-        self.clean_rows = self.clean_width = 0  # the first positions of the first rows, all of which are numbers
+        self.clean_rows = self.clean_width = 0  # these first positions of these first rows hold no NaN
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Slots get their room when a first row is put in."""
+        """Does nothing: slots are allocated when the first row is added."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Writes one position a row ``[R, N, 1, D]``; returns ``[R, N, W, D]``."""
@@ -157,7 +158,7 @@ class SlotLayer(CacheLayerMixin):
             self.keys[:count, :, width - 1] = key_states[:, :, 0]
             self.values[:count, :, width - 1] = value_states[:, :, 0]
         else:
-            rows, positions = rows.to(self.keys.device), positions.to(self.keys.device)  # a model may lie on several
+            rows, positions = rows.to(self.keys.device), positions.to(self.keys.device)  # layers may be on several
             self.keys[rows, :, positions] = key_states[:, :, 0]
             self.values[rows, :, positions] = value_states[:, :, 0]
         return self.keys[:count, :, :width], self.values[:count, :, :width]
@@ -172,7 +173,10 @@ class SlotLayer(CacheLayerMixin):
         return -1
 
     def reserve(self, rows: int, length: int, width: int, like: Tensor) -> None:
-        """Makes room for so many rows and positions; what is filled stays. The first ``width`` are going to be read."""
+        """Allocates room for rows and positions, and keeps the filled part.
+
+        ``width``: the number of first positions that will be read.
+        """
         if not self.is_initialized or rows > self.keys.shape[0] or length > self.keys.shape[2]:
             self._grow(rows, length, like)
         if rows > self.clean_rows or width > self.clean_width:
@@ -192,7 +196,7 @@ class SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def _clean(self, rows: int, width: int) -> None:
-        """Zeros: what is hidden still takes part in torch's products, times 0, and must be a number."""
+        """Sets new positions to zero: hidden values still enter torch's products, times 0, so they must not be NaN."""
         width = min(-(-width // CLEANED) * CLEANED, self.keys.shape[2])
         for states in (self.keys, self.values):
             states[self.clean_rows : rows, :, :width] = 0
@@ -204,7 +208,7 @@ class SlotCache(Cache):
     """The slots of all layers."""
 
     def __init__(self, layers: int) -> None:
-        self.filled = FilledSlots()  # no layer refers to the cache: memory that is in a circle is freed late
+        self.filled = FilledSlots()  # layers refer to it, not to the cache: reference cycles are freed late
         super().__init__(layers=[SlotLayer(self.filled) for _ in range(layers)])
 
     @property
@@ -213,13 +217,13 @@ class SlotCache(Cache):
         return self.filled.lengths
 
     def add(self, read: GrowingCache, is_real: Tensor | None, *, copies: Sequence[int], room: int = 0) -> None:
-        """Puts what a prefill has read into new slots behind the running ones, and empties its cache.
+        """Copies the cache of a prefill into new slots behind the running ones, and empties it.
 
         Args:
             read: the cache of the prefill.
-            is_real: boolean ``[B, T]``, False at padding among its last T positions; those before them are a prefix.
-            copies: of each row: samples of the same context.
-            room: positions that any of them will need in the end; without it, slots grow as they fill.
+            is_real: boolean ``[B, T]`` for its last T positions, False at padding; positions before them are a prefix.
+            copies: the number of slots for each row of the prefill: the samples of its context.
+            room: the most positions that a new row will need; without it, slots grow as they fill.
         """
         width = read.get_seq_length()
         sources = torch.tensor([row for row, count in enumerate(copies) for _ in range(count)])
@@ -229,7 +233,7 @@ class SlotCache(Cache):
             prefix, real = width - is_real.shape[1], is_real.sum(-1).cpu()[sources]
             lengths = (prefix + real).tolist()
             skipped = torch.where(torch.arange(max(lengths)) < prefix, 0, width - prefix - real[:, None])
-            columns = (torch.arange(max(lengths)) + skipped).clamp(max=width - 1)  # R, longest: where each stands
+            columns = (torch.arange(max(lengths)) + skipped).clamp(max=width - 1)  # [R, longest]: index in the prefill
         first, longest = len(self.lengths), max(lengths)
         rows = slice(first, first + len(sources))
         for slot, layer in zip(self.layers, read.layers, strict=True):
@@ -239,11 +243,11 @@ class SlotCache(Cache):
                     new[rows, :, :longest] = old[sources[:, None], :, columns].transpose(1, 2)
                 else:
                     new[rows, :, :longest] = old if len(sources) == len(old) else old[sources]
-            layer.release()  # so that both copies are in memory for one layer only
+            layer.release()  # so that only one layer at a time is in memory twice
         self.lengths.extend(lengths)
 
     def remove(self, row: int) -> None:
-        """Lets a row go; the last one takes its slot."""
+        """Removes a row; the last row takes its slot."""
         last = len(self.lengths) - 1
         if row != last:
             length = self.lengths[last]
@@ -254,9 +258,9 @@ class SlotCache(Cache):
         self.lengths.pop()
 
     def begin_step(self, device: torch.device) -> Tensor | None:
-        """Prepares the feeding of one token a row; returns which positions each row then sees.
+        """Prepares a step of one token a row; returns the positions that each row then sees.
 
-        Boolean ``[R, W]``; None where the rows are equally long, and each sees all of its own.
+        Boolean ``[R, W]``; None if all rows are equally long, so that each sees all of its positions.
         """
         filled, count = self.filled, len(self.lengths)
         filled.width = max(self.lengths) + 1
@@ -270,10 +274,10 @@ class SlotCache(Cache):
         return torch.arange(filled.width, device=device) <= filled.positions[:, None]
 
     def end_step(self) -> None:
-        """The fed tokens are part of their rows."""
+        """Counts the fed tokens as part of their rows."""
         self.filled.lengths = [length + 1 for length in self.lengths]
 
 
 def total_positions(lengths: Sequence[int]) -> int:
-    """Positions that rows of these final lengths take: slots are as long as the longest of them."""
+    """Returns the positions that rows of these final lengths take: all slots are as long as the longest row."""
     return len(lengths) * capacity_for(max(lengths)) if lengths else 0

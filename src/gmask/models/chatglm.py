@@ -1,4 +1,4 @@
-"""ChatGLM-6B: configuration, positions, layout of its inputs, model, spreading over devices.
+"""ChatGLM-6B: configuration, positions, layout of its inputs, model, distribution over devices.
 
 The forward pass is `PrefixLMModel.forward` (base.py), which calls the methods of `ChatGLMModel`; head and loss are in
 generate.py. Module names are those of the published checkpoints, so that their keys need no renaming. Every tensor is
@@ -8,8 +8,8 @@ Shape letters: B batch rows, T positions, K key positions (cached ones first), H
 layers, P prefix length, V vocabulary.
 
 Source: published modeling_chatglm.py, revision of the 130528-entry vocabulary; positions as in its ``get_masks``,
-``get_position_ids`` and ``RotaryEmbedding``. Its division of the queries by layer + 1, undone after the product, only
-keeps half precision from overflowing and is left to the kernel.
+``get_position_ids`` and ``RotaryEmbedding``. It divides the queries by layer + 1 and multiplies the product by that
+again, which only avoids an overflow in half precision; here the kernel takes care of that.
 """
 
 import math
@@ -41,7 +41,7 @@ from gmask.native import ops as native
 from gmask.quantization.quantizer import QuantizationConfig
 
 PUBLISHED_LAYERS = 28
-"""The published block does not get ``num_layers``: it scales its residual for 28 layers, whatever the depth."""
+"""The published block scales its residual for 28 layers, whatever ``num_layers`` is."""
 
 
 class ChatGLMConfig(PreTrainedConfig):
@@ -52,8 +52,8 @@ class ChatGLMConfig(PreTrainedConfig):
     Options that no published config has:
 
     - ``residual_alpha``: the factor of the normalised residual; sqrt(56) by default, as published.
-    - ``rotary_dtype``: ``"float32"``, or ``"module"`` for tables in the precision of the weights, as published; in half
-      precision those are off by up to half a radian near position 2000.
+    - ``rotary_dtype``: ``"float32"``, or ``"module"`` for tables in the precision of the weights, as published. In half
+      precision their angles are wrong by up to half a radian near position 2000.
     - ``position_rule``: ``"v1.1"``, or ``"v0"`` for the positions of the first published code (vocabulary of 150528),
       which differ between a pass over a whole text and step-by-step decoding.
     """
@@ -69,7 +69,7 @@ class ChatGLMConfig(PreTrainedConfig):
         "eop_token_id": "eos_token_id",
     }
 
-    base_model_tp_plan: ClassVar[dict[str, str]] = {  # rows of whole heads: query, key and value of each lie together
+    base_model_tp_plan: ClassVar[dict[str, str]] = {  # rows of whole heads: each has query, key and value side by side
         "word_embeddings": "embedding_rowwise",
         "layers.*.attention.query_key_value": "colwise",
         "layers.*.attention.dense": "rowwise",
@@ -98,10 +98,10 @@ class ChatGLMConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 130005
     mask_token_id: int | None = 130000
     gmask_token_id: int | None = 130001
-    auto_map: dict[str, Any] = field(default_factory=dict)  # no remote code; trainers read it unasked
+    auto_map: dict[str, Any] = field(default_factory=dict)  # no remote code; trainers expect the attribute
 
     complete_published: ClassVar[Callable[[Mapping[str, Any]], dict[str, Any]] | None] = None
-    """Fills in what an early published config leaves out. `gmask.registration` sets it."""
+    """Adds the values that an early published config lacks. It is set by `gmask.registration`."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -112,16 +112,16 @@ class ChatGLMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_other_chatglm({"architectures": self.architectures, **kwargs})
         check_config_values(type(self), {**vars(self), **kwargs})
-        quarters = 4 * self.num_attention_heads  # two rotary groups of channels, each of which turns in pairs
+        quarters = 4 * self.num_attention_heads  # a head has two rotary groups of channels, which rotate in pairs
         if self.hidden_size % quarters:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {quarters}, 4 * num_attention_heads")
         for name, known in (("rotary_dtype", ("float32", "module")), ("position_rule", ("v1.1", "v0"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
-        if kwargs.pop("rotary_stretch", 1) != 1:  # which earlier versions of gmask knew; no weights were tuned with it
+        if kwargs.pop("rotary_stretch", 1) != 1:  # of earlier versions of gmask; no weights were tuned with it
             raise ValueError("rotary_stretch is not supported any more: take it out of the config")
         bits, with_embeddings = kwargs.pop("quantization_bit", 0), kwargs.pop("quantization_embeddings", False)
-        if bits:  # a published checkpoint of integers
+        if bits:  # a published quantized checkpoint
             kwargs["quantization_config"] = QuantizationConfig(bits, embeddings=with_embeddings).to_dict()
         super().__post_init__(**kwargs)
 
@@ -143,16 +143,16 @@ def derive_chat_layout(
     sequence_ids: Tensor | None = None,
     rule: str = "v1.1",
 ) -> Tensor:
-    """Reads the layout ``[B, 2, T]`` off the tokens ``[B, T]``.
+    """Derives the layout ``[B, 2, T]`` from the tokens ``[B, T]``.
 
     The context ends at the first ``<sop>``. The tokens behind it answer the first ``[gMASK]``, or if there is none the
     first ``[MASK]``, and have its position. A ``<sop>`` inside the answer is a token like any other.
 
     Args:
-        attention_mask: ``[B, T]``, 0 at padding, which has no position: a padded row has the layout of the row without.
-        sequence_ids: ``[B, T]``, which packed sequence a token belongs to; -1 at padding.
-        rule: ``"v0"`` gives what the first published code did in a pass over a whole text: ``[MASK]`` goes before
-            ``[gMASK]``, and the positions of the answer to a ``[gMASK]`` continue those of the context.
+        attention_mask: ``[B, T]``, 0 at padding, which does not count: a row has the same layout with and without it.
+        sequence_ids: ``[B, T]``, the packed sequence of each token; -1 at padding.
+        rule: ``"v0"`` for the layout of the first published code in a pass over a whole text: ``[MASK]`` is preferred
+            to ``[gMASK]``, and the positions of the answer to a ``[gMASK]`` continue those of the context.
 
     Raises:
         ValueError: a sequence without ``<sop>``, or without a ``[gMASK]`` or ``[MASK]``.
@@ -173,34 +173,36 @@ def derive_chat_layout(
     mask = torch.full_like(gmask, length) if mask_token_id is None else first(input_ids == mask_token_id)
     preferred, other = (mask, gmask) if rule == "v0" else (gmask, mask)
     blank = torch.where(preferred < length, preferred, other)
-    if bool(((sop == length) & is_real).any()):
+    if not native.is_captured() and bool(((sop == length) & is_real).any()):
         raise ValueError("a sequence has no <sop>: end the prompt with [gMASK] <sop>, as the tokenizer does")
-    if bool(((blank == length) & is_real).any()):
+    if not native.is_captured() and bool(((blank == length) & is_real).any()):
         raise ValueError("a sequence has no [gMASK] and no [MASK]: end the prompt with [gMASK] <sop>")
     before = torch.nn.functional.pad(is_real.long().cumsum(-1), (1, 0))  # real tokens before each column
     start = before.gather(1, first(is_real).clamp(max=length - 1))
     of_blank = before.gather(1, blank.clamp(max=length - 1))
-    moved = (column >= sop) & ((mask < length) if rule == "v0" else True)
+    moved = column >= sop
+    if rule == "v0":
+        moved = moved & (mask < length)
     context_position = torch.where(moved, of_blank, before[:, :-1]) - start
     answer_position = (column - sop + 1).clamp(min=0)
     return torch.stack((context_position, answer_position), dim=1) * is_real[:, None]
 
 
 def inverse_frequencies(rotated: int, device: torch.device | None = None) -> Tensor:
-    """``[rotated / 2]`` float32; rounded to half precision, as published in every precision."""
+    """Returns ``[rotated / 2]`` float32, rounded to half precision, as in the published code for every precision."""
     powers = torch.arange(0, rotated, 2, device=device, dtype=torch.float32) / rotated
     return (1.0 / ROTARY_BASE**powers).half().float()
 
 
 def rotary_tables(positions: Tensor, frequencies: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[B, 1, T, G, R]`` for positions ``[B, G, T]``.
+    """Returns cosines and sines ``[B, 1, T, G, R]`` for positions ``[B, G, T]``.
 
-    Each of the G groups of R channels of a head is rotated by one row of positions: by those in the context, or by
-    those in the answer.
+    A head has G groups of R channels. Each group is rotated by one row of positions: those in the context, or those in
+    the answer.
 
     Args:
         frequencies: ``[R / 2]``.
-        dtype: in which positions, angles and tables are computed.
+        dtype: of positions, angles and tables.
     """
     angles = positions.transpose(1, 2)[:, None, :, :, None].to(dtype) * frequencies.to(dtype)
     angles = torch.cat((angles, angles), dim=-1)
@@ -225,7 +227,7 @@ def read_chat_layout(
     sequence_ids: Tensor | None,
     cache: Cache | None,
 ) -> Tensor:
-    """The layout ``[B, 2, T]`` that the token ids imply.
+    """Derives the layout ``[B, 2, T]`` from the token ids.
 
     Raises:
         ValueError: the ids imply none, or the config does not say which ids are blanks.
@@ -249,10 +251,10 @@ def read_chat_layout(
 
 
 def visible_from_published(attention_mask: Tensor | None, length: int, cache: Cache | None) -> Tensor | None:
-    """A published boolean mask ``[B, 1, T, <=K]`` (True = hidden) as ``[B, 1, T, K]`` with 1 = visible.
+    """Converts a published boolean mask ``[B, 1, T, <=K]`` (True = hidden) into ``[B, 1, T, K]`` with 1 = visible.
 
-    Any other mask stays as it is. The cached keys that it does not count are those of a prefix: in front of all others,
-    and visible.
+    Any other mask is returned as it is. Cached keys that the mask does not cover are those of a prefix, in front of all
+    others, and visible.
 
     Args:
         length: T.
@@ -328,12 +330,12 @@ class ChatGLMPreTrainedModel(PrefixLMPreTrainedModel):
     base_model_prefix = "transformer"
     tuned_parts = ("transformer.prefix_encoder.",)
     _no_split_modules = ["ChatGLMBlock"]  # noqa: RUF012 - transformers reads these as plain attributes
-    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # noqa: RUF012 - published, and never read there
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # noqa: RUF012 - published, but never used
     _can_record_outputs = {"hidden_states": ChatGLMBlock, "attentions": ChatGLMAttention}  # noqa: RUF012
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel, PrefixLMModel):
-    """ChatGLM without its head: ids and layout in, final hidden states ``[B, T, H]`` out.
+    """ChatGLM without its head: from ids and layout to final hidden states ``[B, T, H]``.
 
     Published form of ``attention_mask``: boolean ``[B, 1, T, K]``, True = hidden.
     """
@@ -359,7 +361,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, PrefixLMModel):
         return visible_from_published(attention_mask, length, cache)
 
     def rotary_tables(self, layout: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The tables of a layout: for two groups of channels; with 1-D positions for one, by those in the context."""
+        """Returns the tables of a layout: for two groups of channels, or for one if the config has 1-D positions."""
         positions = layout if self.config.position_encoding_2d else layout[:, :1]
         frequencies = inverse_frequencies(self.config.head_dim // positions.shape[1], device=layout.device)
         return rotary_tables(
@@ -399,21 +401,21 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, PrefixL
         self.post_init()
 
     def tie_weights(self, missing_keys: set[str] | None = None, **kwargs: Any) -> None:
-        """Ties, unless both were stored and one was left out for its wrong shape, which `from_pretrained` reports."""
+        """Ties head and embedding, unless one was stored with a wrong shape, which `from_pretrained` reports."""
         ends = {"lm_head.weight": self.lm_head, "transformer.word_embeddings.weight": self.transformer.word_embeddings}
         are_stored = missing_keys is not None and missing_keys.isdisjoint(ends)
         if not are_stored or not any(parameter.is_meta for end in ends.values() for parameter in end.parameters()):
             super().tie_weights(missing_keys, **kwargs)
 
     def read_prompt_layout(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """The layout ``[B, 2, S]`` of prompts ``[B, S]``; the mask has 0 at padding."""
+        """Derives the layout ``[B, 2, S]`` of prompts ``[B, S]``; the mask has 0 at padding."""
         return read_chat_layout(self.config, input_ids, attention_mask, None, None)
 
     def _update_model_kwargs_for_generation(
         self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        if self.config.position_rule == "v0":  # which gave only decoded tokens the position of the blank
+        if self.config.position_rule == "v0":  # there, only decoded tokens have the position of the blank
             updated["layout"][:, 0, -1] = (updated["layout"][:, 1] == 0).sum(-1) - 1
         return updated
 
@@ -422,13 +424,13 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, PrefixL
 
 
 ENDS = ("transformer.word_embeddings", "transformer.final_layernorm", "lm_head")
-"""The parts before and behind the layers: on the first device, which gets the prompt and returns the logits."""
+"""The modules before and behind the layers. They are on the first device, which gets the prompt and returns logits."""
 
 
 def spread_layers(config: ChatGLMConfig, devices: int) -> dict[str, int]:
-    """A map of a model's parts to the devices 0, 1, ..., as even as possible; `ENDS` count as two layers.
+    """Returns the device 0, 1, ... of each module, with layers spread evenly; `ENDS` count as two layers.
 
-    Source: ``auto_configure_device_map`` in utils.py of THUDM/ChatGLM-6B, whose shares may differ by two layers.
+    Source: ``auto_configure_device_map`` in utils.py of THUDM/ChatGLM-6B. There, shares may differ by two layers.
 
     Raises:
         GmaskError: more devices than layers.

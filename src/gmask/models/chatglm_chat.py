@@ -1,7 +1,7 @@
 """ChatGLM's published chat: the prompt of a conversation, ``chat`` and ``stream_chat``.
 
 ``chat`` and ``stream_chat`` have the published signatures and defaults. transformers' top-k of 50 is active in both, as
-it was in the published code. Scores that are not finite raise, where the published code hid them behind token 5.
+it was in the published code. Scores that are not finite raise an error; the published code chose token 5 instead.
 
 Source: published modeling_chatglm.py, ``chat`` and ``process_response``.
 """
@@ -35,7 +35,7 @@ IDEOGRAPH = "[\u4e00-\u9fff]"
 
 
 def build_prompt(query: str, history: Rounds = ()) -> str:
-    """The text that the model continues: the query itself, or behind earlier rounds all of them in order."""
+    """Returns the prompt: the query alone, or all rounds in order with the query behind them."""
     if not history:
         return query
     rounds = [f"[Round {index}]\n问：{asked}\n答：{answered}\n" for index, (asked, answered) in enumerate(history)]
@@ -43,7 +43,7 @@ def build_prompt(query: str, history: Rounds = ()) -> str:
 
 
 def clean_reply(text: str) -> str:
-    """The reply without white space around it, with full-width marks beside Chinese characters."""
+    """Returns the reply without white space around it, and with full-width punctuation beside Chinese characters."""
     text = text.strip().replace(TRAINING_TIME, "2023年")
     for mark, wide in FULL_WIDTH.items():
         text = re.sub(f"(?<={IDEOGRAPH}){re.escape(mark)}", wide, text)
@@ -56,14 +56,14 @@ MORE_THAN_A_REPLY = (
     "num_return_sequences", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions",
     "output_hidden_states", "n", "best_of",
 )  # fmt: skip
-"""Arguments, of ``generate`` or of other chats, that ask for what a chat does not return."""
+"""Arguments, of ``generate`` or of other chats, for results that a chat does not return."""
 
 UNFINISHED = "\ufffd"
-"""What decoding gives for the bytes of a character that is not complete yet."""
+"""The decoded text of a character whose bytes are not complete yet."""
 
 
 class FiniteScores(LogitsProcessor):
-    """Raises `FloatingPointError` for scores that are not finite; the published code put token 5 in their place."""
+    """Raises `FloatingPointError` for scores that are not finite; the published code chose token 5 instead."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not bool(torch.isfinite(scores).all()):
@@ -74,21 +74,21 @@ class FiniteScores(LogitsProcessor):
 
 
 class TokenQueue(BaseStreamer, StoppingCriteria):
-    """Hands tokens from the thread that generates them to the one that reads them, which may have it stop."""
+    """A queue of tokens from the thread that generates them to the one that reads them, which may stop the former."""
 
     def __init__(self) -> None:
         self.tokens: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
         self.is_cancelled = False
-        self.prompt_is_told = False
+        self.has_prompt = False  # transformers passes the prompt first
 
     def put(self, value: Tensor) -> None:
-        if self.prompt_is_told:
+        if self.has_prompt:
             for token in value.flatten().tolist():
                 self.tokens.put(token)
-        self.prompt_is_told = True
+        self.has_prompt = True
 
     def end(self) -> None:
-        """Nothing: the thread tells when it is done, be it by an error."""
+        """Does nothing: the thread itself puts the end of the queue, also after an error."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         return torch.full((len(input_ids),), self.is_cancelled, device=input_ids.device, dtype=torch.bool)
@@ -112,22 +112,22 @@ class ChatMixin(GenerationMixin):
         logits_processor: LogitsProcessorList | None = None,
         **kwargs: Any,
     ) -> tuple[str, list[Round]]:
-        """The reply and the history with it.
+        """Returns the reply, and the history with it.
 
         Args:
-            query: what is asked; special tokens in it are text.
+            query: the question; special tokens in it are plain text.
             history: earlier rounds, (asked, answered), or messages; see `gmask.conversation.read_conversation`. The
-                history that is returned has rounds.
+                returned history has rounds.
             max_length: tokens of prompt and reply together.
             temperature: 0 takes the most probable token at every step.
             **kwargs: as for transformers' ``generate``, such as ``top_k``, ``repetition_penalty``, ``stop_strings``.
 
         Warns:
-            UserWarning: once for a model, if prompt and reply may be longer than what it was trained on.
+            UserWarning: once for a model, if prompt and reply may be longer than the model was trained on.
 
         Raises:
-            GmaskError: the prompt leaves no room for a reply; a history that is none, or an argument that asks for more
-                than the one reply that is returned.
+            GmaskError: the prompt leaves no room for a reply; not a valid history; an argument that asks for more than
+                one reply.
             FloatingPointError: scores that are not finite.
         """
         settings = self._chat_settings(max_length, num_beams, do_sample, top_p, temperature, logits_processor, kwargs)
@@ -149,10 +149,10 @@ class ChatMixin(GenerationMixin):
         logits_processor: LogitsProcessorList | None = None,
         **kwargs: Any,
     ) -> Iterator[tuple[str, list[Round]]]:
-        """The reply so far and the history with it, after every token that completes a character.
+        """Yields the reply so far, and the history with it, after every token that completes a character.
 
-        Arguments, warning and errors as for `chat`, whose reply the last one is, but for beams, which cannot be
-        streamed; leaving the iterator stops the model.
+        The last reply is that of `chat`. Arguments, warning and errors are those of `chat`, without beams. Closing the
+        iterator stops the model.
         """
         settings = self._chat_settings(max_length, 1, do_sample, top_p, temperature, logits_processor, kwargs)
         conversation = read_conversation(history, query)
@@ -168,9 +168,9 @@ class ChatMixin(GenerationMixin):
             yield reply, [*rounds, (asked, reply)]
 
     def stream_generate(self, input_ids: Tensor, **kwargs: Any) -> Iterator[Tensor]:
-        """The ids ``[1, S + n]`` after each new token n; arguments as for ``generate``.
+        """Yields the ids ``[1, S + n]`` after each new token n; arguments as for ``generate``.
 
-        The published one left out the last token.
+        The published method leaves out the last token.
         """
         if len(input_ids) != 1:
             raise ValueError(f"stream_generate answers one prompt, not {len(input_ids)}")
@@ -186,7 +186,7 @@ class ChatMixin(GenerationMixin):
             try:
                 with torch.inference_mode():
                     self.generate(input_ids=input_ids, streamer=tokens, stopping_criteria=stopping, **kwargs)
-            except BaseException as error:  # told to the reader, who raises it
+            except BaseException as error:  # raised by the reading thread
                 tokens.tokens.put(error)
             tokens.tokens.put(None)
 
@@ -205,10 +205,10 @@ class ChatMixin(GenerationMixin):
     def encode_chat(
         self, tokenizer: PreTrainedTokenizerBase, query: str, history: History, *, max_length: int | None
     ) -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask`` ``[1, S]`` of a conversation.
+        """Returns ``input_ids`` and ``attention_mask`` ``[1, S]`` of a conversation.
 
         Raises:
-            GmaskError: it is as long as ``max_length``, or the tokenizer is not that of the model.
+            GmaskError: it leaves no room within ``max_length``; the tokenizer is not that of the model.
         """
         return self._encode(tokenizer, read_conversation(history, query), max_length=max_length)
 
@@ -235,7 +235,7 @@ class ChatMixin(GenerationMixin):
     def _chat_inputs(
         self, tokenizer: PreTrainedTokenizerBase, conversation: Conversation, settings: dict[str, Any]
     ) -> dict[str, Any]:
-        """What ``generate`` is given beside the settings; a warning if these exceed what the model was trained on."""
+        """Returns the inputs of ``generate``; warns if prompt and reply may be longer than the model was trained on."""
         inputs: dict[str, Any] = self._encode(tokenizer, conversation, max_length=settings.get("max_length"))
         length, trained = inputs["input_ids"].shape[1], self.config.max_position_embeddings
         longest = settings.get("max_length") or length + settings.get("max_new_tokens", 0)
@@ -258,7 +258,7 @@ class ChatMixin(GenerationMixin):
         logits_processor: LogitsProcessorList | None,
         others: dict[str, Any],
     ) -> dict[str, Any]:
-        """The arguments of ``generate``; those that only shape a draw are left out where nothing is drawn."""
+        """Returns the settings of ``generate``; those of sampling are left out if nothing is drawn."""
         self._refuse_more_than_a_reply(others)
         others = {name: value for name, value in others.items() if value is not None or name not in MORE_THAN_A_REPLY}
         do_sample = do_sample and temperature != 0
@@ -273,7 +273,7 @@ class ChatMixin(GenerationMixin):
         return settings
 
     def _refuse_more_than_a_reply(self, arguments: dict[str, Any]) -> None:
-        """Raises `GmaskError` for arguments of ``generate`` whose results a chat would drop in silence."""
+        """Raises `GmaskError` for arguments of ``generate`` whose results a chat would drop."""
         config = arguments.get("generation_config") or self.generation_config
         for name in MORE_THAN_A_REPLY:
             value = arguments.get(name, getattr(config, name, None))
@@ -281,7 +281,7 @@ class ChatMixin(GenerationMixin):
                 raise GmaskError(f"a chat returns one reply and no more: leave out {name}={value}, or use generate")
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        """Those of transformers behind `FiniteScores`, for some of them forbid a token by a score of -inf."""
+        """Puts `FiniteScores` before the processors of transformers, some of which set scores to -inf."""
         return LogitsProcessorList([FiniteScores(), *super()._get_logits_processor(*args, **kwargs)])
 
     def _read_reply(self, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

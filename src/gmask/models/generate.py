@@ -1,7 +1,7 @@
 """A prefix language model with its head: logits, loss, and transformers' `generate`.
 
-`generate` carries the layout from step to step in a keyword of its own: it would repeat 3-D ``position_ids`` along the
-wrong axis for beams and add one to both of their rows, and prefix tuning would shift them.
+The layout has a keyword of its own in `generate`. In ``position_ids`` transformers would repeat 3-D positions along the
+wrong axis for beams, add one to both rows at each step, and shift them for prefix tuning.
 
 Shape letters: B rows, T positions, S positions of a prompt, K key positions (cached ones first), V vocabulary.
 """
@@ -38,7 +38,7 @@ def _take_columns(values: Tensor, columns: Tensor) -> Tensor:
 
 
 class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin):
-    """A model whose head ``lm_head`` predicts tokens; its forward takes ``layout`` and builds its own mask."""
+    """A model with the head ``lm_head``, which predicts tokens; the base of both language models."""
 
     @can_return_tuple
     def forward(
@@ -56,9 +56,9 @@ class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin)
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits ``[B, T, V]``, and the mean cross-entropy in nats if ``labels [B, T]`` are given.
+        """Returns logits ``[B, T, V]``, and the mean cross-entropy in nats if ``labels [B, T]`` are given.
 
-        The model's class says what its labels are. The other arguments are those of `PrefixLMModel.forward`;
+        The labels are described at the model's class. The other arguments are those of `PrefixLMModel.forward`;
         ``logits_to_keep`` as of `keep_positions`.
         """
         outputs = self.base_model(
@@ -87,7 +87,7 @@ class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin)
         )
 
     def _pair_labels(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits that are scored, and the label of each; -100 is not scored."""
+        """Returns the logits that are scored, and the label of each; -100 is not scored."""
         raise NotImplementedError
 
     def generate(
@@ -98,19 +98,19 @@ class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin)
         generation_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> GenerateOutput | Tensor:
-        """transformers' `generate`; a prompt ends with ``<sop>``, and the new tokens fill the blank that it answers.
+        """As transformers' `generate`. A prompt ends with ``<sop>``, and the new tokens answer its blank.
 
-        Also takes the published forms, from which the layout and the padding are read: ``position_ids [B, 2, >= S]``,
-        GLM's ``generation_attention_mask [B, 1, >= S, >= S]`` (1 = visible) and ChatGLM's boolean ``attention_mask
-        [B, 1, S, S]`` (True = hidden).
+        It also takes the published arguments, from which it derives the layout and the padding: ``position_ids [B, 2,
+        >= S]``, GLM's ``generation_attention_mask [B, 1, >= S, >= S]`` (1 = visible) and ChatGLM's boolean
+        ``attention_mask [B, 1, S, S]`` (True = hidden).
 
         Prompts that are padded on the right, by their ``attention_mask [B, S]`` or without one by trailing padding ids,
         get the answers that they get alone; each stands in the result as it was given, with its answer behind the
         padding.
 
         Raises:
-            ValueError: no blank or no ``<sop>`` in a prompt; ``inputs_embeds`` without ``input_ids`` or ``layout``, or
-                of another length; a chunked prefill, which a bidirectional context rules out.
+            ValueError: a prompt without a blank or ``<sop>``; ``inputs_embeds`` without ``input_ids`` or ``layout``, or
+                of another length; chunked prefill, since the context is bidirectional.
         """
         input_ids = kwargs.get("input_ids", inputs)
         self._check_embeddings(input_ids, kwargs)
@@ -174,7 +174,7 @@ class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin)
         return mask
 
     def _grows_a_cache(self, kwargs: dict[str, Any]) -> bool:
-        """Whether `generate` would make a `DynamicCache`: no other cache is asked for, and one is wanted."""
+        """Returns True if transformers would use a `DynamicCache`."""
         config = kwargs.get("generation_config") or self.generation_config
         use_cache, kind = (
             kwargs.get(name, getattr(config, name, None)) for name in ("use_cache", "cache_implementation")
@@ -206,10 +206,10 @@ class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin)
                 input_ids, None if mask is None else mask[:, -input_ids.shape[1] :]
             )
         positions: Tensor = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        return positions  # 1-D, which forward ignores: generate wants them for its own bookkeeping
+        return positions  # 1-D: `generate` needs them for itself, and forward ignores them
 
     def read_prompt_layout(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """The layout ``[B, 2, S]`` of prompts ``[B, S]``; the mask has 0 at padding.
+        """Derives the layout ``[B, 2, S]`` of prompts ``[B, S]``; the mask has 0 at padding.
 
         Raises:
             ValueError: a prompt without a blank or ``<sop>``.
@@ -261,7 +261,7 @@ class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin)
         return updated
 
     def _prepare_static_cache(self, *args: Any, max_cache_len: int, **kwargs: Any) -> Cache:
-        """A static cache with room for the prefix too."""
+        """Makes a static cache with room for the prefix, too."""
         room = max_cache_len + (self.config.pre_seq_len or 0)
         cache: Cache = super()._prepare_static_cache(*args, max_cache_len=room, **kwargs)
         return cache
@@ -269,9 +269,9 @@ class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin)
     def create_masks_for_generate(
         self, attention_mask: Tensor | None = None, past_key_values: Cache | None = None, **kwargs: Any
     ) -> Tensor | None:
-        """The padding mask, as long as a static cache, so that a compiled step sees one shape; `forward` does the rest.
+        """Returns the padding mask, as long as a static cache, so that compiled steps see one shape.
 
-        Once the cache holds a prefix, the mask has the prefix in front.
+        `forward` builds the attention mask from it. Once the cache holds a prefix, the mask covers it, too.
         """
         if attention_mask is None or past_key_values is None:
             return attention_mask

@@ -1,6 +1,6 @@
 """GLM (110M to 10B): configuration, layout of its inputs, trained prompt vectors, model.
 
-Prompt vectors (P-tuning) have ids of their own, behind the vocabulary: they are read like any token, have positions in
+Prompt vectors (P-tuning) have ids of their own, behind the vocabulary. They are read like any token, have positions in
 the layout, and are never generated.
 
 The forward pass is `PrefixLMModel.forward` (base.py), which calls the methods of `GLMModel`; head and loss are in
@@ -9,8 +9,8 @@ generate.py. Module names are those of the published checkpoints, so that their 
 Shape letters: B rows, T positions, H hidden size, P vectors or prefix length, K key positions (cached ones first), N
 heads, D head size, L layers, V vocabulary.
 
-Source: Liu et al., "GPT Understands, Too", 2021; THUDM/GLM model/prompt.py, class ``PromptSpell``.
-Source: Du et al., ACL 2022, section 2; published code THUDM/GLM model/modeling_glm.py and mpu/transformer.py.
+Source: Du et al., ACL 2022, section 2; published code THUDM/GLM model/modeling_glm.py and mpu/transformer.py. Prompt
+vectors: Liu et al., "GPT Understands, Too", 2021; THUDM/GLM model/prompt.py, class ``PromptSpell``.
 """
 
 import math
@@ -36,6 +36,7 @@ from gmask.models.base import (
 )
 from gmask.models.generate import PrefixLMForConditionalGeneration
 from gmask.models.layout import continues, derive_layout
+from gmask.native.ops import is_captured
 
 Network = Literal["lstm", "mlp", "none"]
 """The network that computes the prompt vectors of P-tuning from a table; `"none"`: they are the table."""
@@ -48,10 +49,10 @@ class GLMConfig(PreTrainedConfig):
     own names. ``hidden_act`` is ``"gelu"`` (erf) for the published Hugging Face code and ``"gelu_pytorch_tanh"`` for
     the original training code and for models made here.
 
-    With the ids of ``<sop>`` and of the blanks the model reads a layout off the token ids; without them a ``layout``
-    has to be given.
+    With the ids of ``<sop>`` and of the blanks the model derives the layout from the token ids; without them a
+    ``layout`` has to be given.
 
-    Options that tuning adds, and no published config has:
+    Options that tuning adds, and that no published config has:
 
     - ``pre_seq_len``: the number of trained keys and values in front of every layer (P-tuning v2); with
       ``prefix_projection`` a small network computes them.
@@ -103,10 +104,10 @@ class GLMConfig(PreTrainedConfig):
     mask_token_id: int | None = None
     smask_token_id: int | None = None
     gmask_token_id: int | None = None
-    auto_map: dict[str, Any] = field(default_factory=dict)  # no remote code; trainers read it unasked
+    auto_map: dict[str, Any] = field(default_factory=dict)  # no remote code; trainers expect the attribute
 
     complete_published: ClassVar[Callable[[Mapping[str, Any], str], dict[str, Any]] | None] = None
-    """Fills in what the published config of a folder or hub name leaves out. `gmask.registration` sets it."""
+    """Adds the values that the published config of a folder or hub name lacks. It is set by `gmask.registration`."""
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
@@ -135,12 +136,12 @@ class GLMConfig(PreTrainedConfig):
 
     @property
     def position_rows(self) -> int:
-        """Rows of a position table: with two tables one more than positions, as published, for answers start at 1."""
+        """Rows of a position table: with two tables one more than positions, as published, since answers start at 1."""
         return self.max_position_embeddings + int(self.block_position_encoding)
 
     @property
     def prompt_ids(self) -> range:
-        """The ids behind the vocabulary, which stand for trained vectors."""
+        """The ids of the trained vectors, behind the vocabulary."""
         return range(self.vocab_size, self.vocab_size + self.prompt_tokens)
 
     @property
@@ -157,7 +158,7 @@ def read_layout(
     sequence_ids: Tensor | None,
     cache: Cache | None,
 ) -> Tensor:
-    """The layout ``[B, 2, T]`` that the token ids imply; with a published mask, plain positions, as published.
+    """Derives the layout ``[B, 2, T]`` from the token ids; with a published mask, it is 1-D positions, as published.
 
     Raises:
         ValueError: the ids imply none, or the config does not say which ids are blanks.
@@ -183,11 +184,11 @@ def read_layout(
 
 
 def check_layout(layout: Tensor, inputs_embeds: Tensor, *, config: GLMConfig) -> None:
-    """Raises `ValueError` for a layout of another shape, or positions that the tables do not have."""
+    """Raises `ValueError` for a layout of another shape, or positions beyond the tables."""
     batch, length, _ = inputs_embeds.shape
     if layout.shape != (batch, 2, length):
         raise ValueError(f"layout is {list(layout.shape)}: for these inputs it must be {[batch, 2, length]}")
-    if not layout.is_cpu or torch.compiler.is_compiling():
+    if not layout.is_cpu or is_captured():
         return  # reading values would make the program wait for the device
     used = layout if config.block_position_encoding else layout[:, :1]
     lowest, highest = int(used.min()), int(used.max())
@@ -200,7 +201,7 @@ def check_layout(layout: Tensor, inputs_embeds: Tensor, *, config: GLMConfig) ->
 
 
 class PromptEncoder(nn.Module):
-    """The prompt vectors: a table, and a network behind it in which they depend on each other (LSTM) or not (MLP)."""
+    """Computes the prompt vectors: a table, or a network of a table, which relates them (LSTM) or not (MLP)."""
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
@@ -215,7 +216,7 @@ class PromptEncoder(nn.Module):
             self.mlp_head = nn.Sequential(nn.Linear(width, size), nn.ReLU(), nn.Linear(size, size))
 
     def forward(self) -> Tensor:
-        """``[P, H]``."""
+        """Returns the prompt vectors ``[P, H]``."""
         vectors = self.embedding.weight
         if self.network == "lstm":
             vectors = self.lstm_head(vectors[None])[0][0]
@@ -224,7 +225,7 @@ class PromptEncoder(nn.Module):
         return vectors
 
     def embed(self, input_ids: Tensor, words: nn.Module) -> Tensor:
-        """Ids ``[B, T]`` to ``[B, T, H]``: prompt vectors for ``prompt_ids``, word embeddings for all others."""
+        """Embeds ids ``[B, T]`` as ``[B, T, H]``: ``prompt_ids`` by prompt vectors, all others by word embeddings."""
         is_prompt = input_ids >= self.first_id
         embedded: Tensor = words(input_ids.masked_fill(is_prompt, 0))
         vectors = self().to(embedded.dtype)[(input_ids - self.first_id).clamp(min=0)]
@@ -232,16 +233,16 @@ class PromptEncoder(nn.Module):
 
 
 def has_prompts(model: PreTrainedModel) -> bool:
-    """Whether a model has prompt vectors; a ChatGLM has none."""
+    """Returns True if a model has prompt vectors; a ChatGLM has none."""
     return isinstance(model.config, GLMConfig) and model.config.prompt_tokens > 0
 
 
 def attach_prompts(model: PreTrainedModel, count: int, network: Network) -> PromptEncoder:
-    """Gives a GLM new prompt vectors in float32, which replace earlier ones; the table starts as word embeddings.
+    """Adds new prompt vectors in float32 to a GLM; they replace earlier ones. The table starts as word embeddings.
 
     The words are drawn from the whole vocabulary; the original training code draws them from its first 5000.
     """
-    for config in (model.config, model.base_model.config):  # two if the body came from another model than the head
+    for config in (model.config, model.base_model.config):  # they differ if the body came from another model
         config.prompt_tokens, config.prompt_encoder = count, network
     encoder = PromptEncoder(model.config).to(model.device)
     words = model.get_input_embeddings()
@@ -253,7 +254,7 @@ def attach_prompts(model: PreTrainedModel, count: int, network: Network) -> Prom
 
 
 class ResidualLinear(nn.Linear):
-    """A projection into the residual stream; its initial weights are smaller in deeper models, as published."""
+    """A projection into the residual stream. Its initial weights are smaller in deeper models, as published."""
 
 
 class GLMAttention(SelfAttention):
@@ -325,7 +326,7 @@ class GLMTransformer(nn.Module):
         self.config = config
 
     def embed_layout(self, layout: Tensor) -> Tensor:
-        """``[B, 2, T]`` to ``[B, T, H]``."""
+        """Embeds a layout ``[B, 2, T]`` as ``[B, T, H]``."""
         embedded: Tensor = self.position_embeddings(layout[:, 0])
         if self.config.block_position_encoding:
             embedded = embedded + self.block_position_embeddings(layout[:, 1])
@@ -356,10 +357,10 @@ class GLMPreTrainedModel(PrefixLMPreTrainedModel):
 
 
 class GLMModel(GLMPreTrainedModel, PrefixLMModel):
-    """GLM without its head: ids and layout in, final hidden states ``[B, T, H]`` out.
+    """GLM without its head: from ids and layout to final hidden states ``[B, T, H]``.
 
     Published forms of ``attention_mask``: a prefix length (0-d, ``[1]`` or ``[B]``), a 4-D mask (1 = visible), and with
-    3-D ``position_ids`` a 2-D mask that hides padded keys and nothing else.
+    3-D ``position_ids`` a 2-D mask that hides only padded keys.
     """
 
     def __init__(self, config: GLMConfig) -> None:
@@ -409,7 +410,7 @@ class GLMModel(GLMPreTrainedModel, PrefixLMModel):
 
 
 class GLMLanguageModel(GLMPreTrainedModel):
-    """GLM and its language-modelling head, tied to the word embeddings: for generation and for scoring."""
+    """GLM with its language-modelling head, which is tied to the word embeddings."""
 
     _tied_weights_keys = {"lm_head.weight": "glm.word_embeddings.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
@@ -432,7 +433,10 @@ class GLMForConditionalGeneration(GLMLanguageModel, PrefixLMForConditionalGenera
         return logits, self._scored(labels)
 
     def token_losses(self, input_ids: Tensor, labels: Tensor, *, layout: Tensor, sequence_ids: Tensor) -> Tensor:
-        """Cross-entropy in nats at each label, ``[n]`` float32 in row order; the head runs at these positions alone."""
+        """Returns the cross-entropy in nats at each label, ``[n]`` float32 in row order.
+
+        The head runs only at the labelled positions.
+        """
         hidden_states = self.glm(input_ids, layout=layout, sequence_ids=sequence_ids, use_cache=False).last_hidden_state
         labels = self._scored(labels)
         labelled = labels != -100
@@ -440,6 +444,6 @@ class GLMForConditionalGeneration(GLMLanguageModel, PrefixLMForConditionalGenera
         return F.cross_entropy(logits.float(), labels[labelled], reduction="none")
 
     def _scored(self, labels: Tensor) -> Tensor:
-        """Labels with -100 for the padding id, which is not scored, as published."""
+        """Returns the labels with -100 for the padding id, which is not scored, as published."""
         pad = self.config.pad_token_id
         return labels if pad is None else labels.masked_fill(labels == pad, -100)

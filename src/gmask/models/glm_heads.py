@@ -1,6 +1,6 @@
 """GLM with heads for tasks: choosing among given answers, and classification.
 
-Scores are computed in float32, and the language-modelling head runs at the scored positions alone.
+Scores are computed in float32. The language-modelling head runs only at the scored positions.
 
 Shape letters: B batch rows, C choices of a row, T positions, H hidden size, L labels.
 
@@ -19,28 +19,28 @@ from transformers.utils.generic import can_return_tuple
 from gmask.models.glm import GLMConfig, GLMLanguageModel, GLMModel, GLMPreTrainedModel
 
 THUDM_CLASSIFIER_NAMES = {"pool_layer": "dense", "multichoice_head": "out_proj"}
-"""Names of the layers of the classification head: in checkpoints of THUDM/GLM, and here."""
+"""Layers of the classification head: ``{name in checkpoints of THUDM/GLM: name here}``."""
 
 Ragged = Sequence[Sequence[Tensor | Sequence[int]]]
 
 
 class GLMChoiceModel(GLMLanguageModel):
-    """GLM that scores given tokens: the base of the three classes below."""
+    """GLM that scores given tokens: the base of the next three classes."""
 
     accepts_loss_kwargs = False  # the loss is a mean over rows, not over tokens
 
     def read(self, input_ids: Tensor | None, **kwargs: Any) -> BaseModelOutputWithPast:
-        """Final hidden states; the arguments are those of `GLMModel.forward`."""
+        """Returns final hidden states; the arguments are those of `GLMModel.forward`."""
         outputs: BaseModelOutputWithPast = self.glm(input_ids, **{"use_cache": False, **kwargs})
         return outputs
 
     def token_log_probs(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Log-probabilities ``[n]`` float32, in nats, of the tokens ``[n]`` that final states ``[n, H]`` predict."""
+        """Returns log-probabilities ``[n]`` float32, in nats, of tokens ``[n]`` by the final states ``[n, H]``."""
         return -F.cross_entropy(self.lm_head(states).float(), targets, reduction="none")
 
     @staticmethod
     def choose(logits: Tensor, labels: Tensor | None, outputs: BaseModelOutputWithPast) -> MultipleChoiceModelOutput:
-        """The output of a head: logits ``[B, C]``, and their mean cross-entropy in nats with ``labels [B]``."""
+        """Returns the output of a head: logits ``[B, C]``, and their mean cross-entropy in nats with ``labels [B]``."""
         return MultipleChoiceModelOutput(
             loss=None if labels is None else F.cross_entropy(logits, labels),
             logits=logits,
@@ -50,7 +50,7 @@ class GLMChoiceModel(GLMLanguageModel):
 
 
 class GLMForMultipleChoice(GLMChoiceModel):
-    """Chooses among answers that stand side by side in one row, each seeing the context alone."""
+    """Chooses among answers that are side by side in one row; each sees only the context."""
 
     @can_return_tuple
     def forward(
@@ -63,14 +63,14 @@ class GLMForMultipleChoice(GLMChoiceModel):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> MultipleChoiceModelOutput:
-        """Logits ``[B, C]``: the sum of the log-probabilities of each choice's tokens, in nats.
+        """Returns logits ``[B, C]``: the sum of the log-probabilities of each choice's tokens, in nats.
 
         Takes what ``tokenizer.build_inputs_for_multiple_choice`` returns.
 
         Args:
             input_ids: ``[B, T]``; with it ``attention_mask [B, 1, T, T]`` (1 = visible), ``position_ids [B, 2, T]``.
             choice_ids: for each row, the token ids of each of its choices.
-            choice_indices: the positions that predict them. Rows with fewer choices get -inf for those they lack.
+            choice_indices: the positions that predict them. A row with fewer choices has -inf for the missing ones.
             labels: ``[B]``, the index of the right choice.
         """
         if choice_ids is None or choice_indices is None:
@@ -104,13 +104,13 @@ class GLMForMultiTokenCloze(GLMChoiceModel):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> MultipleChoiceModelOutput:
-        """Logits ``[B, C]``, or ``[B]`` without choices: summed log-probabilities of the scored tokens, in nats.
+        """Returns logits ``[B, C]``, or ``[B]`` without choices: summed log-probabilities of scored tokens, in nats.
 
         Args:
             input_ids: ``[B, C, T]``, or ``[B, T]``. The mask and the positions are those of `GLMModel.forward`, with
                 the choices as a second dimension if there are choices.
-            target_ids: as ``input_ids``: what each position must predict.
-            logit_mask: as ``input_ids``, 1 where the target is scored; by default where it is not -100.
+            target_ids: of the shape of ``input_ids``: the token that each position must predict.
+            logit_mask: of the shape of ``input_ids``, 1 if the target is scored; by default if it is not -100.
             length_penalty: divides a score by (number of scored tokens) ** length_penalty.
             labels: ``[B]``, the index of the right choice.
         """
@@ -128,7 +128,7 @@ class GLMForMultiTokenCloze(GLMChoiceModel):
 
 
 class GLMForSingleTokenCloze(GLMChoiceModel):
-    """Chooses among single tokens: the logits of given ids where the answer starts."""
+    """Chooses among single tokens, by the logits of their ids at the start of the answer."""
 
     @can_return_tuple
     def forward(
@@ -140,9 +140,9 @@ class GLMForSingleTokenCloze(GLMChoiceModel):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> MultipleChoiceModelOutput:
-        """Logits ``[B, C]`` of the ids ``target_ids [B, C]`` at ``<sop>``; not log-probabilities, as published.
+        """Returns logits ``[B, C]`` of the ids ``target_ids [B, C]`` at ``<sop>``; not log-probabilities, as published.
 
-        ``<sop>`` is at the prefix length if ``attention_mask`` is one, as published, else found among the ids.
+        If ``attention_mask`` is a prefix length, ``<sop>`` is there, as published; else it is searched for in the ids.
         ``labels [B]`` are the indices of the right choices.
         """
         if target_ids is None:
@@ -155,7 +155,7 @@ class GLMForSingleTokenCloze(GLMChoiceModel):
 
 
 class GLMForSequenceClassification(GLMPreTrainedModel):
-    """Classifies by one final state, which ``config.pool_token`` chooses: dropout, dense, tanh, dropout, out_proj.
+    """Classifies by the final state at ``config.pool_token``: dropout, dense, tanh, dropout, out_proj.
 
     ``cls`` is the first token, ``start`` the ``<sop>`` behind the context, ``pad`` the last token of the context.
     """
@@ -183,7 +183,7 @@ class GLMForSequenceClassification(GLMPreTrainedModel):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
-        """Logits ``[B, L]``; of rows with choices ``[B, C, T]`` and one label, ``[B, C]``.
+        """Returns logits ``[B, L]``; for rows with choices ``[B, C, T]`` and one label, ``[B, C]``.
 
         Args:
             input_ids: ``[B, T]`` or ``[B, C, T]``, as a tokenizer makes them. The mask and the positions are those of
@@ -220,7 +220,7 @@ class GLMForSequenceClassification(GLMPreTrainedModel):
     def _find_pooled(
         self, states: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> Tensor:
-        """The index ``[B]`` of each row's pooled state."""
+        """Returns the index ``[B]`` of each row's pooled state."""
         if self.config.pool_token == "cls":
             published = position_ids is not None and position_ids.ndim == 3
             if attention_mask is not None and attention_mask.ndim == 2 and not published:
@@ -231,14 +231,17 @@ class GLMForSequenceClassification(GLMPreTrainedModel):
 
 
 def flatten_choices(input_ids: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """``[B, C, ...]`` to ``[B * C, ...]`` if the ids ``[B, C, T]`` have choices; one prefix length for all stays."""
+    """Reshapes ``[B, C, ...]`` to ``[B * C, ...]`` if the ids ``[B, C, T]`` have choices.
+
+    A prefix length that holds for all rows stays as it is.
+    """
     if input_ids is None or input_ids.ndim != 3:
         return (input_ids, *others)
     return tuple(t.flatten(0, 1) if t is not None and t.ndim > 1 else t for t in (input_ids, *others))
 
 
 def flatten_ragged(values: Ragged, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """All numbers ``[n]`` of all choices, and for each the index ``row * width + choice`` of its choice."""
+    """Returns all numbers ``[n]`` of all choices, and for each the index ``row * width + choice`` of its choice."""
     numbers, cells = [torch.zeros(0, dtype=torch.long)], []
     for row, choices in enumerate(values):
         for column, choice in enumerate(choices):
@@ -250,9 +253,9 @@ def flatten_ragged(values: Ragged, width: int, device: torch.device) -> tuple[Te
 def find_answer_starts(
     states: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, *, sop_token_id: int | None
 ) -> Tensor:
-    """The position ``[B]`` where the answer of each row starts.
+    """Returns the position ``[B]`` where the answer of each row starts.
 
-    It is the prefix length if the mask is one, else the first ``<sop>``, else the end of the row without padding.
+    This is the prefix length if the mask is one, else the first ``<sop>``, else the end of the row without padding.
     """
     batch, length, _ = states.shape
     if attention_mask is not None and attention_mask.ndim <= 1:
@@ -267,10 +270,10 @@ def find_answer_starts(
 
 
 def take_states(hidden_states: Tensor, indices: Tensor) -> Tensor:
-    """The states ``[B, H]`` at one index a row.
+    """Returns the states ``[B, H]`` at one index a row.
 
     Raises:
-        ValueError: an index behind the end of the row, for a row without ``<sop>``.
+        ValueError: an index behind the end of a row, which then has no ``<sop>``.
     """
     if hidden_states.is_cpu and bool((indices >= hidden_states.shape[1]).any()):
         raise ValueError("a row has no <sop>, whose state is read: end each text with <sop>")
@@ -278,7 +281,7 @@ def take_states(hidden_states: Tensor, indices: Tensor) -> Tensor:
 
 
 def _rename_classifier(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Gives the classification head of a THUDM checkpoint the names that it has here."""
+    """Renames the classification head of a THUDM checkpoint to the names here."""
     for published, ours in THUDM_CLASSIFIER_NAMES.items():
         for part in ("weight", "bias"):
             if f"{prefix}{published}.{part}" in state_dict:

@@ -1,8 +1,8 @@
 """2-D positions and attention masks: the layout, visibility, and packed sequences.
 
 A prefix language model needs two things beside the token ids. The *layout* ``[B, 2, T]`` holds each token's position in
-the context (row 0; an answer token has that of the blank which it fills) and its position in the answer (row 1; 0 in
-the context, 1 for ``<sop>``, 2 for the token after it). The *visibility* ``[B, 1, T, K]`` is True where a query may
+the context (row 0; an answer token has the position of the blank that it fills) and its position in the answer (row 1;
+0 in the context, 1 for ``<sop>``, 2 for the token after it). The *visibility* ``[B, 1, T, K]`` is True if a query may
 attend to a key: the context sees itself in both directions, an answer sees its context and the tokens before it.
 
 Shape letters: B batch rows, T query positions, K key positions (cached ones first).
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from gmask.native.ops import is_captured
+
 
 def derive_layout(
     input_ids: Tensor,
@@ -25,14 +27,16 @@ def derive_layout(
     attention_mask: Tensor | None = None,
     sequence_ids: Tensor | None = None,
 ) -> Tensor:
-    """Reads the layout off the tokens: the context ends at the first ``<sop>``, and the n-th ``<sop>`` opens the answer
-    to the n-th blank (the last blank, if there are fewer).
+    """Derives the layout from the tokens.
+
+    The context ends at the first ``<sop>``. The n-th ``<sop>`` opens the answer to the n-th blank, or to the last blank
+    if there are fewer.
 
     Args:
         input_ids: ``[B, T]``.
         blank_token_ids: ids of ``[MASK]``, ``[sMASK]``, ``[gMASK]``.
-        attention_mask: ``[B, T]``, 0 at padding, which has no position: a padded row has the layout of the row without.
-        sequence_ids: ``[B, T]``, which packed sequence a token belongs to; -1 at padding. One sequence a row if absent.
+        attention_mask: ``[B, T]``, 0 at padding, which does not count: a row has the same layout with and without it.
+        sequence_ids: ``[B, T]``, the packed sequence of each token; -1 at padding. By default a row is one sequence.
 
     Returns:
         ``[B, 2, T]`` int64.
@@ -60,7 +64,7 @@ def derive_layout(
 
 
 def _count_within(sequence_ids: Tensor, flags: Tensor) -> Tensor:
-    """The number of flags ``[B, T]`` up to and at each token, within its packed sequence."""
+    """Returns the number of flags ``[B, T]`` up to and including each token, within its packed sequence."""
     total = flags.long().cumsum(-1)
     starts = torch.ones_like(flags)
     starts[:, 1:] = sequence_ids[:, 1:] != sequence_ids[:, :-1]
@@ -69,9 +73,9 @@ def _count_within(sequence_ids: Tensor, flags: Tensor) -> Tensor:
 
 
 def _find_blanks(sequence_ids: Tensor, is_blank: Tensor, sop_count: Tensor, in_answer: Tensor) -> Tensor:
-    """The column of the blank that each token of an answer fills, ``[B, T]``; undefined at other tokens.
+    """Returns the column of the blank that each token of an answer fills, ``[B, T]``; undefined at other tokens.
 
-    Each blank has the key (sequence, rank), in ascending order; an answer looks up the greatest key not above its own.
+    Each blank has the key (sequence, rank), in ascending order. An answer takes the greatest key not above its own.
 
     Raises:
         ValueError: an answer without a blank before it.
@@ -81,7 +85,8 @@ def _find_blanks(sequence_ids: Tensor, is_blank: Tensor, sop_count: Tensor, in_a
     blank_keys, order = torch.where(is_blank, key + _count_within(sequence_ids, is_blank), none).sort(-1)
     found = torch.searchsorted(blank_keys, key + sop_count, right=True) - 1
     blank = found.clamp(min=0)
-    if bool((in_answer & ((found < 0) | (blank_keys.gather(1, blank) < key))).any()):
+    is_lost = in_answer & ((found < 0) | (blank_keys.gather(1, blank) < key))
+    if not is_captured() and bool(is_lost.any()):
         raise ValueError(
             "a sequence has <sop> but no [MASK], [sMASK] or [gMASK] before it: put the blank into the context"
         )
@@ -89,14 +94,14 @@ def _find_blanks(sequence_ids: Tensor, is_blank: Tensor, sop_count: Tensor, in_a
 
 
 def extend_layout(layout: Tensor, new_tokens: int) -> Tensor:
-    """Appends the positions of the next ``new_tokens`` answer tokens: of the same blank, and one further each."""
+    """Appends the positions of the next ``new_tokens`` tokens of the same answer."""
     steps = torch.arange(1, new_tokens + 1, device=layout.device, dtype=layout.dtype)
     last = layout[:, :, -1:]
     return torch.cat((layout, torch.cat((last[:, :1].expand(-1, -1, new_tokens), last[:, 1:] + steps), dim=1)), dim=-1)
 
 
 def sequences_of_positions(position_ids: Tensor) -> Tensor:
-    """Packed sequences ``[B, T]`` from 1-D positions ``[B, T]``: each 0 starts the next."""
+    """Returns the packed sequences ``[B, T]`` of 1-D positions ``[B, T]``: each 0 starts a sequence."""
     return (position_ids == 0).long().cumsum(-1) - 1
 
 
@@ -108,11 +113,11 @@ def visible_keys(
     key_padding: Tensor | None = None,
     sequence_ids: Tensor | None = None,
 ) -> Tensor:
-    """The prefix-LM visibility ``[B, 1, T, K]`` (True = visible).
+    """Returns the prefix-LM visibility ``[B, 1, T, K]`` (True = visible).
 
     Args:
         in_context: ``[B, T]`` bool, True for queries in the context.
-        key_length: K; in a static cache more than the tokens so far.
+        key_length: K; with a static cache it is more than the tokens so far.
         past_length: cached tokens before the first query; all of them are visible unless padded.
         key_padding: ``[B, <=K]``, 0 at padding.
         sequence_ids: ``[B, T]``; packed sequences do not see each other. Only without a cache.
@@ -125,7 +130,7 @@ def visible_keys(
         context_key = in_context.new_zeros(batch, key_length)
         if isinstance(past_length, int):
             context_key[:, past_length : past_length + length] = in_context
-        else:  # a compiled graph must not depend on the value of the cache's length
+        else:  # a compiled graph must not depend on the length of the cache
             context_key.scatter_(1, query_position.expand(batch, -1), in_context)
         visible = visible | (in_context[:, :, None] & context_key[:, None, :])
     if sequence_ids is not None:
@@ -138,11 +143,11 @@ def visible_keys(
 
 
 def published_mask(attention_mask: Tensor, *, query_length: int, past_length: int, dtype: torch.dtype) -> Tensor:
-    """Turns a mask in one of the published forms into an additive one, broadcastable to ``[B, 1, T, K]``.
+    """Converts a mask in one of the published forms into an additive one, broadcastable to ``[B, 1, T, K]``.
 
-    One element or 1-D ``[B]``: the prefix length of all rows or of each (the prefix in both directions, the rest
-    causal, cached tokens visible). 4-D: as given, 1 = visible, the last T rows and K columns. A row that sees nothing
-    attends to all keys evenly, as published. These are forms of ``GLMStack.forward`` in the published modeling_glm.py.
+    One element or 1-D ``[B]``: the prefix length of all rows or of each (bidirectional in the prefix, causal behind it,
+    cached tokens visible). 4-D, 1 = visible: its last T rows and K columns. A row that sees nothing attends to all keys
+    evenly, as published. These are the forms of ``GLMStack.forward`` in the published modeling_glm.py.
     """
     key_length = past_length + query_length
     if attention_mask.ndim <= 1:
@@ -163,7 +168,7 @@ def published_mask(attention_mask: Tensor, *, query_length: int, past_length: in
 def resolve_sequences(
     position_ids: Tensor | None, attention_mask: Tensor | None, sequence_ids: Tensor | None, cache: Cache | None
 ) -> Tensor | None:
-    """The packed sequences of each row: as given, or from 1-D positions that restart at 0, as trainers pack.
+    """Returns the packed sequences of each row: as given, or from 1-D positions that restart at 0, as trainers pack.
 
     Raises:
         ValueError: packed rows that continue a cache.
@@ -185,11 +190,11 @@ def build_mask(
     *,
     dtype: torch.dtype,
 ) -> Tensor | None:
-    """The attention mask: boolean ``[B, 1, T, K]`` (True = visible), or None if every query sees every key.
+    """Returns the attention mask: boolean ``[B, 1, T, K]`` (True = visible), or None if every query sees every key.
 
     Args:
         layout: ``[B, 2, T]``.
-        attention_mask: ``[B, <=K]`` with 0 at padding; or a form of `published_mask`, which makes the result additive.
+        attention_mask: ``[B, <=K]`` with 0 at padding; or a form of `published_mask`, for which the result is additive.
         sequence_ids: ``[B, T]`` packed sequences, which do not see each other.
         dtype: of an additive mask.
     """
@@ -205,7 +210,7 @@ def build_mask(
         return None
     if attention_mask is not None and not static and attention_mask.shape[1] < key_length:
         seen = attention_mask.new_ones(len(attention_mask), key_length - attention_mask.shape[1])
-        attention_mask = torch.cat((seen, attention_mask), dim=1)  # a cache that the caller's mask does not count
+        attention_mask = torch.cat((seen, attention_mask), dim=1)  # the caller's mask may leave out cached tokens
     return _drop_idle(
         visible_keys(
             layout[:, 1] == 0,
@@ -218,25 +223,25 @@ def build_mask(
 
 
 def _drop_idle(mask: Tensor) -> Tensor | None:
-    """The mask, or None if it hides nothing: attention is faster without one."""
-    if not mask.is_cpu or torch.compiler.is_compiling():
+    """Returns the mask, or None if it hides nothing: attention is faster without a mask."""
+    if not mask.is_cpu or is_captured():
         return mask  # reading values would make the program wait for the device
     hides = ~mask if mask.dtype == torch.bool else mask
     return mask if bool(hides.any()) else None
 
 
 def continues(cache: Cache | None) -> bool:
-    """Whether the cache holds tokens already."""
+    """Returns True if the cache holds tokens already."""
     return cache is not None and bool(cache.get_seq_length() > 0)
 
 
 def keep_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """The hidden states ``[B, T, H]`` at the positions whose logits are asked for.
+    """Returns the hidden states ``[B, T, H]`` at the positions whose logits are needed.
 
     Args:
         logits_to_keep: as in transformers, the number of last positions (0 = all), or indices ``[K]`` for every row; or
-            a boolean mask ``[B, T]``, for which ``[n, H]`` is returned in row order, so that training computes no other
-            logits.
+            a boolean mask ``[B, T]``, for which ``[n, H]`` is returned in row order. Training uses the mask to compute
+            no other logits.
     """
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states

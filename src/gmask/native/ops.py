@@ -1,10 +1,10 @@
 """The package's own C++ library: products with int8 and int4 weights, attention of one query, GELU, rotary positions.
 
-The library beside this file is built when the package is installed, if a C++ compiler is found (setup.py); nothing is
-compiled later. It has a plain C interface, so it depends on no version of Python or torch.
+The library beside this file is built when the package is installed, if there is a C++ compiler (setup.py); nothing is
+compiled later. It has a plain C interface, so that it does not depend on the versions of Python and torch.
 
-torch's fused attention is made for many queries: for one, as in decoding, it takes several times as long as reading the
-keys and values.
+torch's fused attention is made for many queries. For a single one, as in decoding, it takes several times as long as
+reading the keys and values.
 
 Shape letters: B rows, N heads, K key positions, D head size, T positions, G groups of R channels of a head.
 """
@@ -27,7 +27,7 @@ NUMBER_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 @cache
 def open_library() -> ctypes.CDLL | None:
-    """The library; None if it was not built, or was built for another machine."""
+    """Returns the library; None if it was not built, or was built for another machine."""
     if not LIBRARY.is_file():
         return None
     try:
@@ -45,7 +45,7 @@ def open_library() -> ctypes.CDLL | None:
 
 @cache
 def instruction_sets() -> tuple[str, ...]:
-    """The instruction sets that both the library and this machine have, the slowest first; empty without a library."""
+    """Returns the instruction sets of both library and machine, the slowest first; none without a library."""
     library = open_library()
     if library is None:
         return ()
@@ -57,7 +57,7 @@ def _call(function: str, *arguments: Any, purpose: str) -> None:
     """Calls a function of the library, with as many threads as torch has.
 
     Raises:
-        MemoryError: no memory for what the call needs beside its arguments.
+        MemoryError: no memory for the working buffers of the call.
     """
     library = open_library()
     assert library is not None
@@ -68,7 +68,7 @@ def _call(function: str, *arguments: Any, purpose: str) -> None:
 
 
 def _number_of(isa: str | None) -> int:
-    """The number of an instruction set in csrc/kernels.h; of the best one for None."""
+    """Returns the number of an instruction set in csrc/kernels.h; for None that of the fastest."""
     return INSTRUCTION_SETS.index(isa or instruction_sets()[-1])
 
 
@@ -76,12 +76,20 @@ def _as_array(strides: Sequence[int]) -> Any:
     return (ctypes.c_int64 * len(strides))(*strides)
 
 
+def is_captured() -> bool:
+    """Whether a graph is being made (torch.compile, torch.export, torch.jit.trace), which must hold for other values.
+
+    Nothing may then depend on the values of a tensor, so that what is wrong with them is not noticed.
+    """
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
 def _are_served(*tensors: Tensor) -> bool:
-    """Whether the library can compute with these: on the CPU, without gradients, and not in a compiled graph."""
-    if torch.compiler.is_compiling() or not instruction_sets():
+    """Returns True if the library can compute with tensors: on the CPU, without gradients, not in a captured graph."""
+    if is_captured() or not instruction_sets():
         return False
     has_gradients = torch.is_grad_enabled()
-    for x in tensors:  # noqa: SIM110 - this runs in each layer for each token, and a generator is slower
+    for x in tensors:  # noqa: SIM110 - this runs in each layer for each token, and a generator would be slower
         if not x.is_cpu or (has_gradients and x.requires_grad):
             return False
     return True
@@ -91,7 +99,7 @@ BLOCK_ROWS, BLOCK_COLUMNS = 32, 32  # csrc/kernels.h: kRows, kColumnStep
 
 
 def pack_blocks_native(packed: Tensor, bits: int) -> Tensor:
-    """`gmask.quantization.formats.pack_blocks`, in one pass; on the CPU."""
+    """As `gmask.quantization.formats.pack_blocks`, in one pass, on the CPU."""
     assert packed.is_cpu
     packed = pad(packed, (0, -packed.shape[1] % (BLOCK_COLUMNS * bits // 8))).contiguous()
     rows, width = packed.shape
@@ -104,7 +112,7 @@ def pack_blocks_native(packed: Tensor, bits: int) -> Tensor:
 def matmul_native(
     x: Tensor, blocks: Tensor, scale: Tensor, bias: Tensor | None, *, bits: int, outputs: int, isa: str
 ) -> Tensor:
-    """``x @ dequantized.T + bias`` on the CPU, summed in float32.
+    """Returns ``x @ dequantized.T + bias`` on the CPU, summed in float32.
 
     Args:
         x: ``[M, K]``, float32 or bfloat16.
@@ -112,8 +120,8 @@ def matmul_native(
         scale: of `gmask.quantization.formats.pack_scale_blocks`, float16 or float32.
         bias: ``[outputs]`` or None.
         outputs: N, without padding.
-        isa: one of `gmask.native.ops.instruction_sets`. With ``avx512_vnni`` bfloat16 activations are
-            rounded to int8, with a step for every 128 columns (64 with 8-bit weights).
+        isa: one of `instruction_sets`. With ``avx512_vnni``, bfloat16 activations are rounded to int8, with a scale for
+            every 128 columns (64 with 8-bit weights).
 
     Returns:
         ``[M, outputs]`` in x's dtype.
@@ -150,7 +158,7 @@ HEAD_STEP, MAX_HEAD = 16, 512  # csrc/kernels.h: kHeadStep, csrc/exponential.h: 
 
 
 def can_attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> bool:
-    """Whether `attend` takes these tensors: one query, on the CPU, in float32 or bfloat16, no gradients."""
+    """Returns True if `attend` takes these tensors: one query, on the CPU, float32 or bfloat16, without gradients."""
     return (
         query.shape[2] == 1
         and _are_served(query, key, value)
@@ -167,13 +175,13 @@ def can_attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None
 def attend(
     query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, *, scaling: float, isa: str | None = None
 ) -> Tensor:
-    """``softmax(scaling * query @ key.T) @ value``, summed in float32.
+    """Returns ``softmax(scaling * query @ key.T) @ value``, summed in float32.
 
     Args:
         query: ``[B, N, 1, D]``.
         key, value: ``[B, N, K, D]``, the last axis contiguous.
-        visible: boolean ``[B, 1, 1, K]``, or None if every key is. A query that sees no key gets zeros.
-        isa: one of `gmask.native.ops.instruction_sets`, instead of the best.
+        visible: boolean ``[B, 1, 1, K]``, or None if all keys are visible. A query that sees no key gets zeros.
+        isa: one of `instruction_sets`, instead of the fastest.
 
     Returns:
         ``[B, 1, N, D]``, in the precision of the query.
@@ -208,15 +216,15 @@ def attend(
 
 
 def can_gelu(x: Tensor) -> bool:
-    """Whether `gelu` takes this tensor: bfloat16 on the CPU, no gradients."""
+    """Returns True if `gelu` takes this tensor: bfloat16 on the CPU, without gradients."""
     return x.dtype == torch.bfloat16 and x.is_contiguous() and _are_served(x)
 
 
 def gelu(x: Tensor, *, isa: str | None = None) -> Tensor:
-    """The tanh form of GELU in float32, rounded once.
+    """Returns the tanh form of GELU, computed in float32 and rounded once.
 
     Args:
-        isa: one of `gmask.native.ops.instruction_sets`, instead of the best.
+        isa: one of `instruction_sets`, instead of the fastest.
     """
     out = torch.empty_like(x)
     _call("gmask_gelu", _number_of(isa), x.data_ptr(), out.data_ptr(), x.numel(), purpose="GELU")
@@ -224,7 +232,7 @@ def gelu(x: Tensor, *, isa: str | None = None) -> Tensor:
 
 
 def can_rotate(states: Tensor, cosines: Tensor) -> bool:
-    """Whether `rotate` takes these tensors: float32 or bfloat16 on the CPU, float32 tables, no gradients."""
+    """Returns True if `rotate` takes these: float32 or bfloat16 on the CPU, float32 tables, without gradients."""
     return (
         states.dtype in NUMBER_TYPES
         and states.stride(-1) == 1
@@ -235,12 +243,12 @@ def can_rotate(states: Tensor, cosines: Tensor) -> bool:
 
 
 def rotate(states: Tensor, cosines: Tensor, sines: Tensor, *, isa: str | None = None) -> Tensor:
-    """Rotates channels i and i + R/2 of each group by an angle, in float32, rounded once.
+    """Rotates channels i and i + R/2 of each group by an angle, computed in float32 and rounded once.
 
     Args:
         states: ``[B, N, T, G * R]``.
         cosines, sines: float32 ``[B or 1, 1, T, G, R]``, contiguous.
-        isa: one of `gmask.native.ops.instruction_sets`, instead of the best.
+        isa: one of `instruction_sets`, instead of the fastest.
 
     Returns:
         ``[B, N, T, G * R]``, contiguous.

@@ -1,8 +1,8 @@
 """Products with int8 and int4 weights by torch's own CPU operations.
 
-They are used for bfloat16 activations only: float32 ones cost a hundred times more, and float16 sums may overflow. A
-scale per row is applied to the output in float32, and the packed scales are ones, which is more accurate than packed
-bfloat16 scales; group-wise scales have to be packed.
+They are used only for bfloat16 activations: with float32 they take a hundred times as long, and float16 sums may
+overflow. A scale per row is applied to the output in float32, with ones as the packed scales: this is more accurate
+than packed bfloat16 scales. Group-wise scales have to be packed.
 """
 
 from functools import cache
@@ -10,15 +10,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from gmask.quantization.formats import pack_int4, unpack
+from gmask.quantization.formats import pack_int4, unpack_integers
 
-PACKED_ROWS = 1024  # rows packed at a time: the operation wants 32-bit integers, eight times the packed size
-LAYOUT_ROWS = 64  # of torch's widest layout
-ATEN_ROWS = {4: 56, 8: 14}  # of activations; above, dequantizing pays
+PACKED_ROWS = 1024  # rows packed at a time: the operation takes 32-bit integers, eight times the packed size
+LAYOUT_ROWS = 64  # rows of a block in torch's widest layout
+ATEN_ROWS = {4: 56, 8: 14}  # most rows of activations, by bits; with more, dequantizing is faster
 
 
 def aten_takes(*, bits: int, outputs: int, columns: int, group_size: int | None) -> bool:
-    """Whether torch multiplies with a weight of this form and shape on this CPU."""
+    """Returns True if torch can multiply with a weight of this format and shape on this CPU."""
     if bits == 8:
         return group_size is None and columns % 32 == 0 and outputs % 16 == 0
     return columns % 32 == 0 and outputs % LAYOUT_ROWS == 0 and _layout() is not None
@@ -26,7 +26,7 @@ def aten_takes(*, bits: int, outputs: int, columns: int, group_size: int | None)
 
 @cache
 def _layout() -> int | None:
-    """The number of rows whose nibbles are adjacent in torch's int4 layout on this CPU; None for an unknown layout."""
+    """Finds the number of rows whose nibbles are adjacent in torch's int4 layout on this CPU; None if unknown."""
     integers = torch.arange(LAYOUT_ROWS * 32).mul(7).remainder(16).sub(8).to(torch.int8).view(LAYOUT_ROWS, 32)
     try:
         packed = pack_aten(pack_int4(integers), bits=4)
@@ -36,12 +36,12 @@ def _layout() -> int | None:
 
 
 def pack_aten(packed: Tensor, *, bits: int) -> Tensor:
-    """The published integers in torch's layout."""
+    """Converts the published integers into torch's layout."""
     if bits == 8:
         return packed.contiguous()
     out = torch.empty(packed.shape, dtype=torch.uint8)
     for start in range(0, packed.shape[0], PACKED_ROWS):
-        unsigned = unpack(packed[start : start + PACKED_ROWS], 4).int() + 8
+        unsigned = unpack_integers(packed[start : start + PACKED_ROWS], 4).int() + 8
         out[start : start + PACKED_ROWS] = torch._convert_weight_to_int4pack_for_cpu(unsigned, 1)
     return out
 
@@ -56,7 +56,7 @@ def unpack_aten(data: Tensor, *, bits: int) -> Tensor:
 
 
 def unpack_rows_aten(data: Tensor, ids: Tensor, *, bits: int) -> Tensor:
-    """int8 ``[n, K]``: the rows ``ids [n]`` of a weight in torch's layout."""
+    """Returns int8 ``[n, K]``: the rows ``ids [n]`` of a weight in torch's layout."""
     if bits == 8:
         return data[ids]
     lanes = _layout()
@@ -68,7 +68,7 @@ def unpack_rows_aten(data: Tensor, ids: Tensor, *, bits: int) -> Tensor:
 
 
 def _unpack_int4(data: Tensor, lanes: int) -> Tensor:
-    """From ``[N / (2 * lanes), K, lanes]`` bytes: low nibbles are the first rows of a block, high ones the rest."""
+    """Unpacks ``[N / (2 * lanes), K, lanes]`` bytes: low nibbles are the first rows of a block, high ones the rest."""
     rows, width = data.shape
     blocks = data.view(-1, 2 * width, lanes)
     nibbles = torch.stack((blocks & 15, blocks >> 4), dim=1)  # [blocks, 2, K, lanes]
@@ -76,7 +76,7 @@ def _unpack_int4(data: Tensor, lanes: int) -> Tensor:
 
 
 def matmul_aten(x: Tensor, data: Tensor, scale: Tensor, *, bits: int, group_size: int | None) -> Tensor:
-    """``x @ dequantized.T`` for a few rows of bfloat16 ``[M, K]``; ``scale`` float32 ``[N]`` or ``[N, G]``."""
+    """Returns ``x @ dequantized.T`` for a few rows of bfloat16 ``[M, K]``; ``scale`` float32 ``[N]`` or ``[N, G]``."""
     if bits == 8:
         ones = torch.ones(data.shape[0], dtype=x.dtype)
         return torch._weight_int8pack_mm(x, data, ones).mul(scale).to(x.dtype)

@@ -5,12 +5,12 @@ the columns not rounded yet, with the second moments of the layer's inputs. The 
 calibration, and runs as fast.
 
 The text is cut into pieces. A ChatGLM continues a context behind ``[gMASK]``. A GLM also fills blanks, so its pieces
-take turns among the kinds that it was trained on: short spans, longer ones, and all that follows a context. Rounded by
-one kind alone, a GLM loses more on the others than calibration gains.
+alternate among the objectives that it was trained on: short spans, longer ones, and the rest of a text. Calibrated by
+one objective alone, a GLM loses more on the others than calibration gains.
 
 Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", ICLR 2023,
 section 3 and algorithm 1; columns in the order of their second moments as in the authors' code (``act-order``), with
-scales that are found beforehand.
+scales that are computed first.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,14 +28,14 @@ from gmask.quantization.formats import check_format
 from gmask.quantization.linear import SCALE_DTYPE, QuantEmbedding, QuantLinear
 from gmask.quantization.quantizer import QUANTIZED_LINEARS, ModelType, QuantizationConfig, find_layers, finish
 
-COLUMN_BLOCK = 128  # columns whose corrections are applied to the later ones in one product
-DAMPING = 0.01  # of the mean second moment, added to each
-CLIPPINGS = torch.linspace(0.7, 1.15, 19)  # of the scale by which the extreme of a group becomes the lowest integer
+COLUMN_BLOCK = 128  # columns whose errors are propagated to the later ones in one product
+DAMPING = 0.01  # this share of the mean second moment is added to each
+CLIPPINGS = torch.linspace(0.7, 1.15, 19)  # tried factors of the scale that maps the extreme to the lowest integer
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
-    """The arguments of the first block in one pass."""
+class _BlockInputs:
+    """The arguments of a block for one batch."""
 
     hidden_states: Tensor
     others: Mapping[str, Any]
@@ -51,7 +51,7 @@ def calibrate_model(
 ) -> ModelType:
     """Quantizes a model in place, block by block, each on the outputs of the quantized blocks before it.
 
-    Beside the memory of the model it takes the hidden states of all batches, and K^2 numbers for a layer of K columns.
+    It takes the memory of the model, of the hidden states of all batches, and of K^2 numbers for a layer of K columns.
 
     Args:
         model: a GLM or ChatGLM, with or without a head.
@@ -77,11 +77,11 @@ def calibrate_model(
             finish(model, config)
     blocks = [module for name, module in model.named_modules() if name.rpartition(".")[0].endswith("layers")]
     with torch.no_grad():
-        entries = _enter(model, blocks[0], batches)
+        inputs = _record_block_inputs(model, blocks[0], batches)
         for block in tqdm(blocks, desc=f"calibrating int{bits}", delay=3, leave=False, disable=None):
-            _quantize_block(block, entries, bits=bits, group_size=group_size)
-            entries = [_Entry(block(entry.hidden_states, **entry.others), entry.others) for entry in entries]
-    for name in names:  # a head of its own
+            _quantize_block(block, inputs, bits=bits, group_size=group_size)
+            inputs = [_BlockInputs(block(batch.hidden_states, **batch.others), batch.others) for batch in inputs]
+    for name in names:  # an untied head
         layer = model.get_submodule(name)
         if not isinstance(layer, QuantLinear | QuantEmbedding):
             assert isinstance(layer, nn.Linear)
@@ -90,36 +90,38 @@ def calibrate_model(
     return finish(model, config)
 
 
-class _Entered(Exception):
-    """Ends a pass over the model at its first block."""
+class _StopForward(Exception):
+    """Ends a forward pass at the first block."""
 
 
-def _enter(model: PreTrainedModel, block: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> list[_Entry]:
-    entries = []
+def _record_block_inputs(
+    model: PreTrainedModel, block: nn.Module, batches: Sequence[Mapping[str, Tensor]]
+) -> list[_BlockInputs]:
+    inputs = []
 
-    def hold(module: nn.Module, args: tuple[Tensor, ...], others: dict[str, Any]) -> None:
-        entries.append(_Entry(args[0], others))
-        raise _Entered
+    def record(module: nn.Module, args: tuple[Tensor, ...], others: dict[str, Any]) -> None:
+        inputs.append(_BlockInputs(args[0], others))
+        raise _StopForward
 
-    handle = block.register_forward_pre_hook(hold, with_kwargs=True)
+    handle = block.register_forward_pre_hook(record, with_kwargs=True)
     try:
         for batch in batches:
             try:
                 model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False)
-            except _Entered:
+            except _StopForward:
                 continue
     finally:
         handle.remove()
-    return entries
+    return inputs
 
 
-def _quantize_block(block: nn.Module, entries: Sequence[_Entry], *, bits: int, group_size: int | None) -> None:
+def _quantize_block(block: nn.Module, inputs: Sequence[_BlockInputs], *, bits: int, group_size: int | None) -> None:
     linears = {name: module for name, module in block.named_modules() if QUANTIZED_LINEARS.search(f"layers.0.{name}")}
     for name, linear in linears.items():  # in the order in which they are run, so that each sees the errors before it
         assert isinstance(linear, nn.Linear)
         with _second_moments(linear) as moments:
-            for entry in entries:
-                block(entry.hidden_states, **entry.others)
+            for batch in inputs:
+                block(batch.hidden_states, **batch.others)
         layer = QuantLinear.like(linear, bits=bits, group_size=group_size)
         layer.set_integers(*round_columns(linear.weight, moments, bits=bits, group_size=group_size))
         block.set_submodule(name, layer)
@@ -127,7 +129,7 @@ def _quantize_block(block: nn.Module, entries: Sequence[_Entry], *, bits: int, g
 
 @contextmanager
 def _second_moments(linear: nn.Linear) -> Iterator[Tensor]:
-    """``[K, K]`` in float32: the sum of the products of all inputs that the layer sees inside the block."""
+    """Yields ``[K, K]`` float32, to which each forward pass inside the block adds ``x x^T`` of the layer's inputs."""
     moments = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
 
     def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -140,7 +142,7 @@ def _second_moments(linear: nn.Linear) -> Iterator[Tensor]:
 
 
 def round_columns(weight: Tensor, moments: Tensor, *, bits: int, group_size: int | None) -> tuple[Tensor, Tensor]:
-    """The integers and scales of a weight, rounded by GPTQ.
+    """Rounds a weight by GPTQ; returns integers and scales.
 
     Args:
         weight: ``[N, K]``, floating point.
@@ -150,7 +152,7 @@ def round_columns(weight: Tensor, moments: Tensor, *, bits: int, group_size: int
         int8 ``[N, K]``, and float16 scales ``[N]`` or ``[N, K / group_size]``, some of which may be negative.
 
     Raises:
-        GmaskError: a form that is not supported, a weight or inputs with NaN or infinity.
+        GmaskError: a format that is not supported; a weight or inputs with NaN or infinity.
     """
     rows, columns = weight.shape
     width = check_format(columns, bits, group_size)
@@ -160,7 +162,7 @@ def round_columns(weight: Tensor, moments: Tensor, *, bits: int, group_size: int
     lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     groups = torch.split(weight, width, dim=1)
     scales = torch.stack([_find_scale(group, lowest, highest) for group in groups], dim=1)
-    # The columns that matter most are rounded first, while many others are left to compensate for them.
+    # The most important columns are rounded first, while many others are left to compensate for their errors.
     order = moments.diagonal().argsort(descending=True)
     weight, factor = weight[:, order], _inverse_factor(moments[order][:, order])
     integers = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
@@ -181,7 +183,7 @@ def round_columns(weight: Tensor, moments: Tensor, *, bits: int, group_size: int
 
 
 def _inverse_factor(moments: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse of the damped second moments."""
+    """Returns the upper Cholesky factor of the inverse of the damped second moments."""
     moments = moments.clone()
     diagonal = moments.diagonal()
     unused = diagonal == 0
@@ -200,10 +202,10 @@ def _inverse_factor(moments: Tensor) -> Tensor:
 
 
 def _find_scale(group: Tensor, lowest: int, highest: int) -> Tensor:
-    """The scale with the least squared error, for each row of ``[N, W]``.
+    """Returns the scale with the least squared error for each row of ``[N, W]``.
 
-    The integers reach one further below zero than above, so the extreme of a group becomes the lowest integer: the
-    scale has the opposite sign of the extreme.
+    There is one more negative integer than positive ones, so the extreme of a group is mapped to the lowest integer:
+    the scale has the opposite sign of the extreme.
     """
     extreme = group.gather(1, group.abs().argmax(dim=1, keepdim=True)) / lowest  # [N, 1]
     best = torch.zeros_like(extreme)
@@ -220,10 +222,10 @@ def _find_scale(group: Tensor, lowest: int, highest: int) -> Tensor:
 PIECE_TOKENS = 256
 PIECES = 256
 SHORT_SPANS = ((1, 6), (2, 13), (3, 20), (4, 27), (6, 40))
-"""Tokens of a span, and of the stretch of text around it; in turn. About 15 of 100 are hidden, as in pretraining."""
+"""In turn: tokens of a span, and of the text from which it is taken. About 15 % are hidden, as in pretraining."""
 
 LONG_SPAN, LONG_STRIDE = 24, 120
-SHARES = (0.25, 0.5, 0.75)  # of a piece that is context, when the rest is to be generated
+SHARES = (0.25, 0.5, 0.75)  # in turn: the share of a piece that is context, if the rest is to be generated
 
 
 def cut_texts(
@@ -234,15 +236,15 @@ def cut_texts(
     length: int = PIECE_TOKENS,
     pieces: int = PIECES,
 ) -> list[dict[str, Tensor]]:
-    """The arguments of ``forward`` for pieces of the texts, one piece each.
+    """Cuts texts into pieces, and returns the arguments of ``forward`` for each.
 
     Args:
         config: of the model: its architecture, special ids and number of positions are used.
         length: tokens of text in a piece.
-        pieces: at most; taken from the texts in their order.
+        pieces: the most pieces; they are taken from the texts in order.
 
     Raises:
-        GmaskError: less text than one piece takes.
+        GmaskError: less text than one piece needs.
     """
     length = min(length, config.max_position_embeddings - 8)
     is_chat = config.model_type == "chatglm"
@@ -266,7 +268,7 @@ def cut_texts(
 def _hide(
     opening: Sequence[int], piece: Sequence[int], config: PreTrainedConfig, *, kind: int, share: float
 ) -> dict[str, Tensor]:
-    """A piece with short spans hidden (kind 0), longer ones (1), or its end (2)."""
+    """Hides short spans (kind 0), longer ones (1), or the end (2) of a piece."""
     if kind == 2:
         return _lay_out(opening, piece, [(int(share * len(piece)), len(piece))], config.gmask_token_id, config)
     spans: list[tuple[int, int]] = []
@@ -287,7 +289,7 @@ def _hide(
 def _lay_out(
     opening: Sequence[int], piece: Sequence[int], spans: Sequence[tuple[int, int]], mask: int, config: PreTrainedConfig
 ) -> dict[str, Tensor]:
-    """``input_ids`` [1, T] and ``layout`` [1, 2, T]: the context with a blank for each span, then the spans."""
+    """Returns ``input_ids [1, T]`` and ``layout [1, 2, T]``: the context with a blank for each span, then the spans."""
     ids, answers, end = list(opening), list[tuple[int, Sequence[int]]](), 0
     for start, stop in spans:
         ids += piece[end:start]

@@ -1,8 +1,7 @@
-"""The int8 and int4 formats: numbers to integers and back.
+"""The int8 and int4 formats of weights: quantizing, packing, dequantizing.
 
-Everything here is plain torch, works on any device and is the reference for the fast kernels.
-
-Integers are symmetric around zero: ``weight ~ scale * integer``.
+All functions are plain torch, run on any device, and are the reference for the fast kernels. Integers are symmetric
+around zero: ``weight ~ scale * integer``.
 
 The published format: int8 ``[N, K]``, or int4 ``[N, K/2]`` with column 2j in the high nibble of byte j and 2j+1 in the
 low one, in two's complement; a float16 scale per row (quantization.py of the published ChatGLM-6B).
@@ -24,12 +23,12 @@ GROUP_SIZES = (32, 64, 128)
 def quantize(
     weight: Tensor, bits: int, *, group_size: int | None = None, dtype: torch.dtype = torch.float16
 ) -> tuple[Tensor, Tensor]:
-    """The integers of a weight and their scales; as published if ``group_size`` is None.
+    """Quantizes a weight; returns integers and scales. Without ``group_size`` they are as published.
 
     ``scale = max|w| / (2**(bits-1) - 1)`` and ``integer = round(w / scale)``, halves to even, both in ``dtype``: the
-    published checkpoints were made in float16, a float32 model quantized on a CPU got float32 scales. Where the
-    original divides by zero (a row of zeros) or overflows (a subnormal scale), scale and integers are zero, or the
-    nearest in range.
+    published checkpoints were made in float16, while a float32 model quantized on a CPU got float32 scales. If the
+    original divides by zero (a row of zeros) or overflows (a subnormal scale), scale and integers are zero here, or the
+    nearest values in range.
 
     Args:
         weight: ``[N, K]``, floating point.
@@ -56,7 +55,7 @@ def quantize(
 
 
 def check_form(bits: int, group_size: int | None) -> None:
-    """Raises `GmaskError` for a number of bits or a group size that no weight can have."""
+    """Raises `GmaskError` for a number of bits or a group size that is not supported."""
     if bits not in BITS:
         raise GmaskError(f"weights can be kept in 4 or 8 bits, not in {bits}")
     if group_size is not None and group_size not in GROUP_SIZES:
@@ -64,10 +63,10 @@ def check_form(bits: int, group_size: int | None) -> None:
 
 
 def check_format(columns: int, bits: int, group_size: int | None) -> int:
-    """The columns that share a scale.
+    """Returns the number of columns that share a scale.
 
     Raises:
-        GmaskError: a format that is not supported, or that does not fit so many columns.
+        GmaskError: a format that is not supported, or does not fit the number of columns.
     """
     check_form(bits, group_size)
     if bits == 4 and columns % 2:
@@ -82,7 +81,7 @@ def check_format(columns: int, bits: int, group_size: int | None) -> int:
 
 
 def pack_int4(integers: Tensor) -> Tensor:
-    """int8 ``[N, K]`` in -8..7 to the published int8 ``[N, K/2]``."""
+    """Packs int8 ``[N, K]`` in -8..7 as the published int8 ``[N, K/2]``."""
     return (integers[..., 0::2] << 4) | (integers[..., 1::2] & 15)
 
 
@@ -91,20 +90,18 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return torch.stack((packed >> 4, packed << 4 >> 4), dim=-1).flatten(-2)
 
 
-def pack(integers: Tensor, bits: int) -> Tensor:
-    """int8 ``[N, K]`` to the published ``[N, K * bits / 8]``."""
+def pack_integers(integers: Tensor, bits: int) -> Tensor:
+    """Packs int8 ``[N, K]`` as the published ``[N, K * bits / 8]``."""
     return pack_int4(integers) if bits == 4 else integers
 
 
-def unpack(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of `pack`."""
+def unpack_integers(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack_integers`."""
     return unpack_int4(packed) if bits == 4 else packed
 
 
 def dequantize(integers: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``scale * integer``, rounded once to ``dtype``.
-
-    float32 is what the original computes on a CPU, float16 what it computes on a GPU.
+    """Returns ``scale * integer``, rounded once to ``dtype``. The original uses float32 on a CPU, float16 on a GPU.
 
     Args:
         integers: int8 ``[N, K]``.
@@ -116,7 +113,7 @@ def dequantize(integers: Tensor, scale: Tensor, dtype: torch.dtype = torch.float
 
 
 def pack_blocks(packed: Tensor, bits: int) -> Tensor:
-    """The published ``[N, K * bits / 8]`` in the blocks that the kernels read sequentially.
+    """Rearranges the published ``[N, K * bits / 8]`` into blocks, which the kernels read sequentially.
 
     The plain twin of `gmask.native.ops.pack_blocks_native`; the layout is described in native/csrc/kernels.h.
 
@@ -144,7 +141,7 @@ def unpack_blocks(blocks: Tensor, bits: int, rows: int, columns: int) -> Tensor:
 
 
 def pack_scale_blocks(scale: Tensor) -> Tensor:
-    """Scales ``[N]`` or ``[N, G]`` as ``[N/32, G, 32]``, in the order of the blocks."""
+    """Rearranges scales ``[N]`` or ``[N, G]`` as ``[N/32, G, 32]``, in the order of the blocks."""
     scale = scale.view(scale.shape[0], -1)
     scale = pad(scale, (0, 0, 0, -scale.shape[0] % BLOCK_ROWS))
     return scale.view(-1, BLOCK_ROWS, scale.shape[1]).transpose(1, 2).contiguous()

@@ -1,10 +1,10 @@
-"""The product with an int8 or int4 weight, by the fastest path that this machine has.
+"""The product with an int8 or int4 weight, by the fastest kernel of this machine.
 
-Paths, fastest first: on CUDA devices Triton's kernels ("triton"); on CPUs the package's C++ kernel with the widest
-instruction set of the machine ("avx512_vnni", "avx512", "neon", "avx2"), torch's own operations ("aten") and the same
-C++ for any CPU ("portable"); plain torch ("torch"), which dequantizes a few rows at a time, wherever nothing else fits.
-``GMASK_MATMUL`` forces one of the CPU's paths; "torch" is forced on GPUs too. Every path computes the same numbers up
-to rounding; "avx512_vnni" rounds bfloat16 activations to int8. Sums are float32.
+There are several paths, fastest first: on CUDA devices Triton's kernels ("triton"); on CPUs the package's C++ kernel
+with the widest instruction set ("avx512_vnni", "avx512", "neon", "avx2"), torch's own operations ("aten"), and the same
+C++ for any CPU ("portable"); everywhere else plain torch ("torch"), which dequantizes a few rows at a time.
+``GMASK_MATMUL`` forces one of the paths of the CPU; "torch" is forced on GPUs, too. All paths compute the same values
+up to rounding; "avx512_vnni" rounds bfloat16 activations to int8. Sums are float32.
 
 Shape letters: formats.py, M rows of activations.
 """
@@ -25,23 +25,23 @@ from gmask.quantization.aten import ATEN_ROWS, aten_takes, matmul_aten, pack_ate
 from gmask.quantization.formats import (
     check_format,
     dequantize,
-    pack,
+    pack_integers,
     pack_scale_blocks,
-    unpack,
     unpack_blocks,
+    unpack_integers,
     unpack_scale_blocks,
 )
 
 PATHS = ("triton", "avx512_vnni", "avx512", "neon", "avx2", "aten", "portable", "torch")
 NATIVE_PATHS = native.INSTRUCTION_SETS
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROW_CHUNK = 512  # weight rows dequantized at a time: a buffer that stays in the cache
+ROW_CHUNK = 512  # weight rows dequantized at a time, so that they stay in the cache of the CPU
 PATH_VARIABLE = "GMASK_MATMUL"
 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A weight in the layout of the path that will multiply by it."""
+    """A weight in the layout of the path that multiplies by it."""
 
     data: Tensor
     scale: Tensor
@@ -56,32 +56,32 @@ class PackedWeight:
         return self.data.nbytes + self.scale.nbytes
 
     def unpack(self) -> tuple[Tensor, Tensor]:
-        """The weight and scale that `prepare` was given, bit for bit."""
+        """Returns the weight and scale that `prepare` was given, bit for bit."""
         if self.path in NATIVE_PATHS:
             weight = unpack_blocks(self.data, self.bits, self.outputs, self.columns)
             return weight, unpack_scale_blocks(self.scale, self.outputs, group_size=self.group_size)
         if self.path == "aten":
-            return pack(unpack_aten(self.data, bits=self.bits), self.bits), self.scale
+            return pack_integers(unpack_aten(self.data, bits=self.bits), self.bits), self.scale
         return self.data, self.scale
 
     def integers(self, start: int, stop: int) -> Tensor:
-        """Rows ``[start, stop)`` as int8 ``[rows, K]``; both multiples of `ROW_CHUNK`, or the end."""
+        """Returns rows ``[start, stop)`` as int8 ``[rows, K]``; the bounds are multiples of `ROW_CHUNK`, or the end."""
         if self.path in NATIVE_PATHS:
             blocks = self.data[start // native.BLOCK_ROWS : -(-stop // native.BLOCK_ROWS)]
             count = min(stop, self.outputs) - start
-            return unpack(unpack_blocks(blocks, self.bits, count, self.columns), self.bits)
+            return unpack_integers(unpack_blocks(blocks, self.bits, count, self.columns), self.bits)
         rows = self.data[start:stop]
-        return unpack_aten(rows, bits=self.bits) if self.path == "aten" else unpack(rows, self.bits)
+        return unpack_aten(rows, bits=self.bits) if self.path == "aten" else unpack_integers(rows, self.bits)
 
     def row_scale(self) -> Tensor:
-        """``[N]`` or ``[N, G]``."""
+        """Returns the scales ``[N]`` or ``[N, G]``."""
         if self.path in NATIVE_PATHS:
             return unpack_scale_blocks(self.scale, self.outputs, group_size=self.group_size)
         return self.scale
 
 
 def available_paths(device: torch.device | None = None) -> tuple[str, ...]:
-    """The paths of a device, by default of this machine's CPU; the fastest first."""
+    """Returns the paths of a device, by default of this machine's CPU, the fastest first."""
     device = device or torch.device("cpu")
     usable = {"torch", *(("aten", *native.instruction_sets()) if device.type == "cpu" else ())}
     if _triton_kernels(device):
@@ -91,7 +91,7 @@ def available_paths(device: torch.device | None = None) -> tuple[str, ...]:
 
 @cache
 def _triton_kernels(device: torch.device) -> ModuleType | None:
-    """The kernels of a CUDA device, or of Triton's interpreter on the CPU; None if a trial of them fails."""
+    """Returns the kernels for a CUDA device, or for Triton's interpreter on the CPU; None if a trial of them fails."""
     if device.type != ("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"):
         return None
     try:
@@ -99,7 +99,7 @@ def _triton_kernels(device: torch.device) -> ModuleType | None:
 
         one = torch.ones(1, 32, device=device)
         triton_kernels.matmul_triton(one, one.to(torch.int8), one[0, :1], None, bits=8, group_size=None)
-    except Exception as error:  # no Triton, C compiler, Python headers or driver, an old GPU: each fails in its own way
+    except Exception as error:  # no Triton, C compiler, Python headers or driver, or an old GPU: the errors differ
         reason = " ".join(str(error).split()) or type(error).__name__
         warnings.warn(f"int8 and int4 products take the slow plain torch path: Triton fails ({reason})", stacklevel=2)
         return None
@@ -107,7 +107,7 @@ def _triton_kernels(device: torch.device) -> ModuleType | None:
 
 
 def describe_path() -> str:
-    """The path of this machine's CPU, in words."""
+    """Returns a description of the path of this machine's CPU."""
     path = _chosen_path() or available_paths()[0]
     if path in NATIVE_PATHS:
         return f"the package's C++ kernel ({path.replace('_', ' ')})"
@@ -121,7 +121,7 @@ def describe_path() -> str:
 
 
 def _chosen_path() -> str | None:
-    """The path that the environment variable `PATH_VARIABLE` forces."""
+    """Returns the path that the environment variable `PATH_VARIABLE` forces; None if it is not set."""
     path = os.environ.get(PATH_VARIABLE) or None
     if path is not None and path not in available_paths():
         raise GmaskError(f"{PATH_VARIABLE}={path}: this machine has {', '.join(available_paths())}")
@@ -131,16 +131,16 @@ def _chosen_path() -> str | None:
 def prepare(
     weight: Tensor, scale: Tensor, *, bits: int, group_size: int | None = None, path: str | None = None
 ) -> PackedWeight:
-    """Repacks a weight without loss for the fastest path of its device.
+    """Repacks a weight, without loss, for the fastest path of its device.
 
     Args:
-        weight: published integers, int8 ``[N, K * bits / 8]`` (`formats.pack`).
+        weight: published integers, int8 ``[N, K * bits / 8]`` (`formats.pack_integers`).
         scale: float16 or float32 (others become float32), ``[N]``, or ``[N, K / group_size]``.
         group_size: columns that share a scale; None for all.
-        path: one of `available_paths`, instead of the best.
+        path: one of `available_paths`, instead of the fastest.
 
     Raises:
-        GmaskError: shapes that do not belong together, or a format or path that is not supported.
+        GmaskError: shapes that do not fit together; a format or path that is not supported.
     """
     outputs, columns = weight.shape[0], weight.shape[1] * 8 // bits
     groups = columns // check_format(columns, bits, group_size)
@@ -154,7 +154,7 @@ def prepare(
         scale = scale.float()
     path = path or _chosen_path()
     if weight.device.type != "cpu" and path != "torch":
-        path = None  # the environment names one of the CPU's
+        path = None  # the environment names a path of the CPU
     usable = {
         "aten": aten_takes(bits=bits, outputs=outputs, columns=columns, group_size=group_size),
         "triton": weight.is_contiguous() and weight.shape[1] % 4 == 0 and weight.data_ptr() % 4 == 0,  # in words
@@ -170,7 +170,7 @@ def prepare(
 
 
 def matmul(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """``x @ dequantized.T + bias``; gradients flow to x and bias.
+    """Returns ``x @ dequantized.T + bias``; gradients flow to x and bias.
 
     Args:
         x: ``[..., K]``, floating point, on the weight's device.
@@ -184,7 +184,8 @@ def matmul(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tenso
         y = _Matmul.apply(rows, bias, packed)  # type: ignore[no-untyped-call]
     else:
         y = _multiply(rows, packed, bias)
-    # A view is made here, for what a function returns as one may not be changed in place, as AdaLoRA's layers do.
+    # The view is made outside of `_Matmul`: a view that a custom function returns must not be changed in place, which
+    # AdaLoRA's layers do.
     output: Tensor = y.view(*x.shape[:-1], packed.outputs)
     return output
 
@@ -206,7 +207,7 @@ class _Matmul(torch.autograd.Function):
 
 
 def _multiply(rows: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
-    """``[M, K]`` to ``[M, N]``."""
+    """Multiplies ``[M, K]``; returns ``[M, N]``."""
     dtype = rows.dtype
     if packed.path in NATIVE_PATHS and dtype in (torch.float32, torch.bfloat16, torch.float16):
         served = rows.float() if dtype == torch.float16 else rows
@@ -228,10 +229,10 @@ def _multiply(rows: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor
 
 
 def _multiply_in_chunks(x: Tensor, packed: PackedWeight) -> Tensor:
-    """The product, with `ROW_CHUNK` rows of the weight dequantized at a time."""
+    """Computes the product with `ROW_CHUNK` rows of the weight dequantized at a time."""
     y = x.new_empty(x.shape[0], packed.outputs)
     scale = packed.row_scale()
-    # A bfloat16 holds the integers exactly, the scaled weights not; a float16 sum of unscaled products may overflow.
+    # bfloat16 holds the integers exactly, but not the scaled weights; a float16 sum of unscaled products may overflow.
     scale_output = x.dtype == torch.bfloat16 and packed.group_size is None
     for start in range(0, packed.outputs, ROW_CHUNK):
         chunk = slice(start, start + ROW_CHUNK)
@@ -244,7 +245,7 @@ def _multiply_in_chunks(x: Tensor, packed: PackedWeight) -> Tensor:
 
 
 def _multiply_transposed(grad: Tensor, packed: PackedWeight) -> Tensor:
-    """``grad @ dequantized``: the gradient of the activations, summed in float32."""
+    """Returns ``grad @ dequantized``: the gradient of the activations, summed in float32."""
     total = grad.new_zeros(grad.shape[0], packed.columns, dtype=torch.promote_types(grad.dtype, torch.float32))
     scale = packed.row_scale()
     for start in range(0, packed.outputs, ROW_CHUNK):

@@ -1,8 +1,8 @@
 """Linear layers and embeddings that keep their weight in int8 or int4.
 
-A layer holds integers and scales as published, under the published names ``weight`` and ``weight_scale``. The first
-product repacks them for the fastest path of the machine and drops the published form, so that one copy is held. Reading
-``weight`` or ``weight_scale``, saving or copying the layer restores the published form, bit for bit.
+A layer holds integers and scales in the published format, by the published names ``weight`` and ``weight_scale``. The
+first product repacks them for the fastest kernel of the machine and frees the published format, so that there is one
+copy. Reading ``weight`` or ``weight_scale``, saving or copying the layer restores the published format, bit for bit.
 """
 
 import threading
@@ -14,29 +14,29 @@ import torch
 from torch import Tensor, nn
 
 from gmask.quantization.aten import unpack_rows_aten
-from gmask.quantization.formats import check_format, dequantize, pack, quantize, unpack, unpack_blocks
+from gmask.quantization.formats import check_format, dequantize, pack_integers, quantize, unpack_blocks, unpack_integers
 from gmask.quantization.kernels import PackedWeight, matmul, prepare
 
-SCALE_DTYPE = torch.float16  # in which the published checkpoints were quantized
-_packing = threading.Lock()  # two threads may share a model
+SCALE_DTYPE = torch.float16  # of the published checkpoints
+_packing = threading.Lock()  # threads may share a model
 
 
 @dataclass(frozen=True, slots=True)
 class _Packed:
-    """An attribute of a weight whose numbers are held in the layout of a fast path."""
+    """An attribute of a weight whose data is in the layout of a fast kernel."""
 
     product: PackedWeight
-    scale: nn.Parameter  # its numbers are in `product` too
+    scale: nn.Parameter  # its data is in `product`, too
 
 
 class QuantizedLayer(nn.Module):
-    """A weight ``[N, K]`` as integers and scales, which casts to another precision leave as they are.
+    """A weight ``[N, K]`` as integers and scales. Casts of the model do not change them.
 
     Attributes:
-        weight: int8 ``[N, K * bits / 8]``, as `formats.pack` has it.
+        weight: int8 ``[N, K * bits / 8]``, as `formats.pack_integers` has it.
         weight_scale: float16 (or float32), ``[N]``, or ``[N, K / group_size]``.
         group_size: columns that share a scale; None for all of a row.
-        divided: for each tensor that is this process's share of a larger one, by name: how the whole is divided.
+        divided: in tensor parallelism, by name, how the tensor is divided of which this process has a share.
     """
 
     weight: Tensor
@@ -57,12 +57,12 @@ class QuantizedLayer(nn.Module):
         self.weight_scale = nn.Parameter(torch.empty(shape, dtype=SCALE_DTYPE, device=device), requires_grad=False)
 
     def set_integers(self, integers: Tensor, scale: Tensor) -> None:
-        """Takes int8 ``[N, K]`` and their scales, as `formats.quantize` gives them."""
-        self.weight = nn.Parameter(pack(integers, self.bits), requires_grad=False)
+        """Sets the weight to int8 ``[N, K]`` and scales, as `formats.quantize` returns them."""
+        self.weight = nn.Parameter(pack_integers(integers, self.bits), requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
 
     def take_share(self) -> None:
-        """Keeps this process's share of a weight that is divided among processes, as an ordinary tensor."""
+        """Replaces a weight that is divided among processes by this process's share, as an ordinary tensor."""
         for name in ("weight", "weight_scale"):
             whole: Any = self._parameters[name]
             if hasattr(whole, "placements"):  # a DTensor, whose module not every build of torch has
@@ -71,11 +71,11 @@ class QuantizedLayer(nn.Module):
                 self._parameters[name] = nn.Parameter(whole.detach().to_local(), requires_grad=False)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight ``[N, K]``: integers times scales."""
-        return dequantize(unpack(self.weight.data, self.bits), self.weight_scale.data, dtype)
+        """Returns the weight ``[N, K]``: integers times scales."""
+        return dequantize(unpack_integers(self.weight.data, self.bits), self.weight_scale.data, dtype)
 
     def product(self) -> PackedWeight:
-        """The weight in the fastest layout of its device, which replaces the published form."""
+        """Returns the weight in the layout of the fastest kernel, which replaces the published format."""
         weight: nn.Parameter = self._parameters["weight"]  # type: ignore[assignment]
         packed: _Packed | None = getattr(weight, "packed", None)
         if packed is not None:
@@ -86,14 +86,14 @@ class QuantizedLayer(nn.Module):
                 return now.product
             scale: nn.Parameter = self._parameters["weight_scale"]  # type: ignore[assignment]
             product: PackedWeight = prepare(weight.data, scale.data, bits=self.bits, group_size=self.group_size)
-            is_offloaded = hasattr(self, "_hf_hook")  # accelerate loads the numbers anew before each product
+            is_offloaded = hasattr(self, "_hf_hook")  # accelerate loads the weight anew before each product
             if product.data.data_ptr() != weight.data_ptr() and not is_offloaded:
                 weight.packed = _Packed(product, scale)  # type: ignore[attr-defined]
                 weight.data, scale.data = _without_numbers(weight), _without_numbers(scale)
             return product
 
-    def settle(self) -> None:
-        """Copies a weight on the CPU into memory of its own, in the layout of its product."""
+    def detach_from_file(self) -> None:
+        """Copies a weight on the CPU, which may be mapped from a file, into memory, in the layout of its kernel."""
         weight: nn.Parameter = self._parameters["weight"]  # type: ignore[assignment]
         if not weight.is_cpu:
             return
@@ -103,7 +103,7 @@ class QuantizedLayer(nn.Module):
             weight.data = weight.data.clone()
 
     def _unpack(self) -> None:
-        """Restores the published form."""
+        """Restores the published format."""
         weight = self._parameters.get("weight")
         if getattr(weight, "packed", None) is None:
             return
@@ -125,7 +125,7 @@ class QuantizedLayer(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._unpack()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, layout in self.divided.items():  # transformers gathers the whole from these
+        for name, layout in self.divided.items():  # transformers gathers the whole tensors from these
             from torch.distributed.tensor import DTensor
 
             destination[prefix + name] = DTensor.from_local(destination[prefix + name], run_check=False, **layout)
@@ -135,7 +135,7 @@ class QuantizedLayer(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves everything, but casts only the bias."""
+        """Moves all tensors, but casts only the bias."""
         names = ("weight", "weight_scale")
         device = fn(torch.empty(0, dtype=torch.int8, device=self._parameters["weight"].device)).device  # type: ignore[union-attr]
         if any(self._parameters[name].device != device for name in names):  # type: ignore[union-attr]
@@ -159,7 +159,7 @@ class QuantizedLayer(nn.Module):
 
 
 def _without_numbers(parameter: Tensor) -> Tensor:
-    """A tensor of the same shape that takes no memory; code that reads it past the layer's attribute finds zeros."""
+    """Returns zeros of the same shape that take no memory. Only code that bypasses the layer's attribute sees them."""
     return torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
 
 
@@ -177,12 +177,12 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """An empty layer; ``dtype`` is that of the bias.
+        """Makes an empty layer; ``dtype`` is that of the bias.
 
         Raises:
             GmaskError: a format that is not supported.
         """
-        nn.Module.__init__(self)  # not nn.Linear's, which would make room for the weight
+        nn.Module.__init__(self)  # not nn.Linear's, which would allocate the weight
         self.in_features, self.out_features = in_features, out_features
         self._set_format(out_features, in_features, bits, group_size, device)
         self.register_parameter(
@@ -191,7 +191,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     @classmethod
     def like(cls, linear: nn.Linear, *, bits: int, group_size: int | None = None) -> Self:
-        """An empty layer of the same shape as another, with its bias."""
+        """Makes an empty layer of the same shape as another, with its bias."""
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -215,7 +215,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        """``[..., K]`` to ``[..., N]`` in the precision of the input."""
+        """Returns ``[..., N]`` for ``[..., K]``, in the precision of the input."""
         return matmul(input, self.product(), self._parameters["bias"])
 
     def extra_repr(self) -> str:
@@ -223,10 +223,10 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
 
 class QuantEmbedding(QuantizedLayer, nn.Embedding):
-    """An embedding whose table is kept in int8 or int4, and may be shared with the head as the published one is.
+    """An embedding whose table is kept in int8 or int4. It may be shared with the head, as in the published models.
 
     Attributes:
-        dtype: of the embeddings that it returns; casts of the model change it.
+        dtype: of the returned embeddings; casts of the model change it.
     """
 
     def __init__(
@@ -239,7 +239,7 @@ class QuantEmbedding(QuantizedLayer, nn.Embedding):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """An empty table.
+        """Makes an empty table.
 
         Raises:
             GmaskError: a format that is not supported.
@@ -252,7 +252,7 @@ class QuantEmbedding(QuantizedLayer, nn.Embedding):
 
     @classmethod
     def like(cls, embedding: nn.Embedding, *, bits: int, group_size: int | None = None) -> Self:
-        """An empty table of the same shape as another."""
+        """Makes an empty table of the same shape as another."""
         layer = cls(
             embedding.num_embeddings,
             embedding.embedding_dim,
@@ -271,12 +271,12 @@ class QuantEmbedding(QuantizedLayer, nn.Embedding):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        """Ids ``[...]`` to ``[..., K]``."""
+        """Returns embeddings ``[..., K]`` for ids ``[...]``."""
         ids = input.flatten()
         packed: _Packed | None = getattr(self._parameters["weight"], "packed", None)
         if packed is None:
-            integers, scale = unpack(self.weight[ids], self.bits), self.weight_scale[ids]
-        else:  # by the head that shares it
+            integers, scale = unpack_integers(self.weight[ids], self.bits), self.weight_scale[ids]
+        else:  # packed by the head, which shares the table
             integers, scale = _read_rows(packed.product, ids)
         return dequantize(integers, scale, self.dtype).view(*input.shape, self.embedding_dim)
 
@@ -289,11 +289,11 @@ class QuantEmbedding(QuantizedLayer, nn.Embedding):
 
 
 def _read_rows(product: PackedWeight, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 ``[n, K]`` and scales of some rows of a weight in the layout of a fast path."""
+    """Returns int8 ``[n, K]`` and scales of some rows of a weight in the layout of a fast kernel."""
     if product.path == "aten":
         return unpack_rows_aten(product.data, ids, bits=product.bits), product.scale[ids]
     lanes = product.data.shape[2]
     block, lane = ids // lanes, ids % lanes
     rows = product.data[block, :, lane].transpose(0, 1).unsqueeze(0)
-    integers = unpack(unpack_blocks(rows, product.bits, len(ids), product.columns), product.bits)
+    integers = unpack_integers(unpack_blocks(rows, product.bits, len(ids), product.columns), product.bits)
     return integers, product.scale[block, :, lane]

@@ -1,6 +1,6 @@
-"""Quantizing a model to int8 or int4: in memory, while it is loaded, or from a file of quantized weights.
+"""Quantizes models to int8 or int4, in memory or while they are loaded, and loads quantized weights.
 
-As published, the four linear layers of every block are quantized, and if asked for the word embeddings with the head
+As published, the four linear layers of every block are quantized and, optionally, the word embeddings with the head
 that is tied to them. The quantizer is registered with transformers, so that `from_pretrained` and `save_pretrained`
 handle such models.
 """
@@ -18,10 +18,10 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gmask.errors import GmaskError
-from gmask.quantization.formats import check_form, check_format, pack, quantize
+from gmask.quantization.formats import check_form, check_format, pack_integers, quantize
 from gmask.quantization.linear import SCALE_DTYPE, QuantEmbedding, QuantizedLayer, QuantLinear
 
-METHOD = "gmask"  # its name in a config
+METHOD = "gmask"  # the quant_method in a config
 
 QUANTIZED_LINEARS = re.compile(
     r"(?:^|\.)layers\.\d+\.(?:attention\.(?:query_key_value|dense)|mlp\.(?:dense_h_to_4h|dense_4h_to_h))$"
@@ -31,19 +31,19 @@ QUANTIZED_LINEARS = re.compile(
 NAMES = {"int8": 8, "int4": 4}
 """Bits by the name of a form, as in `gmask.load` and on the command line."""
 
-CHUNK_NUMBERS = 2**20  # numbers that are quantized at a time, which takes some 16 bytes for each
+CHUNK_NUMBERS = 2**20  # elements that are quantized at a time; each takes some 16 bytes
 
 ModelType = TypeVar("ModelType", bound=PreTrainedModel)
 
 
 @register_quantization_config(METHOD)
 class QuantizationConfig(QuantizationConfigMixin):
-    """The form in which the weights of a model are kept.
+    """The integer form of a model's weights.
 
     Args:
         bits: 4 or 8.
         group_size: columns that share a scale, 32, 64 or 128; None for a scale a row, as published.
-        embeddings: whether the word embeddings and the head are quantized too.
+        embeddings: True if the word embeddings and the head are quantized, too.
 
     Raises:
         GmaskError: a form that is not supported.
@@ -62,7 +62,7 @@ class QuantizationConfig(QuantizationConfigMixin):
 
 
 def read_form(name: str | None, group_size: int | None = None) -> QuantizationConfig | None:
-    """The form of a name in `NAMES`; None for None.
+    """Returns the form of a name in `NAMES`; None for None.
 
     Raises:
         GmaskError: another name, a group size that is not supported, or one without a name.
@@ -77,7 +77,7 @@ def read_form(name: str | None, group_size: int | None = None) -> QuantizationCo
 
 
 def form_of(config: Any) -> QuantizationConfig | None:
-    """The form of a model's weights by its config; None if they are not quantized.
+    """Returns the form of a model's weights by its config; None if they are not quantized.
 
     Raises:
         GmaskError: weights that were quantized by another method.
@@ -94,9 +94,9 @@ def form_of(config: Any) -> QuantizationConfig | None:
 def quantize_model(
     model: ModelType, *, bits: int, group_size: int | None = None, embeddings: bool = False
 ) -> ModelType:
-    """Quantizes a model in place, layer by layer: that takes the memory of the model and of one layer.
+    """Quantizes a model in place, layer by layer, in the memory of the model and of one layer.
 
-    Integers and scales are those of the published checkpoints: computed in float16, whatever the model's dtype.
+    As in the published checkpoints, integers and scales are computed in float16, whatever the model's dtype.
 
     Args:
         model: a GLM or ChatGLM, with or without a head.
@@ -124,7 +124,7 @@ def quantize_model(
 
 
 def find_layers(model: PreTrainedModel, config: QuantizationConfig) -> list[str]:
-    """The names of the layers that are to be quantized, the word embeddings last.
+    """Returns the names of the layers that are to be quantized, the word embeddings last.
 
     Raises:
         GmaskError: as of `quantize_model`; the model is unchanged then.
@@ -143,21 +143,21 @@ def find_layers(model: PreTrainedModel, config: QuantizationConfig) -> list[str]
 
 
 def _embedding_names(model: PreTrainedModel) -> list[str]:
-    """The names of the head, if there is one, and of the word embeddings."""
+    """Returns the names of the head, if there is one, and of the word embeddings."""
     wanted = (model.get_output_embeddings(), model.get_input_embeddings())
     names = {id(module): name for name, module in model.named_modules()}
     return [names[id(module)] for module in wanted if module is not None]
 
 
 def _tied_head(model: PreTrainedModel) -> str | None:
-    """The name of the head, if it shares the weight of the word embeddings."""
+    """Returns the name of the head if it shares the weight of the word embeddings; else None."""
     if model.get_output_embeddings() is None or not getattr(model.config, "tie_word_embeddings", False):
         return None
     return _embedding_names(model)[0]
 
 
 def lay_out(model: PreTrainedModel, config: QuantizationConfig) -> None:
-    """Puts empty quantized layers into a model, for weights that are loaded next; then call `finish`."""
+    """Replaces layers of a model by empty quantized ones, into which weights are loaded next; then call `finish`."""
     for name in find_layers(model, config):
         layer = model.get_submodule(name)
         form = {"bits": config.bits, "group_size": config.group_size}
@@ -171,7 +171,10 @@ def lay_out(model: PreTrainedModel, config: QuantizationConfig) -> None:
 
 
 def quantize_weight(model: PreTrainedModel, name: str, weight: Tensor) -> dict[str, Tensor]:
-    """The tensors to load, by name, for a tensor of the unquantized model; `lay_out` has prepared the model."""
+    """Quantizes a weight if its layer is quantized; returns the tensors to load, by name.
+
+    `lay_out` has prepared the model.
+    """
     path, _, parameter = name.rpartition(".")
     layer = model.get_submodule(path)
     if not isinstance(layer, QuantizedLayer) or parameter != "weight" or not weight.is_floating_point():
@@ -181,13 +184,13 @@ def quantize_weight(model: PreTrainedModel, name: str, weight: Tensor) -> dict[s
     for start in range(0, len(weight), rows):
         chunk = weight[start : start + rows]
         integers, scale = quantize(chunk, layer.bits, group_size=layer.group_size, dtype=SCALE_DTYPE)
-        pieces.append((pack(integers, layer.bits), scale))
+        pieces.append((pack_integers(integers, layer.bits), scale))
     packed, scales = zip(*pieces, strict=True)
     return {name: torch.cat(packed), f"{path}.weight_scale": torch.cat(scales)}
 
 
 def finish(model: ModelType, config: QuantizationConfig) -> ModelType:
-    """Sets what transformers sets on a model with quantized layers after loading: config, quantizer, ties, flags."""
+    """Sets the attributes that transformers sets after loading a quantized model: config, quantizer, ties, flags."""
     for _, layer in quantized_layers(model):
         layer.weight_scale.requires_grad_(False)
         if isinstance(layer, QuantEmbedding):
@@ -200,15 +203,15 @@ def finish(model: ModelType, config: QuantizationConfig) -> ModelType:
     return model
 
 
-def settle(model: PreTrainedModel) -> None:
-    """Copies quantized weights on the CPU out of the files that they may be mapped from: `QuantizedLayer.settle`."""
+def detach_from_files(model: PreTrainedModel) -> None:
+    """Copies quantized weights on the CPU that are mapped from files into memory of their own."""
     layers = [layer for _, layer in quantized_layers(model)]
-    for layer in sorted(layers, key=lambda layer: isinstance(layer, QuantEmbedding)):  # the head's layout serves both
-        layer.settle()
+    for layer in sorted(layers, key=lambda layer: isinstance(layer, QuantEmbedding)):  # heads first: they pack for both
+        layer.detach_from_file()
 
 
 def _tie(model: PreTrainedModel) -> None:
-    """Lets the head share the integers and scales of the word embeddings."""
+    """Makes the head share the integers and scales of the word embeddings."""
     name = _tied_head(model)
     if name is None:
         return
@@ -255,7 +258,7 @@ class WeightQuantizer(HfQuantizer):
         return finish(model, self.quantization_config)
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
-        """Embeddings stay whole in every process, and so do scales of whole rows where columns are divided."""
+        """Keeps embeddings whole in every process, and scales of whole rows if columns are divided."""
         for name, layer in quantized_layers(model):
             rule = parallel_rule(name)
             if isinstance(layer, QuantEmbedding) or name == _tied_head(model):
@@ -272,7 +275,7 @@ class WeightQuantizer(HfQuantizer):
         return _QuantizeWeight()
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """The dtype for a loaded tensor; None, which keeps the stored one, for scales."""
+        """Returns the dtype of a loaded tensor; None for scales, which keep the stored one."""
         if any(target.endswith("weight_scale") for target in converter.target_patterns):
             return None
         kept: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
@@ -287,10 +290,10 @@ class WeightQuantizer(HfQuantizer):
 
 
 def parallel_rule(name: str) -> str:
-    """The name of a layer in plans of tensor parallelism, with ``*`` for its number."""
+    """Returns the name of a layer in plans of tensor parallelism, with ``*`` for its number."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
-    """The quantized layers of a model, with their names."""
+    """Returns the quantized layers of a model, with their names."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLayer))

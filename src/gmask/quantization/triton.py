@@ -1,8 +1,8 @@
 """Products with int8 and int4 weights on CUDA devices, in the published packing.
 
-For a few rows of activations the time is that of reading the weight: one kernel extracts the integers from 32-bit words
-in registers and sums in float32. For more rows, where the product costs more than writing the weight, a second kernel
-dequantizes a part of the weight at a time and cuBLAS multiplies. Triton compiles both at their first use.
+For a few rows of activations, reading the weight takes most of the time: one kernel extracts the integers from 32-bit
+words in registers and sums in float32. For more rows, a second kernel dequantizes a part of the weight at a time, and
+cuBLAS multiplies. Triton compiles both at their first use.
 
 Shape letters: formats.py, M rows of activations.
 """
@@ -12,17 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FEW_ROWS = 16  # of activations; above, each weight is used often enough to be dequantized for cuBLAS
-ROWS = 8  # of activations a program takes at most: its registers hold no more sums
+FEW_ROWS = 16  # most rows of activations for the first kernel; with more, dequantizing for cuBLAS is faster
+ROWS = 8  # most rows of activations in a program: its registers hold no more sums
 SUMS = 32  # activation rows times weight rows of a program
-WORDS = 256  # of a weight row that a program holds at a time, one a thread
+WORDS = 256  # 32-bit words of a weight row that a program holds at a time, one for each thread
 WARPS = 8
-DENSE_SIZE = 2**26  # weights written out at a time: 128 MiB in half precision, the largest layer of ChatGLM-6B
+DENSE_SIZE = 2**26  # elements dequantized at a time: 128 MiB in half precision, the largest layer of ChatGLM-6B
 DENSE_BLOCK = 1024
 
 
-# Where columns are known to be a multiple of 16, Triton loads four words a thread, and then moves them between threads
-# through shared memory in each round; single words are coalesced as well and stay where they are.
+# `columns` is not specialized. For a known multiple of 16, Triton would load four words a thread and exchange them
+# through shared memory in each round. Loads of single words are coalesced, too, and need no exchange.
 @triton.jit(do_not_specialize=["columns"])
 def _multiply_words(
     x_ptr: tl.tensor,
@@ -39,7 +39,7 @@ def _multiply_words(
     block_outputs: tl.constexpr,
     block_words: tl.constexpr,
 ) -> None:
-    """One block of weight rows times one block of activation rows, over all columns."""
+    """Multiplies a block of weight rows with a block of activation rows, over all columns."""
     fields: tl.constexpr = 32 // bits
     ones: tl.constexpr = (1 << bits) - 1
     sign_bits: tl.constexpr = (0x88888888 if bits == 4 else 0x80808080) - (1 << 32)
@@ -53,11 +53,11 @@ def _multiply_words(
         word = start + tl.arange(0, block_words)
         is_word = word < words
         is_weight = is_output[:, None] & is_word[None]
-        packed = tl.load(weight_rows + word[None], mask=is_weight, other=0) ^ sign_bits  # fields count from 0 now
+        packed = tl.load(weight_rows + word[None], mask=is_weight, other=0) ^ sign_bits  # makes the fields unsigned
         part = tl.zeros((block_rows, block_outputs, block_words), tl.float32)
         for field in tl.static_range(fields):
-            # In the low bits of the float 2^23 an integer n stands for 2^23 + n: no conversion, which would be slow.
-            # The field stays `shift` bits up; dividing the activation by 2^shift, exactly, makes up for it.
+            # An integer n in the low bits of the float 2^23 gives the float 2^23 + n without a slow conversion. The
+            # field is `shift` bits too high; dividing the activation by 2^shift, which is exact, makes up for it.
             shift = field * bits % 16
             half = packed if field * bits < 16 else packed >> 16
             number = ((half & (ones << shift)) | 0x4B000000).to(tl.float32, bitcast=True)
@@ -90,7 +90,7 @@ def _dequantize_block(
     group_size: tl.constexpr,  # or None
     block: tl.constexpr,
 ) -> None:
-    """A block of columns of one weight row. Neighbouring threads share a byte, so that they write side by side."""
+    """Dequantizes a block of columns of one weight row. Neighbouring threads write neighbouring columns."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     is_column = column < columns
@@ -109,7 +109,7 @@ def _dequantize_block(
 def matmul_triton(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *, bits: int, group_size: int | None
 ) -> Tensor:
-    """``x @ dequantized.T + bias``, summed in float32.
+    """Returns ``x @ dequantized.T + bias``, summed in float32.
 
     Args:
         x: ``[M, K]``, float16, bfloat16 or float32.
@@ -158,7 +158,7 @@ def _multiply_few(
 def _multiply_many(x: Tensor, weight: Tensor, scale: Tensor, bits: int, group_size: int | None) -> Tensor:
     y = x.new_empty(x.shape[0], weight.shape[0])
     step = max(1, DENSE_SIZE // x.shape[1])
-    # A bfloat16 holds the integers exactly, the scaled weights not; a float16 sum of unscaled products may overflow.
+    # bfloat16 holds the integers exactly, but not the scaled weights; a float16 sum of unscaled products may overflow.
     scale_output = x.dtype == torch.bfloat16 and group_size is None
     for start in range(0, weight.shape[0], step):
         chunk = slice(start, start + step)
@@ -172,7 +172,7 @@ def _multiply_many(x: Tensor, weight: Tensor, scale: Tensor, bits: int, group_si
 def dequantize_triton(
     weight: Tensor, scale: Tensor | None, *, bits: int, group_size: int | None, dtype: torch.dtype
 ) -> Tensor:
-    """``scale * integer``, rounded once to ``dtype``; the integers where ``scale`` is None.
+    """Returns ``scale * integer``, rounded once to ``dtype``; without a ``scale`` the integers.
 
     Args:
         weight: int8 ``[N, K * bits / 8]``.

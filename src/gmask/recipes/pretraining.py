@@ -1,4 +1,4 @@
-"""The recipe of a pretraining run: YAML in, typed settings out, and the objective's mixture for a tokenizer."""
+"""The recipe of a pretraining run: YAML into typed settings, and the mixture of objectives that it describes."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from gmask.config import (
     Range,
     RunSeed,
     Whole,
-    build,
+    build_settings,
     field_names,
     hints_of,
     load_tree,
@@ -39,18 +39,18 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerSettings:
-    """Where the tokenizer comes from: a folder, or the training texts (learnt once, into the run's folder)."""
+    """The tokenizer: a folder, or one that is learnt from the training texts, once, into the run's folder."""
 
     path: str | None = None
     vocab_size: Count = 12288
     alphabet_size: Count | None = None  # characters beside ASCII that are tokens; by default 5/16 of the vocabulary
-    max_han_chars: Count = 4  # of one token; 1 cuts the text around a blank as it would be cut without the blank
-    sample_bytes: Count = 45_000_000  # UTF-8 bytes of training text that it is learnt from
+    max_han_chars: Count = 4  # of one token; 1 tokenises the text around a blank as without the blank
+    sample_bytes: Count = 45_000_000  # UTF-8 bytes of training text to learn from
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """Which texts, and how they are cut into rows."""
+    """The texts, and how they are cut into rows."""
 
     sources: Annotated[tuple[Source, ...], NotEmpty()]
     root: str = "."  # what the sources' paths are relative to
@@ -60,57 +60,57 @@ class DataSettings:
     skip_bad_lines: bool = False
 
     @property
-    def placed_sources(self) -> list[Source]:
+    def resolved_sources(self) -> list[Source]:
         """The sources with their paths under ``root``."""
 
-        def place(pattern: str | None) -> str | None:
+        def resolve(pattern: str | None) -> str | None:
             return None if pattern is None else str(Path(self.root) / pattern)
 
         return [
-            dataclasses.replace(source, train=str(place(source.train)), validation=place(source.validation))
+            dataclasses.replace(source, train=str(resolve(source.train)), validation=resolve(source.validation))
             for source in self.sources
         ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizationSettings:
-    """The optimizer, and how the learning rate rises and falls."""
+    """The optimizer, and the schedule of its learning rate."""
 
     steps: Count
     rows_per_step: Count = 16
-    rows_per_pass: Count = 8  # of one forward and backward; the gradients of a step's passes add up
+    rows_per_pass: Count = 8  # of one forward and backward pass; the gradients of a step's passes are summed
     learning_rate: Positive = 1e-3  # at its peak
     final_learning_rate: NotNegative = 1e-4
     warmup_steps: Whole = 100
-    schedule: Literal["cosine", "constant"] = "cosine"  # down to the final rate; or constant until `decay` begins
+    schedule: Literal["cosine", "constant"] = "cosine"  # cosine falls to the final rate; constant lasts until `decay`
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the layers' matrices, with adamw for the rest
     weight_decay: NotNegative = 0.1  # of matrices only
     decay_embeddings: bool = True  # weight decay of the embedding tables too, as published
     ema: Part | None = None  # decay of a moving average of the weights, such as 0.999: it is validated and exported
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
     clip_norm: Positive = 1.0
-    dtype: Precision = "auto"  # of a pass: bfloat16 where the device has instructions for it; weights are float32
+    dtype: Precision = "auto"  # of a pass; auto: bfloat16 where the device has instructions for it; weights are float32
     gradient_checkpointing: bool = False
-    initialization: Literal["normal", "neighbours"] = "normal"  # the latter: small models, short runs
+    initialization: Literal["normal", "neighbours"] = "normal"  # neighbours: for small models and short runs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecaySettings:
-    """The last part of a run with a constant learning rate, in which the rate falls in a line to the final one."""
+    """The last part of a run with a constant learning rate: the rate falls linearly to the final one."""
 
     share: Annotated[float, Range(0, 1)] = 0.2  # of the steps
     row_length: Count | None = None  # tokens; as before the decay if not given
-    objective: dict[str, Any] = dataclasses.field(default_factory=dict)  # what changes in it
+    objective: dict[str, Any] = dataclasses.field(default_factory=dict)  # the keys that change
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Where the run goes, and how often it looks up from its work."""
+    """The folder, the seed and the device of a run, and how often it logs, validates and saves."""
 
     out: str
     seed: RunSeed = 0
-    device: str | None = None  # the best there is
-    threads: Count | None = None  # as many as torch finds
+    device: str | None = None  # by default the best one
+    threads: Count | None = None  # by default as many as torch finds
     log_every: Count = 10  # steps
     validate_every: Count = 500
     validation_rows: Count = 2  # of each source and objective
@@ -121,7 +121,7 @@ class RunSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A pre-training run. ``model`` and ``objective`` hold keywords of `GLMConfig` and `Mixture`."""
+    """A pretraining run. ``model`` and ``objective`` hold keywords of `GLMConfig` and `Mixture`."""
 
     run: RunSettings
     data: DataSettings
@@ -144,8 +144,8 @@ class Recipe:
     def to_yaml(self) -> str:
         return to_yaml(self)
 
-    def without_places(self) -> "Recipe":
-        """The recipe without what holds on one machine only: folders, device, threads."""
+    def portable(self) -> "Recipe":
+        """The recipe without the settings of one machine: folders, device, threads."""
         tokenizer = dataclasses.replace(self.tokenizer, path=None)
         data = dataclasses.replace(self.data, root=DataSettings.root, cache=DataSettings.cache)
         run = dataclasses.replace(self.run, out=Path(self.run.out).name, device=None, threads=None)
@@ -156,14 +156,14 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe; each override is ``section.key=value`` with a YAML value.
 
     Raises:
-        GmaskError: no such file, no YAML, a key that does not exist (the nearest one is named) or lacks.
+        GmaskError: no such file, not YAML, an unknown key (the nearest one is named), a missing one.
     """
     return read_recipe(load_tree(path, overrides, field_names(Recipe)))
 
 
 def read_recipe(tree: Mapping[str, Any]) -> Recipe:
-    """Checks a recipe's tree of plain values and gives it types."""
-    recipe = build(Recipe, tree, title="the recipe")
+    """The recipe of a tree of plain values, checked."""
+    recipe = build_settings(Recipe, tree, title="the recipe")
     decay = dataclasses.replace(
         recipe.decay, objective=read_values(recipe.decay.objective, _objective_hints(), "decay.objective")
     )
@@ -178,7 +178,7 @@ def read_recipe(tree: Mapping[str, Any]) -> Recipe:
 
 
 def _objective_hints() -> dict[str, Any]:
-    """The settings of a mixture; its other fields are made from the tokenizer."""
+    """The types of a mixture's settings; its other fields are made from the tokenizer."""
     made = ("special", "sentence_ends", "word_edges")
     return {name: hint for name, hint in hints_of(Mixture).items() if name not in made}
 
@@ -195,27 +195,27 @@ def _read_model(values: Mapping[str, Any]) -> dict[str, Any]:
     return model
 
 
-SPELLINGS = {
+BLANK_TOKEN_SPELLINGS = {
     "mask": "[MASK]", "smask": "[sMASK]", "gmask": "[gMASK]", "sop": "<|startofpiece|>", "eop": "<|endofpiece|>",
     "pad": "[PAD]", "cls": "[CLS]", "eos": "<|endoftext|>", "dblock": "[dBLOCK]",
 }  # fmt: skip
-"""In the vocabularies that gmask trains; the published ones name their tokens themselves."""
+"""The special tokens by role in the vocabularies that gmask trains; published tokenizers name theirs themselves."""
 
 
 def find_blank_tokens(tokenizer: Tokenizer | PreTrainedTokenizerBase) -> BlankTokens:
     """The ids of the special tokens.
 
-    Where there is no ``[sMASK]`` or ``[gMASK]``, the id is that of ``[MASK]``, as in training without ``--task-mask``.
+    A vocabulary without ``[sMASK]`` or ``[gMASK]`` uses ``[MASK]`` for it, as in training without ``--task-mask``.
 
     Raises:
-        GmaskError: a token that the vocabulary lacks.
+        GmaskError: the vocabulary lacks another token.
     """
     if isinstance(tokenizer, Tokenizer):
-        ids = {role: tokenizer.token_to_id(spelling) for role, spelling in SPELLINGS.items()}
+        ids = {role: tokenizer.token_to_id(spelling) for role, spelling in BLANK_TOKEN_SPELLINGS.items()}
     else:
-        ids = {role: find_token_id(tokenizer, f"{role}_token_id") for role in SPELLINGS}
+        ids = {role: find_token_id(tokenizer, f"{role}_token_id") for role in BLANK_TOKEN_SPELLINGS}
     ids = {**ids, **{role: ids["mask"] for role in ("smask", "gmask") if ids[role] is None}}
-    missing = [SPELLINGS[role] for role, token_id in ids.items() if token_id is None and role != "dblock"]
+    missing = [BLANK_TOKEN_SPELLINGS[role] for role, token_id in ids.items() if token_id is None and role != "dblock"]
     if missing:
         raise GmaskError(f"the tokenizer is not a GLM's: it has no {', '.join(missing)}")
     return BlankTokens(**ids)  # type: ignore[arg-type]  # none of them is None but dblock's

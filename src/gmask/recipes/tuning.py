@@ -1,4 +1,4 @@
-"""The recipe of a fine-tuning run: YAML in, typed settings out, and the methods of tuning."""
+"""The recipe of a fine-tuning run: YAML into typed settings; and the methods of tuning with their usual values."""
 
 import dataclasses
 import math
@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from gmask.config import (
-    Choices,
     Count,
     Fraction,
     NotEmpty,
     NotNegative,
+    OneOf,
     Part,
     Positive,
     Range,
     RunSeed,
     Whole,
-    build,
+    build_settings,
     check_fields,
     field_names,
     load_tree,
@@ -34,71 +34,71 @@ FREE_KEYS = (
     "run.out", "run.device", "run.threads", "run.log_every", "data.root", "optimization.save_every",
     "optimization.keep_last",
 )  # fmt: skip
-"""What may change when a run is resumed: no number of it depends on these."""
+"""Keys that may change when a run is resumed: its numbers do not depend on them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TuningRunSettings:
-    """Where the run goes, and how it is repeated."""
+    """The folder, the seed and the device of a run."""
 
     out: str
     seed: RunSeed = 0
-    device: str | None = None  # the best there is
-    threads: Count | None = None  # as many as torch finds
+    device: str | None = None  # by default the best one
+    threads: Count | None = None  # by default as many as torch finds
     log_every: Count = 1  # steps
-    deterministic: bool = False  # on a GPU too: slower kernels that give the same bits each time
+    deterministic: bool = False  # slower kernels on a GPU, which give the same bits each time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """What is tuned."""
+    """The model that is tuned."""
 
     name: str = "bundled"  # or a folder, or the name of a published model
-    dtype: Annotated[str, Choices(("auto", *DTYPES))] | None = None  # of weights that do not train, as of `gmask.load`
-    quantize: Annotated[str, Choices(tuple(INTEGERS))] | None = None  # int8 | int4, of weights that do not train
-    adapter: str | None = None  # a folder to go on from
-    initialization: Literal["pretrained", "random"] = "pretrained"  # random: the shape without what it has learnt
+    dtype: Annotated[str, OneOf(("auto", *DTYPES))] | None = None  # of weights that do not train, as of `gmask.load`
+    quantize: Annotated[str, OneOf(tuple(INTEGERS))] | None = None  # int8 | int4, of weights that do not train
+    adapter: str | None = None  # the folder of one that is trained on
+    initialization: Literal["pretrained", "random"] = "pretrained"  # random: a new model of the same shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TuningDataSettings:
-    """Which samples, and how long they may be."""
+    """The samples, and how long they may be."""
 
     train: str  # a file or a glob
     validation: str | Part | None = None  # files, or a share of `train`
     test: str | None = None
     root: str = "."  # what the paths are relative to
     limit: Count | None = None  # samples of each of the three
-    validation_limit: Count | None = None  # samples that are predicted while the run goes on
+    validation_limit: Count | None = None  # samples of the validations during the run
     max_source: Count = 384  # tokens of a question
     max_target: Count = 128  # tokens of an answer
-    truncation: Truncation = "left"  # where a question that is too long loses tokens: before its blank, or at its end
-    skip_bad_lines: bool = False  # leave out, and count, what cannot be used; by default it is an error
+    truncation: Truncation = "left"  # of a question that is too long: before its blank, or at its end
+    skip_bad_lines: bool = False  # count and leave out records that cannot be used; by default they are errors
     packing: Count | None = None  # tokens of a row that several samples share; by default each has its own
     folds: Annotated[int, Range(2)] | None = None  # k-fold cross-validation on `train`
     fold: Count | None = None  # one of them, from 1; by default all, one after the other
 
-    def place(self, pattern: str) -> str:
+    def resolve(self, pattern: str) -> str:
         """A path under ``root``."""
         return str(Path(self.root) / pattern)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TuningOptimizationSettings:
-    """How the weights are fitted. A step has ``batch_size * accumulation`` samples, whatever number of processes."""
+    """The optimizer and its schedule. A step has ``batch_size * accumulation`` samples, in any number of processes."""
 
     epochs: Positive | None = None  # passes over the samples; or:
     steps: Count | None = None
-    batch_size: Count = 8  # samples of one forward and backward
-    accumulation: Count = 1  # of which so many make a step
-    learning_rate: Positive | None = None  # at its peak; by default what the method is usually given
+    batch_size: Count = 8  # samples of one forward and backward pass
+    accumulation: Count = 1  # passes of a step, in all processes together
+    learning_rate: Positive | None = None  # at its peak; by default the usual one of the method
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # of the learning rate, to 0
     warmup: NotNegative = 0.0  # steps, or below 1 a share of them
     weight_decay: NotNegative = 0.0
     clip_norm: NotNegative = 1.0  # 0 clips nothing
-    dtype: Precision | None = None  # of a pass; auto: bfloat16 if the device has it; by default so on a GPU
+    dtype: Precision | None = None  # of a pass; auto: bfloat16 if the device has it; the default on a GPU
     gradient_checkpointing: bool = False
-    length_grouped: bool = False  # samples of like length in a step
+    length_grouped: bool = False  # samples of similar length in a step
     evaluate_every: Count | None = None  # steps; by default a tenth of the run
     save_every: Count | None = None  # steps; by default a tenth of the run, and 100 at the most
     keep_last: Count = 2  # checkpoints
@@ -108,7 +108,7 @@ class TuningOptimizationSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForgettingSettings:
-    """What a chat model is asked before and after, to see what it forgot; by default a set that comes with gmask."""
+    """The texts and prompts that show what a chat model forgot; by default a set that comes with gmask."""
 
     texts: str | None = None  # .jsonl with a "text", or with a "prompt" and a "response"
     answers: Whole = 12  # prompts answered side by side
@@ -128,34 +128,36 @@ PromptNetwork = Literal["lstm", "mlp", "none"]
 LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 """The linear layers of a block, in GLM and ChatGLM."""
 
-Target = Annotated[str, Choices((*LINEARS, "all-linear"))]
+Target = Annotated[str, OneOf((*LINEARS, "all-linear"))]
 Targets = Annotated[tuple[Target, ...], NotEmpty()]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodSettings:
-    """What is trained.
+    """The method of tuning: which weights train, or which are added.
 
     Raises:
         GmaskError: an unknown method, a value out of range, or a setting of another method.
     """
 
     name: Method = "lora"
-    rank: Count = 8  # of the change of a weight; for adalora, that which remains on average
-    alpha: Positive | None = None  # the change is scaled by alpha / rank; twice the rank by default
-    dropout: Fraction = 0.0  # of what the change is computed from
+    rank: Count = 8  # of the change of a weight; for adalora, the mean rank at the end
+    alpha: Positive | None = None  # the change is scaled by alpha / rank; by default twice the rank
+    dropout: Fraction = 0.0  # of the input of the change
     targets: Target | Targets = "query_key_value"  # linear layers of a block, or all-linear
     prefix_length: Count = 128  # keys and values before each layer, as published
     projection: bool = False  # whether a network computes the prefix
     prompt_tokens: Count = 8  # trained vectors in the text
-    prompt_encoder: PromptNetwork = "lstm"  # the network that they come out of
+    prompt_encoder: PromptNetwork = "lstm"  # the network that computes them
 
     def __post_init__(self) -> None:
         check_fields(self, "method")
         for field in dataclasses.fields(self):
             owners = OWNERS.get(field.name)
             if owners and self.name not in owners and getattr(self, field.name) != field.default:
-                raise GmaskError(f"method.{field.name} belongs to {_join(owners)}, not to {self.name}: leave it out")
+                raise GmaskError(
+                    f"method.{field.name} belongs to {_join_names(owners)}, not to {self.name}: leave it out"
+                )
 
     @property
     def scale(self) -> float:
@@ -170,25 +172,25 @@ class MethodSettings:
 
     @property
     def adapted_layers(self) -> tuple[str, ...]:
-        """The linear layers of a block that something is put around."""
+        """The linear layers of a block that the method wraps."""
         if self.name == "ia3":
             return ("query_key_value", "dense_4h_to_h")
         return self.layers if self.name in LOW_RANK else ()
 
     @property
     def first_rank(self) -> int:
-        """The rank of a change when training begins; adalora drops ranks, and starts with half as many again."""
+        """The rank of a change when training begins. adalora drops ranks, and begins with half as many again."""
         return self.rank + (self.rank + 1) // 2 if self.name == "adalora" else self.rank
 
     @property
     def makes_adapter(self) -> bool:
-        """Whether the trained numbers are kept beside the model, in a folder of their own."""
+        """Whether the trained weights are saved as an adapter, beside the model."""
         return self.name not in ("full", "frozen-embeddings")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TuningRecipe:
-    """A fine-tuning run. ``decoding`` holds keywords of `gmask.generation.settings.Settings`."""
+    """A fine-tuning run. ``decoding`` holds keywords of `gmask.generation.settings.Sampling`."""
 
     run: TuningRunSettings
     model: ModelSettings
@@ -200,8 +202,8 @@ class TuningRecipe:
     forgetting: ForgettingSettings
 
     @property
-    def written(self) -> dict[str, Any]:
-        """How texts are written: ``decoding``, and as long as those that are learnt."""
+    def decoding_settings(self) -> dict[str, Any]:
+        """The keywords of ``decoding``. By default a text may be as long as those that are learnt."""
         return {"max_tokens": self.data.max_target, **self.decoding}
 
     def to_dict(self) -> dict[str, Any]:
@@ -211,21 +213,21 @@ class TuningRecipe:
     def to_yaml(self) -> str:
         return to_yaml(self)
 
-    def without_places(self) -> "TuningRecipe":
-        """The recipe without what holds on one machine only: folders, device, threads."""
+    def portable(self) -> "TuningRecipe":
+        """The recipe without the settings of one machine: folders, device, threads."""
         run = dataclasses.replace(self.run, out=Path(self.run.out).name, device=None, threads=None)
         data = dataclasses.replace(self.data, root=TuningDataSettings.root)
         model = dataclasses.replace(self.model, name=base_name(self.model.name))
         return dataclasses.replace(self, run=run, data=data, model=model)
 
-    def of_fold(self, fold: int) -> "TuningRecipe":
-        """The run of one fold, in a folder of its own."""
+    def for_fold(self, fold: int) -> "TuningRecipe":
+        """The recipe of the run of one fold, in a folder of its own."""
         run = dataclasses.replace(self.run, out=str(Path(self.run.out) / f"fold-{fold}"))
         return dataclasses.replace(self, run=run, data=dataclasses.replace(self.data, fold=fold))
 
 
 def base_name(model: str) -> str:
-    """A model's name for others to read: of a folder its last part alone."""
+    """The name of a model for a model card: of a folder its last part only."""
     return Path(model).name if Path(model).is_dir() else model
 
 
@@ -233,14 +235,14 @@ def load_tuning_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Tunin
     """Reads a recipe; each override is ``section.key=value`` with a YAML value.
 
     Raises:
-        GmaskError: no such file, no YAML, a key that does not exist (the nearest one is named) or lacks, settings that
+        GmaskError: no such file, not YAML, an unknown key (the nearest one is named), a missing one, settings that
             exclude each other.
     """
     return read_tuning_recipe(load_tree(path, overrides, field_names(TuningRecipe)))
 
 
 def find_tuning_recipe(folder: Path) -> TuningRecipe | None:
-    """The recipe that a folder of ``gmask finetune`` was tuned by; None where it holds none, or one of pre-training."""
+    """The recipe in the folder of a tuned model or adapter; None if there is none, or one of pretraining."""
     path = folder / "recipe.yaml"
     if not path.is_file() or "task" not in (tree := load_tree(path, (), field_names(TuningRecipe))):
         return None
@@ -248,10 +250,10 @@ def find_tuning_recipe(folder: Path) -> TuningRecipe | None:
 
 
 def read_tuning_recipe(tree: Mapping[str, Any]) -> TuningRecipe:
-    """Checks a recipe's tree of plain values and gives it types."""
+    """The recipe of a tree of plain values, checked."""
     if tree.get("task") is None:
         raise GmaskError("task is missing: name one, such as chat/alpaca, or write it into the recipe")
-    recipe = build(TuningRecipe, tree, title="the recipe")
+    recipe = build_settings(TuningRecipe, tree, title="the recipe")
     data, optimization = recipe.data, recipe.optimization
     if recipe.model.adapter is not None and not recipe.method.makes_adapter:
         raise GmaskError(
@@ -271,7 +273,7 @@ def read_tuning_recipe(tree: Mapping[str, Any]) -> TuningRecipe:
 
 
 def differing_keys(one: TuningRecipe, other: TuningRecipe) -> list[str]:
-    """The dotted keys by which two recipes would give different numbers."""
+    """The dotted keys in which two recipes differ, without `FREE_KEYS`."""
     left, right = dict(_flatten(one.to_dict())), dict(_flatten(other.to_dict()))
     keys = [key for key in (*left, *(key for key in right if key not in left)) if left.get(key) != right.get(key)]
     return [key for key in keys if key not in FREE_KEYS]
@@ -296,7 +298,7 @@ OWNERS: dict[str, tuple[Method, ...]] = {
     "prompt_tokens": ("p-tuning",),
     "prompt_encoder": ("p-tuning",),
 }
-"""The methods that a setting means something to."""
+"""The methods that a setting belongs to; settings that are not listed belong to all."""
 
 RATES: dict[Method, tuple[float, float]] = {
     "full": (1e-5, 2e-3),  # the upper end for small models
@@ -309,17 +311,17 @@ RATES: dict[Method, tuple[float, float]] = {
     "p-tuning-v2": (3e-3, 3e-2),
     "p-tuning": (5e-4, 1e-2),
 }
-"""Learning rates that the methods are usually given, lowest and highest."""
+"""The lowest and the highest of the usual learning rates of each method."""
 
 USUAL_RATES: dict[Method, float] = {
     "full": 2e-5, "frozen-embeddings": 2e-5, "lora": 2e-4, "dora": 2e-4, "adalora": 1e-3, "qlora": 2e-4, "ia3": 3e-3,
     "p-tuning-v2": 2e-2, "p-tuning": 1e-3,
 }  # fmt: skip
-"""One of them for each; that of p-tuning-v2 is the published one."""
+"""The learning rate of each method if a recipe gives none; that of p-tuning-v2 is the published one."""
 
 
 def check_model(method: MethodSettings, *, is_quantized: bool, is_glm: bool) -> None:
-    """Raises `GmaskError` for a method that cannot train such a model."""
+    """Raises `GmaskError` if a method cannot train such a model."""
     if method.name == "qlora" and not is_quantized:
         raise GmaskError(
             "qlora is lora beside integers: set model.quantize (or --quantize) to int8 or int4, or choose lora"
@@ -337,7 +339,7 @@ def check_model(method: MethodSettings, *, is_quantized: bool, is_glm: bool) -> 
 
 
 def hint_learning_rate(method: Method, rate: float) -> str | None:
-    """Advice on a learning rate that is far from what a method is usually given; None for one that is not."""
+    """Advice on a learning rate that is unusual for a method; None for a usual one."""
     low, high = RATES[method]
     if low <= rate <= high:
         return None
@@ -347,5 +349,5 @@ def hint_learning_rate(method: Method, rate: float) -> str | None:
     return f"a learning rate of {rate:g} is unusual for {method}: {low:g} to {high:g} is common{likely}"
 
 
-def _join(words: tuple[str, ...]) -> str:
-    return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]
+def _join_names(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]

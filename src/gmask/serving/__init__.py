@@ -1,1 +1,1 @@
-"""Programs and people reach a model: by HTTP, on one machine or many."""
+"""Serving: an HTTP API, a page in the browser, and replicas by Ray Serve."""

@@ -1,4 +1,4 @@
-"""The application that answers: how it begins, what it mounts, how it ends."""
+"""The FastAPI application and the uvicorn server: routes, probes, start and shutdown."""
 
 import asyncio
 import errno
@@ -49,17 +49,16 @@ def create_app(
     settings: ServerSettings | None = None,
     adapters: Mapping[str, Path] | None = None,
     engine: Engine | None = None,
-    talks: Backend | None = None,
+    chat_backend: Backend | None = None,
 ) -> FastAPI:
-    """The application that serves a model.
+    """Makes the application that serves a model.
 
     Args:
         model, tokenizer: as `gmask.load` returns them.
         settings: the limits; by default those of `ServerSettings`.
-        adapters: folders of LoRA or prefixes by their names: a request chooses one as the model ``NAME:ADAPTER``.
-        engine: that writes the answers; by default a new one. The application closes it when it ends.
-        talks: another model, by `make_backend`, which conversations are with unless they name the first. The
-            application closes it, too.
+        adapters: folders of LoRA or prefixes by name. A request chooses one by the model name ``NAME:ADAPTER``.
+        engine: writes the answers; by default a new one. The application closes it when it ends.
+        chat_backend: another model, by `make_backend`, for conversations that name no model. The application closes it.
 
     Raises:
         GmaskError: an adapter that does not fit the model; two models of one name.
@@ -73,9 +72,11 @@ def create_app(
         adapters=AdapterSet(model, adapters or {}),
     )
     backend = Backend(model, tokenizer, engine, settings)
-    backends = [backend] if talks is None else [backend, talks]
-    if talks is not None and talks.settings.model_name in backend.model_names:
-        raise GmaskError(f"two models have the name {talks.settings.model_name!r}: give the first another model_name")
+    backends = [backend] if chat_backend is None else [backend, chat_backend]
+    if chat_backend is not None and chat_backend.settings.model_name in backend.model_names:
+        raise GmaskError(
+            f"two models have the name {chat_backend.settings.model_name!r}: give the first another model_name"
+        )
     metrics = Metrics([one.engine.counts for one in backends])
     for one in backends:
         one.metrics = metrics
@@ -95,7 +96,7 @@ def create_app(
         responses={"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}},
     )
     app.state.backend, app.state.backends = backend, backends
-    for router in (openai.router, blanks.router, openai.published_router):
+    for router in (openai.openai_router, blanks.blanks_router, openai.published_router):
         app.include_router(router)
     _add_probes(app, backends, metrics)
     add_error_handlers(app)
@@ -178,10 +179,10 @@ class TimedProtocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Refuses new requests from the moment it is told to end, while those that run go on."""
+    """A uvicorn server that on shutdown refuses new requests, while running ones go on."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """For SIGINT and SIGTERM; the second SIGINT ends at once."""
+        """Handles SIGINT and SIGTERM; a second SIGINT ends the server at once."""
         backends: Sequence[Backend] = self.config.app.state.backends  # type: ignore[union-attr]
         if self.loop is not None:
             for backend in backends:
@@ -189,20 +190,20 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listens, and says so in the log, which uvicorn does only for sockets of its own."""
+        """Starts to listen, and logs the address, which uvicorn does only for sockets that it opened."""
         await super().startup(sockets)
         if sockets and self.started:
             message = "Uvicorn running on http://%s:%d (Press CTRL+C to quit)"
             logging.getLogger("uvicorn.error").info(message, self.config.host, sockets[0].getsockname()[1])
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serves until it is told to end."""
+        """Serves until shutdown."""
         self.loop = asyncio.get_running_loop()
         await super().serve(sockets)
 
 
 def open_port(host: str, port: int) -> list[socket.socket]:
-    """Sockets with the addresses of a host, to be listened to; until then, who connects is refused.
+    """Binds sockets to the addresses of a host. They do not listen yet, so connections are refused.
 
     Raises:
         GmaskError: the port is taken, or the host is not this machine's.
@@ -224,14 +225,14 @@ def open_port(host: str, port: int) -> list[socket.socket]:
         for one in opened:
             one.close()
         opened.clear()
-    if not opened:  # a name may have an address of a kind that this machine has no network for
+    if not opened:  # one is enough: a host may have addresses of a kind that this machine has no network for
         raise GmaskError(f"port {port} of {host} cannot be used: it is taken, or is not this machine's") from fault
     return opened
 
 
 def _bind(opened: socket.socket, address: Any) -> socket.socket:
     try:
-        if os.name == "posix":  # a port that was just closed can be opened again; elsewhere it means something else
+        if os.name == "posix":  # allows to reuse a port that was just closed; on Windows it has another meaning
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if opened.family == socket.AF_INET6:
             opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -243,7 +244,7 @@ def _bind(opened: socket.socket, address: Any) -> socket.socket:
 
 
 def make_server(app: FastAPI, *, host: str, port: int) -> Server:
-    """A server that is ready to run; it listens once it does."""
+    """Makes a server, which listens once it runs."""
     backend: Backend = app.state.backend
     config = uvicorn.Config(
         app,

@@ -1,7 +1,8 @@
-"""From a request to the engine and back: the engine's thread, a worker's thread beside it, server-sent events.
+"""Runs requests on the engine or on the worker, and sends results as server-sent events.
 
-What the engine does not do (beams, scores, embeddings) is done by one worker, one function after the other. A function
-is many passes through the model; one that is late, or that nobody waits for any more, ends before its next pass.
+The engine writes answers in its own thread. One worker thread does what the engine does not (beams, scores,
+embeddings), one function after the other. A function that is late, or for which nobody waits any more, is ended before
+its next forward pass.
 """
 
 import asyncio
@@ -26,9 +27,9 @@ from gmask.checkpoints.load import LanguageModel
 from gmask.conversation import Conversation
 from gmask.errors import GmaskError
 from gmask.generation.constraints import ConstraintError
-from gmask.generation.engine import Engine, EngineClosed, Progress, Request, Submission
+from gmask.generation.engine import Engine, EngineClosed, Request, SampleProgress, Submission
+from gmask.generation.prompts import BLANKS, Context, Prompt, PromptFormat, TextReader, find_format, fit_prompt
 from gmask.generation.settings import Sampling
-from gmask.generation.text import BLANKS, Context, Prompt, PromptFormat, TextReader, find_format, fit_prompt
 from gmask.models.glm import GLMForConditionalGeneration
 from gmask.serving.middleware import ApiError, Metrics, as_api_error
 from gmask.serving.replies import TopLogprobs, blank_of
@@ -36,7 +37,7 @@ from gmask.serving.settings import ServerSettings
 
 Result = TypeVar("Result")
 Event = Mapping[str, Any] | BaseModel
-"""What a stream sends as JSON."""
+"""An event of a stream, which is sent as JSON."""
 
 
 class Backend:
@@ -54,53 +55,53 @@ class Backend:
 
     @cached_property
     def format(self) -> PromptFormat:
-        """How the model is talked to."""
+        """The prompt format of the model."""
         return find_format(self.model, self.tokenizer)
 
     @property
     def fills_blanks(self) -> bool:
-        """Whether the model is a GLM, and no ChatGLM."""
+        """True for a GLM, False for a ChatGLM."""
         return isinstance(self.model, GLMForConditionalGeneration)
 
     @cached_property
     def reader(self) -> TextReader:
-        """Of texts with blanks; ask `require_blanks` first."""
+        """The reader of texts with blanks; call `require_blanks` first."""
         return TextReader(self.tokenizer, self.model.config.prompt_ids)
 
     @property
     def blanks(self) -> list[str]:
-        """The blank tokens that the model was trained with; none of one that only talks."""
+        """The blank tokens that the model was trained with; none for a ChatGLM."""
         return [blank for blank in BLANKS if self.fills_blanks and blank in self.reader.blank_ids]
 
     @property
     def positions(self) -> int:
-        """Of the model."""
+        """The number of positions of the model."""
         return int(self.model.config.max_position_embeddings)
 
     @property
     def longest_answer(self) -> int:
-        """In tokens."""
+        """The most tokens of an answer."""
         limit = self.settings.max_tokens
         return self.positions if limit is None else min(limit, self.positions)
 
-    def require_blanks(self, deed: str) -> GLMForConditionalGeneration:
-        """The model, if it fills blanks.
+    def require_blanks(self, purpose: str) -> GLMForConditionalGeneration:
+        """Returns the model, if it fills blanks; ``purpose`` begins the message of the error.
 
         Raises:
             ApiError: it is a ChatGLM.
         """
         if not isinstance(self.model, GLMForConditionalGeneration):
-            raise ApiError(400, f"{deed} needs a GLM, which fills blanks: a ChatGLM was tuned for dialogue alone")
+            raise ApiError(400, f"{purpose} needs a GLM, which fills blanks: a ChatGLM was tuned for dialogue alone")
         return self.model
 
     @property
     def model_names(self) -> list[str]:
-        """What clients may call for: the model, and it with each of its adapters."""
+        """The names that clients may ask for: of the model, and of the model with each adapter."""
         own = self.settings.model_name
         return [own, *(f"{own}:{adapter}" for adapter in self.engine.adapters.names)]
 
     def find_adapter(self, name: str | None) -> str | None:
-        """The adapter in one of `model_names`; None for the model alone, which needs no name."""
+        """Returns the adapter of one of `model_names`; None for the model alone, also without a name."""
         own = self.settings.model_name
         return None if not name or name == own else name.removeprefix(f"{own}:")
 
@@ -111,7 +112,7 @@ class Backend:
         self.check_engine()
 
     def check_engine(self) -> None:
-        """Raises `ApiError` where only a new process helps."""
+        """Raises `ApiError` if the engine has failed for good."""
         if not self.engine.is_alive and not self.is_draining:
             raise ApiError(503, "the engine has failed for good: the server must be started again", retry_after=30)
 
@@ -122,12 +123,12 @@ class Backend:
             raise ApiError(400, f"{samples} answers in one request; this server writes at most {limit}")
 
     async def fit(self, conversation: Conversation, *, longest: int, max_tokens: int | None) -> Prompt:
-        """The prompt of a conversation, as `fit_prompt` finds room for it; counting its tokens may take a while."""
+        """Runs `fit_prompt` for a conversation, in a thread, since tokenizing may take a while."""
         query, rounds = conversation.require_query(), conversation.rounds
         return await asyncio.to_thread(fit_prompt, query, rounds, self.format, longest=longest, max_tokens=max_tokens)
 
     def deadline(self, wanted: float | None) -> float:
-        """Seconds that a request may take."""
+        """Returns the seconds that a request may take."""
         return min(wanted or math.inf, self.settings.request_seconds)
 
     def submit(
@@ -141,11 +142,11 @@ class Backend:
         timeout: float | None = None,
         is_streamed: bool = False,
     ) -> "Job":
-        """Hands contexts to the engine, all or none, until they are answered or the client has gone.
+        """Submits contexts to the engine, all or none. They are cancelled if the client disconnects.
 
         Raises:
             ApiError: too many samples; the server takes no requests.
-            GmaskError: the engine is full, or a context too long.
+            GmaskError: the engine's queue is full; a context is too long.
         """
         self.check_open()
         samples = n * len(contexts)
@@ -170,10 +171,10 @@ class Backend:
         adapter: str | None = None,
         timeout: float | None = None,
     ) -> Result:
-        """Has the worker do what the engine does not, in turn, until it is done, late, or the client has gone.
+        """Runs a function on the worker, in its turn; ends it if it is late or the client disconnects.
 
         Raises:
-            ApiError: too many wait; it took too long; the server takes no requests.
+            ApiError: too many functions are waiting; it took too long; the server takes no requests.
         """
         self.check_open()
         if self.worker.waiting >= self.settings.max_queue:
@@ -188,7 +189,7 @@ class Backend:
         answer = asyncio.wrap_future(work.future)
         ends: list[asyncio.Future[Any]] = [answer]
         if http_request is not None:
-            ends.append(asyncio.create_task(_await_leaving(http_request)))
+            ends.append(asyncio.create_task(_await_disconnect(http_request)))
         try:
             await asyncio.wait(ends, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
@@ -203,12 +204,12 @@ class Backend:
                 end.cancel()
 
     def drain(self) -> None:
-        """Takes no more requests; those that run return what they have after `ServerSettings.drain_seconds`."""
+        """Takes no more requests; those that run are cut after `ServerSettings.drain_seconds`."""
         if not self.is_draining:
             self.is_draining = True
-            asyncio.get_running_loop().call_later(self.settings.drain_seconds, self._cut)
+            asyncio.get_running_loop().call_later(self.settings.drain_seconds, self._cancel_all)
 
-    def _cut(self) -> None:
+    def _cancel_all(self) -> None:
         for job in list(self.open_jobs):
             job.cancel()
         self.worker.cancel_all()
@@ -222,20 +223,20 @@ class Backend:
 def make_backend(
     model: LanguageModel, tokenizer: PreTrainedTokenizerBase, *, name: str, settings: ServerSettings | None = None
 ) -> Backend:
-    """What answers a page without a server, or beside its model and within its limits; to be closed by its user."""
+    """Makes a backend with an engine of its own; the caller closes it. ``settings`` has the limits."""
     limits = replace(settings or ServerSettings(), model_name=name)
     engine = Engine(model, tokenizer, max_rows=limits.max_rows, max_queue=limits.max_queue)
     return Backend(model, tokenizer, engine, limits)
 
 
-def find_backend(backends: Sequence[Backend], name: str | None, *, talks: bool = False) -> Backend:
-    """The backend of the model that a client names; without a name the first, and to talk with the last.
+def find_backend(backends: Sequence[Backend], name: str | None, *, for_chat: bool = False) -> Backend:
+    """Returns the backend of a model's name; without a name the first, and for a conversation the last.
 
     Raises:
         ApiError: the name of another model.
     """
     if not name:
-        return backends[-1 if talks else 0]
+        return backends[-1 if for_chat else 0]
     for backend in backends:
         if name in backend.model_names:
             return backend
@@ -243,26 +244,25 @@ def find_backend(backends: Sequence[Backend], name: str | None, *, talks: bool =
     raise ApiError(404, f"there is no model {name[:100]!r} here, but {names}", param="model", code="model_not_found")
 
 
-async def _await_leaving(http_request: HttpRequest) -> None:
-    """Ends once the client has gone."""
+async def _await_disconnect(http_request: HttpRequest) -> None:
+    """Returns once the client has disconnected."""
     while (await http_request.receive())["type"] != "http.disconnect":
         pass
 
 
 Key = tuple[int, int]
-"""Which context of a request, and which of its samples."""
+"""The index of a context of a request, and that of a sample."""
 
 
 class Job:
-    """What the engine does for one request, until it is closed or the client goes.
+    """The samples of one request on the engine. They are cancelled if it is closed or the client disconnects.
 
-    The engine's thread reports every token. The event loop is woken for it only if the request streams, and once for
-    all that came while it was busy; a slow reader therefore holds one progress for each sample, however far the engine
-    has gone.
+    The engine's thread reports every token. Only for a stream does it wake the event loop each time. Progress that the
+    loop has not read yet is replaced by newer one, so that a slow reader needs no more memory.
 
     Attributes:
-        unread: the latest progress of the samples that have gone on since they were last looked at.
-        top_logprobs: the most probable tokens beside those of a sample, by its blanks.
+        unread: the latest progress of the samples that has not been read.
+        top_logprobs: the most probable tokens beside those of a sample, by blank.
     """
 
     def __init__(
@@ -271,11 +271,11 @@ class Job:
         self.backend = backend
         self.submissions: list[Submission] = []
         self.prompt_tokens = 0
-        self.unread: dict[Key, Progress] = {}
+        self.unread: dict[Key, SampleProgress] = {}
         self.top_logprobs: defaultdict[Key, dict[int, TopLogprobs]] = defaultdict(dict)
         self._wakes_every_token = wakes_every_token
         self._loop = asyncio.get_running_loop()
-        self._has_news = asyncio.Event()
+        self._has_unread = asyncio.Event()
         self._lock = threading.Lock()
         self._running = samples
         self._submitted = time.perf_counter()
@@ -284,26 +284,26 @@ class Job:
         self._watcher = None if http_request is None else asyncio.create_task(self._watch(http_request))
 
     def close(self) -> None:
-        """Has the engine drop what is not done."""
+        """Cancels what is not done, and stops watching the client."""
         self.backend.open_jobs.discard(self)
         if self._watcher is not None:
             self._watcher.cancel()
         self.cancel()
 
     def cancel(self) -> None:
-        """Has the engine stop; the last progress of each sample still comes."""
+        """Asks the engine to stop; it still reports the last progress of each sample."""
         for submission in self.submissions:
             submission.cancel()
 
     async def _watch(self, http_request: HttpRequest) -> None:
-        await _await_leaving(http_request)
+        await _await_disconnect(http_request)
         self.close()
 
-    def listener(self, context: int) -> Callable[[Progress], None]:
-        """What the engine's thread calls with each progress of a context."""
+    def listener(self, context: int) -> Callable[[SampleProgress], None]:
+        """Returns the callback for the progress of a context; the engine's thread calls it."""
         return lambda progress: self._receive((context, progress.index), progress)
 
-    def _receive(self, key: Key, progress: Progress) -> None:
+    def _receive(self, key: Key, progress: SampleProgress) -> None:
         if progress.end is None:
             self._measure_latency(key)
         with self._lock:
@@ -313,8 +313,8 @@ class Job:
             self._running -= progress.end is not None
             wakes = self._wakes_every_token or not self._running
         if wakes:
-            with suppress(RuntimeError):  # the loop has ended: nobody listens
-                self._loop.call_soon_threadsafe(self._has_news.set)
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._has_unread.set)
 
     def _measure_latency(self, key: Key) -> None:
         now, last, metrics = time.perf_counter(), self._last_token.get(key), self.backend.metrics
@@ -324,16 +324,17 @@ class Job:
             metrics.next_token.observe(now - last)
         self._last_token[key] = now
 
-    async def updates(self) -> AsyncIterator[tuple[Key, Progress]]:
-        """The progress of all samples as it comes, to the end of each.
+    async def updates(self) -> AsyncIterator[tuple[Key, SampleProgress]]:
+        """Yields the progress of all samples as it comes, until all have ended.
 
         Raises:
-            ApiError, or what made the model fail: a sample failed, or had no time to begin.
+            ApiError: a sample failed, or had no time to begin.
+            Exception: the error with which the model failed.
         """
         is_all = False
         while not is_all:
-            await self._has_news.wait()
-            self._has_news.clear()
+            await self._has_unread.wait()
+            self._has_unread.clear()
             with self._lock:
                 unread, self.unread = self.unread, {}
                 is_all = not self._running
@@ -341,12 +342,12 @@ class Job:
                 self._check(progress)
                 yield key, progress
 
-    async def results(self) -> dict[Key, Progress]:
-        """The last progress of every sample, in order; errors as of `updates`."""
+    async def results(self) -> dict[Key, SampleProgress]:
+        """Returns the last progress of every sample, in order; errors as of `updates`."""
         last = {key: progress async for key, progress in self.updates()}
         return dict(sorted(last.items()))
 
-    def _check(self, progress: Progress) -> None:
+    def _check(self, progress: SampleProgress) -> None:
         if progress.end == "failed":
             if isinstance(progress.error, ConstraintError):
                 raise ApiError(400, str(progress.error))
@@ -354,7 +355,7 @@ class Job:
                 raise ApiError(500, str(progress.error))
             if progress.error is None:
                 raise RuntimeError("the engine failed at this request")
-            # All requests of a step share the error: raised with its traceback, that would grow with each of them.
+            # All requests of a step share the error, and each raise would add to its traceback.
             raise progress.error.with_traceback(None)
         if progress.end in ("timeout", "cancelled") and not (progress.done or progress.open.ids):
             if progress.end == "timeout":
@@ -364,11 +365,11 @@ class Job:
 
 
 class Cancelled(Exception):
-    """The work is late, or nobody waits for it."""
+    """The function is late, or nobody waits for it any more."""
 
 
 class WorkItem(Generic[Result]):
-    """A function that the worker is to call."""
+    """A function that waits for the worker or runs there."""
 
     def __init__(self, function: Callable[[], Result], *, deadline: float) -> None:
         """``deadline``: a time of `time.monotonic`."""
@@ -377,7 +378,7 @@ class WorkItem(Generic[Result]):
         self.future: Future[Result]
 
     def cancel(self) -> None:
-        """Has it end before its next pass."""
+        """Makes it end before its next forward pass."""
         self.is_cancelled = True
 
     def check(self) -> None:
@@ -387,10 +388,10 @@ class WorkItem(Generic[Result]):
 
 
 class Worker:
-    """The thread that calls functions, one after the other.
+    """A thread that calls functions, one after the other.
 
     Attributes:
-        waiting: functions that are not done, the running one among them.
+        waiting: the number of functions that are not done, including the running one.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -405,7 +406,7 @@ class Worker:
         return len(self._open)
 
     def submit(self, function: Callable[[], Result], *, seconds: float) -> WorkItem[Result]:
-        """Has a function run in its turn, ``seconds`` from now at the latest."""
+        """Queues a function, which has to be done in ``seconds`` from now."""
         work = WorkItem(function, deadline=time.monotonic() + seconds)
         with self._lock:
             self._open.add(work)
@@ -414,14 +415,14 @@ class Worker:
         return work
 
     def cancel_all(self) -> None:
-        """Has all work end."""
+        """Cancels all functions."""
         with self._lock:
             left = list(self._open)
         for work in left:
             work.cancel()
 
     def close(self) -> None:
-        """Ends the thread, and all work."""
+        """Cancels all functions, and ends the thread."""
         self.cancel_all()
         self._pool.shutdown(wait=False)
         self._hook.remove()
@@ -447,11 +448,11 @@ class Worker:
 STREAMED: dict[str, Any] = {
     "text/event-stream": {"schema": {"type": "object", "properties": {"data": {"type": "string"}}}}
 }
-"""What the documentation says of an answer that may be streamed."""
+"""The entry of the OpenAPI document for a response that may be streamed."""
 
 
 def stream(job: Job, events: AsyncIterator[Event]) -> StreamingResponse:
-    """The response of a job, in server-sent events; an error on the way is one, too, for the status has been sent."""
+    """Returns a response of server-sent events. A later error is an event, too, since the status has been sent."""
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(_lines(job, events), media_type="text/event-stream", headers=headers)
 

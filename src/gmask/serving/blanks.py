@@ -1,4 +1,4 @@
-"""Blanks filled and answers scored over HTTP: /v1/infill and /v1/score."""
+"""Infilling and scoring over HTTP: /v1/infill and /v1/score."""
 
 import asyncio
 import math
@@ -10,28 +10,28 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from gmask.generation.answers import Infilling, assemble_infilling, settle_blank
-from gmask.generation.engine import Progress
+from gmask.generation.answers import Infilling, assemble_infilling, stable_answer
+from gmask.generation.engine import SampleProgress
 from gmask.generation.infill import infill
+from gmask.generation.prompts import BlankedText
 from gmask.generation.score import score
 from gmask.generation.settings import Sampling
-from gmask.generation.text import BlankedText
 from gmask.serving.backend import STREAMED, Backend, Job, find_backend, stream
 from gmask.serving.middleware import ApiError, log_fields
 from gmask.serving.openai import read_sampling
 from gmask.serving.replies import IncrementalDetokenizer, count_usage
 from gmask.serving.schema import InfillRequest, ScoreRequest
 
-MOST_CHOICES = 1024
+MAX_CHOICES = 1024
 """For all blanks of a text."""
 
-MOST_ANSWERS = 8192
-"""To all texts that are scored at once; each is cut into tokens before the first one is scored."""
+MAX_SCORED = 8192
+"""For all texts of a request to score; each answer is tokenized before the first one is scored."""
 
-router = APIRouter(prefix="/v1", tags=["Blanks"])
+blanks_router = APIRouter(prefix="/v1", tags=["Blanks"])
 
 
-@router.post("/infill", responses={200: {"content": STREAMED}})
+@blanks_router.post("/infill", responses={200: {"content": STREAMED}})
 async def fill(request: Request, body: InfillRequest) -> Response:
     """A text with its blanks filled, as ``gmask infill --json`` prints it.
 
@@ -73,12 +73,12 @@ def _check_answers(body: InfillRequest, backend: Backend) -> None:
     if max(body.n, body.num_beams) > backend.settings.max_samples:
         raise ApiError(400, f"n and num_beams may be {backend.settings.max_samples} at most here", param="n")
     lists: Iterable[str | list[str]] = body.choices.values() if isinstance(body.choices, dict) else body.choices or ()
-    if sum(1 if isinstance(one, str) else len(one) for one in lists) > MOST_CHOICES:
-        raise ApiError(400, f"there are more than {MOST_CHOICES} choices", param="choices")
+    if sum(1 if isinstance(one, str) else len(one) for one in lists) > MAX_CHOICES:
+        raise ApiError(400, f"there are more than {MAX_CHOICES} choices", param="choices")
 
 
 async def read_filled(job: Job, blanked: BlankedText, sampling: Sampling) -> Infilling:
-    """The text that a job has filled, and its alternatives, best first; errors as of `Job.updates`."""
+    """Waits for a job; returns the filled text and its alternatives, best first; errors as of `Job.updates`."""
     with closing(job):
         results = await job.results()
     filled = [_assemble(blanked, progress, sampling, job.backend) for progress in results.values()]
@@ -89,7 +89,7 @@ async def read_filled(job: Job, blanked: BlankedText, sampling: Sampling) -> Inf
 async def _search(
     request: Request, backend: Backend, body: InfillRequest, sampling: Sampling, prompt_tokens: int
 ) -> Response:
-    """What the engine does not do: candidates that are scored, and beams."""
+    """Scores choices, or searches by beams, on the worker."""
     if body.stream:
         raise ApiError(400, "choices and beams cannot be streamed: the best is known at the end", param="stream")
     for name in ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"):
@@ -121,8 +121,8 @@ async def _search(
     return JSONResponse(_write(found, body, backend, prompt_tokens, tokens))
 
 
-def _assemble(blanked: BlankedText, progress: Progress, sampling: Sampling, backend: Backend) -> Infilling:
-    """The text of one sample; blanks that it had no time for stay empty."""
+def _assemble(blanked: BlankedText, progress: SampleProgress, sampling: Sampling, backend: Backend) -> Infilling:
+    """Returns the filled text of one sample; blanks for which it had no time are empty."""
     answers = [*progress.done]
     if len(answers) < len(blanked.context.blanks):
         answers.append(replace(progress.open, finish="length"))
@@ -153,9 +153,9 @@ def _write(found: Infilling, body: InfillRequest, backend: Backend, prompt_token
 async def _fragments(
     job: Job, blanked: BlankedText, sampling: Sampling, body: InfillRequest, backend: Backend
 ) -> AsyncIterator[dict[str, Any]]:
-    """Stretches of the answers as they become certain, and the whole at the end."""
-    settles = [settle_blank(blanked, blank) for blank in range(len(blanked.context.blanks))]
-    reader = IncrementalDetokenizer(backend.tokenizer, settles, sampling.stop, logprobs=False)
+    """Yields parts of the answers as they are written, and the whole at the end."""
+    stable_texts = [stable_answer(blanked, blank) for blank in range(len(blanked.context.blanks))]
+    reader = IncrementalDetokenizer(backend.tokenizer, stable_texts, sampling.stop, logprobs=False)
     async for key, progress in job.updates():
         for delta in reader.read(progress, job.top_logprobs[key]):
             if delta.text:
@@ -164,7 +164,7 @@ async def _fragments(
     yield _write(found, body, backend, job.prompt_tokens, _count(found))
 
 
-@router.post("/score")
+@blanks_router.post("/score")
 async def rank(request: Request, body: ScoreRequest) -> JSONResponse:
     """Exact log-probabilities of given answers, as ``gmask score --json`` prints them."""
     backend = find_backend(request.app.state.backends, body.model)
@@ -174,8 +174,8 @@ async def rank(request: Request, body: ScoreRequest) -> JSONResponse:
     if backend.settings.log_prompts:
         log_fields(request, prompt=texts)
     count = len(texts) * len(body.answers) if isinstance(body.answers[0], str) else sum(map(len, body.answers))
-    if count > MOST_ANSWERS:
-        raise ApiError(400, f"{count} answers are to be scored; at most {MOST_ANSWERS} at once", param="answers")
+    if count > MAX_SCORED:
+        raise ApiError(400, f"{count} answers are to be scored; at most {MAX_SCORED} at once", param="answers")
     found = await backend.offline(
         request,
         lambda: score(model, backend.tokenizer, texts, body.answers, normalization=body.normalization),

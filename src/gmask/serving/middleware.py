@@ -1,6 +1,6 @@
-"""Around every request: keys, limits, errors, logs and metrics.
+"""Middleware and error handlers: API keys, limits, errors, logs and metrics.
 
-`AuthMiddleware` is a plain ASGI layer: what is refused here has cost no parsing, and answers stream through untouched.
+`AuthMiddleware` is a plain ASGI layer: requests are refused before they are parsed, and streams pass through unchanged.
 
 Every error has OpenAI's shape, ``{"error": {"message", "type", "param", "code"}}``, whatever the endpoint.
 """
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("gmask.serving")
 OPEN_PATHS = frozenset({"/health", "/ready"})
-"""For load balancers, which have no key."""
+"""Paths for load balancers, which have no key."""
 
 PAGE_PATH = "/ui"
-"""Of the page, which asks for the key itself: a browser has no header to send it in."""
+"""The path of the page. It asks for the key itself, since a browser does not send it in a header."""
 
 
 class HostMiddleware:
@@ -77,7 +77,7 @@ class HostMiddleware:
 
 
 class AuthMiddleware:
-    """Passes on the requests that bring a key, if keys are asked for, and whose body is small and arrives in time."""
+    """Refuses requests without a valid key, for another host, or with a body that is too large or too slow."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self.app = app
@@ -108,7 +108,7 @@ class AuthMiddleware:
             raise ApiError(415, "the body is read as it is: send it without the header Content-Encoding")
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """The whole body; None if the client has gone."""
+        """Returns the whole body; None if the client has disconnected."""
         chunks: list[bytes] = []
         size = 0
         try:
@@ -131,29 +131,29 @@ class AuthMiddleware:
 
 
 def needs_no_key(path: str) -> bool:
-    """Whether a path needs no key in a header."""
+    """Returns True if requests to a path need no key in a header."""
     return path in OPEN_PATHS or path == PAGE_PATH or path.startswith(f"{PAGE_PATH}/")
 
 
 def host_name(header: str) -> str:
-    """The host of a Host header, without its port."""
+    """Returns the host of a Host header, without its port."""
     return header.rpartition("]")[0] + "]" if header.startswith("[") else header.partition(":")[0].lower()
 
 
 def is_authorized(header: str, keys: Sequence[str]) -> bool:
-    """Whether an Authorization header brings one of the keys."""
+    """Returns True if an Authorization header has one of the keys."""
     scheme, _, given = header.partition(" ")
     return is_key(given.strip(), keys) and scheme.lower() == "bearer"
 
 
 def is_key(given: str, keys: Sequence[str]) -> bool:
-    """Whether a text is one of the keys; the time that it takes says nothing of them."""
+    """Returns True if a text is one of the keys; compares in constant time."""
     found = [hmac.compare_digest(given.encode("utf-8", "replace"), key.encode()) for key in keys]
     return any(found)
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
-    """A ``receive`` that gives the whole body first; what comes behind it comes from the client."""
+    """Returns a ``receive`` that gives the whole body first, and then the further messages of the client."""
     is_given = False
 
     async def receive_again() -> Message:
@@ -213,14 +213,14 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
 
     def body(self) -> dict[str, Any]:
-        """In OpenAI's shape."""
+        """Returns the body in OpenAI's format."""
         kind, code = ERROR_TYPES.get(self.status, ERROR_TYPES[400])
         message = self.message.encode("utf-8", "replace").decode()  # half of a surrogate pair has no UTF-8
         param = None if self.param is None else self.param.encode("utf-8", "replace").decode()
         return {"error": {"message": message, "type": kind, "param": param, "code": self.code or code}}
 
     def response(self) -> JSONResponse:
-        """As it is sent."""
+        """Returns the HTTP response."""
         headers: dict[str, str] = {}
         if self.retry_after is not None:
             headers["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
@@ -230,7 +230,7 @@ class ApiError(Exception):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told of an exception; of one that is not the client's doing, no more than that it happened."""
+    """Returns the error for an exception. For one that the client did not cause, it has no details."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFull):
@@ -246,7 +246,7 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Has every error of an app answered in OpenAI's shape."""
+    """Registers handlers that answer every error of an app in OpenAI's format."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()
@@ -259,7 +259,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     async def answer_validation(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return describe(error.errors(), error.body).response()
+        return explain_invalid_body(error.errors(), error.body).response()
 
     app.add_exception_handler(ApiError, answer)
     app.add_exception_handler(GmaskError, answer)
@@ -274,14 +274,13 @@ OUR_WORDS = {
     "model_attributes_type": "should be an object",
     "dict_type": "should be an object",
 }
-"""What is said of an error in a body in the place of pydantic's words, which name our classes and Python's types."""
+"""Messages by the type of pydantic's error, where its own name our classes or Python's types."""
 
 
-def describe(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
-    """The first thing that is wrong with a body; its value is not repeated.
+def explain_invalid_body(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
+    """Returns the error for the first fault in a body, without the wrong value.
 
-    Where a parameter may have one of several types, each of them has an error: what is said is the one of the type that
-    came furthest.
+    If a parameter may have several types, pydantic has an error for each; the one of the closest type is chosen.
     """
     first = errors[0]
     if isinstance(body, bytes) and body:
@@ -298,7 +297,7 @@ def describe(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
 
 
 def path_of(error: Mapping[str, Any], body: Any) -> list[str]:
-    """Where in a body an error is: what pydantic says of it, without the types that it tried."""
+    """Returns the path of an error in a body: the location that pydantic reports, without the types that it tried."""
     path: list[str] = []
     for part in error["loc"][1:]:
         if isinstance(body, Mapping) and str(part) in body:
@@ -316,10 +315,10 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class Metrics:
-    """The counters of one application, in a registry of its own, so that two applications in a process stay apart."""
+    """The Prometheus metrics of one application, in a registry of their own, so that applications do not share them."""
 
     def __init__(self, counts: "Sequence[Callable[[], Counts]]") -> None:
-        """``counts`` give the engines' figures, whenever they are fetched."""
+        """Each of ``counts`` returns the counts of an engine; it is called when the metrics are fetched."""
         self.registry = CollectorRegistry()
         self.registry.register(EngineCollector(counts))
 
@@ -334,12 +333,12 @@ class Metrics:
         )
 
     def render(self) -> bytes:
-        """In Prometheus' text format."""
+        """Returns the metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
 class AccessLog:
-    """Gives every request an id, answers with it in ``X-Request-ID``, and writes one line when it is done."""
+    """Gives every request an id, which the response has as ``X-Request-ID``, and logs one line when it is done."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
@@ -353,7 +352,7 @@ class AccessLog:
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         fields: dict[str, Any] = {}
         scope.setdefault("state", {})["log_fields"] = fields
-        status, began = 499, time.perf_counter()  # 499: gone before an answer, as nginx has it
+        status, began = 499, time.perf_counter()  # 499: disconnected before an answer, as in nginx
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -366,7 +365,7 @@ class AccessLog:
             await self.app(scope, receive, send_with_id)
         finally:
             seconds = time.perf_counter() - began
-            endpoint = getattr(scope.get("route"), "path", "none")  # never what the client wrote: paths are endless
+            endpoint = getattr(scope.get("route"), "path", "none")  # not the client's path: labels must be few
             self.metrics.requests.labels(endpoint, str(status)).inc()
             self.metrics.duration.observe(seconds)
             line = {"request_id": request_id, "method": scope["method"], "endpoint": endpoint, "status": status}
@@ -382,17 +381,17 @@ class JsonFormatter(logging.Formatter):
     """One JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The time in UTC, the level, the message, and the fields of a request."""
+        """Returns the time in UTC, the level, the message, and the fields of a request as JSON."""
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         line = {"time": when, "level": record.levelname.lower(), "message": record.getMessage()}
         line |= getattr(record, "fields", {})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)  # ASCII: no line break of a client's ends a line
+        return json.dumps(line)  # as ASCII, so that a client cannot insert line breaks
 
 
 def log_as_json() -> None:
-    """Has this program's log written to standard error as JSON lines."""
+    """Writes the log of this program to standard error as JSON lines."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
     for name in ("gmask.serving", "uvicorn"):
@@ -405,17 +404,17 @@ SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 300)
 
 
 class EngineCollector(Collector):
-    """The engines' own figures, summed up."""
+    """Collects the counts of the engines, summed."""
 
     def __init__(self, counts: "Sequence[Callable[[], Counts]]") -> None:
         self.counts = counts
 
     def describe(self) -> Iterator[Metric]:
-        """Nothing: what is not described is not asked for at registration, before the engine runs."""
+        """Returns nothing: else Prometheus would call `collect` at registration, before the engine runs."""
         return iter(())
 
     def collect(self) -> Iterator[Metric]:
-        """Reads the engines."""
+        """Yields the present counts of the engines."""
         counts = [read() for read in self.counts]
 
         def total(name: str) -> int:

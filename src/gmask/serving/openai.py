@@ -24,14 +24,14 @@ from gmask.conversation import Conversation, History, read_content, read_convers
 from gmask.errors import GmaskError
 from gmask.files import check_characters
 from gmask.generation import constraints
-from gmask.generation.answers import settle_blank, token_texts
+from gmask.generation.answers import stable_answer, token_texts
 from gmask.generation.batches import log_softmax
 from gmask.generation.chat import DEFAULTS
 from gmask.generation.constraints import Constraint
 from gmask.generation.embed import Embedder, Vectors, as_floats
-from gmask.generation.engine import Progress
+from gmask.generation.engine import SampleProgress
+from gmask.generation.prompts import Context, encode_plain
 from gmask.generation.settings import Sampling
-from gmask.generation.text import Context, encode_plain
 from gmask.serving import replies
 from gmask.serving.backend import STREAMED, Backend, Job, Key, find_backend, stream
 from gmask.serving.middleware import ApiError, log_fields
@@ -42,7 +42,7 @@ from gmask.serving.replies import (
     IncrementalDetokenizer,
     ReplyBuilder,
     ScoredToken,
-    Settle,
+    StableText,
     json_response,
     spell_tokens,
 )
@@ -58,11 +58,11 @@ from gmask.serving.schema import (
     StreamOptions,
 )
 
-router = APIRouter(prefix="/v1", tags=["OpenAI"])
+openai_router = APIRouter(prefix="/v1", tags=["OpenAI"])
 Readers = Mapping[Key, IncrementalDetokenizer]
 
 
-@router.get("/models", responses={200: {"model": replies.ModelList}})
+@openai_router.get("/models", responses={200: {"model": replies.ModelList}})
 async def list_models(request: Request) -> Response:
     """The model that is served, and it with each of its adapters."""
     backends: Sequence[Backend] = request.app.state.backends
@@ -70,7 +70,7 @@ async def list_models(request: Request) -> Response:
     return json_response(replies.ModelList(object="list", data=models))
 
 
-@router.get("/models/{name:path}", responses={200: {"model": replies.Model}})
+@openai_router.get("/models/{name:path}", responses={200: {"model": replies.Model}})
 async def show_model(request: Request, name: str) -> Response:
     """The model of a name."""
     backend = find_backend(request.app.state.backends, name)
@@ -81,10 +81,10 @@ def _describe_model(backend: Backend, name: str) -> replies.Model:
     return replies.Model(id=name, object="model", created=backend.began, owned_by="gmask")
 
 
-@router.post("/chat/completions", responses={200: {"model": replies.ChatCompletion, "content": STREAMED}})
+@openai_router.post("/chat/completions", responses={200: {"model": replies.ChatCompletion, "content": STREAMED}})
 async def chat(request: Request, body: ChatRequest) -> Response:
     """The reply to a conversation."""
-    backend = find_backend(request.app.state.backends, body.model, talks=True)
+    backend = find_backend(request.app.state.backends, body.model, for_chat=True)
     backend.check_samples(body.n or 1)
     messages = [{"role": message.role, "content": message.content} for message in body.messages]
     conversation = read_question(messages, param="messages")
@@ -105,13 +105,13 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     )
     if backend.settings.log_prompts:
         log_fields(request, prompt=[read_content(message["content"]) for message in messages])
-    question = Question(prompt.context, backend.format.settle)
+    question = ApiPrompt(prompt.context, backend.format.stable_text)
     builder = ChatBuilder(_name(body, backend), logprobs=bool(body.logprobs), rounds_left_out=prompt.rounds_left_out)
     return await _answer(request, backend, body, builder, [question], sampling, n=body.n or 1)
 
 
 def read_question(history: History | None, query: str | None = None, *, param: str) -> Conversation:
-    """A conversation that ends with a question. Raises `ApiError`, with the parameter, for anything else."""
+    """Reads a conversation that ends with a question. Raises `ApiError`, with the parameter, for anything else."""
     try:
         conversation = read_conversation(history, query)
         conversation.require_query()
@@ -120,7 +120,7 @@ def read_question(history: History | None, query: str | None = None, *, param: s
     return conversation
 
 
-@router.post("/completions", responses={200: {"model": replies.Completion, "content": STREAMED}})
+@openai_router.post("/completions", responses={200: {"model": replies.Completion, "content": STREAMED}})
 async def complete(request: Request, body: CompletionRequest) -> Response:
     """What follows a prompt or, with a suffix, what stands between the two.
 
@@ -165,23 +165,23 @@ async def complete(request: Request, body: CompletionRequest) -> Response:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """What the engine reads, and how its answer becomes text."""
+class ApiPrompt:
+    """A prompt for the engine, and how its answer becomes text."""
 
     context: Context
-    settle: Settle
+    stable_text: StableText
     text: str = ""  # of the prompt, for echo
-    ids: tuple[int, ...] = ()  # of that text
+    ids: tuple[int, ...] = ()  # of this text
 
-    def without_space(self) -> "Question":
-        """The same for an answer of a given form, before which the constraint lets a space stand."""
-        return replace(self, settle=lambda text, is_whole: self.settle(text, is_whole).removeprefix(" "))
+    def without_space(self) -> "ApiPrompt":
+        """Returns the same without the leading space that a constraint permits before the answer."""
+        return replace(self, stable_text=lambda text, is_whole: self.stable_text(text, is_whole).removeprefix(" "))
 
 
 async def _score_prompts(
-    request: Request, backend: Backend, questions: Sequence[Question], body: CompletionRequest
+    request: Request, backend: Backend, questions: Sequence[ApiPrompt], body: CompletionRequest
 ) -> list[tuple[ScoredToken, ...]]:
-    """The tokens of the prompts with their log-probabilities; none where these were not asked for."""
+    """Returns the tokens of the prompts with their log-probabilities; none if log-probabilities were not asked for."""
     if body.logprobs is None:
         return [()] * len(questions)
     scorings = [partial(score_text, backend, question.ids, top=body.logprobs) for question in questions]
@@ -200,13 +200,13 @@ async def _answer(
     backend: Backend,
     body: ChatRequest | CompletionRequest,
     builder: ReplyBuilder,
-    questions: Sequence[Question],
+    questions: Sequence[ApiPrompt],
     sampling: Sampling,
     *,
     n: int,
     samples: int | None = None,
 ) -> Response:
-    """Has the engine write ``samples`` answers to each question, and sends the best ``n``, at once or bit by bit."""
+    """Lets the engine write ``samples`` answers to each prompt, and sends the best ``n``, whole or streamed."""
     samples = samples or n
     job = backend.submit(
         request,
@@ -219,7 +219,7 @@ async def _answer(
     )
     readers = {
         (context, sample): IncrementalDetokenizer(
-            backend.tokenizer, [question.settle], sampling.stop, logprobs=builder.logprobs
+            backend.tokenizer, [question.stable_text], sampling.stop, logprobs=builder.logprobs
         )
         for context, question in enumerate(questions)
         for sample in range(samples)
@@ -233,8 +233,8 @@ async def _answer(
     return json_response(builder.whole(found, n=n, prompt_tokens=job.prompt_tokens))
 
 
-def read_samples(results: Mapping[Key, Progress], readers: Readers, job: Job, *, n: int) -> list[CompletedSample]:
-    """The answers to every context: all, or of more than ``n`` those of the highest log-probability a token."""
+def read_samples(results: Mapping[Key, SampleProgress], readers: Readers, job: Job, *, n: int) -> list[CompletedSample]:
+    """Returns the answers to every context; of more than ``n`` those with the highest log-probability per token."""
     found: dict[int, list[CompletedSample]] = {}
     for key, progress in results.items():
         deltas = list(readers[key].read(progress, job.top_logprobs[key]))
@@ -273,7 +273,7 @@ async def _chunks(
         yield builder.usage(job.prompt_tokens, sum(counts.values()))
 
 
-@router.post("/embeddings", responses={200: {"model": replies.Embeddings}})
+@openai_router.post("/embeddings", responses={200: {"model": replies.Embeddings}})
 async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
     """A vector for each text: pooled hidden states of a model that fills blanks."""
     backend = find_backend(request.app.state.backends, body.model)
@@ -306,13 +306,13 @@ async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
 
 SAMPLED = ("temperature", "top_p", "top_k", "min_tokens", "seed", "repetition_penalty", "presence_penalty",
            "frequency_penalty", "logit_bias")  # fmt: skip
-"""Parameters that are passed on as they are."""
+"""Parameters that are passed to `Sampling` as they are."""
 
 
 def read_sampling(
     request: Sampled, defaults: Mapping[str, Any], backend: Backend, *, max_tokens: int, **others: Any
 ) -> Sampling:
-    """The parameters of a request, with an endpoint's defaults for those that are not stated.
+    """Returns the sampling settings of a request, with the endpoint's defaults for missing parameters.
 
     Raises:
         ApiError: more tokens than the server writes, a bias on a token that is not in the vocabulary, or another value
@@ -332,17 +332,17 @@ def read_sampling(
     values = {**defaults, **stated, "max_tokens": max_tokens, "stop": stop, **others}
     try:
         return Sampling(**values)
-    except GmaskError as error:  # which begins with the name of the parameter
+    except GmaskError as error:  # its text begins with the name of the parameter
         name = str(error).partition(" ")[0]
         raise ApiError(400, str(error), param=name if name in values else None) from error
 
 
 def read_constraint(request: Constrained, backend: Backend) -> Constraint | None:
-    """What an answer may consist of. Compiling it may take a while: call it in a thread.
+    """Compiles the constraint on an answer, if there is one. It may take a while: call it in a thread.
 
     Raises:
-        GmaskError: a schema or pattern that cannot be followed.
-        ApiError: several of them.
+        GmaskError: a schema or pattern that is not supported.
+        ApiError: several constraints.
     """
     tokenizer, size = backend.tokenizer, backend.model.config.vocab_size
     wanted = request.response_format if request.response_format and request.response_format.type != "text" else None
@@ -362,13 +362,13 @@ def read_constraint(request: Constrained, backend: Backend) -> Constraint | None
 
 
 def count_prompts(request: CompletionRequest) -> int:
-    """How many questions `read_prompts` will find."""
+    """Counts the prompts that `read_prompts` will return."""
     is_one = isinstance(request.prompt, str) or (bool(request.prompt) and isinstance(request.prompt[0], int))
     return 1 if is_one else len(request.prompt)
 
 
-def read_prompts(request: CompletionRequest, backend: Backend) -> list[Question]:
-    """What a completion asks: one question, or several of one kind."""
+def read_prompts(request: CompletionRequest, backend: Backend) -> list[ApiPrompt]:
+    """Reads the prompts of a completion: one, or several of the same kind."""
     prompts = request.prompt
     if isinstance(prompts, str):
         return [_read_text(prompts, request.suffix, backend)]
@@ -381,26 +381,26 @@ def read_prompts(request: CompletionRequest, backend: Backend) -> list[Question]
     return [_read_ids(ids, request.suffix, backend) for ids in prompts]
 
 
-def _read_text(text: str, suffix: str | None, backend: Backend) -> Question:
+def _read_text(text: str, suffix: str | None, backend: Backend) -> ApiPrompt:
     for one in (text, suffix or ""):
         check_characters(one, backend.positions, backend.tokenizer)
     ids = tuple(encode_plain(backend.tokenizer, text))
     if not backend.fills_blanks:
         if suffix is not None:
             backend.require_blanks("suffix")
-        return Question(backend.format.encode(text, ()), lambda reply, _: reply, text, ids)
+        return ApiPrompt(backend.format.encode(text, ()), lambda reply, _: reply, text, ids)
     blank = "[MASK]" if suffix is not None or "[gMASK]" not in backend.reader.blank_ids else "[gMASK]"
     blanked = backend.reader.read(escape(text, backend) + blank + escape(suffix or "", backend))
-    return Question(blanked.context, settle_blank(blanked, 0), text, ids)
+    return ApiPrompt(blanked.context, stable_answer(blanked, 0), text, ids)
 
 
 def escape(text: str, backend: Backend) -> str:
-    """A text whose special tokens are meant as text, and that a blank may follow."""
+    """Escapes special tokens in a text, and backslashes at its end, behind which a blank may follow."""
     escaped = backend.reader.pattern.sub(lambda match: 2 * match[1] + "\\" + match[2], text)
     return escaped + "\\" * (len(text) - len(text.rstrip("\\")))
 
 
-def _read_ids(ids: Sequence[int], suffix: str | None, backend: Backend) -> Question:
+def _read_ids(ids: Sequence[int], suffix: str | None, backend: Backend) -> ApiPrompt:
     if suffix is not None:
         raise ApiError(400, "suffix goes with a prompt that is text", param="suffix")
     if len(ids) > backend.positions:
@@ -416,7 +416,7 @@ def _read_ids(ids: Sequence[int], suffix: str | None, backend: Backend) -> Quest
     head = (special.cls,) if backend.fills_blanks and ids[0] != special.cls else ()
     context = Context((*head, *ids, special.gmask), (len(head) + len(ids),))
     text = backend.tokenizer.decode(list(ids), skip_special_tokens=True)
-    return Question(context, lambda answer, _: answer, text, tuple(ids))
+    return ApiPrompt(context, lambda answer, _: answer, text, tuple(ids))
 
 
 published_router = APIRouter(tags=["ChatGLM-6B"])
@@ -436,7 +436,7 @@ class PublishedReply(BaseModel):
 @published_router.post("/", responses={200: {"model": PublishedReply}})
 async def reply(request: Request, body: PublishedRequest) -> Response:
     """The reply to a prompt behind its history."""
-    backend = find_backend(request.app.state.backends, None, talks=True)
+    backend = find_backend(request.app.state.backends, None, for_chat=True)
     conversation = read_question(body.history, body.prompt, param="history")
     longest = min(body.max_length or MAX_LENGTH, backend.positions)
     prompt = await backend.fit(conversation, longest=longest, max_tokens=None)
@@ -446,7 +446,7 @@ async def reply(request: Request, body: PublishedRequest) -> Response:
     if backend.settings.log_prompts:
         log_fields(request, prompt=body.prompt)
     with closing(backend.submit(request, [prompt.context], sampling)) as job:
-        reader = IncrementalDetokenizer(backend.tokenizer, [backend.format.settle], (), logprobs=False)
+        reader = IncrementalDetokenizer(backend.tokenizer, [backend.format.stable_text], (), logprobs=False)
         (sample,) = read_samples(await job.results(), {(0, 0): reader}, job, n=1)
     log_fields(request, prompt_tokens=job.prompt_tokens, completion_tokens=sample.count)
     history = [[*texts] for texts in (*conversation.rounds, (conversation.require_query(), sample.text))]
@@ -455,15 +455,15 @@ async def reply(request: Request, body: PublishedRequest) -> Response:
 
 
 CHUNK = 64
-"""Tokens whose log-probabilities over the whole vocabulary are held together: 32 MiB for a ChatGLM-6B."""
+"""Tokens whose log-probabilities over the whole vocabulary are in memory at a time: 32 MiB for a ChatGLM-6B."""
 
 
 def score_text(backend: Backend, ids: Sequence[int], *, top: int) -> tuple[ScoredToken, ...]:
-    """The tokens of a text as the answer to a blank alone: ``[gMASK] <sop> text``, with ``[CLS]`` before it for a GLM.
+    """Scores a text as the answer to a lone blank: ``[gMASK] <sop> text``, with ``[CLS]`` before it for a GLM.
 
     Args:
-        ids: T of them.
-        top: so many of the most probable tokens beside each one.
+        ids: of the T tokens of the text.
+        top: the number of most probable tokens to return beside each one.
 
     Raises:
         GmaskError: more tokens than the model has positions.

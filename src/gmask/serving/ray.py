@@ -1,6 +1,6 @@
-"""Several replicas of a model, on one machine or on many: Ray Serve.
+"""Replicas of a model on one or more machines, by Ray Serve.
 
-Ray Serve starts the replicas, replaces those that die and spreads the requests; each replica is a process that holds a
+Ray Serve starts the replicas, replaces those that die, and distributes the requests. Each replica is a process with a
 whole model and the application of `gmask.serving.app`. One command starts them::
 
 serve run gmask.serving.ray:build model=bundled num_replicas=2
@@ -21,25 +21,26 @@ from gmask.checkpoints.load import load
 from gmask.config import parse_yaml
 from gmask.errors import GmaskError, nearest, one_line
 from gmask.generation.engine import Engine, Request
+from gmask.generation.prompts import find_format
 from gmask.generation.settings import Sampling
-from gmask.generation.text import find_format
 from gmask.serving.app import create_app
-from gmask.serving.settings import ServerSettings, called, environment_keys
+from gmask.serving.settings import ServerSettings, default_model_name, environment_keys
 
 LOADING = frozenset(inspect.signature(load).parameters) - {"name", "model_class"} | {"model"}
-SETTINGS = frozenset(field.name for field in fields(ServerSettings)) - {"api_keys"}  # Ray shows arguments to who asks
+# No keys: Ray shows the arguments of a deployment to everybody who asks.
+SERVER_FIELDS = frozenset(field.name for field in fields(ServerSettings)) - {"api_keys"}
 OPTIONS = frozenset(
     name
     for name in inspect.signature(Deployment.options).parameters
     if not name.startswith("_") and name not in ("self", "func_or_class", "name", "version")
 )
 
-PROBE_SECONDS = 20.0  # that an idle engine may take for one token; Ray waits 30 for a health check
-STALL_SECONDS = 120.0  # that a busy one may go without a step: time to read a long batch of contexts on a CPU
+PROBE_SECONDS = 20.0  # limit on one token of an idle engine; Ray waits 30 s for a health check
+STALL_SECONDS = 120.0  # limit on the time between steps of a busy engine; reading long contexts on a CPU takes a while
 
 
 class EngineProbe:
-    """Whether an engine still answers."""
+    """Checks that an engine still answers."""
 
     def __init__(self, engine: Engine) -> None:
         context = find_format(engine.model, engine.tokenizer).encode("", ())
@@ -49,10 +50,10 @@ class EngineProbe:
         self.work, self.since = (0, 0), time.monotonic()
 
     def check(self) -> None:
-        """Has an idle engine write one token; of a busy one, looks whether it has done anything lately.
+        """Makes an idle engine write one token; checks that a busy one has made a step lately.
 
         Raises:
-            RuntimeError, TimeoutError, GmaskError: it does not answer.
+            RuntimeError, TimeoutError, GmaskError: the engine does not answer.
         """
         counts = self.engine.counts()
         if not (counts.running or counts.waiting):
@@ -74,24 +75,25 @@ class Replica:
         name = str(loading.get("model", "bundled"))
         others = {key: value for key, value in loading.items() if key != "model"}
         self.model, self.tokenizer = load(name, **others)
-        self.settings = ServerSettings(api_keys=environment_keys(), **{"model_name": called(name), **settings})
+        named = {"model_name": default_model_name(name), **settings}
+        self.settings = ServerSettings(api_keys=environment_keys(), **named)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """What Ray serves; it calls this by its name, and starts and ends the application's lifespan."""
+        """Returns the application; Ray calls this method by its name, and runs the application's lifespan."""
         app = create_app(self.model, self.tokenizer, settings=self.settings)
         self.engine_probe = EngineProbe(app.state.backend.engine)
         return app
 
     async def check_health(self) -> None:
-        """Ray asks this every few seconds, and replaces a replica that has raised an error three times."""
+        """Is called by Ray every few seconds; Ray replaces a replica after three errors."""
         await asyncio.to_thread(self.engine_probe.check)
 
 
 DEPLOYMENT: Deployment = serve.deployment(
     Replica,
     name="gmask",
-    max_ongoing_requests=64,  # of a replica: twice its engine's rows, so that the engine need not wait for the router
-    max_queued_requests=256,  # of a proxy, for all replicas; what comes above is refused at once
+    max_ongoing_requests=64,  # of a replica: twice its engine's rows, so that requests are always waiting there
+    max_queued_requests=256,  # of a proxy, for all replicas; further requests are refused at once
     backpressure_config={"status_code": 429, "retry_after_s": 1},
     max_surge_percent=25,  # an update starts a new replica before it stops an old one, even if there is only one
     graceful_shutdown_timeout_s=330,  # longer than a request may take
@@ -100,26 +102,26 @@ DEPLOYMENT: Deployment = serve.deployment(
 
 
 def build(arguments: Mapping[str, Any]) -> Application:
-    """What ``serve run gmask.serving.ray:build key=value ...`` and the ``args`` of a Serve config file start.
+    """Builds the Ray Serve application, for ``serve run gmask.serving.ray:build key=value ...`` and Serve config files.
 
-    An API key is no argument: each replica takes it from ``GMASK_API_KEY`` in its environment.
+    The API key is not an argument: each replica takes it from ``GMASK_API_KEY`` in its environment.
 
     Args:
-        arguments: of three kinds, told apart by their names: ``model`` and the other arguments of `gmask.load`; the
-            fields of `gmask.serving.settings.ServerSettings`; the options of a Ray Serve deployment, such as
-            ``num_replicas``, ``autoscaling_config`` or ``ray_actor_options``. Text, as a command line gives it, is
+        arguments: ``model`` and the other arguments of `gmask.load`; the fields of
+            `gmask.serving.settings.ServerSettings`; and the options of a Ray Serve deployment, such as
+            ``num_replicas``, ``autoscaling_config`` or ``ray_actor_options``. A text, as a command line gives it, is
             read as YAML.
 
     Raises:
-        GmaskError: an argument that is none of these, or a value that does not fit.
+        GmaskError: an unknown argument, or a value that does not fit.
     """
-    known = LOADING | SETTINGS | OPTIONS
+    known = LOADING | SERVER_FIELDS | OPTIONS
     for name in arguments:
         if name not in known:
             raise GmaskError(f"there is no argument {name!r}; the nearest is {nearest(name, known)!r}")
     values = {name: _read(value) for name, value in arguments.items()}
-    settings = {name: values[name] for name in SETTINGS & values.keys()}
-    ServerSettings(**settings)  # a mistake is told here, and not by a process far away
+    settings = {name: values[name] for name in SERVER_FIELDS & values.keys()}
+    ServerSettings(**settings)  # so that a mistake is reported here, and not by a remote process
     try:
         deployment = DEPLOYMENT.options(**{name: values[name] for name in OPTIONS & values.keys()})
     except (TypeError, ValueError) as error:
@@ -128,7 +130,7 @@ def build(arguments: Mapping[str, Any]) -> Application:
 
 
 def _read(value: Any) -> Any:
-    """``"2"`` is 2, ``"{num_cpus: 4}"`` a mapping, and a list a tuple, as the settings have them."""
+    """Reads a value: ``"2"`` is 2, ``"{num_cpus: 4}"`` a mapping; a list becomes a tuple, as in the settings."""
     try:
         read = parse_yaml(value) if isinstance(value, str) else value
     except GmaskError as error:

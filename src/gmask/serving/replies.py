@@ -1,6 +1,6 @@
 """OpenAI's replies, whole and in chunks, and the text of answers that are being written.
 
-The pydantic classes are the form of what is sent, and the documentation at /docs. A field that is not set is not sent.
+The pydantic classes define the bodies of the replies, and the documentation at /docs. Unset fields are not sent.
 """
 
 import time
@@ -15,11 +15,11 @@ from pydantic import BaseModel, Field
 from transformers import PreTrainedTokenizerBase
 
 from gmask.generation.answers import Answer, AnswerStream, Finish, TextAssembler, token_texts
-from gmask.generation.engine import Progress
+from gmask.generation.engine import SampleProgress
 
 FinishReason = Literal["stop", "length"]
 FINISH_REASONS: dict[Finish, FinishReason] = {"end": "stop", "stop": "stop", "length": "length"}
-"""OpenAI's word for why an answer is complete, by ours."""
+"""OpenAI's ``finish_reason`` by our `Finish`."""
 
 
 class Usage(BaseModel):
@@ -31,7 +31,7 @@ class Usage(BaseModel):
 
 
 def count_usage(prompt_tokens: int, completion_tokens: int) -> Usage:
-    """The tokens of a request and its answers."""
+    """Returns the usage of a request and its answers."""
     total = prompt_tokens + completion_tokens
     return Usage(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, total_tokens=total)
 
@@ -197,7 +197,7 @@ class CompletionChunk(BaseModel):
 
 
 def json_response(reply: BaseModel) -> Response:
-    """A reply as it is sent, without the fields that are not set."""
+    """Returns the HTTP response of a reply, without the fields that are not set."""
     return Response(reply.model_dump_json(exclude_unset=True), media_type="application/json")
 
 
@@ -223,20 +223,20 @@ class CompletedSample:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What has become certain of one blank's answer since the last time."""
+    """The new part of one blank's answer."""
 
     blank: int
     text: str
     tokens: tuple[ScoredToken, ...]
-    finish: Finish | None  # where it is complete
+    finish: Finish | None  # None while the answer is not complete
 
 
 class ReplyBuilder(ABC):
     """Builds the reply to one request: whole, or chunk by chunk.
 
     Args:
-        model: by the name that the client gave it.
-        logprobs: whether the tokens are told as well.
+        model: the name that the client gave.
+        logprobs: True to send the tokens with their log-probabilities.
     """
 
     id_prefix: str
@@ -251,30 +251,30 @@ class ReplyBuilder(ABC):
 
     @abstractmethod
     def whole(self, samples: Sequence[CompletedSample], *, n: int, prompt_tokens: int) -> BaseModel:
-        """The reply at once; ``n`` samples for each prompt, prompt by prompt."""
+        """Returns the whole reply; it has ``n`` samples for each prompt, prompt by prompt."""
 
     def openings(self, samples: int) -> Iterator[BaseModel]:
-        """The chunks before the first words."""
+        """Yields the chunks before the first text."""
         return iter(())
 
     @abstractmethod
     def chunk(self, index: int, prompt: int, delta: Delta) -> BaseModel:
-        """The next words of a sample."""
+        """Returns the chunk of the next part of a sample."""
 
     @abstractmethod
     def ending(self, index: int, finish: Finish) -> BaseModel:
-        """The last chunk of a sample."""
+        """Returns the last chunk of a sample."""
 
     @abstractmethod
     def usage(self, prompt_tokens: int, completion_tokens: int) -> BaseModel:
-        """The chunk behind the last one, if it was asked for."""
+        """Returns the chunk with the usage, which a client may ask for."""
 
 
 class ChatBuilder(ReplyBuilder):
-    """Of chats.
+    """Builds replies of ``/v1/chat/completions``.
 
     Args:
-        rounds_left_out: of the conversation, which had no room in the context.
+        rounds_left_out: of the conversation, the oldest ones, which did not fit into the context.
     """
 
     id_prefix = "chatcmpl"
@@ -332,11 +332,11 @@ def _spell(text: str, logprob: float) -> dict[str, Any]:
 
 
 class CompletionBuilder(ReplyBuilder):
-    """Of completions.
+    """Builds replies of ``/v1/completions``.
 
     Args:
-        prompts: for the offsets of the tokens.
-        echoes: the prompts' own tokens, if answers begin with their prompts.
+        prompts: their lengths are the offsets of the first tokens.
+        echoes: the tokens of the prompts, if answers begin with their prompts.
     """
 
     id_prefix = "cmpl"
@@ -351,7 +351,7 @@ class CompletionBuilder(ReplyBuilder):
     ) -> None:
         super().__init__(model, logprobs=logprobs)
         self.prompts, self.echoes = prompts, echoes
-        self.offsets: dict[int, int] = {}  # where a streamed sample's next token starts
+        self.offsets: dict[int, int] = {}  # of the next token of each streamed sample
 
     def whole(self, samples: Sequence[CompletedSample], *, n: int, prompt_tokens: int) -> Completion:
         choices = [self._choice(index, index // n, sample) for index, sample in enumerate(samples)]
@@ -397,37 +397,42 @@ class CompletionBuilder(ReplyBuilder):
         return TextLogprobs(
             tokens=[token.text for token in tokens],
             token_logprobs=[token.logprob for token in tokens],
-            top_logprobs=[dict(reversed(token.top)) for token in tokens],  # of equal spellings the best stays
+            top_logprobs=[dict(reversed(token.top)) for token in tokens],  # of equal texts the best one is kept
             text_offset=offsets,
         )
 
 
-Settle = Callable[[str, bool], str]
-"""What is certain of a blank's text, given whether that is the whole answer."""
+StableText = Callable[[str, bool], str]
+"""Takes a text, and True if it is the whole answer; returns its start that no further token can change."""
 
 TopLogprobs = tuple[tuple[tuple[int, float], ...], ...]
-"""For each token of an answer the ids of the most probable ones in its position, with their log-probabilities."""
+"""For each token of an answer, the most probable tokens at its position: ids and log-probabilities."""
 
 
-def blank_of(progress: Progress) -> int:
-    """Which blank the log-probabilities of a progress belong to: the open one, or the one that was just completed."""
+def blank_of(progress: SampleProgress) -> int:
+    """Returns the blank of the log-probabilities of a progress: the open one, or the one that was just completed."""
     return len(progress.done) if progress.open.ids else max(0, len(progress.done) - 1)
 
 
 class IncrementalDetokenizer:
-    """Follows one sample, and yields what is new in its text; nothing is ever taken back.
+    """Decodes one sample while it is written; text that was yielded never changes.
 
     Args:
-        settles: one for each blank.
+        stable_texts: one for each blank.
         stops: texts before which an answer ends.
-        logprobs: whether tokens are yielded as well.
+        logprobs: True to yield the tokens, too.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, settles: Sequence[Settle], stops: Sequence[str], *, logprobs: bool
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stable_texts: Sequence[StableText],
+        stops: Sequence[str],
+        *,
+        logprobs: bool,
     ) -> None:
         self.tokenizer = tokenizer
-        self.settles = settles
+        self.stable_texts = stable_texts
         self.stops = stops
         self.logprobs = logprobs
         self.blank = 0  # the one that is being read
@@ -436,20 +441,20 @@ class IncrementalDetokenizer:
     def _open_blank(self) -> None:
         self.seen = 0  # tokens
         self.token_texts = TextAssembler(self.tokenizer)
-        if self.blank < len(self.settles):
-            self.stream = AnswerStream(self.tokenizer, self.settles[self.blank], stops=self.stops)
+        if self.blank < len(self.stable_texts):
+            self.stream = AnswerStream(self.tokenizer, self.stable_texts[self.blank], stops=self.stops)
 
-    def read(self, progress: Progress, top_logprobs: dict[int, TopLogprobs]) -> Iterator[Delta]:
-        """What is new; an answer that was cut off from outside counts as one that was cut for its length.
+    def read(self, progress: SampleProgress, top_logprobs: dict[int, TopLogprobs]) -> Iterator[Delta]:
+        """Yields the new parts; an answer that was cut by a timeout has the finish "length".
 
         Args:
-            top_logprobs: by the blanks.
+            top_logprobs: by blank.
         """
         while self.blank < len(progress.done):
             yield self._advance(progress.done[self.blank], top_logprobs)
             self.blank += 1
             self._open_blank()
-        if self.blank < len(self.settles):
+        if self.blank < len(self.stable_texts):
             if progress.end is not None:
                 yield self._advance(replace(progress.open, finish="length"), top_logprobs)
             elif progress.open.ids:
@@ -477,5 +482,5 @@ class IncrementalDetokenizer:
 def spell_tokens(
     tokens: Iterable[tuple[int, float]], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[tuple[str, float], ...]:
-    """Tokens and their log-probabilities, by their texts."""
+    """Returns the texts of tokens with their log-probabilities."""
     return tuple(("".join(token_texts([token_id], tokenizer)), logprob) for token_id, logprob in tokens)

@@ -1,22 +1,43 @@
-"""What a client may ask, and in which form.
+"""The bodies of requests.
 
-OpenAI's parameters keep their names and defaults, unless a comment says otherwise. A parameter that is not listed is an
-error rather than being ignored, unless it asks for nothing: see `asks_for_nothing`.
+OpenAI's parameters keep their names and defaults, unless a comment says otherwise. An unknown parameter is an error and
+is not ignored, unless it asks for nothing: see `asks_for_nothing`.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WrapValidator, model_validator
 
+from gmask.config import Range, hints_of
 from gmask.files import check_text
+from gmask.generation.embed import Pooling
+from gmask.generation.score import ScoreNormalization
+from gmask.generation.settings import Sampling
 
-Probability = Annotated[float, Field(gt=0, le=1)]
-Temperature = Annotated[float, Field(ge=0, le=100)]
+
+def in_range_of(setting: str, **limits: int) -> Any:
+    """Returns the range of a field of `Sampling` for pydantic; ``limits`` are further ones of the API."""
+    hint = hints_of(Sampling)[setting]
+    (annotated,) = (one for one in (hint, *get_args(hint)) if get_origin(one) is Annotated)  # it may be None, too
+    kind, own = get_args(annotated)
+    assert isinstance(own, Range)
+    found: dict[str, Any] = {"ge": own.least, "gt": own.above, "le": own.most, "lt": own.below}
+    if kind is int and own.above is not None:
+        found |= {"ge": own.above + 1, "gt": None}
+    return Field(**{name: limit for name, limit in (found | limits).items() if limit is not None})
+
+
+INT32 = 2**31
+Probability = Annotated[float, in_range_of("top_p")]
+Temperature = Annotated[float, in_range_of("temperature", le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, fail_fast=True)]
-"""Of lists the first error is told, and no other is looked for: a body has room for 200,000."""
+Seed = Annotated[int, in_range_of("seed", lt=2**63)]
+MaxTokens = Annotated[int, in_range_of("max_tokens", lt=INT32)]
+SampleCount = Annotated[int, in_range_of("n")]
+TopLogprobCount = Annotated[int, in_range_of("top_logprobs")]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=INT32)]], Field(min_length=1, fail_fast=True)]
+"""Lists fail fast: a body may hold 200,000 wrong entries, and only the first error is reported."""
 
 AnyText = Annotated[str, AfterValidator(check_text)]
 Text = Annotated[str, Field(min_length=1), AfterValidator(check_text)]
@@ -37,7 +58,7 @@ Few = BeforeValidator(refuse_many)
 
 
 def refuse_tools(tools: list[Any]) -> list[Any]:
-    """Raises `ValueError` for any; clients send an empty list of their own accord."""
+    """Raises `ValueError` for a list of tools; some clients always send an empty one."""
     if tools:
         raise ValueError("these models call no tools: leave it out")
     return tools
@@ -130,11 +151,11 @@ class Sampled(Bookkeeping):
 
     temperature: Temperature | None = None
     top_p: Probability | None = None
-    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    top_k: Annotated[int, in_range_of("top_k", lt=INT32)] | None = None
+    min_tokens: Annotated[int, in_range_of("min_tokens", lt=INT32)] | None = None
     seed: Seed | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=16, fail_fast=True)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, in_range_of("repetition_penalty", le=10)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], Few] | None = None
@@ -173,11 +194,11 @@ class ChatRequest(Constrained):
     """``POST /v1/chat/completions``. Temperature, top_p and top_k default to ChatGLM's 0.95, 0.7 and 50."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None  # the rest of the context
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: MaxTokens | None = None  # the rest of the context
+    max_completion_tokens: MaxTokens | None = None
+    n: SampleCount | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: TopLogprobCount | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     tools: Tools | None = None  # these five are taken where they ask for nothing
@@ -197,10 +218,10 @@ class CompletionRequest(Constrained):
         | Annotated[list[TokenIds], Field(fail_fast=True)]
     )
     suffix: AnyText | None = None
-    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None  # 16
-    n: Annotated[int, Field(ge=1)] | None = None
-    best_of: Annotated[int, Field(ge=1)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=INT32)] | None = None  # 16; with echo it may be 0
+    n: SampleCount | None = None
+    best_of: SampleCount | None = None
+    logprobs: TopLogprobCount | None = None
     echo: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -212,7 +233,7 @@ class EmbeddingRequest(Bookkeeping):
     input: Text | Annotated[list[Text], Field(min_length=1, max_length=2048, fail_fast=True)]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
-    pooling: Literal["mean", "first", "last", "mask"] = "mean"
+    pooling: Pooling = "mean"
     layer: int = -1
 
 
@@ -221,9 +242,9 @@ class InfillRequest(Sampled):
 
     text: Text
     choices: Texts | Annotated[list[Texts], Field(fail_fast=True)] | Annotated[dict[int, Texts], Few] | None = None
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] = 64
-    n: Annotated[int, Field(ge=1)] = 1
-    num_beams: Annotated[int, Field(ge=1, le=64)] = 1
+    max_tokens: MaxTokens = Sampling().max_tokens
+    n: SampleCount = Sampling().n
+    num_beams: Annotated[int, in_range_of("num_beams", le=64)] = Sampling().num_beams
     logprobs: bool = False
     stream: bool = False
 
@@ -236,7 +257,7 @@ class ScoreRequest(Bookkeeping):
         Annotated[Texts, Field(min_length=1, max_length=1024)]
         | Annotated[list[Annotated[Texts, Field(min_length=1, max_length=1024)]], Field(min_length=1, fail_fast=True)]
     )
-    normalization: Literal["sum", "mean", "unconditional"] = "sum"
+    normalization: ScoreNormalization = "sum"
 
 
 class PublishedRequest(BaseModel):

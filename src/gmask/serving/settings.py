@@ -1,4 +1,4 @@
-"""A server's settings: who may ask, how much, and for how long."""
+"""`ServerSettings`: keys, hosts and limits of a server."""
 
 import os
 from dataclasses import dataclass
@@ -16,17 +16,17 @@ class ServerSettings:
         GmaskError: a value that does not fit.
     """
 
-    model_name: str = "bundled"  # what clients call the model
-    api_keys: tuple[str, ...] = ()  # any of them opens the door; none: it is open
-    allowed_hosts: tuple[str, ...] = ("*",)  # the names in the Host header by which it is called
+    model_name: str = "bundled"  # the name of the model for clients
+    api_keys: tuple[str, ...] = ()  # requests need one of them; if there are none, no key is needed
+    allowed_hosts: tuple[str, ...] = ("*",)  # accepted names in the Host header
     max_rows: Count = 32  # answers that are written at the same time
-    max_queue: Count = 256  # requests that wait for their turn; one more is told to come back
-    max_tokens: Count | None = None  # of one answer; None: what the model holds
+    max_queue: Count = 256  # requests that may wait; further ones are refused
+    max_tokens: Count | None = None  # of one answer; None: the positions of the model
     max_samples: Count = 64  # answers that one request may ask for
     max_body_bytes: Count = 1 << 20
     body_seconds: Positive = 20.0  # for a request to arrive
     request_seconds: Positive = 300.0  # for it to be answered
-    drain_seconds: Positive = 30.0  # for running requests once the server is told to end
+    drain_seconds: Positive = 30.0  # for running requests when the server shuts down
     log_prompts: bool = False
 
     def __post_init__(self) -> None:
@@ -37,12 +37,12 @@ class ServerSettings:
             raise GmaskError("an API key holds characters that no HTTP header carries: use printable ASCII")
 
 
-def called(model: str) -> str:
-    """What clients call a model unless told otherwise: a folder by its last name, everything else as it was given."""
+def default_model_name(model: str) -> str:
+    """Returns the default name of a model for clients: the last part of a folder's path, else the name as given."""
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def environment_keys() -> tuple[str, ...]:
-    """The API key in ``GMASK_API_KEY``, if there is one."""
+    """Returns the API key in the environment variable ``GMASK_API_KEY``, if there is one."""
     key = os.environ.get("GMASK_API_KEY")
     return (key,) if key else ()

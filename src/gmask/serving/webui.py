@@ -1,4 +1,4 @@
-"""The page in the browser: a conversation, and blanks that are filled."""
+"""The page in the browser, made with Gradio: a tab for infilling and one for chat."""
 
 import math
 import re
@@ -24,8 +24,8 @@ from gmask.generation.chat import DEFAULTS, Reply
 from gmask.serving.backend import Backend, make_backend
 from gmask.serving.middleware import PAGE_PATH, HostMiddleware, is_key
 from gmask.serving.webui_parts import (
-    LANGUAGES,
     MAX_CHARACTERS,
+    PAGE_LANGUAGES,
     Labelled,
     build_sampling,
     check_length,
@@ -38,12 +38,12 @@ from gmask.serving.webui_parts import (
     translate,
 )
 
-Language = Literal["en", "zh", "auto"]
+PageLanguage = Literal["en", "zh", "auto"]
 MAX_WAITING = 32
-"""Requests beyond those that are answered together; the next one is refused."""
+"""The most requests that wait; further ones are refused."""
 
 LOGIN = "Any name; the password is an API key of this server. 名字任意；密码为本服务器的 API 密钥。"
-"""What the page says where it asks for a key."""
+"""The text of the login."""
 
 STYLE = """
 #title code { font: inherit; border: 0; background: none; color: var(--body-text-color-subdued); }
@@ -54,9 +54,9 @@ STYLE = """
 
 
 def page_options() -> dict[str, Any]:
-    """What ``launch`` and ``gr.mount_gradio_app`` are told of the page.
+    """Returns the options of the page for ``launch`` and ``gr.mount_gradio_app``.
 
-    It needs nothing from the network: the fonts are the reader's own, which have Chinese where it is read.
+    The page loads nothing from the network: it uses the fonts of the reader's system.
     """
     return {
         "theme": gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"]),
@@ -78,16 +78,16 @@ def launch_options(hosts: Sequence[str]) -> dict[str, Any]:
 
 
 def create_page(
-    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, *, name: str, language: Language = "auto"
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, *, name: str, language: PageLanguage = "auto"
 ) -> gr.Blocks:
-    """The page of a model: *Fill blanks*, unless it only talks, and *Chat*.
+    """Makes the page of a model, with the tabs *Fill blanks* (not for a ChatGLM) and *Chat*.
 
-    What the model writes is shown as plain text. The users of the page are answered together.
+    Answers are shown as plain text. Requests of several users are batched.
 
     Args:
         model, tokenizer: as `gmask.load` returns them.
         name: of the model, as it is shown.
-        language: of the labels; "auto" is the browser's. It can be changed on the page.
+        language: of the labels; "auto" is that of the browser. It can be changed on the page.
 
     Returns:
         Blocks to ``launch(**page_options())``, or to mount in an application with the same options.
@@ -95,8 +95,8 @@ def create_page(
     return draw_page(make_backend(model, tokenizer, name=name), language=language)
 
 
-def draw_page(backend: Backend, *, talks: Backend | None = None, language: Language = "auto") -> gr.Blocks:
-    """The page of the model of a backend, or of another one where it talks; as `create_page`."""
+def draw_page(backend: Backend, *, chat_backend: Backend | None = None, language: PageLanguage = "auto") -> gr.Blocks:
+    """As `create_page`, for the model of a backend; the chat may have another one."""
     first = "en" if language == "auto" else language
     labelled = Labelled(first)
     page = gr.Blocks(title="gmask", analytics_enabled=False)
@@ -104,7 +104,7 @@ def draw_page(backend: Backend, *, talks: Backend | None = None, language: Langu
         with gr.Row(equal_height=True):
             gr.Markdown(f"# gmask `{backend.settings.model_name}`", elem_id="title")
             switch = gr.Radio(
-                [(spoken, code) for code, spoken in LANGUAGES.items()],
+                [(spoken, code) for code, spoken in PAGE_LANGUAGES.items()],
                 value=first,
                 show_label=False,
                 container=False,
@@ -114,7 +114,7 @@ def draw_page(backend: Backend, *, talks: Backend | None = None, language: Langu
             with labelled.make(gr.Tab, {"label": "fill"}):
                 build_infill(backend, labelled, switch)
         with labelled.make(gr.Tab, {"label": "chat"}):
-            build_chat(talks or backend, labelled, switch)
+            build_chat(chat_backend or backend, labelled, switch)
         switch.change(labelled.updates, switch, labelled.components, queue=False, api_visibility="private")
         if language == "auto":
             page.load(browser_language, None, switch, queue=False, api_visibility="private")
@@ -123,12 +123,12 @@ def draw_page(backend: Backend, *, talks: Backend | None = None, language: Langu
 
 
 def mount_page(app: FastAPI) -> FastAPI:
-    """An application of `gmask.serving.app` with the page at `PAGE_PATH`, behind a login if it asks for keys."""
+    """Mounts the page at `PAGE_PATH` of an application, behind a login if the application asks for keys."""
     backends: Sequence[Backend] = app.state.backends
     keys = backends[0].settings.api_keys
     mounted: FastAPI = gr.mount_gradio_app(
         app,
-        draw_page(backends[0], talks=backends[-1]),
+        draw_page(backends[0], chat_backend=backends[-1]),
         path=PAGE_PATH,
         auth=(lambda _, password: is_key(password, keys)) if keys else None,
         auth_message=LOGIN,
@@ -138,7 +138,7 @@ def mount_page(app: FastAPI) -> FastAPI:
 
 
 def browser_language(request: gr.Request) -> str:
-    """The language that a browser asks for."""
+    """Returns the language of a browser."""
     return preferred_language(request.headers.get("accept-language"))
 
 
@@ -148,12 +148,12 @@ MARKUP = re.compile(r"[<&]")
 
 
 class PlainChat(gr.ChatInterface):
-    """A conversation that is shown as it is written.
+    """A chat whose messages are shown as plain text.
 
-    Gradio's own is HTML even where Markdown is switched off. HTML takes ``<`` and ``&`` for text unless a letter or one
-    of ``/!?#`` follows, so a character without width is put behind them; `read_shown` takes it out again.
+    Gradio renders messages as HTML even without Markdown. In HTML ``<`` and ``&`` are text unless a letter or one of
+    ``/!?#`` follows, so a character without width is inserted behind them; `read_shown` removes it again.
 
-    Where a reply fails, Gradio's own leaves the message in the conversation and its box locked.
+    If a reply fails, Gradio leaves the message in the conversation and its box locked; here both are restored.
     """
 
     def _setup_events(self) -> None:
@@ -172,9 +172,9 @@ class PlainChat(gr.ChatInterface):
             )
 
     def _take_back(self, message: str, shown: Any, before: Any) -> tuple[gr.Textbox, Any, Any]:
-        """The message goes back into its box, to be mended, and the conversation is what it was before.
+        """Puts the message back into its box, and restores the conversation.
 
-        A reply that has begun stays: Gradio takes one that the user stops for one that failed.
+        A reply that has begun is kept: for Gradio, a reply that the user stops has failed, too.
         """
         usable: dict[str, Any] = {"interactive": True, "submit_btn": True, "stop_btn": False}
         if shown and shown[-1]["role"] == "assistant":
@@ -187,17 +187,17 @@ class PlainChat(gr.ChatInterface):
 
 
 def guard(text: str) -> str:
-    """A text that HTML takes for text; one that is guarded already stays as it is."""
+    """Inserts `GUARD` so that HTML shows a text as it is; a guarded text stays the same."""
     return MARKUP.sub(rf"\g<0>{GUARD}", unguard(text))
 
 
 def unguard(text: str) -> str:
-    """The text that was guarded."""
+    """Removes the characters that `guard` inserted."""
     return re.sub(f"(?<=[<&]){GUARD}", "", text)
 
 
 def build_chat(backend: Backend, labelled: Labelled, language: gr.Radio) -> None:
-    """Draws the tab and wires it up."""
+    """Makes the tab of the chat."""
 
     async def reply(message: str, history: Sequence[Mapping[str, Any]], *values: Any) -> AsyncIterator[tuple[str, str]]:
         *settings, language = values
@@ -243,7 +243,7 @@ async def reply_to(
     *,
     language: str,
 ) -> AsyncIterator[tuple[str, str]]:
-    """The reply as far as it is written, again and again, and beside it the counts, once it is whole.
+    """Yields the reply so far, repeatedly, with a description, which is empty until the reply is whole.
 
     Raises:
         GmaskError, ApiError: as of `stream_reply`.
@@ -251,21 +251,21 @@ async def reply_to(
     conversation = read_shown(history, message)
     settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     if (first := read_seed(seed)) is not None:
-        settings["seed"] = first + len(conversation.rounds)  # each reply is a throw of its own
+        settings["seed"] = first + len(conversation.rounds)  # a seed for each round, as in `Chat`
     async with aclosing(stream_reply(backend, conversation, settings)) as fragments:
         async for text, whole in fragments:
             yield text, "" if whole is None else describe_reply(whole, language)
 
 
 def read_shown(history: Sequence[Mapping[str, Any]], message: str) -> Conversation:
-    """The conversation of the messages on the page and the one that was typed."""
+    """Reads the conversation from the messages on the page and the new one."""
     found = read_conversation(history, message)
     rounds = tuple((unguard(asked), unguard(answered)) for asked, answered in found.rounds)
     return replace(found, rounds=rounds, query=unguard(found.require_query()))
 
 
 def describe_reply(reply: Reply, language: str) -> str:
-    """What a reply took, and whether something is missing."""
+    """Describes a reply: numbers of tokens, and whether it was cut or rounds were left out."""
     notes = [translate("counts", language, prompt=reply.prompt_tokens, reply=reply.reply_tokens)]
     if reply.finish == "length":
         notes.append(translate("length", language))
@@ -321,18 +321,18 @@ INSERT = """(text) => {
     setTimeout(() => { box.focus(); box.setSelectionRange(start + blank.length, start + blank.length); }, 50);
     return text.slice(0, start) + blank + text.slice(end);
 }"""
-"""Puts a blank where the cursor is, which stands at the end before the box is first used."""
+"""Inserts a blank at the cursor."""
 
 PALETTE = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#14b8a6", "#eab308", "#ec4899")
 COLOURS = {str(number): colour for number, colour in enumerate(PALETTE, start=1)}
-"""Of the blanks by their number; Gradio finds some for more."""
+"""Colours of the blanks by number; Gradio chooses those of further blanks."""
 
 Segments = list[tuple[str, str | None]]
 
 
 @dataclass(frozen=True)
 class Results:
-    """Where the answers are shown."""
+    """The components that show the answers."""
 
     text: gr.HighlightedText
     table: gr.Dataframe
@@ -345,7 +345,7 @@ class Results:
 
 
 def build_infill(backend: Backend, labelled: Labelled, language: gr.Radio) -> None:
-    """Draws the tab and wires it up."""
+    """Makes the tab of infilling."""
     with gr.Row():
         with gr.Column(scale=3):
             text, choices = _build_texts(backend.blanks, labelled)
@@ -393,19 +393,19 @@ async def fill_text(
     top_p: float,
     seed: str,
 ) -> Infilling:
-    """A filled text and its ``n - 1`` alternatives, best first; choices are scored, whatever the temperature.
+    """Returns a filled text and its ``n - 1`` alternatives, best first. Choices are scored without a temperature.
 
     Raises:
-        GmaskError, ApiError: as of `fill_blanks`, `read_choices` and `read_seed`.
+        GmaskError, ApiError: as of `fill_blanks`, `parse_choices` and `read_seed`.
     """
-    if candidates := read_choices(choices):
+    if candidates := parse_choices(choices):
         return await fill_blanks(backend, text, candidates, n, {})
     drawn = {"temperature": temperature, "top_p": top_p, "seed": read_seed(seed)} if temperature else {}
     return await fill_blanks(backend, text, [], n, {"max_tokens": max_tokens, **drawn})
 
 
-def read_choices(text: str) -> list[list[str]]:
-    """Candidates from lines such as ``sunny | rainy``, one line for each blank.
+def parse_choices(text: str) -> list[list[str]]:
+    """Parses candidates from lines such as ``sunny | rainy``, one line for each blank.
 
     Raises:
         GmaskError: too long, an empty candidate, or too many of them.
@@ -422,7 +422,7 @@ def read_choices(text: str) -> list[list[str]]:
 
 
 def show_results(filled: Infilling | None, language: str) -> list[Any]:
-    """The updates of `Results`: all are hidden until there is an answer."""
+    """Returns the updates of `Results`; all components are hidden until there is an answer."""
     if filled is None:
         return [gr.update(visible=False)] * 4
     shares = None if filled.choices is None else choice_shares(filled.choices)
@@ -442,13 +442,13 @@ def show_results(filled: Infilling | None, language: str) -> list[Any]:
 
 
 def pick_row(filled: Infilling, event: gr.SelectData) -> Segments:
-    """The alternative in the row that was clicked; the table may have been sorted by the user."""
+    """Returns the alternative of the clicked row, by its rank, since the user may have sorted the table."""
     rank = int(event.row_value[0])
     return highlight([filled, *filled.alternatives][rank - 1])
 
 
 def highlight(filled: Infilling) -> Segments:
-    """The text in segments; an answer's category is the number of its blank, from 1."""
+    """Returns the text in segments; the category of an answer is the number of its blank, from 1."""
     segments: Segments = []
     end = 0
     for number, blank in enumerate(filled.blanks, start=1):
@@ -458,15 +458,15 @@ def highlight(filled: Infilling) -> Segments:
 
 
 def headers(filled: Infilling, language: str) -> list[str]:
-    """Those of the table of alternatives."""
+    """Returns the headers of the table of alternatives."""
     blanks = [translate("blank", language, number=number) for number in range(1, len(filled.blanks) + 1)]
     return [translate("rank", language), *blanks, translate("logprob", language), translate("probability", language)]
 
 
 def rows(filled: Infilling) -> list[list[Any]]:
-    """Rank, answers, joint log-probability and probability of each alternative.
+    """Returns rank, answers, joint log-probability and probability of each alternative.
 
-    Of choices, the probability is the share among the combinations that were scored.
+    For choices, the probability is relative to the combinations that were scored.
     """
     alternatives = [filled, *filled.alternatives]
     if filled.choices is None:
@@ -480,7 +480,7 @@ def rows(filled: Infilling) -> list[list[Any]]:
 
 
 def percent(probability: float) -> str:
-    """Such as 12.3% and 0.0042%."""
+    """Formats a probability, such as 12.3% and 0.0042%."""
     if probability < 1e-6:
         return "<0.0001%"
     return (
@@ -491,7 +491,7 @@ def percent(probability: float) -> str:
 
 
 def choice_shares(choices: Choices) -> pd.DataFrame:
-    """The probability of each candidate of each blank, summed over the other blanks: candidate, probability, blank."""
+    """Returns the marginal probability of each candidate of each blank, in columns candidate, probability, blank."""
     shares: dict[tuple[int, str], float] = {}
     for found in choices.combinations:
         for blank, text in enumerate(found.texts, start=1):
@@ -508,7 +508,7 @@ def choice_shares(choices: Choices) -> pd.DataFrame:
 
 
 def describe_filled(filled: Infilling, language: str) -> str:
-    """What the user should know of the answers; empty if nothing."""
+    """Returns notes on the answers: whether some were cut, and whether the choices were searched; may be empty."""
     alternatives = [filled, *filled.alternatives]
     cut = sum(not blank.finished for alternative in alternatives for blank in alternative.blanks)
     notes = [translate("cut", language, count=cut)] if cut else []

@@ -1,7 +1,6 @@
-"""Parts of the page: what it asks of the model, its words in English and Chinese, the settings of both tabs.
+"""Parts of the page: requests to the model, labels in English and Chinese, the settings of both tabs.
 
-The page asks as an HTTP client does: what it wants is written in one batch with other requests, and ends when the user
-stops it.
+The requests of the page are batched with those of HTTP clients, and are cancelled when the user stops them.
 """
 
 import asyncio
@@ -18,35 +17,35 @@ from gmask.conversation import Conversation
 from gmask.errors import GmaskError, is_shortage
 from gmask.generation.answers import Infilling
 from gmask.generation.chat import DEFAULTS, Reply
-from gmask.generation.engine import Progress
+from gmask.generation.engine import SampleProgress
 from gmask.generation.infill import infill
+from gmask.generation.prompts import Prompt
 from gmask.generation.settings import Sampling
-from gmask.generation.text import Prompt
 from gmask.serving.backend import Backend
 from gmask.serving.blanks import read_filled
 from gmask.serving.middleware import ApiError
 from gmask.serving.replies import IncrementalDetokenizer
 
 MAX_CHARACTERS = 20_000
-"""Of a text, of all its choices, and of a message; what a model reads is less, but is counted in tokens."""
+"""The most characters of a text, of its choices, and of a message. The limits of the model are in tokens."""
 
 MAX_ANSWERS = 16
-"""To one text."""
+"""The most answers to one text on the page."""
 
 
 def most_answers(backend: Backend) -> int:
-    """To one text."""
+    """Returns the most answers to one text, by the limits of page and server."""
     return min(MAX_ANSWERS, backend.settings.max_samples)
 
 
 async def fill_blanks(
     backend: Backend, text: str, choices: Sequence[Sequence[str]], n: int, settings: dict[str, Any]
 ) -> Infilling:
-    """A text with its blanks filled, and ``n - 1`` alternatives; settings as of `gmask.infill`.
+    """Fills the blanks of a text, with ``n - 1`` alternatives; settings as of `gmask.infill`.
 
     Raises:
-        GmaskError: as of `gmask.infill`; also a text that is too long.
-        ApiError: too many requests; no time.
+        GmaskError: as of `gmask.infill`; also for a text that is too long.
+        ApiError: too many requests; a timeout.
     """
     check_length(text)
     model = backend.require_blanks("filling blanks")
@@ -61,16 +60,16 @@ async def fill_blanks(
 async def stream_reply(
     backend: Backend, conversation: Conversation, settings: dict[str, Any]
 ) -> AsyncGenerator[tuple[str, Reply | None]]:
-    """What is certain of the reply, again and again, and at its end the whole `Reply`.
+    """Yields the reply so far and None, repeatedly, and at the end the reply and its `Reply`.
 
     Raises:
-        GmaskError: as of `gmask.Chat`; also a message that is too long.
-        ApiError: too many requests; no time.
+        GmaskError: as of `gmask.Chat`; also for a message that is too long.
+        ApiError: too many requests; a timeout.
     """
     check_length(conversation.require_query())
     prompt = await backend.fit(conversation, longest=backend.positions, max_tokens=settings["max_tokens"])
     sampling = Sampling(**{**DEFAULTS, **settings})
-    reader = IncrementalDetokenizer(backend.tokenizer, [backend.format.settle], (), logprobs=False)
+    reader = IncrementalDetokenizer(backend.tokenizer, [backend.format.stable_text], (), logprobs=False)
     text = ""
     with closing(backend.submit(None, [prompt.context], sampling, is_streamed=True)) as job:
         async for _, progress in job.updates():
@@ -78,22 +77,22 @@ async def stream_reply(
             yield text, make_reply(text, prompt, progress) if progress.end else None
 
 
-def make_reply(text: str, prompt: Prompt, progress: Progress) -> Reply:
-    """What is known of a reply that has ended; one that had no more time counts as one that was cut."""
+def make_reply(text: str, prompt: Prompt, progress: SampleProgress) -> Reply:
+    """Returns the `Reply` of a sample that has ended; after a timeout its finish is "length"."""
     answer = progress.done[0] if progress.done else progress.open
     finish = answer.finish or "length"
     return Reply(text, finish, prompt.length, len(answer.ids), prompt.rounds_left_out, answer.logprob)
 
 
 def check_length(text: str) -> None:
-    """Raises `GmaskError` for a text that no model could read."""
+    """Raises `GmaskError` for a text of more than `MAX_CHARACTERS`."""
     if len(text) > MAX_CHARACTERS:
         raise GmaskError(f"the text has {len(text)} characters, but the page takes {MAX_CHARACTERS}: shorten it")
 
 
 @contextmanager
 def shown_errors(language: str) -> Iterator[None]:
-    """Shows the user's mistakes in a line on the page. Gradio would render it as HTML, and it may quote the user."""
+    """Shows errors in a line on the page. Messages may quote the user, and Gradio renders HTML, so they are escaped."""
     try:
         yield
     except (GmaskError, ApiError) as error:
@@ -107,7 +106,7 @@ def shown_errors(language: str) -> Iterator[None]:
     raise gr.Error(html.escape(message), title=translate("error", language), print_exception=False)
 
 
-LANGUAGES = {"en": "English", "zh": "中文"}
+PAGE_LANGUAGES = {"en": "English", "zh": "中文"}
 LABELS = {
     "error": ("This did not work", "未能完成"),
     "settings": ("Settings", "参数"),
@@ -161,43 +160,43 @@ LABELS = {
     "length": ("The reply was cut at the longest length.", "回复因达到长度上限而被截断。"),
     "left_out": ("The oldest {count} rounds had no room.", "最早的 {count} 轮对话放不下，已略去。"),
 }
-"""Each text in the order of `LANGUAGES`."""
+"""The texts of the page, each in the order of `PAGE_LANGUAGES`."""
 
 Component = TypeVar("Component")
 
 
 def translate(key: str, language: str, **values: object) -> str:
-    """A text of the page."""
-    return LABELS[key][list(LANGUAGES).index(language)].format(**values)
+    """Returns a text of the page in a language."""
+    return LABELS[key][list(PAGE_LANGUAGES).index(language)].format(**values)
 
 
 def preferred_language(accepted: str | None) -> str:
-    """The first language of an ``Accept-Language`` header that the page speaks; English if there is none."""
+    """Returns the first language of an ``Accept-Language`` header that the page has; English if it has none."""
     spoken = re.findall(r"(?:^|,)\s*([A-Za-z]+)", accepted or "")
-    return next((language.lower() for language in spoken if language.lower() in LANGUAGES), "en")
+    return next((language.lower() for language in spoken if language.lower() in PAGE_LANGUAGES), "en")
 
 
 class Labelled:
-    """The components of a page whose texts change with the language."""
+    """The components of a page that have texts in both languages."""
 
     def __init__(self, language: str) -> None:
-        self.language = language  # of the page as it is first drawn
+        self.language = language  # of the page when it is first drawn
         self.components: list[Any] = []
         self.keys: list[Mapping[str, str]] = []
 
     def make(self, component: Callable[..., Component], keys: Mapping[str, str], **properties: Any) -> Component:
-        """A component; ``keys`` are the labels of those of its properties that are text."""
+        """Makes a component; ``keys`` has the label of each of its properties that is a text."""
         made = component(**{name: translate(key, self.language) for name, key in keys.items()}, **properties)
         self.add(made, keys)
         return made
 
     def add(self, component: Any, keys: Mapping[str, str]) -> None:
-        """Takes in a component that was made elsewhere, with its first texts."""
+        """Adds a component that was made elsewhere."""
         self.components.append(component)
         self.keys.append(keys)
 
     def updates(self, language: str) -> list[dict[str, Any]]:
-        """What changes in each of ``components`` for a language."""
+        """Returns the updates of ``components`` for a language."""
         texts: list[dict[str, Any]] = [
             {name: translate(key, language) for name, key in keys.items()} for keys in self.keys
         ]
@@ -205,7 +204,7 @@ class Labelled:
 
 
 def build_sampling(labelled: Labelled, *, max_tokens: int, limit: int, temperature: float, top_p: float) -> list[Any]:
-    """The controls of how answers are chosen: longest answer, temperature, top-p, seed."""
+    """Makes the controls of sampling: longest answer, temperature, top-p, seed."""
     return [
         labelled.make(
             gr.Slider,
@@ -231,7 +230,7 @@ def build_sampling(labelled: Labelled, *, max_tokens: int, limit: int, temperatu
 
 
 def read_seed(text: str) -> int | None:
-    """The seed, or None where the box is empty, which Gradio's own box for numbers cannot be.
+    """Reads the seed; None if the box is empty. (Gradio's box for numbers cannot be empty.)
 
     Raises:
         GmaskError: not a whole number from 0.

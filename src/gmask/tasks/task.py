@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from gmask.config import Choices, build, field_names, load_tree
+from gmask.config import OneOf, build_settings, field_names, load_tree
 from gmask.conversation import read_conversation
 from gmask.errors import GmaskError, nearest
 from gmask.tasks.formats import FORMAT_READERS, flatten, samples_of
@@ -46,8 +46,8 @@ class Task:
     history: str | None = None  # column with the rounds before: a list of [prompt, reply], or of messages
     messages: str | None = None  # column with a whole conversation
     references: str | None = None  # column with a list of all texts that count as right
-    group: str | None = None  # template of a name that the samples of one question share
-    reader: Annotated[str, Choices(tuple(FORMAT_READERS))] = "plain"  # of the format of the records
+    group: str | None = None  # template of the name that the samples of one question share
+    reader: Annotated[str, OneOf(tuple(FORMAT_READERS))] = "plain"  # of the format of the records
     metrics: tuple[str, ...] = ()
     best: str = "loss"  # "loss" or the metric by which the best checkpoint is chosen
     language: MetricLanguage | None = None  # of the answers, for the metrics
@@ -115,7 +115,7 @@ def read_task(tree: Mapping[str, Any]) -> Task:
     values["metrics"] = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     values["choices"] = _read_choices(values.get("choices") or {}, where)
     values.setdefault("best", values["metrics"][0] if values["metrics"] else "loss")
-    task = build(Task, values, f"{where}: ", title=where)
+    task = build_settings(Task, values, f"{where}: ", title=where)
     for metric in task.metrics:
         check_metric(metric)
     if task.best not in ("loss", *task.metrics):

@@ -1,1 +1,1 @@
-"""What trains a model or its tokenizer: one file a verb, and what the verbs share."""
+"""Training of models and tokenizers: pretraining, fine-tuning, and the loop that both run on."""

@@ -1,7 +1,7 @@
 """The accelerator of a run: device, precision, processes and sharding, and the optimizer that a recipe names.
 
-accelerate does the work. `optimization.trainer` of a recipe holds keywords of `transformers.TrainingArguments`, whose
-options of optimizers, sharding and compilation are read here; a key that would have no effect is refused.
+accelerate does the work. `optimization.trainer` of a recipe holds keywords of `transformers.TrainingArguments`: its
+options of optimizers, sharding and compilation are applied here, and keys without an effect are refused.
 """
 
 import copy
@@ -29,7 +29,7 @@ from gmask.errors import GmaskError, one_line
 from gmask.hardware import best_device, training_dtype
 from gmask.recipes.tuning import TuningRecipe
 
-OWN = {
+RECIPE_KEYS = {
     "output_dir": "run.out", "seed": "run.seed", "data_seed": "run.seed", "full_determinism": "run.deterministic",
     "use_cpu": "run.device", "logging_steps": "run.log_every", "resume_from_checkpoint": "--resume or --no-resume",
     "num_train_epochs": "optimization.epochs", "max_steps": "optimization.steps",
@@ -45,34 +45,34 @@ OWN = {
     "save_strategy": "optimization.save_every", "save_total_limit": "optimization.keep_last",
     "metric_for_best_model": "task.best", "load_best_model_at_end": "task.best", "greater_is_better": "task.best",
 }  # fmt: skip
-"""Arguments that a recipe has keys of its own for."""
+"""The recipe's own keys for some arguments of `TrainingArguments`."""
 
-HEEDED = {
+APPLIED = {
     "optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_kwargs",
     "deepspeed", "fsdp", "fsdp_config", "accelerator_config", "parallelism_config", "ddp_backend", "ddp_bucket_cap_mb",
     "ddp_broadcast_buffers", "ddp_find_unused_parameters", "ddp_timeout", "dataloader_pin_memory", "tf32",
     "torch_compile", "torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps", "log_level", "report_to",
 }  # fmt: skip
-"""Arguments that mean something to a run."""
+"""The arguments that a run applies."""
 
 
 def check_trainer_keys(values: dict[str, Any]) -> None:
-    """Raises `GmaskError` for an argument that does not exist, that has a key of its own in a recipe, or no effect."""
+    """Raises `GmaskError` for an argument that does not exist, has a key of its own in a recipe, or has no effect."""
     known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
     check_keys(values, known, "optimization.trainer")
     for key in values:
-        if key in OWN:
-            raise GmaskError(f"optimization.trainer.{key}: set {OWN[key]} instead")
-        if key not in HEEDED:
+        if key in RECIPE_KEYS:
+            raise GmaskError(f"optimization.trainer.{key}: set {RECIPE_KEYS[key]} instead")
+        if key not in APPLIED:
             raise GmaskError(f"optimization.trainer.{key} has no effect on a run: leave it out")
 
 
 def training_arguments(recipe: TuningRecipe) -> TrainingArguments:
-    """The arguments of this process; under torchrun or ``accelerate launch`` it joins the others here.
+    """The arguments of this process. Under torchrun or ``accelerate launch`` this joins the process group.
 
     Raises:
-        GmaskError: an unknown key in ``optimization.trainer``, or a value that transformers refuses; a device that is
-            not there.
+        GmaskError: an unknown key in ``optimization.trainer``, a value that transformers refuses, or a device that this
+            machine does not have.
     """
     optimization, device = recipe.optimization, find_device(recipe.run.device)
     check_trainer_keys(optimization.trainer)
@@ -93,12 +93,16 @@ def training_arguments(recipe: TuningRecipe) -> TrainingArguments:
         recipe.run.out,
         device=device,
         dtype=forward_dtype(recipe, device),
-        **values | copy.deepcopy(optimization.trainer),  # which they fill in
+        **values | copy.deepcopy(optimization.trainer),  # copied, since transformers changes them
     )
 
 
 def make_arguments(out: str, *, device: str, dtype: torch.dtype, **values: Any) -> TrainingArguments:
-    """Arguments for one device of this machine, and a pass in float32 or bfloat16."""
+    """Arguments for a device of this machine and a forward pass in float32 or bfloat16.
+
+    Raises:
+        GmaskError: values that transformers refuses.
+    """
     try:
         arguments = TrainingArguments(
             output_dir=out,
@@ -113,10 +117,10 @@ def make_arguments(out: str, *, device: str, dtype: torch.dtype, **values: Any) 
 
 
 def make_accelerator(args: TrainingArguments) -> Accelerator:
-    """The accelerator of these arguments. The loop divides its losses itself, so that it accumulates nothing here.
+    """The accelerator of these arguments. It does not accumulate: the loop divides its losses itself.
 
     Raises:
-        GmaskError: options that do not go together, or not with this machine.
+        GmaskError: options that exclude each other, or that this machine cannot do.
     """
     configured = args.accelerator_config.to_dict()
     ddp = {
@@ -126,7 +130,7 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
     }
     accumulation = {**(configured["gradient_accumulation_kwargs"] or {}), "num_steps": 1}
     sharding = args.fsdp_plugin_args
-    trackers = [name for name in args.report_to if name != "tensorboard"]  # whose files every run writes
+    trackers = [name for name in args.report_to if name != "tensorboard"]  # every run writes its files
     if missing := set(trackers) - {str(tracker) for tracker in get_available_trackers()}:
         raise GmaskError(f"optimization.trainer.report_to: {', '.join(sorted(missing))} is not installed")
     try:
@@ -150,16 +154,16 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether no process holds all weights."""
+    """Whether the weights are divided among the processes."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 NO_DECAY = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
-"""Names of parameters that weight decay leaves alone, as in transformers' Trainer."""
+"""Patterns of the names of parameters without weight decay, as in transformers' Trainer."""
 
 
 def make_optimizer(model: PreTrainedModel, args: TrainingArguments, *, steps: int) -> torch.optim.Optimizer:
-    """The optimizer of ``optimization.trainer.optim`` for what trains; norms and biases do not decay.
+    """The optimizer of ``optimization.trainer.optim`` for the weights that train. Norms and biases do not decay.
 
     steps: of the run, for a DeepSpeed configuration.
 
@@ -195,12 +199,12 @@ def make_optimizer(model: PreTrainedModel, args: TrainingArguments, *, steps: in
     groups = settings.pop("params", settings.pop("model", groups))
     made: torch.optim.Optimizer = kind(groups, **settings)
     if settings.get("optim_bits") == 8 and "bitsandbytes" in str(kind):
-        _keep_embeddings_whole(model)
+        _keep_embedding_moments_in_32_bits(model)
     return made
 
 
-def _keep_embeddings_whole(model: nn.Module) -> None:
-    """bitsandbytes keeps the moments of embeddings in 32 bits: in 8 they are unstable."""
+def _keep_embedding_moments_in_32_bits(model: nn.Module) -> None:
+    """Tells bitsandbytes to keep the moments of embeddings in 32 bits: in 8 they are unstable."""
     from bitsandbytes.optim import GlobalOptimManager  # type: ignore[import-not-found]
 
     for module in model.modules():
@@ -210,10 +214,10 @@ def _keep_embeddings_whole(model: nn.Module) -> None:
 
 def make_learning_rate(args: TrainingArguments, *, steps: int) -> Callable[[int], float]:
     """The learning rate of a step, counted from 0, by ``optimization.schedule`` and ``warmup``."""
-    stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    placeholder = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     scheduler = get_scheduler(
         args.lr_scheduler_type,
-        stand_in,
+        placeholder,
         num_warmup_steps=args.get_warmup_steps(steps),
         num_training_steps=steps,
         scheduler_specific_kwargs=args.lr_scheduler_kwargs,
@@ -223,21 +227,25 @@ def make_learning_rate(args: TrainingArguments, *, steps: int) -> Callable[[int]
 
 
 def find_device(name: str | None) -> str:
-    """``cpu``, ``cuda`` or ``mps``. Raises `GmaskError` for another, or one that is not there."""
+    """``cpu``, ``cuda`` or ``mps``; the best one if none is named.
+
+    Raises:
+        GmaskError: another name, or a device that this machine does not have.
+    """
     kind = name or best_device()
     if kind not in ("cpu", "cuda", "mps"):
         raise GmaskError(f"run.device is {kind}: choose cpu, cuda or mps (of several GPUs by CUDA_VISIBLE_DEVICES)")
-    is_there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not is_there[kind]:
+    is_available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not is_available[kind]:
         raise GmaskError(f"run.device is {kind}, which this machine does not have")
     return kind
 
 
 def forward_dtype(recipe: TuningRecipe, device: str) -> torch.dtype:
-    """What the forward pass computes in; the weights that train are float32 whatever it is."""
+    """The dtype of the forward pass. The weights that train are float32 in any case."""
     return training_dtype(named_dtype(recipe, device), torch.device(device))
 
 
 def named_dtype(recipe: TuningRecipe, device: str) -> str:
-    """The recipe's name of the type of a pass, or the default of the device."""
+    """The recipe's name of the dtype of the forward pass, or the default of the device."""
     return recipe.optimization.dtype or ("bfloat16" if device == "cuda" else "float32")

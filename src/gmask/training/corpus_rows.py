@@ -1,4 +1,4 @@
-"""Pretraining texts, tokenised once into a memory-mapped file and seen in rows that can be resumed."""
+"""The texts of pretraining: tokenised once into memory-mapped files, and packed into rows by a resumable stream."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from gmask.errors import GmaskError
-from gmask.files import write_json, written_folder
+from gmask.files import read_object, write_json, written_folder
 from gmask.infilling.blanks import BlankTokens, InfillingExample, IntArray
 from gmask.infilling.objectives import Mixture, Objective
 from gmask.tasks.records import Source, find_files, read_texts
@@ -34,7 +34,7 @@ TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
 @dataclass(frozen=True, slots=True)
 class TokenSource:
-    """The documents of one source as token ids, memory-mapped, without `[CLS]` and end-of-text."""
+    """The documents of one source as memory-mapped token ids, without `[CLS]` and end-of-text."""
 
     name: str
     weight: float  # share of the tokens, relative to the other sources
@@ -49,7 +49,7 @@ class TokenSource:
         return len(self.tokens)
 
     def document(self, index: int) -> TokenArray:
-        """The ids [L] of one document, a view of the file."""
+        """The ids [L] of one document: a view of the file."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
 
@@ -62,16 +62,16 @@ def open_sources(
     skip_bad_lines: bool = False,
     progress: bool = True,
 ) -> list[TokenSource]:
-    """The sources' `train` or `validation` texts as tokens; what the cache folder lacks is tokenised first.
+    """The tokens of the sources' `train` or `validation` texts. Those that the cache folder lacks are tokenised first.
 
-    Sources without validation texts are left out of `split="validation"`.
+    With `split="validation"`, sources without validation texts are left out.
     """
     opened = []
     for source in sources:
         pattern = source.train if split == "train" else source.validation
         if pattern is None:
             continue
-        folder = Path(cache) / fingerprint(tokenizer)[:12] / source.name / split
+        folder = Path(cache) / hash_tokenizer(tokenizer)[:12] / source.name / split
         tokens, offsets = build_cache(
             find_files(pattern),
             tokenizer,
@@ -93,24 +93,25 @@ def build_cache(
     skip_bad_lines: bool = False,
     progress: bool = True,
 ) -> tuple[TokenArray, IntArray]:
-    """Tokenise `files` into `folder`, once; return the tokens [N] and the document offsets [D + 1].
+    """Tokenises `files` into `folder`, once; returns the tokens [N] and the document offsets [D + 1].
 
-    The folder holds tokens.bin (uint16, or uint32 for a vocabulary above 65536), offsets.npy and meta.json.
-    It appears whole or not at all. It is used again as long as the tokenizer and the files (name, size, time
-    of change) are the same, else made anew. Special tokens spelt out in a text are text here.
+    The folder holds tokens.bin (uint16, or uint32 for a vocabulary above 65536), offsets.npy and meta.json. It is
+    written whole or not at all. It is used again as long as the tokenizer and the files (name, size, time of change)
+    are the same, else written anew. Special tokens spelt out in a text are text here.
 
-    Raises `GmaskError`: a bad line (file and line number; counted and skipped with `skip_bad_lines`), no
-    text, a damaged cache, a full disk.
+    Raises:
+        GmaskError: a bad line (with file and number; `skip_bad_lines` counts and skips those), no text, a damaged
+            cache, a full disk.
     """
     folder = Path(folder)
     made_from = {
         "version": CACHE_VERSION,
-        "tokenizer": fingerprint(tokenizer),
+        "tokenizer": hash_tokenizer(tokenizer),
         "files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
         "skip_bad_lines": skip_bad_lines,
     }
     if folder.exists():
-        meta = _read_meta(folder)
+        meta = read_object(folder / "meta.json", remedy="delete that folder and run again")
         if {key: meta.get(key) for key in made_from} == made_from:
             return _open_cache(folder, meta)
         logger.warning("%s: the tokenizer or the texts have changed; tokenising them again", folder)
@@ -121,8 +122,8 @@ def build_cache(
     return _open_cache(folder, meta)
 
 
-def fingerprint(tokenizer: Tokenizer) -> str:
-    """A hash of all that decides how text is cut into ids (not of padding, truncation or the template)."""
+def hash_tokenizer(tokenizer: Tokenizer) -> str:
+    """SHA-256 of the settings by which a tokenizer maps text to ids (not of padding, truncation or the template)."""
     settings = json.loads(tokenizer.to_str())
     decisive = [settings[key] for key in ("normalizer", "pre_tokenizer", "added_tokens", "model")]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
@@ -137,7 +138,7 @@ def _tokenise(
     skip_bad_lines: bool,
     progress: bool,
 ) -> dict[str, Any]:
-    """Write tokens.bin and offsets.npy; return what meta.json says about them."""
+    """Writes tokens.bin and offsets.npy; returns what meta.json holds about them."""
     encoder = Tokenizer.from_str(tokenizer.to_str())
     encoder.no_padding()
     encoder.no_truncation()
@@ -175,14 +176,6 @@ def _tokenise(
     }
 
 
-def _read_meta(folder: Path) -> dict[str, Any]:
-    try:
-        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _damaged(folder, "meta.json cannot be read") from error
-    return meta
-
-
 def _open_cache(folder: Path, meta: dict[str, Any]) -> tuple[TokenArray, IntArray]:
     try:
         tokens = np.memmap(folder / "tokens.bin", np.dtype(meta["dtype"]), "r")
@@ -198,27 +191,27 @@ def _open_cache(folder: Path, meta: dict[str, Any]) -> tuple[TokenArray, IntArra
     return tokens, offsets
 
 
-def _damaged(folder: Path, what: str) -> GmaskError:
-    return GmaskError(f"the token cache {folder} is damaged ({what}): delete that folder and run again")
+def _damaged(folder: Path, fault: str) -> GmaskError:
+    return GmaskError(f"the token cache {folder} is damaged ({fault}): delete that folder and run again")
 
 
 OPEN_DOCUMENTS = 8
-"""So many documents of a source are read in turn, so that the rows of a batch differ."""
+"""The number of documents of a source that are read in turn, so that the rows of a batch differ."""
 
 MIN_PIECE = 16
-"""No piece shorter than this many tokens is begun at the end of a row, nor left of a document."""
+"""The fewest tokens of a piece at the end of a row, and of what is left of a document."""
 
 
-class _Walk:
-    """Where the stream stands in one source.
+class _SourceReader:
+    """Reads the documents of one source piece by piece, epoch after epoch; keeps the position of the stream in it.
 
-    An epoch takes each document once, in an order drawn from (seed, source name, epoch). Several documents
-    are open at a time and give their pieces in turn. The next epoch begins when the last of them is used up.
+    An epoch takes each document once, in an order drawn from (seed, source name, epoch). Several documents are open at
+    a time and give their pieces in turn. The next epoch begins when the last of them is used up.
     """
 
     def __init__(self, source: TokenSource, *, seed: int) -> None:
         self.source = source
-        self.key = [seed, 2, zlib.crc32(source.name.encode())]  # 2: no row of `RowStream` draws from this
+        self.key = [seed, 2, zlib.crc32(source.name.encode())]  # 2: distinct from the seeds of rows in `RowStream`
         self.taken = 0  # tokens, over all epochs
         self.epoch = 0
         self.begun = 0  # documents of this epoch
@@ -229,7 +222,7 @@ class _Walk:
         self.order = np.random.default_rng([*self.key, self.epoch]).permutation(len(self.source))
 
     def front(self) -> TokenArray:
-        """What is left [L] of the document whose turn it is."""
+        """The unused tokens [L] of the document whose turn it is."""
         if not self.open and self.begun == len(self.order):
             self.epoch, self.begun = self.epoch + 1, 0
             self._shuffle()
@@ -240,7 +233,7 @@ class _Walk:
         return self.source.document(document)[used:]
 
     def advance(self, count: int) -> None:
-        """Use up `count` tokens of the front document and give the turn to the next."""
+        """Uses up `count` tokens of the front document, and gives the turn to the next."""
         left = len(self.front()) - count
         document, used = self.open.popleft()
         if left:
@@ -265,17 +258,15 @@ class _Walk:
 class RowStream:
     """An endless, exactly resumable stream of packed rows.
 
-    Each row is a list of `InfillingExample`s that together hold at most `row_length` tokens; `collate` makes
-    the batch. Each example is the mixture's work on one piece: `[CLS]`, tokens of one document and, at its
-    end, the end-of-text token. Pieces are as long as the row has room, and at most `max_piece`, so no
-    position in the layout exceeds `max_piece`.
+    Each row is a list of `InfillingExample`s that together hold at most `row_length` tokens; `collate` makes the batch.
+    The mixture makes an example of one piece: `[CLS]`, tokens of one document and, at its end, the end-of-text token. A
+    piece is as long as the row has room, but at most `max_piece`: no position in the layout exceeds that.
 
-    The next piece comes from the source that is furthest behind its weight, so the shares of the tokens
-    follow the weights closely at every moment. Row k draws from `default_rng([seed, 1, k])` only: the rows
-    depend on nothing but the arguments and the state. Where the drawn objective finds nothing to hide, the
-    document objective takes its place.
+    The next piece comes from the source that is furthest behind its weight, so that the shares of the tokens follow the
+    weights closely at every moment. Row k draws from `default_rng([seed, 1, k])` only: the rows depend on nothing but
+    the arguments and the state. If the drawn objective finds nothing to hide, the document objective is used instead.
 
-    objective: one for all examples instead of the mixture's shares.
+    objective: for all examples, instead of the mixture's shares.
     """
 
     def __init__(
@@ -298,49 +289,49 @@ class RowStream:
         self.max_piece = max_piece or row_length
         self.objective = objective
         self.row = 0
-        self.walks = [_Walk(source, seed=seed) for source in sources]
+        self.readers = [_SourceReader(source, seed=seed) for source in sources]
 
     def __iter__(self) -> Iterator[list[InfillingExample]]:
         while True:
             yield self.next_row()
 
     def next_row(self) -> list[InfillingExample]:
-        """The next row and a step forward."""
+        """The next row; moves the stream on."""
         rng = np.random.default_rng([self.seed, 1, self.row])
         self.row += 1
         examples: list[InfillingExample] = []
         room = self.row_length
         while room >= MIN_PIECE + 2:
-            walk = min(self.walks, key=lambda walk: walk.taken / walk.source.weight)
-            examples.append(self._next_example(walk, room, rng))
+            reader = min(self.readers, key=lambda reader: reader.taken / reader.source.weight)
+            examples.append(self._next_example(reader, room, rng))
             room -= len(examples[-1].input_ids)
         return examples
 
-    def _next_example(self, walk: _Walk, room: int, rng: np.random.Generator) -> InfillingExample:
-        """An example of at most `room` tokens from the next piece of the walk."""
-        left = walk.front()
+    def _next_example(self, reader: _SourceReader, room: int, rng: np.random.Generator) -> InfillingExample:
+        """An example of at most `room` tokens from the next piece of a source."""
+        left = reader.front()
         objective = self.objective
         limit = min(room - 2, self.max_piece)  # no objective adds fewer than 1 or 2 tokens
         while True:
             count = _cut(len(left), limit)
-            piece = _dress(left[:count], ends=count == len(left), special=self.mixture.special)
+            piece = _add_control_tokens(left[:count], ends=count == len(left), special=self.mixture.special)
             example = self.mixture.sample(piece, rng, objective)
             if example is None:
                 example = self.mixture.sample(piece, rng, "document")
             assert example is not None, f"nothing to hide in {piece}"
             length = len(example.input_ids)
             if length <= room:
-                walk.advance(count)
+                reader.advance(count)
                 return example
-            # Try a shorter piece, with the same objective lest the objectives that add most become rare. It
-            # fits unless it adds two standard deviations (each about sqrt(added / 2)) more than this one.
+            # Try a shorter piece, with the same objective: else the objectives that add most tokens would become rare.
+            # It fits unless it adds two standard deviations (each about sqrt(added / 2)) more than this one.
             objective = example.objective  # type: ignore[assignment]  # a plain str there
             added = length - len(piece)
             limit = min(int(len(piece) * room / length - math.sqrt(2 * added)), len(piece) - 1)
 
     def epochs(self) -> dict[str, float]:
-        """How often each source has been seen so far."""
-        return {walk.source.name: walk.taken / walk.source.n_tokens for walk in self.walks}
+        """The number of times that each source has been read so far."""
+        return {reader.source.name: reader.taken / reader.source.n_tokens for reader in self.readers}
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next rows depend on, ready for JSON."""
@@ -349,26 +340,22 @@ class RowStream:
             "row_length": self.row_length,
             "max_piece": self.max_piece,
             "row": self.row,
-            "sources": {walk.source.name: walk.state() for walk in self.walks},
+            "sources": {reader.source.name: reader.state() for reader in self.readers},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken. Raises `GmaskError` if the sources or settings are others."""
-        for name in (
-            "seed",
-            "row_length",
-            "max_piece",
-        ):  # of the rows so far; they may change afterwards
+        """Continues where `state_dict` was taken. Raises `GmaskError` if the sources or settings are others."""
+        for name in ("seed", "row_length", "max_piece"):  # of the rows so far; they may change afterwards
             if state[name] != getattr(self, name):
                 raise GmaskError(f"cannot resume: {name} was {state[name]} and is now {getattr(self, name)}")
         before = {name: saved["tokens"] for name, saved in state["sources"].items()}
-        now = {walk.source.name: walk.source.n_tokens for walk in self.walks}
+        now = {reader.source.name: reader.source.n_tokens for reader in self.readers}
         if before != now:
             changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
             raise GmaskError(f"cannot resume: the training texts have changed ({', '.join(changed)})")
         self.row = state["row"]
-        for walk in self.walks:
-            walk.restore(state["sources"][walk.source.name])
+        for reader in self.readers:
+            reader.restore(state["sources"][reader.source.name])
 
 
 def validation_rows(
@@ -383,26 +370,27 @@ def validation_rows(
 ) -> list[list[InfillingExample]]:
     """The same rows of one source and one objective at every call: at most `max_rows`, at most one epoch.
 
-    A source too small for one row fills it by going round.
+    A source too small for one row fills it by starting again.
     """
     stream = RowStream([source], mixture, row_length=row_length, seed=seed, max_piece=max_piece, objective=objective)
     rows: list[list[InfillingExample]] = []
     while len(rows) < max_rows:
         row = stream.next_row()
-        if rows and stream.walks[0].taken > source.n_tokens:
+        if rows and stream.readers[0].taken > source.n_tokens:
             break
         rows.append(row)
     return rows
 
 
 def _cut(left: int, limit: int) -> int:
-    """How many of a document's `left` tokens go into a piece of at most `limit` tokens."""
+    """The number of a document's `left` tokens that go into a piece of at most `limit` tokens."""
     if left + 2 <= limit:  # `[CLS]` and end-of-text
         return left
     return min(limit - 1, left - min(MIN_PIECE, left // 2))
 
 
-def _dress(ids: TokenArray, *, ends: bool, special: BlankTokens) -> IntArray:
+def _add_control_tokens(ids: TokenArray, *, ends: bool, special: BlankTokens) -> IntArray:
+    """The ids with `[CLS]` before them and, at the end of a document, the end-of-text token behind them."""
     piece = np.empty(1 + len(ids) + ends, np.int64)
     piece[0] = special.cls
     piece[1 : len(ids) + 1] = ids

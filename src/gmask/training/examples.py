@@ -18,7 +18,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from gmask.errors import GmaskError
 from gmask.generation.predict import ReadSample, SampleReader, locate
-from gmask.generation.text import Context
+from gmask.generation.prompts import Context
 from gmask.infilling.blanks import NOT_SCORED, InfillingExample, IntArray
 from gmask.infilling.collator import collate
 from gmask.models.glm import GLMConfig
@@ -28,7 +28,7 @@ from gmask.tasks.records import CHOICES, Sample, TaskKind, Truncation, find_file
 from gmask.tasks.task import Task
 
 Unit = tuple[object, ...]
-"""Samples of one record, or of one line of a file: they are never divided between training and validation."""
+"""The key of one record, or one line of a file: its samples are never split into training and validation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +43,13 @@ class DataFile:
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """The samples of a run. Those of ``test`` may be without answers."""
+    """The samples of a run. Those of ``test`` may have no answers."""
 
     train: Sequence[Sample]
     validation: Sequence[Sample]
     test: Sequence[Sample]
     files: Sequence[DataFile]
-    dropped: int = 0  # records that could not be used, where the recipe lets them be left out
+    dropped: int = 0  # records that could not be used, where the recipe allows that
 
 
 def read_splits(task: Task, data: TuningDataSettings, *, seed: int) -> Splits:
@@ -60,20 +60,20 @@ def read_splits(task: Task, data: TuningDataSettings, *, seed: int) -> Splits:
             measured on the samples.
     """
     bad: list[GmaskError] = []
-    train, files = _read(task, data, data.train, "train", bad)
+    train, files = _read_split(task, data, data.train, "train", bad)
     validation, test = list[Sample](), list[Sample]()
     if isinstance(data.validation, str):
-        validation, more = _read(task, data, data.validation, "validation", bad)
+        validation, more = _read_split(task, data, data.validation, "validation", bad)
         files += more
     elif data.validation is not None:
         train, validation = hold_out(train, data.validation, seed=seed)
     elif data.folds is not None:
         train, validation = take_fold(train, data.folds, data.fold or 1, seed=seed)
     if data.test is not None:
-        test, more = _read(task, data, data.test, "test", bad)
+        test, more = _read_split(task, data, data.test, "test", bad)
         files += more
     if not train:
-        raise GmaskError(f"{data.place(data.train)}: validation takes all samples, and none is left to train on")
+        raise GmaskError(f"{data.resolve(data.train)}: validation takes all samples, and none is left to train on")
     for samples in (validation, test):
         if samples and task.metrics and is_answered(samples[0], task.kind):
             check_metrics(task.metrics, samples[0], task.kind)
@@ -81,14 +81,14 @@ def read_splits(task: Task, data: TuningDataSettings, *, seed: int) -> Splits:
 
 
 def hold_out(samples: Sequence[Sample], share: float, *, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """A share of the samples, at least one record, set aside: what is left, and what is not."""
+    """Sets a share of the samples aside, at least one record; returns the rest, and those."""
     units = _shuffled_units(samples, seed)
     held = set(units[: max(1, round(share * len(units)))])
     return _divide(samples, held)
 
 
 def take_fold(samples: Sequence[Sample], folds: int, fold: int, *, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """One of several folds, counted from 1, set aside; every record is in exactly one of them.
+    """Sets one of several folds aside, counted from 1; returns the rest, and the fold. A record is in exactly one fold.
 
     Raises:
         GmaskError: fewer records than folds.
@@ -99,15 +99,16 @@ def take_fold(samples: Sequence[Sample], folds: int, fold: int, *, seed: int) ->
     return _divide(samples, set(units[fold - 1 :: folds]))
 
 
-def _read(
+def _read_split(
     task: Task, data: TuningDataSettings, pattern: str, split: str, bad: list[GmaskError]
 ) -> tuple[list[Sample], list[DataFile]]:
-    place = data.place(pattern)
+    """The samples of a split and their files; errors that the recipe lets pass are added to ``bad``."""
+    path_or_glob = data.resolve(pattern)
     on_bad = bad.append if data.skip_bad_lines else None
-    records = read_records(place, limit=data.limit, on_bad=on_bad)
+    records = read_records(path_or_glob, limit=data.limit, on_bad=on_bad)
     samples = task.samples(records, require_answers=split != "test", on_bad=on_bad)
     counts = Counter(sample.path for sample in samples)
-    files = [path for path in find_files(place) if path.suffix != ".target"]
+    files = [path for path in find_files(path_or_glob) if path.suffix != ".target"]
     found = [DataFile(split, path.name, counts[path], hash_file(path)) for path in files]
     return samples, found
 
@@ -128,11 +129,13 @@ def _unit(sample: Sample, index: int) -> Unit:
 
 
 def _shuffled_units(samples: Sequence[Sample], seed: int) -> list[Unit]:
+    """Each unit once, in random order."""
     units = list(dict.fromkeys(_unit(sample, index) for index, sample in enumerate(samples)))
-    return [units[place] for place in np.random.default_rng([seed, 1]).permutation(len(units))]
+    return [units[index] for index in np.random.default_rng([seed, 1]).permutation(len(units))]
 
 
 def _divide(samples: Sequence[Sample], held: set[Unit]) -> tuple[list[Sample], list[Sample]]:
+    """The samples whose units are not in ``held``, and those whose units are."""
     parts: tuple[list[Sample], list[Sample]] = ([], [])
     for index, sample in enumerate(samples):
         parts[_unit(sample, index) in held].append(sample)
@@ -141,10 +144,10 @@ def _divide(samples: Sequence[Sample], held: set[Unit]) -> tuple[list[Sample], l
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example(InfillingExample):
-    """A context with the answers that are taught, in the sight of those before them, or with candidates, which are not.
+    """A context and its answers, or its candidates. An answer sees the answers before it, a candidate no other one.
 
-    A GLM takes its labels as they are; those of a ChatGLM stand one position later, and its model shifts them. The
-    published tuning of ChatGLM also taught its ``<sop>``, which is never predicted.
+    The labels of a GLM are at the positions that predict them; those of a ChatGLM are one position later, and its model
+    shifts them. The published tuning of ChatGLM also taught its ``<sop>``, which is never predicted.
     """
 
     pieces: IntArray  # [T]: 0 in the context, n in the n-th answer or candidate
@@ -152,13 +155,13 @@ class Example(InfillingExample):
 
     @property
     def length(self) -> int:
-        """In tokens."""
+        """The number of tokens."""
         return len(self.input_ids)
 
 
 @dataclass(slots=True)
-class Truncated:
-    """How much of the samples was left out."""
+class TruncationCounts:
+    """Counts of what was cut from samples."""
 
     samples: int = 0  # that were encoded
     sources: int = 0  # samples whose text was cut
@@ -174,11 +177,11 @@ class Truncated:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One answer."""
+    """One answer or candidate."""
 
-    place: int  # of its blank in the context
+    position: int  # of its blank in the context
     ids: tuple[int, ...]
-    end: int  # what the model must predict behind the last token, or NOT_SCORED
+    end: int  # the label behind the last token, or NOT_SCORED
 
 
 class SampleEncoder:
@@ -186,13 +189,13 @@ class SampleEncoder:
 
     Args:
         max_source: tokens of a context, blanks and control tokens counted.
-        max_target: positions of an answer: its ``<sop>`` and its tokens; of a ChatGLM also its ``<eop>``, which that
-            reads as well. Longer answers are cut, and end there, as published; candidates, which are compared as a
-            whole, are not. A document of a language model is taught in several pieces, of which the last has an end.
+        max_target: positions of an answer: its ``<sop>`` and its tokens; of a ChatGLM also its ``<eop>``, which is an
+            input there. Longer answers are cut, and end there, as published. Candidates are not cut, since they are
+            compared as a whole. A document of a language model becomes several pieces, of which the last has an end.
         truncation: where a text that is too long is cut; see `SampleReader`.
 
     Raises:
-        GmaskError: limits that the model has no positions for, or a kind that it cannot do.
+        GmaskError: limits beyond the positions of the model, or a kind that it cannot do.
     """
 
     def __init__(
@@ -214,11 +217,10 @@ class SampleEncoder:
             raise GmaskError(f"max_target is {max_target}: give at least {max_target - self.longest + 1}")
         if max_target > positions:
             raise GmaskError(f"max_target is {max_target}, but the model has only {positions} positions")
-        self.truncated = Truncated()
+        self.truncated = TruncationCounts()
 
     def encode(self, sample: Sample) -> Example:
-        """The example of a sample. A document, or a choice with several right candidates, may make several:
-        `encode_all` gives them.
+        """The only example of a sample. Documents, and choices with several right candidates, need `encode_all`.
 
         Raises:
             GmaskError: a sample that cannot be read, or that teaches nothing; with its file and line.
@@ -247,50 +249,50 @@ class SampleEncoder:
         return self.kind in ("seq2seq", "infill", "chat")
 
     def _make_examples(self, question: ReadSample, sample: Sample) -> list[Example]:
-        context, answers, places = question.context, question.answers, question.context.blanks
+        context, answers, positions = question.context, question.answers, question.context.blanks
         if self.kind == "classification":
             return [self._join(context, [], choice=_known_label(sample, None))]
         if not answers:
             raise GmaskError("the sample has no answer, so that nothing can be learnt from it")
         if self.kind in CHOICES:
-            return [self._join_candidates(question, right, kept) for right, kept in _contests(sample)]
+            return [self._join_candidates(question, right, kept) for right, kept in _comparisons(sample)]
         if self.kind != "infill" and len(answers) > 1:
             raise GmaskError(f"{self.kind} takes one answer, but the sample has {len(answers)}")
         if self.kind == "language-model":
-            return [self._join(context, [piece]) for piece in self._cut_document(places[0], answers[0])]
+            return [self._join(context, [piece]) for piece in self._cut_document(positions[0], answers[0])]
         eop = self.reader.special.eop
-        pieces = [Piece(place, ids[: self.longest], eop) for place, ids in zip(places, answers, strict=True)]
+        pieces = [Piece(position, ids[: self.longest], eop) for position, ids in zip(positions, answers, strict=True)]
         return [self._join(context, pieces)]
 
     def _join_candidates(self, question: ReadSample, right: int, kept: Sequence[int]) -> Example:
         """The context and the candidates ``kept``, of which one is right."""
-        place = question.context.blanks[0]
-        candidates = [Piece(place, question.answers[index], NOT_SCORED) for index in kept]
+        position = question.context.blanks[0]
+        candidates = [Piece(position, question.answers[index], NOT_SCORED) for index in kept]
         return self._join(question.context, candidates, choice=kept.index(right))
 
-    def _cut_document(self, place: int, ids: tuple[int, ...]) -> list[Piece]:
-        """Pieces of a document, each behind a blank; where the text goes on behind one, no end is taught."""
+    def _cut_document(self, position: int, ids: tuple[int, ...]) -> list[Piece]:
+        """The pieces of a document, each the answer to a blank. Only the last is taught to end."""
         if not ids:
             raise GmaskError("the document is empty, so that nothing can be learnt from it")
         starts = range(0, len(ids), self.longest)
-        pieces = [Piece(place, ids[start : start + self.longest], NOT_SCORED) for start in starts]
+        pieces = [Piece(position, ids[start : start + self.longest], NOT_SCORED) for start in starts]
         return [*pieces[:-1], replace(pieces[-1], end=self.reader.special.eop)]
 
     def _join(self, context: Context, pieces: Sequence[Piece], *, choice: int | None = None) -> Example:
-        """The context, and behind it ``<sop> answer`` for each of the pieces."""
+        """The example of a context, followed by ``<sop> answer`` for each piece."""
         ids, labels = list(context.ids), [NOT_SCORED] * len(context.ids)
-        places, steps, numbers = list(range(len(ids))), [0] * len(ids), [0] * len(ids)
+        positions, answer_positions, numbers = list(range(len(ids))), [0] * len(ids), [0] * len(ids)
         for number, piece in enumerate(pieces, start=1):
-            fed, taught = self._lay_out(piece)
-            ids += fed
-            labels += taught
-            places += [piece.place] * len(fed)
-            steps += range(1, len(fed) + 1)
-            numbers += [number] * len(fed)
+            piece_ids, piece_labels = self._lay_out(piece)
+            ids += piece_ids
+            labels += piece_labels
+            positions += [piece.position] * len(piece_ids)
+            answer_positions += range(1, len(piece_ids) + 1)
+            numbers += [number] * len(piece_ids)
         return Example(
             input_ids=np.array(ids, np.int64),
             labels=np.array(labels, np.int64),
-            layout=np.array((places, steps), np.int64),
+            layout=np.array((positions, answer_positions), np.int64),
             context_length=len(context.ids),
             objective=self.kind,
             pieces=np.array(numbers, np.int64),
@@ -298,7 +300,7 @@ class SampleEncoder:
         )
 
     def _lay_out(self, piece: Piece) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The tokens of a piece, and their labels; shifted ones need a position of their own for the end."""
+        """The tokens of a piece, and their labels. Shifted labels need one more position, for the end."""
         sop = self.reader.special.sop
         if not self.shifts_labels:
             return (sop, *piece.ids), (*piece.ids, piece.end)
@@ -306,8 +308,8 @@ class SampleEncoder:
         return (sop, *piece.ids, *end), (NOT_SCORED, *piece.ids, *end)
 
 
-def _contests(sample: Sample) -> list[tuple[int, list[int]]]:
-    """Each right candidate of a sample, and those that it is compared with: itself and the wrong ones.
+def _comparisons(sample: Sample) -> list[tuple[int, list[int]]]:
+    """For each right candidate of a sample: its index, and the indices to compare, which are it and the wrong ones.
 
     Source: THUDM/GLM tasks/superglue, where ReCoRD gives an example for each right entity.
     """
@@ -318,7 +320,7 @@ def _contests(sample: Sample) -> list[tuple[int, list[int]]]:
 
 
 def _known_label(sample: Sample, choices: int | None) -> int:
-    """The label of a sample to learn from."""
+    """The label of a sample. Raises `GmaskError` if there is none, or no such choice."""
     if sample.label is None:
         raise GmaskError("the sample has no label, so that nothing can be learnt from it")
     if sample.label < 0 or (choices is not None and sample.label >= choices):
@@ -326,18 +328,21 @@ def _known_label(sample: Sample, choices: int | None) -> int:
     return sample.label
 
 
-Row = tuple[Example, ...]
+PackedRow = tuple[Example, ...]
 """Examples that share a row and do not see one another."""
+
+BatchItem = Example | PackedRow
+"""The content of a row of a batch: an example, or several that are packed."""
 
 Batch = dict[str, Tensor]
 OPEN_ROWS = 64
-"""Rows that `pack` keeps open: with more, little room is gained."""
+"""Rows that `pack_examples` keeps open. More would hardly save tokens."""
 
 
-def pack(examples: Sequence[Example], *, row_length: int) -> list[Row]:
-    """Examples in rows of at most ``row_length`` tokens: each goes into the fullest open row that has room for it.
+def pack_examples(examples: Sequence[Example], *, row_length: int) -> list[PackedRow]:
+    """Packs examples into rows of at most ``row_length`` tokens, each into the fullest open row that has room for it.
 
-    Packing is exact: what an example contributes to the loss is what it contributes alone.
+    Packing is exact: the loss of an example is the same as in a row of its own.
 
     Raises:
         GmaskError: an example that is longer than a row.
@@ -362,8 +367,8 @@ def pack(examples: Sequence[Example], *, row_length: int) -> list[Row]:
     return [tuple(row) for row in rows]
 
 
-def find_collator(kind: TaskKind, *, pad_id: int) -> Callable[[Sequence[Example | Row]], Batch]:
-    """What makes batches of a kind of examples: the fitting one of the functions below."""
+def find_collator(kind: TaskKind, *, pad_id: int) -> Callable[[Sequence[BatchItem]], Batch]:
+    """The function that makes batches of the examples of a kind: one of those below."""
     if kind == "classification":
         return lambda items: collate_classes(items, pad_id=pad_id)
     if kind in CHOICES:
@@ -371,8 +376,8 @@ def find_collator(kind: TaskKind, *, pad_id: int) -> Callable[[Sequence[Example 
     return lambda items: collate_tokens(items, pad_id=pad_id)
 
 
-def collate_tokens(items: Sequence[Example | Row], *, pad_id: int) -> Batch:
-    """A row for each item, padded on the left: answers end the rows, and the head runs over fewer columns.
+def collate_tokens(items: Sequence[BatchItem], *, pad_id: int) -> Batch:
+    """One row an item, padded on the left: then all answers are in the last columns, and the head computes only those.
 
     Returns:
         int64 tensors: ``input_ids [B, T]``; ``labels [B, T]`` as the model takes them, -100 where nothing is taught;
@@ -382,14 +387,14 @@ def collate_tokens(items: Sequence[Example | Row], *, pad_id: int) -> Batch:
     return _align_right(collate(rows, row_length=None, pad_id=pad_id), _lengths(rows))
 
 
-def collate_choices(items: Sequence[Example | Row], *, pad_id: int) -> Batch:
-    """A row for each sample, padded on the left: its context once, and behind it all of its candidates.
+def collate_choices(items: Sequence[BatchItem], *, pad_id: int) -> Batch:
+    """One row a sample, padded on the left: its context once, and behind it all of its candidates.
 
     Returns:
         int64 tensors: ``input_ids``, ``labels``, ``layout`` as of `collate_tokens`; ``pieces [B, T]``, 0 in the
         context, n in the n-th candidate and -1 at padding; ``choice [B]``, the index of the right candidate.
     """
-    examples = _singles(items)
+    examples = _flatten(items)
     batch = collate([(example,) for example in examples], row_length=None, pad_id=pad_id)
     pieces = batch.pop("sequence_ids")  # 0 in a row, -1 at padding
     for row, example in zip(pieces, examples, strict=True):
@@ -397,9 +402,9 @@ def collate_choices(items: Sequence[Example | Row], *, pad_id: int) -> Batch:
     return _align_right({**batch, "pieces": pieces}, _lengths(examples)) | {"choice": _choices(examples)}
 
 
-def collate_classes(items: Sequence[Example | Row], *, pad_id: int) -> Batch:
-    """A row for each sample, padded on the right: ``input_ids``, ``attention_mask [B, T]``, ``layout``, ``choice``."""
-    examples = _singles(items)
+def collate_classes(items: Sequence[BatchItem], *, pad_id: int) -> Batch:
+    """One row a sample, padded on the right: ``input_ids``, ``attention_mask [B, T]``, ``layout``, ``choice``."""
+    examples = _flatten(items)
     batch = collate([(example,) for example in examples], row_length=None, pad_id=pad_id)
     mask = (batch["sequence_ids"] >= 0).long()
     return {
@@ -410,13 +415,13 @@ def collate_classes(items: Sequence[Example | Row], *, pad_id: int) -> Batch:
     }
 
 
-def _singles(items: Sequence[Example | Row]) -> list[Example]:
-    """Candidates and classes are read in rows of their own."""
+def _flatten(items: Sequence[BatchItem]) -> list[Example]:
+    """The examples of all items."""
     return [item for row in items for item in ((row,) if isinstance(row, Example) else row)]
 
 
-def _lengths(rows: Sequence[Example | Row]) -> list[int]:
-    return [sum(example.length for example in _singles([row])) for row in rows]
+def _lengths(rows: Sequence[BatchItem]) -> list[int]:
+    return [sum(example.length for example in _flatten([row])) for row in rows]
 
 
 def _choices(examples: Sequence[Example]) -> Tensor:
@@ -424,7 +429,7 @@ def _choices(examples: Sequence[Example]) -> Tensor:
 
 
 def _align_right(batch: Batch, lengths: Sequence[int]) -> Batch:
-    """Rows that are padded on the right, with the padding on the left."""
+    """Moves the padding of all rows from the right to the left."""
     width = batch["input_ids"].shape[-1]
     return {
         name: torch.stack([row.roll(width - length, -1) for row, length in zip(values, lengths, strict=True)])
@@ -433,11 +438,11 @@ def _align_right(batch: Batch, lengths: Sequence[int]) -> Batch:
 
 
 class BatchOrder:
-    """The passes of one process over a whole run, step after step; it depends on nothing but its arguments.
+    """The indices of the samples in each pass of one process, for a whole run; a pure function of its arguments.
 
-    The samples come in an endless row of epochs, each shuffled anew, and every step takes the next
-    ``batch_size * accumulation`` of them, over the end of an epoch if need be. The processes share the samples of a
-    step, so that it is the same step whatever their number. A resumed run begins `after` the steps that it has made.
+    The samples come in an endless sequence of epochs, each shuffled anew. Every step takes the next
+    ``batch_size * accumulation`` of them, across the end of an epoch if need be. The processes share the samples of a
+    step, so that a step is the same for any number of processes. A resumed run begins `after` the steps that are done.
     """
 
     def __init__(
@@ -456,8 +461,8 @@ class BatchOrder:
         Args:
             lengths: of the samples, in tokens.
             batch_size: samples of one pass, at most.
-            accumulation: passes of a step, for one process.
-            length_grouped: samples of like length come in the same step, and in the same pass.
+            accumulation: passes of a step, if there is one process.
+            length_grouped: samples of similar length come in the same step, and in the same pass.
 
         Raises:
             GmaskError: the samples of a step cannot be shared evenly.
@@ -473,7 +478,7 @@ class BatchOrder:
             )
 
     def __len__(self) -> int:
-        """Passes of this process in the whole run."""
+        """The number of passes of this process in the whole run."""
         return self.steps * self.passes
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -507,5 +512,5 @@ class BatchOrder:
 
 
 def steps_of(epochs: float, samples: int, *, samples_per_step: int) -> int:
-    """Steps in which every sample is seen ``epochs`` times; the last step may see a few once more."""
+    """The number of steps in which every sample is seen ``epochs`` times; the last step may see a few once more."""
     return max(1, int(np.ceil(epochs * samples / samples_per_step)))

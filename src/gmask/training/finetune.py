@@ -1,10 +1,7 @@
-"""Fine-tuning: a recipe's task, samples, model and method, driven by the loop of `gmask.training.loop`; and
-cross-validation where the recipe asks for it.
-"""
+"""Fine-tuning by a recipe, on the loop of `gmask.training.loop`; with cross-validation where the recipe asks for it."""
 
 import dataclasses
 import hashlib
-import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -22,9 +19,9 @@ from gmask.config import to_yaml
 from gmask.errors import GmaskError
 from gmask.estimation.training import describe_memory
 from gmask.evaluation.harness import Evaluation
-from gmask.files import write_json, write_text, written_folder
+from gmask.files import read_object, write_json, write_text, written_folder
+from gmask.generation.prompts import PROMPT
 from gmask.generation.settings import make_sampling
-from gmask.generation.text import PROMPT
 from gmask.hardware import describe_training_dtype
 from gmask.recipes.tuning import USUAL_RATES, TuningRecipe, differing_keys, hint_learning_rate, load_tuning_recipe
 from gmask.tasks.metrics import Rows
@@ -40,37 +37,44 @@ from gmask.training.accelerator import (
 )
 from gmask.training.examples import Batch, BatchOrder, Splits, hash_file, read_splits, steps_of
 from gmask.training.loop import Loop, Schedule, StepData, StepResult, unsharded
-from gmask.training.losses import Encoded, Objective, count_items, examples_of
-from gmask.training.measure import Forgetting, GeneralMeasure, Measurer, load_measure, measure, read_general_set
+from gmask.training.losses import EncodedSamples, TaskObjective, count_items, examples_of
 from gmask.training.methods import choose_trainable, load_tuned_model, peak_memory, save_tuned_model
-from gmask.training.report import TuningResults, format_metric, metric_rows, render_tuning_card
-from gmask.training.run_folder import (
+from gmask.training.report import (
     CURVES_FILE,
-    LOG_FILE,
-    TRAINED_FILE,
-    Start,
+    StartSummary,
+    TuningResults,
     draw_curves,
-    last_checkpoint,
-    read_records,
+    format_metric,
+    metric_rows,
+    render_tuning_card,
+)
+from gmask.training.run_folder import LOG_FILE, TRAINED_FILE, last_checkpoint, read_metrics
+from gmask.training.validation import (
+    Forgetting,
+    GeneralScores,
+    Validator,
+    read_general_scores,
+    read_general_set,
+    score_general_set,
 )
 
 RECIPE_FILE = "recipe.yaml"
 TASK_FILE = "task.yaml"
 FILES_FILE = "data.json"
 RESULTS_FILE = "results.json"
-BEFORE_FILE = "general-before.json"
+GENERAL_BEFORE_FILE = "general-before.json"
 START_FILE = "start.txt"
 
 
-def run(recipe_path: str, overrides: Sequence[str] = (), *, resume: bool = True) -> Path:
-    """Tunes a model by a recipe, resuming from its last checkpoint, and returns the folder of what was trained.
+def run_finetuning(recipe_path: str, overrides: Sequence[str] = (), *, resume: bool = True) -> Path:
+    """Tunes a model by a recipe, resuming from the last checkpoint; returns the folder of the trained weights.
 
-    That is ``model`` or ``adapter`` in ``run.out``; of a cross-validation, ``run.out`` itself. The numbers stand in
-    ``run.out/results.json``.
+    That folder is ``model`` or ``adapter`` in ``run.out``; of a cross-validation, ``run.out`` itself. The metrics are
+    written to ``run.out/results.json``.
 
     Raises:
-        GmaskError: a mistake in the recipe or the samples, a run of another recipe in the folder, a full disk, a loss
-            that is not finite.
+        GmaskError: a mistake in the recipe or the samples, a run of another recipe or of another version of gmask in
+            the folder, a full disk, a loss that is not finite.
     """
     recipe = load_tuning_recipe(recipe_path, overrides)
     if recipe.data.folds is not None and recipe.data.fold is None:
@@ -79,25 +83,28 @@ def run(recipe_path: str, overrides: Sequence[str] = (), *, resume: bool = True)
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """The numbers of a run, by the folder that `run` returned."""
-    place = folder if (folder / RESULTS_FILE).is_file() else folder.parent
-    results: dict[str, Any] = json.loads((place / RESULTS_FILE).read_text("utf-8"))
-    return results
+    """The content of a run's results.json, by the folder that `run_finetuning` returned.
+
+    Raises:
+        GmaskError: it is missing or damaged.
+    """
+    path = folder / RESULTS_FILE
+    return read_object(path if path.is_file() else folder.parent / RESULTS_FILE, remedy="delete it and run again")
 
 
 def _run_folds(recipe: TuningRecipe, *, resume: bool) -> Path:
-    """One run for each fold, and the mean and deviation of their metrics."""
+    """Makes one run for each fold, and writes the mean and deviation of their metrics."""
     out = Path(recipe.run.out)
     assert recipe.data.folds is not None
     runs = []
     for fold in range(1, recipe.data.folds + 1):
-        one = Finetuning(recipe.of_fold(fold), resume=resume)
-        one.train()
-        runs.append(json.loads((one.out / RESULTS_FILE).read_text("utf-8")))
+        run = Finetuning(recipe.for_fold(fold), resume=resume)
+        run.train()
+        runs.append(read_results(run.out))
     summary = summarize_folds(runs)
-    if one.is_main:
+    if run.is_main:
         write_json(out / RESULTS_FILE, summary)
-    one.console.print(fold_rows(summary).to_rich(f"{one.task.name}, {recipe.method.name}, {len(runs)} folds"))
+    run.console.print(fold_rows(summary).to_rich(f"{run.task.name}, {recipe.method.name}, {len(runs)} folds"))
     return out
 
 
@@ -108,7 +115,7 @@ class Finetuning:
     advice = "start again in another run.out, with a lower optimization.learning_rate"
 
     def __init__(self, recipe: TuningRecipe, *, resume: bool = True) -> None:
-        """Reads what is cheap to read, so that a mistake is told before a model is loaded."""
+        """Reads recipe, task and samples, and checks the folder: mistakes are reported before a model is loaded."""
         rate = recipe.optimization.learning_rate or USUAL_RATES[recipe.method.name]
         optimization = dataclasses.replace(recipe.optimization, learning_rate=rate)
         self.recipe = dataclasses.replace(recipe, optimization=optimization)
@@ -117,7 +124,7 @@ class Finetuning:
             torch.set_num_threads(recipe.run.threads)
         self.task: Task = read_task({"use": recipe.task} if isinstance(recipe.task, str) else recipe.task)
         self._check_prompts()
-        self.settings = make_sampling(recipe.written)
+        self.settings = make_sampling(recipe.decoding_settings)
         self.splits: Splits = read_splits(self.task, recipe.data, seed=recipe.run.seed)
         self._check_folder(resume=resume)
         self.args = training_arguments(self.recipe)
@@ -128,7 +135,7 @@ class Finetuning:
 
     @property
     def export(self) -> Path:
-        """Where the trained weights go."""
+        """The folder that the trained weights are written to."""
         return self.out / ("adapter" if self.recipe.method.makes_adapter else "model")
 
     @property
@@ -136,7 +143,7 @@ class Finetuning:
         return self.export.is_dir() and (self.out / RESULTS_FILE).is_file()
 
     def train(self) -> Path:
-        """Runs the steps that are left, and writes what a run leaves."""
+        """Makes the steps that are left; writes weights, metrics, predictions and the model card."""
         if self.is_finished:
             self.console.print(f"{self.out} holds this run, finished", highlight=False)
             return self.export
@@ -149,7 +156,7 @@ class Finetuning:
         steps = self._prepare()
         if self.is_main:
             self._write_start()
-        before = self._measure_before()
+        before = self._score_before()
         self.loop = self._make_loop(steps)
         self.loop.restore()
         self.loop.fit()
@@ -158,7 +165,7 @@ class Finetuning:
         return self.export
 
     def _check_prompts(self) -> None:
-        """Raises `GmaskError` for a template with trained vectors where there are none: it would be read as text."""
+        """Raises `GmaskError` for a template with trained vectors if the method has none: it would be read as text."""
         marked = PROMPT in f"{self.task.template}{self.task.plain_template or ''}"
         if marked and self.recipe.method.name != "p-tuning":
             raise GmaskError(
@@ -167,15 +174,14 @@ class Finetuning:
             )
 
     def _check_folder(self, *, resume: bool) -> None:
-        """Raises `GmaskError` if the folder holds a run that this one does not go on with."""
-        if last_checkpoint(self.out) is None and not (self.out / RESULTS_FILE).is_file():
+        """Raises `GmaskError` if the folder holds a run that this one cannot continue."""
+        if not (self.out / RESULTS_FILE).is_file() and last_checkpoint(self.out) is None:
             return
         if not resume:
             raise GmaskError(f"{self.out} holds a run already: resume it, or choose another run.out")
         keys = differing_keys(load_tuning_recipe(self.out / RECIPE_FILE), self.recipe)
-        noted = self.out / FILES_FILE
-        old_files = json.loads(noted.read_text("utf-8")) if noted.is_file() else {}
-        keys += [f"the content of {name}" for name, sha in self._hashes().items() if old_files.get(name) != sha]
+        hashes = read_object(self.out / FILES_FILE, required=False, remedy="choose another run.out")
+        keys += [f"the content of {name}" for name, sha in self._hashes().items() if hashes.get(name) != sha]
         if keys:
             raise GmaskError(
                 f"{self.out} holds a run of another recipe: {', '.join(keys)} {'differ' if keys[1:] else 'differs'}; "
@@ -183,27 +189,28 @@ class Finetuning:
             )
 
     def _hashes(self) -> dict[str, str]:
+        """SHA-256 of all that the numbers of the run depend on beside the recipe, by its name in errors."""
         hashes = {f"{file.split} file {file.name}": file.sha256 for file in self.splits.files}
-        if isinstance(self.recipe.task, str):  # a name or a file, which the recipe holds no more of
+        if isinstance(self.recipe.task, str):  # a name or a file, whose content the recipe does not hold
             hashes[f"task {self.task.name}"] = hashlib.sha256(to_yaml(self.task).encode()).hexdigest()
         if texts := self.recipe.forgetting.texts:
-            hashes["forgetting.texts"] = hash_file(Path(self.recipe.data.place(texts)))
+            hashes["forgetting.texts"] = hash_file(Path(self.recipe.data.resolve(texts)))
         return hashes
 
     def _prepare(self) -> int:
-        """Makes the model ready and the samples, and shows what the run is about to do; returns the number of steps."""
+        """Prepares model, samples and schedule, and prints the summary of the run; returns the number of steps."""
         recipe, optimization = self.recipe, self.recipe.optimization
         per_step = optimization.batch_size * optimization.accumulation
         steps = optimization.steps or steps_of(
             optimization.epochs or 0, len(self.splits.train), samples_per_step=per_step
         )
         self.trainable = choose_trainable(self.model, recipe, steps=steps)
-        self.objective = Objective(self.tokenizer, self.model.config, self.task.kind, recipe.data)
+        self.objective = TaskObjective(self.tokenizer, self.model.config, self.task.kind, recipe.data)
         self.encoded = self.objective.encode(self.splits.train)
         if optimization.steps is None:  # now that it is known how many rows the samples make
             steps = steps_of(optimization.epochs or 0, len(self.encoded.items), samples_per_step=per_step)
         self.truncated = self.objective.encoder.truncated
-        self.measurer = Measurer(
+        self.validator = Validator(
             self.model,
             self.tokenizer,
             self.task,
@@ -252,12 +259,12 @@ class Finetuning:
             empty_cache_every=self.args.torch_empty_cache_steps,
         )
 
-    # What the loop asks
+    # The protocol `Run` of the loop
 
     def data(self, step: int) -> Iterator[StepData]:
         passes = iter(
             DataLoader(
-                range(len(self.encoded.items)),  # type: ignore[arg-type]  # numbers, which `_collate` makes a batch of
+                range(len(self.encoded.items)),  # type: ignore[arg-type]  # indices: `_collate` takes the items
                 batch_sampler=self.order.after(step),
                 collate_fn=self._collate,
                 pin_memory=self.args.dataloader_pin_memory and self.device.type == "cuda",
@@ -295,10 +302,10 @@ class Finetuning:
         }
 
     def validate(self) -> dict[str, Any]:
-        """Loss and metrics; keeps the weights if they are the best so far, and decides on an early stop."""
+        """Loss and metrics. Keeps the weights if they are the best so far, and decides on an early stop."""
         if not self.validation:
             return {}
-        scores = self.measurer.measure(self.validation).scores
+        scores = self.validator.validate(self.validation).scores
         now, value, early_stop = self.loop.progress, scores[self.task.best], self.recipe.optimization.early_stop
         sign = -1 if self.task.best == "loss" else 1
         if now.best_value is None or sign * value > sign * now.best_value:
@@ -318,9 +325,9 @@ class Finetuning:
     def state(self) -> dict[str, Any]:
         return {}
 
-    # What a run shows before it starts
+    # Before the first step
 
-    def _show_start(self, objective: Objective, encoded: Encoded, steps: int) -> None:
+    def _show_start(self, objective: TaskObjective, encoded: EncodedSamples, steps: int) -> None:
         recipe = self.recipe
         rate = recipe.optimization.learning_rate
         assert rate is not None
@@ -331,9 +338,9 @@ class Finetuning:
             labelled=max(encoded.labelled),
             processes=self.accelerator.num_processes,
             device=self.device,
-            dtype=self.measurer.dtype,
+            dtype=self.validator.dtype,
         )
-        self.start = Start(
+        self.summary = StartSummary(
             recipe=recipe,
             task=self.task,
             example=examples_of(encoded.items[0])[0],
@@ -346,14 +353,14 @@ class Finetuning:
             processes=self.accelerator.num_processes,
             advice=[line for line in (memory, hint_learning_rate(recipe.method.name, rate)) if line],
         )
-        self.start.show(self.console, self.tokenizer)
+        self.summary.show(self.console, self.tokenizer)
 
     def _write_start(self) -> None:
         write_text(self.out / RECIPE_FILE, self.recipe.to_yaml())
         write_text(self.out / TASK_FILE, to_yaml(self.task))
         write_json(self.out / FILES_FILE, self._hashes())
         with (self.out / START_FILE).open("w", encoding="utf-8") as file:
-            self.start.show(Console(file=file, width=120), self.tokenizer)
+            self.summary.show(Console(file=file, width=120), self.tokenizer)
 
     # What a chat model forgets
 
@@ -361,31 +368,36 @@ class Finetuning:
     def _watches_forgetting(self) -> bool:
         return self.task.kind == "chat" and not self.recipe.forgetting.skip
 
-    def _measure_general(self) -> GeneralMeasure:
-        general = read_general_set(self.recipe.forgetting, self.recipe.data.place)
-        return measure(general, self.measurer, answers=self.recipe.forgetting.answers)
+    def _score_general(self) -> GeneralScores:
+        general = read_general_set(self.recipe.forgetting, self.recipe.data.resolve)
+        return score_general_set(general, self.validator, answers=self.recipe.forgetting.answers)
 
-    def _measure_before(self) -> GeneralMeasure | None:
-        """As the model was before its first step; a resumed run has it in a file."""
-        path = self.out / BEFORE_FILE
+    def _score_before(self) -> GeneralScores | None:
+        """The scores of the model before its first step; a resumed run reads them from a file."""
+        path = self.out / GENERAL_BEFORE_FILE
         if not self._watches_forgetting:
             return None
         if last_checkpoint(self.out) is not None and path.is_file():
-            return load_measure(path)
-        found = self._measure_general()
+            return read_general_scores(path)
+        scores = self._score_general()
         if self.is_main:
-            write_json(path, dataclasses.asdict(found), indent=None)
-        return found
+            write_json(path, dataclasses.asdict(scores), indent=None)
+        return scores
 
-    # What a run leaves
+    def _compare(self, before: GeneralScores) -> Forgetting:
+        general = read_general_set(self.recipe.forgetting, self.recipe.data.resolve)
+        prompts = [sample.text for sample in general.prompts[: self.recipe.forgetting.answers]]
+        return Forgetting(prompts, before, self._score_general())
 
-    def _report(self, before: GeneralMeasure | None) -> None:
-        """Measures the best weights on all samples, all processes together; the first one writes what is left."""
+    # After the last step
+
+    def _report(self, before: GeneralScores | None) -> None:
+        """Validates the best weights on all samples, in all processes; the first process writes the results."""
         found: dict[str, Evaluation] = {}
         for split, samples in (("validation", self.splits.validation), ("test", self.splits.test)):
             if samples:
-                found[split] = self.measurer.measure(samples, known=self.splits.train)
-                for cut in self.measurer.cuts:
+                found[split] = self.validator.validate(samples, known=self.splits.train)
+                for cut in self.validator.cuts:
                     self.console.print(f"{split}: {cut}", highlight=False, soft_wrap=True)
         forgetting = None if before is None else self._compare(before)
         with unsharded(self.model):
@@ -394,7 +406,7 @@ class Finetuning:
         self.accelerator.wait_for_everyone()
 
     def _write_results(self, found: Mapping[str, Evaluation], forgetting: Forgetting | None) -> None:
-        """Everything that is left; the weights last but for results.json, which says that the run is finished."""
+        """Writes reports, predictions and weights, and at the end results.json, which marks the run as finished."""
         cut, now = self.truncated, self.loop.progress
         results = TuningResults(
             recipe=self.recipe,
@@ -402,7 +414,7 @@ class Finetuning:
             files=self.splits.files,
             trainable_parameters=self.trainable.trainable,
             parameters=self.trainable.total,
-            records=read_records(self.out / LOG_FILE),
+            records=read_metrics(self.out / LOG_FILE),
             metrics={split: one.scores for split, one in found.items()},
             majority={split: one.majority for split, one in found.items()},
             best_step=now.best_step,
@@ -432,22 +444,17 @@ class Finetuning:
         for name in ("README.md", CURVES_FILE, LOG_FILE):
             (folder / name).write_bytes((self.out / name).read_bytes())
         (folder / TASK_FILE).write_text(to_yaml(self.task), "utf-8")
-        (folder / RECIPE_FILE).write_text(self.recipe.without_places().to_yaml(), "utf-8")
-
-    def _compare(self, before: GeneralMeasure) -> Forgetting:
-        general = read_general_set(self.recipe.forgetting, self.recipe.data.place)
-        prompts = [sample.text for sample in general.prompts[: self.recipe.forgetting.answers]]
-        return Forgetting(prompts, before, self._measure_general())
+        (folder / RECIPE_FILE).write_text(self.recipe.portable().to_yaml(), "utf-8")
 
 
-SHARED = ("task", "method", "seed", "trainable_parameters", "parameters")
-"""What the results of all folds have alike."""
+SAME_IN_FOLDS = ("task", "method", "seed", "trainable_parameters", "parameters")
+"""Keys of results.json that are the same for all folds."""
 
 
 def summarize_folds(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The results of a cross-validation, from those of its folds, which stand under ``runs``."""
+    """The results of a cross-validation: means and deviations, and the results of its folds under ``runs``."""
     return {
-        **{name: runs[0][name] for name in SHARED},
+        **{name: runs[0][name] for name in SAME_IN_FOLDS},
         "folds": len(runs),
         "metrics": _by_split([run["metrics"] for run in runs]),
         "majority": _by_split([run["majority"] for run in runs]),
@@ -458,12 +465,12 @@ def summarize_folds(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def fold_rows(summary: Mapping[str, Any]) -> Rows:
-    """Mean and deviation of every metric over the folds, beside those of the majority baseline."""
+    """A table of the mean and deviation of every metric over the folds, beside those of the majority baseline."""
     rows = []
     for split, metrics in summary["metrics"].items():
         baseline = summary["majority"].get(split, {})
         for name, found in metrics.items():
-            rows.append((split, name, _render(name, found), _render(name, baseline.get(name))))
+            rows.append((split, name, _format(name, found), _format(name, baseline.get(name))))
     return Rows(("split", "metric", "this model", "majority"), rows, n_labels=2)
 
 
@@ -482,5 +489,5 @@ def _by_split(found: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, d
     return {split: summarize([one[split] for one in found]) for split in found[0]}
 
 
-def _render(name: str, found: Mapping[str, float] | None) -> str:
+def _format(name: str, found: Mapping[str, float] | None) -> str:
     return "-" if found is None else " ± ".join(format_metric(name, found[key]) for key in ("mean", "deviation"))

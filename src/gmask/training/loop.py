@@ -1,7 +1,7 @@
 """The training loop: steps, checks of every step, validation, log, checkpoints, exact resume.
 
-`Loop` drives a `Run`, which says what is learnt from and how. accelerate gives it device, precision, processes and
-sharding (`gmask.training.accelerator`). A step may have several passes in several processes: the losses are sums, and
+`Loop` drives a `Run`, which provides data, loss and validation. accelerate provides device, precision, processes and
+sharding (`gmask.training.accelerator`). A step may have several passes in several processes: the losses are sums, which
 are divided once by the number of labelled tokens in all of them.
 """
 
@@ -33,7 +33,7 @@ from gmask.training.methods import RankSchedule
 from gmask.training.run_folder import (
     BEST_FILE,
     MetricsLog,
-    Progress,
+    RunProgress,
     average_tensors,
     last_checkpoint,
     optimizer_state,
@@ -49,19 +49,19 @@ from gmask.training.run_folder import (
 
 @dataclass(frozen=True, slots=True)
 class StepData:
-    """What one process learns from in one step."""
+    """The data of one step in one process."""
 
-    batches: Sequence[Batch]  # of one forward and backward each
+    batches: Sequence[Batch]  # one for each forward and backward pass
     numbers: Sequence[Sequence[int]]  # of the rows or samples in each batch, to name them
-    labelled: int  # tokens, or samples where candidates or classes are compared, that the losses are summed over
-    tokens: int = 0  # read by the model; 0 where nobody counts them
+    labelled: int  # terms of the sum of losses: tokens, or samples if candidates or classes are compared
+    tokens: int = 0  # read by the model; 0 if they are not counted
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step found, in all processes together."""
+    """The result of a step, over all processes."""
 
-    loss: float  # mean over what is labelled, in nats
+    loss: float  # the mean over all that is labelled, in nats
     learning_rate: float
     gradient_norm: float  # before clipping
     labelled: int
@@ -71,50 +71,50 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """When a run validates, logs, saves and ends; in steps."""
+    """How often a run validates, logs and saves, and when it ends; in steps."""
 
     steps: int
     validate_every: int
     log_every: int
     save_every: int
     keep_last: int  # checkpoints
-    keep: int | None = None  # the step of one more that is kept
+    keep: int | None = None  # the step of one more checkpoint that is kept
 
 
 class Run(Protocol):
-    """What a loop asks of the run that it drives."""
+    """The part of a training run that differs between pretraining and fine-tuning."""
 
     name: str  # of the progress bar
-    unit: str  # what batches are made of: rows, samples
+    unit: str  # of batches: rows, samples
     advice: str  # what to do about a loss that is not finite
 
     def data(self, step: int) -> Iterator[StepData]:
-        """What this process learns from in the steps after ``step``; it depends on the seed and on nothing else."""
+        """The data of this process for the steps after ``step``. It depends on nothing but the seed."""
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The sum of a batch's losses. The model is as accelerate prepared it."""
+        """The sum of the losses of a batch. The model is as accelerate prepared it."""
 
     def learning_rate(self, step: int) -> float:
-        """Of a step, counted from 0."""
+        """The learning rate of a step, counted from 0."""
 
     def record(self, result: StepResult) -> dict[str, Any]:
-        """A step's line in the log."""
+        """The line of a step in the log."""
 
     def validate(self) -> dict[str, Any]:
-        """What a validation adds to it."""
+        """The values that a validation adds to that line."""
 
     def describe(self, data: StepData) -> str:
-        """Names the rows or samples of a step."""
+        """The names of the rows or samples of a step, for errors."""
 
     def save_weights(self, folder: Path) -> None:
-        """Writes what trains into a checkpoint; the first process alone is asked."""
+        """Writes the weights that train into a checkpoint. Called in the first process only."""
 
     def state(self) -> dict[str, Any]:
-        """What else a checkpoint keeps, ready for JSON."""
+        """The run's own state for a checkpoint, ready for JSON."""
 
 
 class Loop:
-    """Makes the steps of a run. Its parts are those of a checkpoint: weights, optimizers, average, random state."""
+    """Makes the steps of a run, and saves and restores weights, optimizers, moving average and random state."""
 
     def __init__(
         self,
@@ -138,10 +138,10 @@ class Loop:
         """
         self.run, self.accelerator, self.out, self.schedule = run, accelerator, out, schedule
         self.clip_norm, self.average, self.empty_cache_every = clip_norm or math.inf, average, empty_cache_every
-        self.progress = Progress()
+        self.progress = RunProgress()
         self.bare_model, self.bare_optimizers = model, list(optimizers)  # as they were before accelerate wrapped them
         self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
-        self.ranks = RankSchedule.of(model, steps=schedule.steps)  # of adalora
+        self.rank_schedule = RankSchedule.of(model, steps=schedule.steps)  # of adalora
         self.is_sharded = is_sharded(accelerator)
 
     # Steps
@@ -151,14 +151,14 @@ class Loop:
         return self.progress.stopped or self.progress.step >= self.schedule.steps
 
     def fit(self) -> None:
-        """Makes the steps that are left: each with its line in the log, validations, checkpoints."""
+        """Makes the steps that are left, with log, validations and checkpoints."""
         if self.is_finished:
             return
         now, is_main = self.progress, self.accelerator.is_main_process
         random = random_state()
         data = self.run.data(now.step)
         if now.step:
-            set_random_state(random)  # a DataLoader has drawn a number, which the run drew when it began
+            set_random_state(random)  # a new DataLoader draws a number, and this run drew one when it first began
         self._train_mode()
         bar = tqdm(
             initial=now.step, total=self.schedule.steps, unit="step", desc=self.run.name, dynamic_ncols=True,
@@ -181,7 +181,7 @@ class Loop:
                 bar.update()
 
     def _advance(self, data: Iterator[StepData]) -> dict[str, Any]:
-        """A step, and a validation where one is due; returns the record of both."""
+        """Makes a step, and a validation if one is due; returns the record of both."""
         started = time.monotonic()
         result = self.step(next(data), started=started)
         now = self.progress
@@ -204,9 +204,9 @@ class Loop:
             optimizer.train()
 
     def step(self, data: StepData, *, started: float) -> StepResult:
-        """One step of the optimizers.
+        """Makes one step of the optimizers.
 
-        started: the moment that its time is counted from.
+        started: the time from which its seconds are counted.
 
         Raises:
             GmaskError: nothing is labelled; a loss or a gradient that is not finite, before a weight has changed.
@@ -227,15 +227,15 @@ class Loop:
                 batch = {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
                 loss = self.run.loss(self.model, batch) / labelled
                 losses.append(loss.detach())
-                loss = loss * processes  # the processes' gradients are averaged
-                if self.ranks is not None:
-                    loss = loss + self.ranks.penalty() / len(data.batches)
+                loss = loss * processes  # accelerate takes the mean of the processes' gradients
+                if self.rank_schedule is not None:
+                    loss = loss + self.rank_schedule.penalty() / len(data.batches)
                 self.accelerator.backward(loss, **self._backward_options(rate))
         total = torch.stack(losses).sum()
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         gradient_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if not (math.isfinite(float(total)) and math.isfinite(gradient_norm)):
-            self._refuse(data, float(total), gradient_norm)
+            self._refuse_step(data, float(total), gradient_norm)
         self._update(number)
         return StepResult(
             loss=float(self.accelerator.reduce(total, reduction="sum") if processes > 1 else total),
@@ -248,16 +248,16 @@ class Loop:
 
     def _backward_options(self, rate: float) -> dict[str, Any]:
         if self.accelerator.has_lomo_optimizer:
-            return {"learning_rate": rate}  # it makes its steps within the backward pass
+            return {"learning_rate": rate}  # LOMO updates weights within the backward pass
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            return {"scale_wrt_gas": False}  # the losses are divided already
+            return {"scale_wrt_gas": False}  # the losses have been divided
         return {}
 
     def _update(self, number: int) -> None:
         for optimizer in self.optimizers:
             optimizer.step()
-        if self.ranks is not None:
-            self.ranks.update(number)  # weighs the ranks by the gradients
+        if self.rank_schedule is not None:
+            self.rank_schedule.update(number)  # weighs the ranks by the gradients
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         if self.average is not None:
@@ -267,9 +267,9 @@ class Loop:
 
     @contextmanager
     def _synchronizing(self, is_last: bool) -> Iterator[None]:
-        """The processes add their gradients up in the last pass of a step, unless they are told to in each."""
+        """Lets the processes sum their gradients in the last pass of a step, or in each if the recipe asks for it."""
         at_once = is_last or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
-        self.accelerator.sync_gradients = is_last  # DeepSpeed makes its step in the backward pass where this is set
+        self.accelerator.sync_gradients = is_last  # if set, DeepSpeed makes its step in this backward pass
         try:
             with nullcontext() if at_once else self.accelerator.no_sync(self.model):
                 yield
@@ -277,12 +277,13 @@ class Loop:
             self.accelerator.sync_gradients = True
 
     def _sum(self, count: int) -> int:
-        """Over all processes."""
+        """The sum of a number over all processes."""
         if self.accelerator.num_processes == 1:
             return count
         return int(self.accelerator.reduce(torch.tensor(count, device=self.accelerator.device), reduction="sum"))
 
-    def _refuse(self, data: StepData, loss: float, norm: float) -> None:
+    def _refuse_step(self, data: StepData, loss: float, norm: float) -> None:
+        """Saves the batches of a step that is not finite, and raises `GmaskError`."""
         step = self.progress.step + 1
         rank = f"-process-{self.accelerator.process_index}" if self.accelerator.num_processes > 1 else ""
         path = self.out / f"bad-batch-{step:08d}{rank}.pt"
@@ -297,34 +298,34 @@ class Loop:
     # Checkpoints
 
     def save(self) -> None:
-        """Writes ``checkpoint-STEP`` whole or not at all; all processes come here together."""
+        """Writes ``checkpoint-STEP`` whole or not at all. All processes must call this together."""
         step = self.progress.step
-        randoms = gather_object([random_state()])
-        parts = self.out / f".sharded-{step:08d}"
+        random_states = gather_object([random_state()])
+        sharded = self.out / f".sharded-{step:08d}"
         if self.is_sharded:
-            self.accelerator.save_state(str(parts))
+            self.accelerator.save_state(str(sharded))
         if self.accelerator.is_main_process:
             schedule = self.schedule
             with written_checkpoint(self.out, step, keep_last=schedule.keep_last, keep=schedule.keep) as folder:
                 if self.is_sharded:
-                    os.replace(parts, folder / "sharded")
+                    os.replace(sharded, folder / "sharded")
                 else:
                     self.run.save_weights(folder)
                 tensors, numbers = optimizer_state(self.bare_model, [] if self.is_sharded else self.bare_optimizers)
                 tensors |= average_tensors(self.average)
-                if self.ranks is not None:
-                    tensors |= {f"ranks.{name}": value for name, value in self.ranks.state().items()}
-                for process, random in enumerate(randoms):
+                if self.rank_schedule is not None:
+                    tensors |= {f"ranks.{name}": value for name, value in self.rank_schedule.state().items()}
+                for process, random in enumerate(random_states):
                     suffix = f".{process}" if process else ""
                     tensors |= {f"random.{name}{suffix}": value for name, value in random.items()}
                 write_state(folder, self.progress, self.run.state(), tensors, numbers)
         self.accelerator.wait_for_everyone()
 
     def restore(self) -> dict[str, Any]:
-        """Loads the last checkpoint in place, if there is one; returns what `Run.state` gave it.
+        """Loads the last checkpoint in place, if there is one; returns the state that `Run.state` saved in it.
 
         Raises:
-            GmaskError: a damaged file, or a model or an optimizer of another kind.
+            GmaskError: a damaged file, a checkpoint of another version of gmask, another model or another optimizer.
         """
         folder = last_checkpoint(self.out)
         if folder is None:
@@ -337,8 +338,8 @@ class Loop:
             checkpoint.load_optimizers(self.bare_model, self.bare_optimizers)
         if self.average is not None:
             checkpoint.load_average(self.average)
-        if self.ranks is not None:
-            self.ranks.restore(checkpoint.group("ranks"))
+        if self.rank_schedule is not None:
+            self.rank_schedule.restore(checkpoint.group("ranks"))
         checkpoint.load_random_state(self.accelerator.process_index)
         self.progress = checkpoint.progress
         return checkpoint.state
@@ -346,7 +347,7 @@ class Loop:
     # What trains
 
     def trained_weights(self) -> dict[str, Tensor]:
-        """The parameters that train by their names in the model, on the CPU; whole ones of a sharded model."""
+        """Copies of the parameters that train, by name, on the CPU. Sharded parameters are put together."""
         trained = [name for name, parameter in self.bare_model.named_parameters() if parameter.requires_grad]
         if self.is_sharded and not isinstance(self.bare_model, FSDPModule):  # DeepSpeed
             state = self.accelerator.get_state_dict(self.model)
@@ -356,14 +357,14 @@ class Loop:
             return {name: parameters[name].detach().cpu().clone() for name in trained}
 
     def save_best(self, value: float) -> None:
-        """Keeps the weights as they are now as the best so far."""
+        """Saves the current weights as the best so far."""
         self.progress.best_step, self.progress.best_value = self.progress.step, value
         weights = self.trained_weights()
         if self.accelerator.is_main_process:
             write_tensors(weights, self.out / BEST_FILE)
 
     def load_best(self) -> None:
-        """Puts the best weights back into the model, if any were kept."""
+        """Loads the best weights into the model, if any were saved."""
         if self.progress.best_step is None:
             return
         parameters = dict(self.bare_model.named_parameters())
@@ -377,9 +378,9 @@ class Loop:
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Every process holds all weights meanwhile, and may call the model as often as it likes without the others.
+    """Within the block every process holds all weights, and may call the model without the other processes.
 
-    All processes must come here together. A model that is not sharded stays as it is.
+    All processes must enter it together. A model that is not sharded is left as it is.
     """
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for part in parts:

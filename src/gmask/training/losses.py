@@ -1,10 +1,10 @@
-"""Losses as sums, and the objective that a kind of task is fitted to.
+"""Losses as sums, and the objective of each kind of task.
 
-Each function returns a sum in nats, float32, and how many tokens or samples it goes over: whoever divides, over
-however many batches and processes, then has the mean of all of them. The models are called as a whole, so that a
-wrapper of theirs (DDP, FSDP) sees the call.
+A loss function returns a sum in nats, float32, and the number of tokens or samples that it sums over. The training loop
+divides once, by the number in all batches and processes of a step. The functions call the model as a whole, so that its
+wrapper (DDP, FSDP) sees the call.
 
-Shape letters: B rows, T positions, n of them that predict something, V vocabulary, C candidates.
+Shape letters: B rows, T positions, n positions that have a target, V vocabulary, C candidates.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,15 +22,15 @@ from gmask.infilling.blanks import NOT_SCORED
 from gmask.models.glm import GLMConfig
 from gmask.recipes.tuning import TuningDataSettings
 from gmask.tasks.records import CHOICES, LABELLED, Sample, TaskKind
-from gmask.training.examples import Example, Row, SampleEncoder, find_collator, pack
+from gmask.training.examples import BatchItem, Example, SampleEncoder, find_collator, pack_examples
 
-Loss = Callable[[nn.Module, Mapping[str, Tensor]], tuple[Tensor, int]]
-Normalization = Literal["sum", "mean"]
-"""What is made of a candidate's log-probability: the sum over its tokens, or their mean."""
+LossFunction = Callable[[nn.Module, Mapping[str, Tensor]], tuple[Tensor, int]]
+CandidateNormalization = Literal["sum", "mean"]
+"""The log-probability of a candidate: the sum over its tokens, or their mean."""
 
 
-def find_loss(kind: TaskKind, *, normalization: Normalization = "sum") -> Loss:
-    """The loss that a kind of task is trained with; ``normalization`` is of candidates.
+def find_loss(kind: TaskKind, *, normalization: CandidateNormalization = "sum") -> LossFunction:
+    """The loss function of a kind of task; ``normalization`` is that of candidates.
 
     Raises:
         GmaskError: another normalization.
@@ -54,11 +54,11 @@ def token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, i
 
 
 def choice_loss(
-    model: nn.Module, batch: Mapping[str, Tensor], *, normalization: Normalization = "sum"
+    model: nn.Module, batch: Mapping[str, Tensor], *, normalization: CandidateNormalization = "sum"
 ) -> tuple[Tensor, int]:
     """The cross-entropy of the right candidates of a batch of `collate_choices`, and the number of samples.
 
-    The candidates' log-probabilities are taken for logits; gradients go through all of them.
+    The log-probabilities of the candidates serve as logits; gradients flow through all of them.
 
     Source: THUDM/GLM finetune_glm.py, multi-token cloze.
     """
@@ -66,10 +66,13 @@ def choice_loss(
     return F.cross_entropy(values, batch["choice"], reduction="sum"), len(values)
 
 
-def choice_logprobs(model: nn.Module, batch: Mapping[str, Tensor], *, normalization: Normalization = "sum") -> Tensor:
-    """The log-probability ``[B, C]`` of each candidate of `collate_choices`, without its end; -inf where there is none.
+def choice_logprobs(
+    model: nn.Module, batch: Mapping[str, Tensor], *, normalization: CandidateNormalization = "sum"
+) -> Tensor:
+    """The log-probabilities ``[B, C]`` of the candidates of a batch of `collate_choices`, without their ends.
 
-    The context is read once: every candidate sees it, and itself, and no other one.
+    A row with fewer candidates has -inf behind its last one. The context is read once: every candidate sees it and
+    itself, and no other candidate.
     """
     pieces = batch["pieces"]
     inputs = {"input_ids": batch["input_ids"], "layout": batch["layout"], "attention_mask": piece_mask(pieces)}
@@ -98,16 +101,19 @@ def class_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, i
 
 
 def piece_mask(pieces: Tensor) -> Tensor:
-    """What a token of ``pieces [B, T]`` sees, ``[B, 1, T, T]`` with 1 = visible: the context, and what precedes it in
-    its own candidate. Padding sees padding, so that no row of the mask is empty."""
+    """The attention mask ``[B, 1, T, T]`` of ``pieces [B, T]``, 1 = visible.
+
+    A token sees the context, and the tokens before it in its own candidate. Padding sees padding, so that no row of the
+    mask is empty.
+    """
     query, key = pieces[:, :, None], pieces[:, None, :]
     own = (query == key).tril()
-    return ((query >= 0) & (key == 0) | own)[:, None].to(torch.int8)  # a boolean one would mean the opposite to ChatGLM
+    return ((query >= 0) & (key == 0) | own)[:, None].to(torch.int8)  # ChatGLM reads True of a boolean one as hidden
 
 
 def _predict(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits ``[n, V]`` of the positions that have a target, the targets ``[n]``, and where they are, ``[B, T]``."""
-    config: Any = getattr(model, "module", model).config  # a wrapper has none
+    """Logits ``[n, V]`` and targets ``[n]`` of the positions that have one, and the mask ``[B, T]`` of these."""
+    config: Any = getattr(model, "module", model).config  # DDP's wrapper has no config
     targets = labels if isinstance(config, GLMConfig) else F.pad(labels[:, 1:], (0, 1), value=NOT_SCORED)
     scored = targets != NOT_SCORED
     if not scored.any():
@@ -116,34 +122,30 @@ def _predict(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -> 
     return logits, targets[scored], scored
 
 
-Item = Example | Row
-"""What takes a row of a batch: an example, or several that are packed."""
-
-
 @dataclass(frozen=True, slots=True)
-class Encoded:
-    """Items, and the samples that each was made of."""
+class EncodedSamples:
+    """EncodedSamples samples as items of batches, and the samples that each item was made of."""
 
-    items: Sequence[Item]
+    items: Sequence[BatchItem]
     sources: Sequence[Sequence[Sample]]
 
     @property
     def lengths(self) -> list[int]:
-        """In tokens."""
+        """Tokens of each item."""
         return [sum(example.length for example in examples_of(item)) for item in self.items]
 
     @property
     def labelled(self) -> list[int]:
-        """Tokens of each item that something is learnt from."""
+        """Labelled tokens of each item."""
         return [sum(int((part.labels != NOT_SCORED).sum()) for part in examples_of(item)) for item in self.items]
 
     def describe(self, number: int) -> str:
-        """Where an item was read."""
+        """The files and lines of the samples of an item."""
         return ", ".join(f"{sample.path}:{sample.line}" for sample in self.sources[number])
 
 
-class Objective:
-    """The encoding and the loss of a kind of task, for models of one config."""
+class TaskObjective:
+    """The encoding, the collator and the loss of a kind of task, for models of one config."""
 
     def __init__(
         self,
@@ -164,7 +166,7 @@ class Objective:
         self.collate = find_collator(kind, pad_id=self.encoder.reader.special.pad)
         self.loss = find_loss(kind)
 
-    def encode(self, samples: Sequence[Sample]) -> Encoded:
+    def encode(self, samples: Sequence[Sample]) -> EncodedSamples:
         """The items of samples: one for each, several for a long document, fewer if they are packed.
 
         Raises:
@@ -172,18 +174,18 @@ class Objective:
         """
         pairs = [(example, sample) for sample in samples for example in self.encoder.encode_all([sample])]
         if self.packing is None:
-            return Encoded([example for example, _ in pairs], [[sample] for _, sample in pairs])
+            return EncodedSamples([example for example, _ in pairs], [[sample] for _, sample in pairs])
         if self.kind in LABELLED:
             raise GmaskError(f"data.packing is for tasks that write, and a {self.kind} chooses: leave it out")
         origins = {id(example): sample for example, sample in pairs}
-        rows = pack([example for example, _ in pairs], row_length=self.packing)
-        return Encoded(rows, [[origins[id(example)] for example in row] for row in rows])
+        rows = pack_examples([example for example, _ in pairs], row_length=self.packing)
+        return EncodedSamples(rows, [[origins[id(example)] for example in row] for row in rows])
 
 
 def count_items(batch: Mapping[str, Tensor]) -> int:
-    """By how many its loss is divided: labelled tokens, or samples where candidates or classes are compared."""
+    """The number of terms in the loss of a batch: labelled tokens, or samples if candidates or classes are compared."""
     return len(batch["choice"]) if "choice" in batch else int((batch["labels"] != NOT_SCORED).sum())
 
 
-def examples_of(item: Item) -> Row:
+def examples_of(item: BatchItem) -> tuple[Example, ...]:
     return (item,) if isinstance(item, Example) else item

@@ -1,7 +1,8 @@
-"""Methods of tuning: which weights train, in which model, and what is saved of them.
+"""Methods of tuning: which weights train, in which model, and which of them are saved.
 
-LoRA and its like are put into the model in place by PEFT, a prefix and trained vectors live in modules of the model's
-own: its class, and every verb that works on it, stays. What trains is float32, whatever the precision of the rest.
+PEFT puts the layers of LoRA and its like into the model in place. A prefix and trained vectors are modules of the model
+itself. So the class of the model stays, and with it all that works on it. The weights that train are float32, in
+whatever precision the others are.
 """
 
 import copy
@@ -34,7 +35,7 @@ from gmask.checkpoints.adapters import (
 )
 from gmask.checkpoints.folder import read_config
 from gmask.checkpoints.load import find_folder, load, load_tokenizer
-from gmask.checkpoints.output import write_tokenizer
+from gmask.checkpoints.save import write_tokenizer
 from gmask.errors import GmaskError
 from gmask.hardware import bound_primitive_cache, read_dtype
 from gmask.models.base import attach_prefix
@@ -49,25 +50,25 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 
-PLACES = {
+LAYER_PATHS = {
     "query_key_value": "attention.query_key_value",
     "dense": "attention.dense",
     "dense_h_to_4h": "mlp.dense_h_to_4h",
     "dense_4h_to_h": "mlp.dense_4h_to_h",
 }
-"""Where the linear layers of a block are; the head of a classifier has a ``dense``, too."""
+"""The paths of the linear layers in a block. The name alone would not do: a classifier's head has a ``dense``, too."""
 
 ADALORA_WARMUP, ADALORA_END = 0.1, 0.3
-"""Shares of the steps before ranks are dropped and after that, near those of the paper."""
+"""The shares of the steps before and after those that drop ranks; near those of the paper."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainableRow:
-    """The parameters of one kind of module, in all layers together."""
+    """The parameters of one kind of module, summed over the layers."""
 
-    module: str  # its name, with * for the number of a layer
+    module: str  # its path, with * for the number of a layer
     tensors: int
-    trainable: int  # numbers
+    trainable: int  # parameters
     total: int
 
     @property
@@ -77,7 +78,7 @@ class TrainableRow:
 
 @dataclass(frozen=True, slots=True)
 class TrainableTable:
-    """What trains, and what does not."""
+    """The numbers of parameters that train, and of all, by kind of module."""
 
     rows: tuple[TrainableRow, ...]
 
@@ -94,7 +95,7 @@ class TrainableTable:
         return 100 * self.trainable / self.total if self.total else 0.0
 
     def to_rows(self) -> Rows:
-        """For a terminal or a page."""
+        """The table as text, for a terminal or a page."""
         cells = [
             (row.module, str(row.tensors), f"{row.trainable:,}", f"{row.total:,}", f"{row.percent:.3g} %")
             for row in self.rows
@@ -105,11 +106,11 @@ class TrainableTable:
 
 
 def apply_method(model: PreTrainedModel, settings: MethodSettings, *, steps: int | None = None) -> TrainableTable:
-    """Makes a model ready to be trained by a method, in place: adds what it needs, freezes what it leaves alone.
+    """Prepares a model for training by a method, in place: adds the method's parameters, and freezes the others.
 
     Args:
         model: without an adapter. The head for a task, if it has one, trains with every method.
-        steps: of the run, by which adalora plans its ranks; see `RankSchedule`.
+        steps: of the run, from which adalora plans its ranks; see `RankSchedule`.
 
     Raises:
         GmaskError: a method that this model cannot be trained by.
@@ -133,7 +134,7 @@ def apply_method(model: PreTrainedModel, settings: MethodSettings, *, steps: int
 
 
 def resume_adapter(model: PreTrainedModel, folder: Path | str) -> TrainableTable:
-    """Loads an adapter to train it on; the rest of the model is frozen.
+    """Loads an adapter and continues to train it; the rest of the model is frozen.
 
     Raises:
         GmaskError: as of `load_adapter`.
@@ -143,7 +144,7 @@ def resume_adapter(model: PreTrainedModel, folder: Path | str) -> TrainableTable
 
 
 def count_trainable(model: nn.Module) -> TrainableTable:
-    """The table of a model's parameters as they are now; integers count as the weights that they stand for."""
+    """The table of a model's parameters. Packed integers count as the weights that they encode."""
     packed = {
         f"{name}.weight": 8 // module.bits
         for name, module in model.named_modules()
@@ -162,16 +163,16 @@ def count_trainable(model: nn.Module) -> TrainableTable:
 
 
 def make_peft_config(settings: MethodSettings, *, steps: int | None = None) -> "PeftConfig":
-    """What PEFT calls a method of low rank, or ia3.
+    """PEFT's config of a low-rank method, or of ia3.
 
     Raises:
         GmaskError: adalora without a number of steps that leaves time to drop ranks.
     """
     peft = require_peft()
     config: PeftConfig
-    targets = [PLACES[layer] for layer in settings.adapted_layers]
+    targets = [LAYER_PATHS[layer] for layer in settings.adapted_layers]
     if settings.name == "ia3":
-        config = peft.IA3Config(target_modules=targets, feedforward_modules=[PLACES["dense_4h_to_h"]])
+        config = peft.IA3Config(target_modules=targets, feedforward_modules=[LAYER_PATHS["dense_4h_to_h"]])
         return config
     common: dict[str, Any] = {
         "target_modules": targets,
@@ -179,7 +180,7 @@ def make_peft_config(settings: MethodSettings, *, steps: int | None = None) -> "
         "lora_dropout": settings.dropout,
     }
     if settings.name == "adalora":
-        ranks = {"target_r": settings.rank, "init_r": settings.first_rank}  # the first is the mean of those that stay
+        ranks = {"target_r": settings.rank, "init_r": settings.first_rank}  # target_r: their mean at the end
         config = peft.AdaLoraConfig(**common, **ranks, **_plan_steps(steps))
     else:
         config = peft.LoraConfig(**common, r=settings.rank, use_dora=settings.name == "dora")
@@ -189,15 +190,15 @@ def make_peft_config(settings: MethodSettings, *, steps: int | None = None) -> "
 class RankSchedule:
     """Drops the least important ranks of adalora's layers while a model trains.
 
-    A trainer adds `penalty` to each loss, and calls `update` after each step of the optimizer, before the gradients are
-    cleared. `state` and `restore` are for an exact resume.
+    The loop adds `penalty` to each loss, and calls `update` after each step of the optimizer, before the gradients are
+    cleared. `state` and `restore` make an exact resume possible.
     """
 
     def __init__(self, model: PreTrainedModel, *, steps: int | None = None) -> None:
         """
         Args:
-            model: as `apply_method` made it ready for adalora.
-            steps: of the run, where they are other than `apply_method` was told.
+            model: prepared for adalora by `apply_method`.
+            steps: of the run, if `apply_method` got another number.
         """
         from peft.tuners.adalora.layer import RankAllocator
 
@@ -209,12 +210,12 @@ class RankSchedule:
 
     @staticmethod
     def of(model: PreTrainedModel, *, steps: int | None = None) -> "RankSchedule | None":
-        """That of a model which trains by adalora; None for others."""
+        """The schedule of a model that trains by adalora; None for others."""
         is_adalora = has_layers(model) and model.peft_config[NAME].peft_type == "ADALORA"
         return RankSchedule(model, steps=steps) if is_adalora else None
 
     def penalty(self) -> Tensor:
-        """How far the layers' matrices are from orthogonal, weighted as in the paper (equation 4)."""
+        """The distance of the layers' matrices from orthogonal ones, weighted as in the paper (equation 4)."""
         distances = []
         for name, matrix in self.model.named_parameters():
             if matrix.requires_grad and (".lora_A." in name or ".lora_B." in name):
@@ -224,7 +225,7 @@ class RankSchedule:
         return penalty
 
     def update(self, step: int) -> None:
-        """Weighs the ranks by the gradients of a step, counted from 1, and sets those to 0 that are to go."""
+        """Weighs the ranks by the gradients of a step, counted from 1, and sets the weakest to 0."""
         last = self.config.total_step - self.config.tfinal
         if step > last:
             self._allocator.mask_using_rank_pattern(self.model, self.config.rank_pattern)
@@ -234,15 +235,19 @@ class RankSchedule:
             self.config.rank_pattern = pattern
 
     def state(self) -> dict[str, Tensor]:
-        """What has been learnt of the ranks, as ``KIND.NAME``."""
+        """The estimates of the ranks' importance, and the ranks that are kept, as ``KIND.NAME``."""
         allocator = self._allocator
-        learnt = {"importance": allocator.ipt, "average": allocator.exp_avg_ipt, "uncertainty": allocator.exp_avg_unc}
-        state = {f"{kind}.{name}": value for kind, values in learnt.items() for name, value in values.items()}
+        estimates = {
+            "importance": allocator.ipt,
+            "average": allocator.exp_avg_ipt,
+            "uncertainty": allocator.exp_avg_unc,
+        }
+        state = {f"{kind}.{name}": value for kind, values in estimates.items() for name, value in values.items()}
         pattern = self.config.rank_pattern or {}
         return state | {f"kept.{name}": torch.tensor(kept) for name, kept in pattern.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on from the `state` of another run."""
+        """Continues from the `state` of another schedule."""
         kinds: dict[str, dict[str, Tensor]] = {"importance": {}, "average": {}, "uncertainty": {}, "kept": {}}
         for full_name, value in state.items():
             kind, _, name = full_name.partition(".")
@@ -260,7 +265,7 @@ def _train_weights(model: PreTrainedModel, *, with_embeddings: bool) -> None:
 
 
 def _plan_steps(steps: int | None) -> dict[str, int]:
-    """When adalora drops ranks."""
+    """The steps at which adalora drops ranks, as keywords of PEFT's config."""
     if steps is None or steps < 10:
         raise GmaskError(
             "adalora drops ranks step by step and needs to know of at least 10 steps: set steps, or epochs"
@@ -287,7 +292,7 @@ METHODS_OF: dict[str, tuple[Method, ...]] = {
 
 SIZES = {"LORA": ("r", "rank"), PREFIX_TUNING: ("num_virtual_tokens", "prefix_length"),
          PROMPTS: ("num_virtual_tokens", "prompt_tokens")}  # fmt: skip
-"""What an adapter's folder calls its size, and what a recipe calls it."""
+"""The key of an adapter's size in its folder, and in a recipe."""
 
 
 def load_tuned_model(
@@ -311,27 +316,27 @@ def load_tuned_model(
 
 
 def choose_trainable(model: PreTrainedModel, recipe: TuningRecipe, *, steps: int) -> TrainableTable:
-    """Makes ready what the recipe trains: an adapter to go on from, or what its method says.
+    """Prepares the model for training: by the recipe's method, or by an adapter that is trained on.
 
     Raises:
         GmaskError: an adapter or a method that does not fit the model.
     """
-    torch.manual_seed(recipe.run.seed)  # of what the method adds
+    torch.manual_seed(recipe.run.seed)  # of the parameters that the method adds
     if recipe.model.adapter is not None:
         _check_adapter(Path(recipe.model.adapter).expanduser(), recipe.method)
         table = resume_adapter(model, recipe.model.adapter)
     else:
         table = apply_method(model, recipe.method, steps=steps)
     for parameter in model.parameters():
-        if parameter.requires_grad:  # master weights, whatever the forward pass computes in
+        if parameter.requires_grad:  # master weights, whatever the dtype of the forward pass
             parameter.data = parameter.data.float()
     if recipe.optimization.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})  # inputs need no gradients
+        model.activation_checkpointing_enable({"use_reentrant": False})  # reentrant needs inputs with gradients
     return table
 
 
 def _check_adapter(folder: Path, method: MethodSettings) -> None:
-    """Raises `GmaskError` if what a folder holds is of another method, or of another size, than the recipe says."""
+    """Raises `GmaskError` if the adapter in a folder has another method or another size than the recipe."""
     adapter = read_adapter(folder)
     methods = METHODS_OF[adapter.kind]
     if method.name not in methods:
@@ -397,7 +402,7 @@ def save_tuned_model(
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that were taken so far: of a GPU by its tensors, else by this process."""
+    """The peak of memory so far, in bytes: of tensors on a GPU, else of this process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024
@@ -405,7 +410,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _make_random(name: str, device: torch.device, *, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model of the shape of another, which has learnt nothing."""
+    """A model with the shape of another and random weights, and its tokenizer."""
     folder = find_folder(name)
     config = read_config(folder)
     torch.manual_seed(seed)

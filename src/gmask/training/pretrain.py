@@ -1,9 +1,10 @@
-"""Pretraining: a recipe's tokenizer, rows, model and optimizers, driven by the loop of `gmask.training.loop`.
+"""Pretraining by a recipe, on the loop of `gmask.training.loop`; with the `neighbours` initialisation for small models.
 
-With random position tables every head first looks everywhere at once, and a run of some ten million tokens may end
-before a head has found the words beside a blank. So the tables start as sinusoids, in which a step of one place is the
-same rotation everywhere, and each head of the first layers starts with the query rotated against the key: it looks at
-one place beside its own. All of it is only a start; every weight trains on, and the architecture is unchanged.
+With random position tables every head attends to all positions at first, and a run of some ten million tokens may end
+before a head has found the words beside a blank. With `initialization: neighbours` the tables start as sinusoids, in
+which a step of one position is the same rotation everywhere. Each head of the first layers starts with its query
+rotated against its key, so that it attends to one neighbour of its own position. These are initial values only: every
+weight trains, and the architecture is unchanged.
 
 The idea is that of mimetic initialisation (Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers",
 ICML 2023), with a chosen neighbour in place of the token itself.
@@ -30,28 +31,31 @@ from gmask.infilling.collator import collate
 from gmask.infilling.objectives import OBJECTIVES, Objective
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from gmask.recipes.pretraining import OptimizationSettings, Recipe, load_recipe, make_mixture
+from gmask.tasks.records import Source
 from gmask.training.accelerator import find_device, make_accelerator, make_arguments
-from gmask.training.blank_validation import BlankValidation, choose_blanks, measure_blanks
 from gmask.training.corpus_rows import RowStream, TokenSource, open_sources, validation_rows
 from gmask.training.examples import Batch
 from gmask.training.loop import Loop, Schedule, StepData, StepResult
-from gmask.training.run_folder import CURVES_FILE, LOG_FILE, Progress, draw_curves, last_checkpoint, read_records
+from gmask.training.report import CURVES_FILE, draw_curves
+from gmask.training.run_folder import LOG_FILE, RunProgress, last_checkpoint, read_metrics
 from gmask.training.tokenizer import train_from_sources
+from gmask.training.validation import BlankSet, choose_blanks, score_blanks
 
-VOCABULARY_MULTIPLE = 128  # rows of the embedding, as published: even tiles for the matrix kernels
+VOCABULARY_MULTIPLE = 128  # rows of the embedding are a multiple of it, as published, for the tiles of matrix kernels
 
 
-def run(recipe_path: str, overrides: Sequence[str] = (), *, resume: bool = True) -> Path:
+def run_pretraining(recipe_path: str, overrides: Sequence[str] = (), *, resume: bool = True) -> Path:
     """Trains by a recipe, resuming from its last checkpoint, and returns the folder of the finished model.
 
     Raises:
-        GmaskError: a mistake in the recipe or the texts, a full disk, a loss that is not finite.
+        GmaskError: a mistake in the recipe or the texts, a checkpoint of another version of gmask in the folder, a full
+            disk, a loss that is not finite.
     """
     return Pretraining(load_recipe(recipe_path, overrides)).train(resume=resume)
 
 
 class Pretraining:
-    """One run of a recipe. What it is made of is the same in every process that runs it."""
+    """One run of a recipe. Whatever process makes it, a recipe gives the same model, rows and optimizers."""
 
     name, unit, advice = "pretraining", "rows", "lower optimization.learning_rate and resume"
 
@@ -68,22 +72,9 @@ class Pretraining:
         bound_primitive_cache()
         torch.manual_seed(settings.seed)
         data = self.recipe.data
-        sources = data.placed_sources
+        sources = data.resolved_sources
         self.tokenizer_folder = Path(self.recipe.tokenizer.path or self.out / "tokenizer")
-        if not (self.tokenizer_folder / "tokenizer.json").is_file():
-            if self.recipe.tokenizer.path:
-                raise GmaskError(f"{self.tokenizer_folder}: no tokenizer.json there")
-            train_from_sources(
-                sources,
-                vocab_size=self.recipe.tokenizer.vocab_size,
-                alphabet_size=self.recipe.tokenizer.alphabet_size,
-                max_han_chars=self.recipe.tokenizer.max_han_chars,
-                sample_bytes=self.recipe.tokenizer.sample_bytes,
-                seed=settings.seed,
-                skip_bad_lines=data.skip_bad_lines,
-                out=self.tokenizer_folder,
-            )
-        tokenizer = Tokenizer.from_file(str(self.tokenizer_folder / "tokenizer.json"))
+        tokenizer = self._load_tokenizer(sources)
         self.mixture = make_mixture(tokenizer, self.recipe.objective)
         self.decay_mixture = make_mixture(tokenizer, self.recipe.objective | self.recipe.decay.objective)
         self.special = self.mixture.special
@@ -97,7 +88,7 @@ class Pretraining:
         cache = {"cache": data.cache, "skip_bad_lines": data.skip_bad_lines}
         self.train_sources = open_sources(sources, tokenizer, split="train", **cache)  # type: ignore[arg-type]
         self.validation_sources = open_sources(sources, tokenizer, split="validation", **cache)  # type: ignore[arg-type]
-        # No place in a layout may lie beyond the model's tables, in training or in validation.
+        # No position in a layout may lie beyond the model's tables, in training or in validation.
         self.max_piece = min(data.max_piece or data.row_length, self.model.config.max_position_embeddings)
         self.stream = RowStream(
             self.train_sources,
@@ -121,12 +112,12 @@ class Pretraining:
                 log_every=settings.log_every,
                 save_every=settings.save_every,
                 keep_last=settings.keep_last,
-                keep=self.recipe.decay_start,  # from there the run can be made longer
+                keep=self.recipe.decay_start,  # a longer run can continue from there
             ),
             clip_norm=self.recipe.optimization.clip_norm,
             average=self.average,
         )
-        self.blanks: BlankValidation | None = None
+        self.blanks: BlankSet | None = None
         if settings.validation_sentences:
             self.blanks = choose_blanks(
                 sources,
@@ -136,14 +127,33 @@ class Pretraining:
                 longest=self.model.config.max_position_embeddings,
             )
 
+    def _load_tokenizer(self, sources: Sequence[Source]) -> Tokenizer:
+        """The recipe's tokenizer. Without a path in the recipe it is learnt into the run's folder, once."""
+        settings, path = self.recipe.tokenizer, self.tokenizer_folder / "tokenizer.json"
+        if not path.is_file():
+            if settings.path:
+                raise GmaskError(f"{self.tokenizer_folder}: no tokenizer.json there")
+            train_from_sources(
+                sources,
+                vocab_size=settings.vocab_size,
+                alphabet_size=settings.alphabet_size,
+                max_han_chars=settings.max_han_chars,
+                sample_bytes=settings.sample_bytes,
+                seed=self.recipe.run.seed,
+                skip_bad_lines=self.recipe.data.skip_bad_lines,
+                out=self.tokenizer_folder,
+            )
+        return Tokenizer.from_file(str(path))
+
     def _model_config(self, tokenizer: Tokenizer) -> GLMConfig:
+        """The config of the model: the recipe's keys, and what follows from the tokenizer."""
         rows = -(-tokenizer.get_vocab_size() // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         special = self.special
         settings: dict[str, Any] = {
             "vocab_size": rows,
             "hidden_act": "gelu_pytorch_tanh",  # as in the published training code
             "pad_token_id": special.pad,
-            "eos_token_id": special.eop,  # what ends an answer
+            "eos_token_id": special.eop,  # the end of an answer
             "sop_token_id": special.sop,
             "eop_token_id": special.eop,
             "mask_token_id": special.mask,
@@ -153,24 +163,24 @@ class Pretraining:
         return GLMConfig(**settings | self.recipe.model)
 
     def train(self, *, resume: bool = True) -> Path:
-        """Runs the steps that are left and exports the model."""
+        """Makes the steps that are left, and exports the model."""
         checkpoint = last_checkpoint(self.out)
         if checkpoint is not None and not resume:
             raise GmaskError(f"{self.out} holds a run already: resume it, or choose another run.out")
         tqdm.write(describe_training_dtype(self.recipe.optimization.dtype, self.device), file=sys.stderr)
         if checkpoint is not None:
             state = self.loop.restore()
-            self._continue(checkpoint, self.loop.progress, state["stream"])
+            self._resume_stream(checkpoint, self.loop.progress, state["stream"])
         self.loop.progress.arithmetic = self._arithmetic()
         write_text(self.out / "recipe.yaml", self.recipe.to_yaml())
         self.loop.fit()
-        draw_curves(read_records(self.out / LOG_FILE), self.out / CURVES_FILE)
+        draw_curves(read_metrics(self.out / LOG_FILE), self.out / CURVES_FILE)
         return self.export()
 
-    # What the loop asks
+    # The protocol `Run` of the loop
 
     def data(self, step: int) -> Iterator[StepData]:
-        """The stream gives its rows in turn, and stands where the run does."""
+        """The data of the next steps, from the stream, which is at the run's step already."""
         while True:
             if self.loop.progress.step == self.recipe.decay_start:
                 self._begin_decay()
@@ -220,10 +230,10 @@ class Pretraining:
     def state(self) -> dict[str, Any]:
         return {"stream": self.stream.state_dict()}
 
-    # The parts of a step and of a validation
+    # Parts of a step and of a validation
 
     def _begin_decay(self) -> None:
-        """From here on the learning rate falls, and the rows are those of the recipe's section ``decay``."""
+        """Switches the rows to those of the recipe's section ``decay``; from here on the learning rate falls."""
         self.loop.progress.decay_start = self.recipe.decay_start
         self.stream.mixture = self.decay_mixture
         self.stream.row_length = self.recipe.decay.row_length or self.recipe.data.row_length
@@ -233,7 +243,7 @@ class Pretraining:
     def _batches(
         self, rows: Sequence[list[InfillingExample]], row_length: int | None = None
     ) -> Iterator[dict[str, Tensor]]:
-        """Batches of the size of one pass; longer rows than those of ``data.row_length`` come fewer at a time."""
+        """Batches of one pass each. Of rows longer than ``data.row_length`` a pass takes fewer."""
         row_length = row_length or self.stream.row_length
         per_pass = max(1, self.recipe.optimization.rows_per_pass * self.recipe.data.row_length // row_length)
         for start in range(0, len(rows), per_pass):
@@ -244,7 +254,7 @@ class Pretraining:
             )
 
     def _losses(self, batch: Batch, model: GLMForConditionalGeneration | None = None) -> Tensor:
-        """Of every label; the batch is on the device."""
+        """The loss of every label in a batch, which is on the device."""
         with self.loop.accelerator.autocast():
             losses: Tensor = (model or self.model).token_losses(**batch)
         return losses
@@ -264,11 +274,11 @@ class Pretraining:
         return losses
 
     @torch.no_grad()
-    def validate_blanks(self, blanks: BlankValidation) -> dict[str, dict[str, float]]:
-        """How often, and how surely, the first token of a hidden word or character is found; by language and kind."""
+    def validate_blanks(self, blanks: BlankSet) -> dict[str, dict[str, float]]:
+        """The scores of `score_blanks`, for each language and kind of text."""
         self.final_model.eval()
         with self.loop.accelerator.autocast():
-            found = measure_blanks(self.final_model, blanks, pad_id=self.special.pad)
+            found = score_blanks(self.final_model, blanks, pad_id=self.special.pad)
         self.final_model.train()
         return found
 
@@ -297,11 +307,11 @@ class Pretraining:
         )
         return float(losses.mean())
 
-    def _continue(self, checkpoint: Path, progress: Progress, stream: dict[str, Any]) -> None:
-        """Goes on with the rows where the checkpoint was made.
+    def _resume_stream(self, checkpoint: Path, progress: RunProgress, stream: dict[str, Any]) -> None:
+        """Restores the stream to where the checkpoint was made, and warns if this machine computes in another way.
 
         Raises:
-            GmaskError: by this recipe the learning rate falls from another step; the texts have changed.
+            GmaskError: the recipe's learning rate falls from another step; the texts have changed.
         """
         if progress.decay_start is not None:
             if progress.decay_start != self.recipe.decay_start:
@@ -325,8 +335,9 @@ class Pretraining:
             )
 
     def _arithmetic(self) -> str:
-        where = cpu_instructions() if self.device.type == "cpu" else self.device.type
-        return f"{str(self.dtype).removeprefix('torch.')} on {where}"
+        """The dtype of the forward pass and the device's instructions, such as ``float32 on avx512``."""
+        unit = cpu_instructions() if self.device.type == "cpu" else self.device.type
+        return f"{str(self.dtype).removeprefix('torch.')} on {unit}"
 
     def export(self) -> Path:
         """Writes ``out/model``: bfloat16 weights, configuration, tokenizer and the curves."""
@@ -336,14 +347,14 @@ class Pretraining:
                 (folder / name).write_bytes((self.tokenizer_folder / name).read_bytes())
             for name in (CURVES_FILE, LOG_FILE):
                 (folder / name).write_bytes((self.out / name).read_bytes())
-            (folder / "recipe.yaml").write_text(self.recipe.without_places().to_yaml(), "utf-8")
+            (folder / "recipe.yaml").write_text(self.recipe.portable().to_yaml(), "utf-8")
         return self.out / "model"
 
 
 def make_optimizers(model: GLMForConditionalGeneration, settings: OptimizationSettings) -> list[torch.optim.Optimizer]:
     """AdamW, or Muon for the matrices of the layers and AdamW for the rest. Norms and biases do not decay.
 
-    Muon's steps are scaled to the size of AdamW's, so that one learning rate and one decay serve both.
+    Muon's steps are scaled to the size of AdamW's, so that both use one learning rate and one weight decay.
     Source: Liu et al. 2025, "Muon is Scalable for LLM Training".
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
@@ -387,9 +398,10 @@ def moving_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], N
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """Linear warm-up; then a cosine from the peak to the final rate, or the peak until the decay and a line from there.
+    """The learning rate of a step, counted from 0: a linear warm-up to the peak, then one of two schedules.
 
-    ``step`` counts from 0.
+    - cosine: falls to the final rate until the end of the run.
+    - constant: stays at the peak until `decay` begins, then falls linearly to the final rate.
     """
     settings = recipe.optimization
     if step < settings.warmup_steps:
@@ -403,25 +415,26 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 
 def describe_blanks(found: Mapping[str, Mapping[str, float]]) -> str:
-    """One line: for each language, the share of first tokens that are right and their loss."""
+    """One line with the share of right first tokens and their loss in each language."""
     languages = {group: values for group, values in found.items() if "," not in group}
     parts = [f"{name} {values['top1']:.1%}, {values['nats']:.2f} nats" for name, values in languages.items()]
     return f"first token of one-unit blanks: {'; '.join(parts)}"
 
 
-CONTEXT_OFFSETS = (-1, 1, -2, 2)  # places from the blank, or from a token of the context itself
-ANSWER_OFFSETS = (-1, -2, -3, -4)  # places back in the answer
-FASTEST = 3.0  # radians a place; a little under half a turn, so that the next place is far away
+CONTEXT_OFFSETS = (-1, 1, -2, 2)  # positions from the blank, or from the token itself if it is of the context
+ANSWER_OFFSETS = (-1, -2, -3, -4)  # positions in the answer
+FASTEST = 3.0  # radians a position; a little under half a turn, so that adjacent positions are far apart
 AMPLITUDE = 2.0  # of the sinusoids, in standard deviations of the word embeddings
-SHARPNESS = 2.0  # gives the chosen neighbour a third or more of its head's attention
+SHARPNESS = 2.0  # with it the chosen neighbour gets a third or more of its head's attention
 
 
 def start_with_neighbours(model: GLMForConditionalGeneration) -> None:
-    """Sets the position tables and the queries and keys of the first two layers in place.
+    """Sets the position tables, and the queries and keys of the first two layers, in place.
 
-    The context's places rotate in the first half of the hidden dimensions, the answer's in the second. Layer 0 looks
-    beside the blank (`CONTEXT_OFFSETS`, a head each). Layer 1 leans back along the answer (`ANSWER_OFFSETS`), a weak
-    start only: what layer 0 adds to the residual stream blurs the places that it compares.
+    Positions in the context rotate in the first half of the hidden dimensions, positions in the answer in the second.
+    Layer 0 attends to positions beside the blank (`CONTEXT_OFFSETS`, one for each head), layer 1 to earlier positions
+    of the answer (`ANSWER_OFFSETS`). The latter is weak: layer 0 adds to the residual stream, which blurs the positions
+    that layer 1 compares.
     """
     config = model.config
     half = config.hidden_size // 2
@@ -444,22 +457,22 @@ def start_with_neighbours(model: GLMForConditionalGeneration) -> None:
 
 
 def find_frequencies(count: int) -> Tensor:
-    """``[count]`` radians a place, unevenly spaced so that no two places look alike."""
+    """``[count]`` frequencies in radians a position, unevenly spaced so that no two positions look alike."""
     return FASTEST * (torch.arange(1, count + 1) / count) ** 1.5
 
 
-def sinusoids(places: int, frequencies: Tensor) -> Tensor:
-    """``[places, 2 F]``: the sine and cosine of each frequency beside one another."""
-    angles = torch.arange(places)[:, None] * frequencies
+def sinusoids(positions: int, frequencies: Tensor) -> Tensor:
+    """``[positions, 2 F]``: the sine and cosine of each frequency side by side."""
+    angles = torch.arange(positions)[:, None] * frequencies
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
 
 
 def neighbour_projection(
     frequencies: Tensor, pairs: Tensor, offset: int, *, width: int, start: int
 ) -> tuple[Tensor, Tensor]:
-    """Query and key weights ``[2 P, width]`` whose product peaks where the key stands ``offset`` places on.
+    """Query and key weights ``[2 P, width]`` whose product is highest for the key ``offset`` positions from the query.
 
-    pairs: ``[P]`` indices of the frequencies to compare; start: the dimension where the sinusoids begin.
+    pairs: ``[P]`` indices of the frequencies to compare; start: the first dimension of the sinusoids.
     """
     query, key = torch.zeros(2 * len(pairs), width), torch.zeros(2 * len(pairs), width)
     sine, cosine = torch.arange(len(pairs)) * 2, torch.arange(len(pairs)) * 2 + 1

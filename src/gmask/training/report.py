@@ -1,21 +1,183 @@
-"""What a fine-tuning run leaves to look at: a table of metrics, a picture of the curves, a model card."""
+"""The reports of a run: a summary before it starts, the curves, a table of metrics, a model card."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
+from gmask.files import written
+from gmask.infilling.blanks import NOT_SCORED
+from gmask.infilling.objectives import OBJECTIVES
 from gmask.recipes.tuning import TuningRecipe, base_name
 from gmask.tasks.metrics import Rows
 from gmask.tasks.task import Task
-from gmask.training.examples import DataFile
-from gmask.training.measure import Forgetting
+from gmask.training.examples import DataFile, Example, TruncationCounts
+from gmask.training.methods import TrainableTable
+from gmask.training.validation import Forgetting
+
+# Before a fine-tuning run starts
+
+SUPERVISED_STYLE = "bold green"
+LONGEST_SHOWN = 2000
+"""Characters of a part of the sample; of a longer one the middle is left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartSummary:
+    """The summary of a fine-tuning run before it starts: its size, what trains, its first sample, what was cut."""
+
+    recipe: TuningRecipe
+    task: Task
+    example: Example
+    sop: int
+    trainable: TrainableTable
+    truncated: TruncationCounts
+    samples: int
+    dropped: int  # records that could not be used
+    steps: int
+    processes: int
+    advice: Sequence[str]  # a line each
+
+    def show(self, console: Console, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Prints the summary. Supervised text is green on a terminal, and in ⟦ ⟧ elsewhere."""
+        optimization = self.recipe.optimization
+        shared = f" in {self.processes} processes" if self.processes > 1 else ""
+        console.print(
+            f"{self.task.name}: {self.task.kind}, {self.samples} samples, {self.steps} steps of "
+            f"{optimization.batch_size * optimization.accumulation}{shared}, learning rate "
+            f"{optimization.learning_rate:g}",
+            highlight=False,
+        )
+        console.print(self.trainable.to_rows().to_rich(f"What trains ({self.recipe.method.name})"))
+        console.print(self._render_sample(console, tokenizer), soft_wrap=True, highlight=False)
+        for line in (*self._warnings(), *self.advice):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _render_sample(self, console: Console, tokenizer: PreTrainedTokenizerBase) -> Text:
+        mark = "green" if console.is_terminal else "⟦ ⟧"
+        text = Text(f"The first sample as the model reads it; what the loss is of, in {mark}:\n")
+        for piece, supervised in render_example(self.example, tokenizer, sop=self.sop):
+            if supervised and not console.is_terminal:
+                text.append(f"⟦{piece}⟧")
+            else:
+                text.append(piece, style=SUPERVISED_STYLE if supervised else "")
+        if self.example.choice is not None:
+            text.append(f" → {'class' if self.task.kind == 'classification' else 'candidate'} {self.example.choice}")
+        return text
+
+    def _warnings(self) -> Iterator[str]:
+        """A line about samples that were cut, and one about records that were left out."""
+        if self.truncated.sources or self.truncated.targets or self.truncated.rounds:
+            yield (
+                f"cut: {self.truncated}; questions lose tokens on the {self.recipe.data.truncation} (data.truncation); "
+                f"raise data.max_source ({self.recipe.data.max_source}) or data.max_target "
+                f"({self.recipe.data.max_target}) to keep them whole"
+            )
+        if self.dropped:
+            yield f"{self.dropped} records could not be used and are left out"
+
+
+def render_example(example: Example, tokenizer: PreTrainedTokenizerBase, *, sop: int) -> list[tuple[str, bool]]:
+    """The parts of an example as a model reads and predicts them, each with whether it is supervised.
+
+    sop: the id that begins an answer. It is followed by what it predicts, whether the labels are shifted or not.
+    """
+    tokens = list[tuple[int, bool]]()
+    for token, label in zip(example.input_ids.tolist(), example.labels.tolist(), strict=True):
+        if label == NOT_SCORED and tokens and tokens[-1] == (token, True):
+            continue  # the last token of a candidate: it was shown as a label already
+        if label == NOT_SCORED or token == sop:
+            tokens.append((token, False))
+        if label != NOT_SCORED:
+            tokens.append((label, True))
+    parts = groupby(tokens, key=lambda one: one[1])
+    return [(_decode([token for token, _ in part], tokenizer), supervised) for supervised, part in parts]
+
+
+def _decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of ids, with the names of control tokens. Trained vectors, beyond the vocabulary, are shown as ▢."""
+
+    def name(token: int) -> str | None:
+        if token >= len(tokenizer):
+            return "▢"
+        return None if tokenizer.decode([token]) else str(tokenizer.convert_ids_to_tokens(token))
+
+    parts = [(found, list(group)) for found, group in groupby(ids, key=name)]
+    text = "".join(tokenizer.decode(part) if found is None else found * len(part) for found, part in parts)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN // 2]} … {text[-LONGEST_SHOWN // 2 :]}"
+
+
+# The curves
+
+CURVES_FILE = "curves.png"
+
+LOSSES = ("loss", *OBJECTIVES)
+"""Names of validation losses, in nats; all other validation values are metrics, in per cent."""
+
+
+def draw_curves(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Draws the losses, the metrics of a task if there are any, and the learning rate with the gradient norm.
+
+    The x axis is the number of tokens seen where that is counted, else the steps. A validation on several sources is
+    drawn as their mean.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    axis = "tokens" if records and "tokens" in records[0] else "step"
+    scale = 1e6 if axis == "tokens" else 1
+    validated = [
+        (record[axis] / scale, list(record["validation"].values())) for record in records if "validation" in record
+    ]
+    names = sorted({name for _, sources in validated for found in sources for name in found})
+    has_metrics = any(name not in LOSSES for name in names)
+    ratios = [3, 2, 1] if has_metrics else [3, 1]
+    figure, panels = plt.subplots(
+        len(ratios), 1, figsize=(9, 2.4 * len(ratios) + 2), sharex=True, height_ratios=ratios, layout="constrained"
+    )
+    positions = [record[axis] / scale for record in records]
+    panels[0].plot(positions, [record["loss"] for record in records], color="0.7", linewidth=1, label="training")
+    for name in names:
+        means = [sum(found[name] for found in sources) / len(sources) for _, sources in validated]
+        panel = panels[0] if name in LOSSES else panels[1]
+        label = "validation" if name == "loss" else f"validation, {name}"
+        panel.plot([position for position, _ in validated], means, marker="o", markersize=3, label=label)
+    panels[0].set_ylabel("loss (nats per labelled token)" if axis == "tokens" else "loss (nats)")
+    if has_metrics:
+        panels[1].set_ylabel("validation, %")
+    for panel in panels[:-1]:
+        panel.grid(alpha=0.3)
+        panel.legend()
+    _draw_rates(panels[-1], positions, records)
+    panels[-1].set_xlabel("tokens seen (millions)" if axis == "tokens" else "steps")
+    with written(path) as draft:
+        figure.savefig(draft, dpi=120, format="png")
+    plt.close(figure)
+    return path
+
+
+def _draw_rates(panel: Any, positions: Sequence[float], records: Sequence[Mapping[str, Any]]) -> None:
+    panel.plot(positions, [record["learning_rate"] for record in records], color="tab:blue")
+    panel.set_ylabel("learning rate", color="tab:blue")
+    norms = panel.twinx()
+    norms.plot(positions, [record["gradient_norm"] for record in records], color="tab:orange", alpha=0.6, linewidth=1)
+    norms.set_ylabel("gradient norm", color="tab:orange")
+
+
+# After a fine-tuning run
 
 
 @dataclass(frozen=True, slots=True)
 class TuningResults:
-    """All that the report of a run is made from."""
+    """The numbers of a finished fine-tuning run, for results.json and the model card."""
 
     recipe: TuningRecipe
     task: Task
@@ -57,7 +219,7 @@ class TuningResults:
 
 
 def metric_rows(results: TuningResults) -> Rows:
-    """Every metric on every split, beside the majority baseline where there is one."""
+    """A table of every metric on every split, beside the majority baseline where there is one."""
     rows = []
     for split, metrics in results.metrics.items():
         baseline = results.majority.get(split, {})
@@ -140,7 +302,7 @@ def _training(results: TuningResults) -> str:
     ]
     if results.best_step is not None:
         facts.insert(1, ("best checkpoint", f"step {results.best_step:,}, by {results.task.best} on validation"))
-    facts += [(f"{what} samples", f"{count:,}") for what, count in results.truncated.items() if count]
+    facts += [(f"{kind} samples", f"{count:,}") for kind, count in results.truncated.items() if count]
     return f"""## Training
 
 {Rows(("", ""), facts, 2).to_markdown()}
@@ -150,7 +312,7 @@ def _training(results: TuningResults) -> str:
 The whole recipe:
 
 ```yaml
-{results.recipe.without_places().to_yaml().rstrip()}
+{results.recipe.portable().to_yaml().rstrip()}
 ```"""
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer of our own models, learnt from text."""
+"""The training of a tokenizer for gmask's own models: a byte-fallback BPE with GLM's special tokens."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ GLM_TOKEN_ROLES = {
     "smask_token": "[sMASK]", "gmask_token": "[gMASK]", "sop_token": "<|startofpiece|>",
     "eop_token": "<|endofpiece|>", "dblock_token": "[dBLOCK]",
 }  # fmt: skip
-"""Roles that transformers does not know; they become `tokenizer.sop_token_id` and so on."""
+"""Roles that transformers does not know; a tokenizer has them as `tokenizer.sop_token_id` and so on."""
 
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
-"""Characters outside the alphabet are spelt in these. They are ordinary tokens: text never matches them."""
+"""Characters outside the alphabet are spelt in these ordinary tokens. Text such as ``<0x41>`` never becomes one."""
 
 WORD_PATTERN = "|".join(
     (
@@ -66,8 +66,9 @@ WORD_PATTERN = "|".join(
 )
 MAX_WORD_CHARS = 16
 MAX_HAN_CHARS = 4
-"""Longest tokens. Without the second, whole Chinese sayings and book titles would become single tokens; with 1 the text
-around a hidden character is cut as it would be without the blank (docs: explanation/small-models)."""
+"""The longest tokens, in all characters and in Han characters. Without the second limit, whole Chinese sayings and book
+titles would become single tokens. With 1, the text around a hidden character is tokenised as it would be without the
+blank (docs: explanation/small-models)."""
 
 
 def train_tokenizer(
@@ -78,14 +79,15 @@ def train_tokenizer(
     max_han_chars: int = MAX_HAN_CHARS,
     progress: bool = False,
 ) -> Tokenizer:
-    """Learn a byte-fallback BPE: decode(encode(x)) == x for every NFC text x without special tokens.
+    """Learns a byte-fallback BPE: decode(encode(x)) == x for every NFC text x without special tokens.
 
-    The vocabulary is the special tokens, the 256 byte tokens, an alphabet and merges. The alphabet is ASCII
-    and the `alphabet_size` most frequent other characters (by default at most 5/16 of the vocabulary); a
-    character outside it costs its UTF-8 length in tokens. No token has more than `max_han_chars` Han characters. The
-    same texts give the same tokenizer.
+    The vocabulary is the special tokens, the 256 byte tokens, an alphabet and merges. The alphabet is ASCII and the
+    `alphabet_size` most frequent other characters (by default at most 5/16 of the vocabulary). A character outside it
+    takes as many tokens as UTF-8 takes bytes. No token has more than `max_han_chars` Han characters. The same texts
+    give the same tokenizer.
 
-    Raises `GmaskError` when `vocab_size` has no room for merges or the texts do not fill it.
+    Raises:
+        GmaskError: `vocab_size` has no room for merges, or the texts do not fill it.
     """
     texts = [unicodedata.normalize("NFC", text) for text in texts]
     alphabet, rest = _choose_alphabet(texts, vocab_size * 5 // 16 if alphabet_size is None else alphabet_size)
@@ -125,13 +127,14 @@ def train_from_sources(
     skip_bad_lines: bool = False,
     progress: bool = True,
 ) -> Tokenizer:
-    """Learn a tokenizer from a sample of the sources' training texts and save it in the folder `out`.
+    """Learns a tokenizer from a sample of the sources' training texts, and saves it in the folder `out`.
 
-    alphabet_size, max_han_chars: as in `train_tokenizer`.
-    sample_bytes: UTF-8 bytes to learn from, shared out by the sources' weights (bytes rather than characters,
-        because a token holds about 4 bytes in English and in Chinese alike). A source smaller than its share
-        is used whole and the others make up for it.
-    skip_bad_lines: leave out lines that cannot be read, and log how many; else the first raises `GmaskError`.
+    Args:
+        alphabet_size, max_han_chars: as in `train_tokenizer`.
+        sample_bytes: UTF-8 bytes to learn from, divided by the sources' weights. They are bytes, not characters,
+            because a token holds about 4 bytes in English and in Chinese alike. A source smaller than its share is used
+            whole, and the others make up for it.
+        skip_bad_lines: leave out lines that cannot be read, and log their number; else the first raises `GmaskError`.
     """
     texts = _sample_sources(sources, sample_bytes, seed=seed, skip_bad_lines=skip_bad_lines, progress=progress)
     tokenizer = train_tokenizer(
@@ -142,10 +145,9 @@ def train_from_sources(
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path | str, *, max_length: int | None = None) -> None:
-    """Write tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` reads.
+    """Writes tokenizer.json and tokenizer_config.json, for `transformers.AutoTokenizer`; each whole or not at all.
 
-    max_length: the longest input of the model, in tokens; None when it is not known yet.
-    Each file is replaced whole or not at all.
+    max_length: the longest input of the model, in tokens; None if it is not known yet.
     """
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -160,7 +162,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path | str, *, max_length: int 
 
 
 def _new_tokenizer(model: models.Model) -> Tokenizer:
-    """A tokenizer that cuts text into the pieces which tokens may not cross."""
+    """A tokenizer that splits text before `model` sees it: no token crosses these splits."""
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated")
@@ -178,9 +180,9 @@ def _choose_alphabet(texts: Iterable[str], limit: int) -> tuple[list[str], list[
 
 
 def _choose_merges(merges: Sequence[Sequence[str]], room: int, max_han_chars: int) -> list[tuple[str, str]]:
-    """The first merges that make `room` tokens, leaving out Han tokens that are too long.
+    """The first merges that make `room` tokens, without Han tokens that are too long.
 
-    What is built from a token left out is longer still, so the chosen merges stand on their own.
+    A token built from one that is left out is longer still, so that no chosen merge needs a token that is missing.
     """
     chosen: list[tuple[str, str]] = []
     made: set[str] = set()
@@ -222,7 +224,7 @@ def _assemble(learnt: Sequence[str], merges: list[tuple[str, str]]) -> Tokenizer
 def _sample_sources(
     sources: Sequence[Source], sample_bytes: int, *, seed: int, skip_bad_lines: bool, progress: bool
 ) -> list[str]:
-    """Texts of each source, chosen at random, about its share of `sample_bytes`, in the files' order."""
+    """A random choice of each source's texts, about its share of `sample_bytes`, in the order of the files."""
     bad_lines: list[GmaskError] = []
     files = [find_files(source.train) for source in sources]
     sizes = [
@@ -242,7 +244,7 @@ def _sample_sources(
 
 
 def _fill_quotas(sizes: Sequence[int], weights: Sequence[float], budget: int) -> list[float]:
-    """Share `budget` out by weight; what a source cannot give (its size) is shared out among the others."""
+    """Divides `budget` by weight. What exceeds the size of a source is divided among the others."""
     quotas = [0.0] * len(sizes)
     open_ = [index for index, size in enumerate(sizes) if size > 0]
     left = float(budget)

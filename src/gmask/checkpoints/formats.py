@@ -1,10 +1,10 @@
-"""The weights of a folder in any published form: one view of them, their bare names, and the ranks that divide them.
+"""The forms in which a folder may hold weights, and `Checkpoint`, the one view of them all.
 
-A checkpoint of the original training code is a folder ``DIR/<iteration>`` with a file for each rank of model
+There are safetensors and ``.bin`` files in the Hugging Face form, whole or in shards, and the files of the original
+training code. A checkpoint of the latter is a folder ``DIR/<iteration>`` with a file for each rank of model
 parallelism, and in DIR a tracker file that names the iteration; without a tracker the folder is the iteration itself.
 
-Source: THUDM/GLM utils.py (``save_checkpoint``, ``load_checkpoint``) and change_mp.py.
-Source: THUDM/GLM change_mp.py and mpu/layers.py.
+Source: THUDM/GLM utils.py (``save_checkpoint``, ``load_checkpoint``), change_mp.py and mpu/layers.py.
 """
 
 import re
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gmask.checkpoints.tensor_files import WEIGHTS_ENTRY, PickledFile, SafetensorsFile, TensorFile
 from gmask.errors import GmaskError
-from gmask.files import read_object, refuse_placeholder
+from gmask.files import read_object, read_text, refuse_placeholder
 from gmask.models.glm_heads import THUDM_CLASSIFIER_NAMES
 
 WEIGHT_FILES = (
@@ -28,56 +28,56 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""Where weights may lie, in the order of preference; an index names the files that they are spread over."""
+"""Files of weights in the order of preference; an index names the shards."""
 
-PREFIX = "transformer.prefix_encoder."
-"""What P-tuning adds to a ChatGLM; its published checkpoints hold nothing else."""
+PREFIX_ENCODER = "transformer.prefix_encoder."
+"""Start of the names that P-tuning v2 adds to a ChatGLM. Its published checkpoints hold nothing else."""
 
 Layout: TypeAlias = Literal["safetensors", "bin", "megatron"]
-Place: TypeAlias = tuple[TensorFile, str]
+Location: TypeAlias = tuple[TensorFile, str]
 """A file, and the name of a tensor in it."""
 
 
 class Checkpoint:
-    """Weights on a disk, under their bare published names; nothing is read before `read`.
+    """Weights on the disk, by their bare published names. Only `read` reads them.
 
     Attributes:
-        folder: where it lies.
-        layout: ``"safetensors"`` or ``"bin"`` of the Hugging Face form, or ``"megatron"`` of the training code.
+        folder: its path.
+        layout: ``"safetensors"`` or ``"bin"`` for the Hugging Face form, ``"megatron"`` for the training code.
         parallel_size: ranks of model parallelism that the weights are divided among; 1 unless megatron.
-        bookkeeping: megatron's other entries (``iteration`` ...), with None for what is not plain data.
+        bookkeeping: megatron's other entries (``iteration`` ...), with None for values that are not plain data.
     """
 
     def __init__(
         self,
         folder: Path,
         layout: Layout,
-        places: Mapping[str, Sequence[Place]],
+        locations: Mapping[str, Sequence[Location]],
         bookkeeping: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = folder
         self.layout: Layout = layout
-        self._places = dict(places)
-        self.parallel_size = max((len(parts) for parts in places.values()), default=1)
+        self._locations = dict(locations)
+        self.parallel_size = max((len(parts) for parts in locations.values()), default=1)
         self.bookkeeping = dict(bookkeeping or {})
 
     def keys(self) -> list[str]:
         """Bare names, in the order in which the files are best read."""
-        return list(self._places)
+        return list(self._locations)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._locations)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._places
+        return key in self._locations
 
     def stored_name(self, key: str) -> str:
         """The name that a tensor has in its file."""
-        return self._places[key][0][1]
+        return self._locations[key][0][1]
 
     def shape(self, key: str) -> torch.Size:
-        """That of the whole tensor, all ranks together."""
-        (file, name), *others = self._places[key]
+        """Returns the shape of the whole tensor, all ranks merged."""
+        (file, name), *others = self._locations[key]
         shape = list(file.shape(name))
         if others:
             split = split_of(key)
@@ -88,7 +88,7 @@ class Checkpoint:
         return torch.Size(shape)
 
     def dtype(self, key: str) -> torch.dtype:
-        file, name = self._places[key][0]
+        file, name = self._locations[key][0]
         return file.dtype(name)
 
     def read(self, key: str) -> Tensor:
@@ -97,25 +97,25 @@ class Checkpoint:
         It may be a view of the file: copy it before the file changes, and do not write to it.
 
         Raises:
-            GmaskError: ranks that differ where they must not.
+            GmaskError: the ranks differ in a tensor that should be the same in all.
         """
-        parts = [file.read(name) for file, name in self._places[key]]
+        parts = [file.read(name) for file, name in self._locations[key]]
         return parts[0] if len(parts) == 1 else merge(key, parts)
 
     @property
     def files(self) -> list[Path]:
-        """Those that hold the weights."""
-        return sorted({file.path for parts in self._places.values() for file, _ in parts})
+        """The paths of the files that hold the weights."""
+        return sorted({file.path for parts in self._locations.values() for file, _ in parts})
 
     @property
     def unmapped_bytes(self) -> int:
-        """Bytes of the files that fill memory as a whole when they are read (written before PyTorch 1.6)."""
-        files = {file.path for parts in self._places.values() for file, _ in parts if not file.is_mapped}
+        """Bytes of the files that cannot be mapped, but are read as a whole (written before PyTorch 1.6)."""
+        files = {file.path for parts in self._locations.values() for file, _ in parts if not file.is_mapped}
         return sum(path.stat().st_size for path in files)
 
     def close(self) -> None:
-        """Lets the files go."""
-        self._places.clear()
+        """Closes the files."""
+        self._locations.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -127,25 +127,25 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Opens the weights of a folder, in whichever form they are, and checks what can be checked unread.
+    """Opens the weights of a folder in any form, and checks what can be checked without reading them.
 
-    Of several forms the safetensors are taken, then ``.bin``, then the files of the training code.
+    If there are several forms, safetensors are preferred, then ``.bin``, then the files of the training code.
 
     Raises:
-        GmaskError: no weights; a missing, damaged or dangerous file, which is named; files that do not fit together.
+        GmaskError: no weights; a missing, damaged or dangerous file; files that do not fit together.
     """
     return open_megatron(folder) if is_megatron(folder) else open_published(folder)
 
 
 def is_megatron(folder: Path) -> bool:
-    """Whether a folder holds a checkpoint of the training code, and no weights in the Hugging Face form beside it."""
+    """Returns True if a folder holds a checkpoint of the training code, and no weights in the Hugging Face form."""
     if holds_published(folder):
         return False
     return find_tracker(folder) is not None or holds_ranks(folder)
 
 
 def holds_published(folder: Path) -> bool:
-    """Whether a folder holds weights in the Hugging Face form."""
+    """True if a folder holds weights in the Hugging Face form."""
     return any((folder / name).exists() for name in WEIGHT_FILES)
 
 
@@ -164,12 +164,12 @@ def open_published(folder: Path) -> Checkpoint:
     files = [_open_file(folder / name) for name in names]
     if index is not None:
         _check_shards(files, index)
-    places: dict[str, list[Place]] = {}
+    locations: dict[str, list[Location]] = {}
     for file in files:
         for name in file.names():
-            places[name] = [(file, name)]
+            locations[name] = [(file, name)]
     layout: Layout = "safetensors" if files[0].path.suffix == ".safetensors" else "bin"
-    return Checkpoint(folder, layout, _under_bare_names(folder, places))
+    return Checkpoint(folder, layout, _under_bare_names(folder, locations))
 
 
 def _find_weights(folder: Path) -> Path:
@@ -205,7 +205,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _lies_inside(folder: Path, name: str) -> bool:
-    """Whether a file is in the folder; a link into the blobs of the hub cache that the folder is part of counts."""
+    """Returns True if a file is in the folder, or a link to a blob of the hub cache that the folder is part of."""
     real_folder, real_file = folder.resolve(), (folder / name).resolve()
     if real_file.parent == real_folder:
         return True
@@ -228,21 +228,21 @@ def _check_shards(files: Sequence[TensorFile], index: Mapping[str, str]) -> None
             )
 
 
-def _under_bare_names(folder: Path, places: Mapping[str, Sequence[Place]]) -> dict[str, Sequence[Place]]:
-    """The same tensors under the names that `GLMModel` has for them."""
-    if not places:
+def _under_bare_names(folder: Path, locations: Mapping[str, Sequence[Location]]) -> dict[str, Sequence[Location]]:
+    """Returns the locations by the names that `GLMModel` has for the tensors."""
+    if not locations:
         raise GmaskError(f"{folder}: the files hold no weights")
-    named: dict[str, Sequence[Place]] = {}
-    for key, parts in places.items():
-        bare = _own_name(bare_name(key))
+    named: dict[str, Sequence[Location]] = {}
+    for key, parts in locations.items():
+        bare = _rename_head(bare_name(key))
         if bare in named:
             raise GmaskError(f"{folder}: holds {bare} twice, as {named[bare][0][1]} and as {key}")
         named[bare] = parts
     return named
 
 
-def _own_name(key: str) -> str:
-    """A name with that of a classifier's layer in place of the one that the training code has for it."""
+def _rename_head(key: str) -> str:
+    """Returns a name in which a layer of a classifier's head is called as here, not as in the training code."""
     layer, dot, parameter = key.partition(".")
     return THUDM_CLASSIFIER_NAMES.get(layer, layer) + dot + parameter
 
@@ -256,17 +256,17 @@ def rank_file_name(rank: int) -> str:
 
 
 def find_tracker(folder: Path) -> Path | None:
-    """The file that names the newest iteration; None if the folder is an iteration itself."""
+    """Returns the file that names the newest iteration; None if the folder is an iteration itself."""
     return next((folder / name for name in TRACKERS if (folder / name).is_file()), None)
 
 
 def holds_ranks(folder: Path) -> bool:
-    """Whether rank files lie in the folder itself."""
+    """Returns True if the folder itself holds files of ranks."""
     return folder.is_dir() and any(RANK_FILE.fullmatch(path.name) for path in folder.iterdir())
 
 
 def find_rank_files(folder: Path) -> list[Path]:
-    """The files of all ranks, in their order.
+    """Returns the files of all ranks, in order.
 
     Raises:
         GmaskError: the tracker names no iteration of this folder, or a rank's file is missing.
@@ -286,7 +286,7 @@ def _find_iteration(folder: Path) -> Path:
     if tracker is None:
         return folder
     refuse_placeholder(tracker)
-    name = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    name = read_text(tracker).strip()
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
         raise GmaskError(f"{tracker}: expected the name of an iteration, found {name[:40]!r}")
     if not (folder / name).is_dir():
@@ -295,7 +295,7 @@ def _find_iteration(folder: Path) -> Path:
 
 
 def open_ranks(files: Sequence[Path]) -> list[PickledFile]:
-    """The opened files of all ranks.
+    """Opens the files of all ranks.
 
     Raises:
         GmaskError: they do not belong together, or some are missing.
@@ -329,7 +329,7 @@ def _count_files(ranks: Sequence[PickledFile]) -> str:
 
 
 def _count_by_shapes(rank: PickledFile) -> int | None:
-    """Over how many ranks the attention is divided, each having whole norms; None if it has no attention."""
+    """Infers from the shapes of one rank among how many ranks the attention is divided; None without attention."""
     projection = next((key for key in rank.names() if key.endswith("attention.query_key_value.weight")), None)
     if projection is None or len(rank.shape(projection)) != 2:
         return None
@@ -338,7 +338,7 @@ def _count_by_shapes(rank: PickledFile) -> int | None:
 
 
 WRAPPERS = ("glm.", "model.", "module.")
-"""Prefixes that classes around a `GLMModel` give to its names."""
+"""Prefixes that wrapping classes add to the names of a `GLMModel`."""
 
 
 class Split(Enum):
@@ -356,23 +356,23 @@ SPLITS = (
     (r".*\.mlp\.dense_h_to_4h\.(weight|bias)", Split.ROWS),
     (r".*\.(attention\.dense|mlp\.dense_4h_to_h)\.weight", Split.COLUMNS),
 )
-"""Names that are divided; all others are whole."""
+"""Patterns of the names of divided tensors; all others are whole in every rank."""
 
 
 def bare_name(key: str) -> str:
-    """The name that a tensor has in `GLMModel`; those of heads stay as they are."""
+    """Returns the name that a tensor has in `GLMModel`; the names of heads stay as they are."""
     while key.startswith(WRAPPERS):
         key = key.partition(".")[2]
     return key
 
 
 def split_of(key: str) -> Split:
-    """How the tensor of a bare name is divided."""
+    """Returns how the tensor of a bare name is divided."""
     return next((split for pattern, split in SPLITS if re.fullmatch(pattern, key)), Split.WHOLE)
 
 
 def divide(key: str, tensor: Tensor, parts: int) -> list[Tensor]:
-    """The tensor's share for each of ``parts`` ranks, in their order.
+    """Divides a tensor among ``parts`` ranks; returns their shares in order.
 
     Raises:
         ValueError: it cannot be divided evenly.
@@ -391,10 +391,10 @@ def divide(key: str, tensor: Tensor, parts: int) -> list[Tensor]:
 
 
 def merge(key: str, parts: Sequence[Tensor]) -> Tensor:
-    """The whole tensor from the shares of all ranks, bit for bit.
+    """Merges the shares of all ranks into the whole tensor, bit for bit.
 
     Raises:
-        GmaskError: every rank should have the same, and they differ; shares that cannot be such.
+        GmaskError: shares that differ, though all should be the same; shares of an impossible shape.
     """
     if len(parts) == 1:
         return parts[0]
@@ -411,7 +411,7 @@ def merge(key: str, parts: Sequence[Tensor]) -> Tensor:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same dtype, shape and bits: NaN is like itself here, and 0 unlike -0."""
+    """Returns True if two tensors have the same dtype, shape and bits; NaN equals itself, and 0 differs from -0."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     first, second = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other))

@@ -1,4 +1,4 @@
-"""What a model folder is made of is written and read back: weights, config and tokenizer."""
+"""Writes the weights, the config and the tokenizer of a model into a folder, and verifies them by reading them back."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from gmask.architectures import architecture_of
 from gmask.checkpoints.folder import Config, read_config
+from gmask.checkpoints.formats import Checkpoint, open_checkpoint, same_bits
 from gmask.checkpoints.tensor_files import SCALES, SafetensorsFile, SafetensorsWriter, plan_shards
-from gmask.checkpoints.weights import Checkpoint, open_checkpoint, same_bits
 from gmask.errors import GmaskError
 from gmask.files import read_object, write_json
 from gmask.models.chatglm import ChatGLMConfig
@@ -24,34 +24,34 @@ from gmask.tokenizers.glm import PublishedVocabulary
 SHARD_BYTES = 5 * 10**9
 
 ROWS_FILE = "training_rows.safetensors"
-"""Rows of the word embedding that the training checkpoint had where the model has copies of others, by their number."""
+"""Rows of the word embedding that a conversion replaced by copies, by index; converting back restores them."""
 
 PUBLISHED_ONLY = {
     "attention_scale": 1.0, "checkpoint_activations": False, "checkpoint_num_layers": 1, "output_predict": True,
     "parallel_output": True, "relative_encoding": False, "spell_func": "lstm", "spell_length": None,
 }  # fmt: skip
-"""What published configs state beside what ours does. Source: configuration_glm.py of THUDM/glm-large-chinese."""
+"""Keys of published configs that ours lack. Source: configuration_glm.py of THUDM/glm-large-chinese."""
 
 CHECKED = (
     "architectures", "hidden_act", "num_attention_heads", "num_hidden_layers", "pool_token", "position_rule",
     "pre_seq_len", "residual_alpha",
 )  # fmt: skip
-"""Values of a config that are read back, beside the special ids; either kind of model has some of them."""
+"""Values of a config that are verified, beside the special ids. Each kind of model has some of them."""
 
 OF_THIS_MACHINE = ("local_files_only", "is_local", "name_or_path")
 OF_LATER_VERSIONS = ("added_tokens_decoder", "backend")
-"""Settings of a tokenizer that say nothing about it, and those that the published code does not know."""
+"""Settings of a tokenizer that are left out: those of this machine, and those that the published code cannot read."""
 
 
 class Content:
-    """The tensors of a checkpoint as another is to have them; each is read when it is asked for.
+    """The tensors of a new checkpoint, made from those of another. Each is read when it is needed.
 
     Args:
-        checkpoint: where they come from.
-        names: of those that are wanted, by bare name: what they are called in the new files.
-        dtype: what they become, but for integers and their scales; None to keep what each has.
-        rows: rows of the word embedding to put in the place of those that are there.
-        twins: tensors that the checkpoint lacks, by bare name, and the bare name of the one that each equals.
+        checkpoint: the source.
+        names: the names in the new files, by bare name.
+        dtype: of the new tensors, except for integers and their scales; None to keep that of each.
+        rows: new values of rows of the word embedding.
+        twins: tensors that the source lacks, by bare name, each with the bare name of the tensor that it equals.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Content:
         return stored if is_kept or self._dtype is None else self._dtype
 
     def plan(self, key: str) -> Tensor:
-        """The shape and dtype of a tensor, without numbers."""
+        """Returns a tensor on the meta device: its new shape and dtype."""
         return torch.empty(self.checkpoint.shape(self._source(key)), dtype=self.dtype(key), device="meta")
 
     @property
@@ -86,14 +86,14 @@ class Content:
 
     @property
     def numbers(self) -> int:
-        """How many there are, those of integers that are packed counted as they lie there."""
+        """The number of elements of all tensors; packed integers count as stored."""
         return sum(self.plan(key).numel() for key in self)
 
     def read(self, key: str) -> Tensor:
-        """A tensor, which may be a view of its file.
+        """Returns a tensor in its new dtype; it may be a view of its file.
 
         Raises:
-            GmaskError: the new dtype is too small for a number.
+            GmaskError: a value is beyond the range of the new dtype.
         """
         stored = self.checkpoint.read(self._source(key))
         tensor = stored.to(self.dtype(key))
@@ -109,7 +109,7 @@ class Content:
         return tensor
 
     def read_rows(self, rows: list[int]) -> dict[int, Tensor]:
-        """Copies of rows of the word embedding, in its new dtype."""
+        """Returns copies of rows of the word embedding, in its new dtype."""
         embedding = self.read(EMBEDDING)
         return {row: embedding[row].clone() for row in rows}
 
@@ -119,7 +119,7 @@ class Content:
         write_weights(folder, plan, ((self.names[key], self.read(key)) for key in self), advance)
 
     def with_rows(self, rows: Mapping[int, Tensor]) -> "Content":
-        """The same, but for rows of the word embedding."""
+        """Returns the same content with new values in rows of the word embedding."""
         return Content(self.checkpoint, self.names, self._dtype, rows, self.twins)
 
     def _source(self, key: str) -> str:
@@ -129,12 +129,12 @@ class Content:
 def write_weights(
     folder: Path, plan: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]], advance: Callable[[int], object]
 ) -> None:
-    """Writes weights as safetensors, in several files and an index if they are large.
+    """Writes weights as safetensors, in several shards and an index if they are large.
 
     Args:
-        plan: all that will come, by name and without numbers.
+        plan: all tensors by name, on the meta device.
         tensors: in any order.
-        advance: is told the bytes that were written.
+        advance: is called with the number of bytes of each tensor that was written.
     """
     shards = plan_shards(plan, SHARD_BYTES)
     files = {name: file for file, shard in shards.items() for name in shard}
@@ -150,7 +150,7 @@ def write_weights(
 
 
 def write_config(config: Config, folder: Path, *, published: bool) -> None:
-    """Writes ``config.json``; where the published form has no name for a value, it stands under ours."""
+    """Writes ``config.json``, in the published form with the published keys as far as they exist."""
     values = json.loads(config.to_json_string())
     values.pop("auto_map", None)
     if published:
@@ -173,7 +173,7 @@ def write_config(config: Config, folder: Path, *, published: bool) -> None:
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, published: bool) -> None:
-    """Writes the vocabulary and its settings, in the published form with what the published code expects of them."""
+    """Writes the vocabulary and its settings, in the published form with the settings that the published code needs."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     values = read_object(path)
@@ -190,7 +190,7 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, publish
 
 
 def write_rows(rows: Mapping[int, Tensor], folder: Path) -> None:
-    """Writes rows of the word embedding into `ROWS_FILE`, for the way back to a training checkpoint."""
+    """Writes rows of the word embedding into `ROWS_FILE`."""
     with SafetensorsWriter(folder / ROWS_FILE, {str(row): values.to("meta") for row, values in rows.items()}) as writer:
         for row, values in rows.items():
             writer.write(str(row), values)
@@ -209,27 +209,27 @@ def read_rows(folder: Path, content: Content) -> dict[int, Tensor]:
 
 
 def verify_config(folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises `GmaskError` if config or vocabulary are not read back as they were written."""
-    found, words = read_config(folder), read_tokenizer(folder)
+    """Raises `GmaskError` if config or vocabulary differ when they are read back."""
+    found, read_back = read_config(folder), read_tokenizer(folder)
     names = (*CHECKED, *architecture_of(config).special_ids)
     differing = [name for name in names if getattr(found, name, None) != getattr(config, name, None)]
     if str(form_of(found)) != str(form_of(config)):
         differing.append("quantization_config")
-    if type(words) is not type(tokenizer) or words.get_vocab() != tokenizer.get_vocab():
+    if type(read_back) is not type(tokenizer) or read_back.get_vocab() != tokenizer.get_vocab():
         differing.append("the vocabulary")
     if differing:
         raise GmaskError(f"{differing[0]} was not written as it should be; this is a fault of gmask: report it")
 
 
 EMBEDDING = "word_embeddings.weight"
-PIECE = 2**22  # numbers that are looked at together
+PIECE = 2**22  # elements that are compared at a time
 
 
 def verify_weights(content: Content, folder: Path, advance: Callable[[int], object]) -> None:
-    """Compares the weights of a folder with what it should hold, bit by bit.
+    """Compares the weights of a folder with the content that was written, bit by bit.
 
     Args:
-        advance: is told the bytes that were compared.
+        advance: is called with the number of bytes of each tensor that was compared.
 
     Raises:
         GmaskError: they differ.
@@ -245,7 +245,7 @@ def verify_weights(content: Content, folder: Path, advance: Callable[[int], obje
 
 
 def has_overflown(stored: Tensor, tensor: Tensor) -> bool:
-    """Whether finite numbers have become infinite in a smaller dtype."""
+    """Returns True if finite values became infinite in a smaller dtype."""
     if tensor.dtype == stored.dtype or torch.finfo(tensor.dtype).max >= torch.finfo(stored.dtype).max:
         return False
     pieces = zip(torch.split(stored.reshape(-1), PIECE), torch.split(tensor.reshape(-1), PIECE), strict=True)
@@ -253,7 +253,7 @@ def has_overflown(stored: Tensor, tensor: Tensor) -> bool:
 
 
 def main_dtype(weights: Checkpoint | Content, embedding: str) -> torch.dtype:
-    """The dtype that a model of these weights computes in: of its embedding, or of the first floats.
+    """Returns the dtype in which a model of these weights computes: that of its embedding, else of the first floats.
 
     Args:
         embedding: the bare name of the word embedding.

@@ -1,4 +1,4 @@
-"""Texts with blanks and conversations become the context that a model reads, and answers go back into the text."""
+"""Prompts: how texts with blanks and conversations become the context of a model, and answers part of the text."""
 
 import re
 from bisect import bisect_left
@@ -19,15 +19,15 @@ from gmask.recipes.pretraining import find_blank_tokens
 
 BLANKS = ("[MASK]", "[sMASK]", "[gMASK]")
 PROMPT = "[PROMPT]"
-"""Where one of a model's trained vectors stands; text like any other to a model that has none."""
+"""Stands for one of a model's trained vectors (P-tuning). For a model without them it is plain text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What the model reads in both directions."""
+    """The tokens that the model reads in both directions."""
 
     ids: tuple[int, ...]
-    blanks: tuple[int, ...]  # their positions among the ids, ascending
+    blanks: tuple[int, ...]  # their indices among the ids, ascending
 
     def check_length(self, positions: int) -> None:
         """Raises `GmaskError` for a context longer than the positions of the model."""
@@ -50,21 +50,21 @@ class SplicedText:
 class BlankedText:
     """A text cut at its blanks."""
 
-    pieces: tuple[str, ...]  # what stands before, between and behind the blanks, escapes undone
+    pieces: tuple[str, ...]  # the text before, between and behind the blanks, without escapes
     context: Context
 
-    def swallowed_space(self, blank: int) -> str:
-        """The white space that the blank's token takes from the text before it; the answer brings its own."""
+    def space_before(self, blank: int) -> str:
+        """The white space before a blank. It is not in the context: the answer begins with white space of its own."""
         piece = self.pieces[blank]
         return piece[len(piece.rstrip()) :]
 
     def fit_answer(self, answer: str, blank: int) -> str:
-        """An answer as it stands in the text.
+        """Returns an answer as it stands in the text.
 
-        The user's text is never altered: where it has white space before the blank, or begins with the blank, the
-        answer's own leading space goes; where white space follows, its trailing space goes.
+        The user's text is never altered. If it has white space before the blank, or begins with the blank, the leading
+        space of the answer is dropped. If white space follows the blank, its trailing space is dropped.
         """
-        space = self.swallowed_space(blank)
+        space = self.space_before(blank)
         if "\n" in space:
             answer = answer.lstrip()
         elif space or (blank == 0 and not self.pieces[0]):
@@ -72,7 +72,7 @@ class BlankedText:
         return answer.rstrip(" ") if self.pieces[blank + 1][:1].isspace() else answer
 
     def splice(self, answers: Sequence[str]) -> SplicedText:
-        """The text with an answer in the place of each blank."""
+        """Returns the text with an answer in place of each blank."""
         fitted = tuple(self.fit_answer(answer, blank) for blank, answer in enumerate(answers))
         text, spans = self.pieces[0], []
         for answer, piece in zip(fitted, self.pieces[1:], strict=True):
@@ -82,7 +82,7 @@ class BlankedText:
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of a text in which special tokens are text like any other.
+    """Returns the ids of a text. Special tokens in it are read as plain text.
 
     Raises:
         GmaskError: it holds half of a character.
@@ -95,12 +95,12 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 class TextReader:
     """Reads texts with blanks by the vocabulary of one tokenizer.
 
-    ``\\[MASK]`` is the text "[MASK]" and no blank; so with every special token. Two backslashes are a backslash before
-    a blank.
+    ``\\[MASK]`` is the text "[MASK]", not a blank; every special token can be escaped so. Two backslashes before a
+    blank are one backslash and the blank.
 
     Args:
-        prompt_ids: `GLMConfig.prompt_ids` of a model with trained vectors (P-tuning). They stand where the text has a
-            ``[PROMPT]`` for each of them, in order; before a text that has none.
+        prompt_ids: `GLMConfig.prompt_ids` of a model with trained vectors (P-tuning). The text has a ``[PROMPT]`` for
+            each of them, or none at all; then they come before the text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int] = ()) -> None:
@@ -122,8 +122,8 @@ class TextReader:
     def read(self, text: str, *, positions: int | None = None) -> BlankedText:
         """Cuts a text at its blanks and encodes it as ``[CLS] text <|endoftext|>``.
 
-        As published, the white space before a blank is left to the answer, and a text that ends with ``[gMASK]`` is
-        open: it has no ``<|endoftext|>``.
+        As published, white space before a blank is not encoded, since the answer begins with its own, and a text that
+        ends with ``[gMASK]`` has no ``<|endoftext|>``.
 
         Args:
             positions: of the model, if the text has to fit them.
@@ -139,11 +139,11 @@ class TextReader:
         return blanked
 
     def read_any(self, text: str, *, positions: int | None = None) -> BlankedText:
-        """As `read`, of a text that need not have a blank."""
+        """As `read`, but the text need not have a blank."""
         if positions is not None:
             check_characters(text, positions, self.tokenizer)
         pieces: list[str] = [""]
-        parts: list[str | int] = [""]  # texts, and the ids that stand between them
+        parts: list[str | int] = [""]  # texts, and the special ids between them
         prompts, end = list(self.prompt_ids), 0
         for match in self.pattern.finditer(text):
             slashes, token = match.groups()
@@ -170,7 +170,7 @@ class TextReader:
         return BlankedText(tuple(pieces), context)
 
     def _check_prompts(self, parts: Sequence[str | int]) -> None:
-        """Raises `GmaskError` for some of the trained vectors without the others, or for more than there are."""
+        """Raises `GmaskError` unless the text has all trained vectors, or none."""
         wanted, found = len(self.prompt_ids), sum(part == -1 or part in self.prompt_ids for part in parts)
         if found not in (0, wanted):
             raise GmaskError(
@@ -188,20 +188,20 @@ class TextReader:
         )
 
     def read_blank(self, blank: int, before: str = "") -> Context:
-        """The text that ends with a blank of this id; ``before`` it special tokens are text like any other."""
+        """Returns a context that ends with a blank of this id, behind a text in which special tokens are plain text."""
         return self._encode((before, blank, ""))
 
     def encode_plain(self, text: str) -> list[int]:
-        """The ids of a text in which special tokens are text like any other."""
+        """Returns the ids of a text. Special tokens in it are read as plain text."""
         return encode_plain(self.tokenizer, text)
 
     def encode_answer(self, answer: str, text: BlankedText, blank: int) -> tuple[int, ...]:
-        """The ids of an answer, with the white space that the blank took from the text before it."""
-        space = text.swallowed_space(blank)[-1:]
+        """Returns the ids of an answer, with the white space that stands before the blank in the text."""
+        space = text.space_before(blank)[-1:]
         return tuple(self.encode_plain(answer if answer[:1].isspace() else space + answer))
 
     def _encode(self, parts: Sequence[str | int]) -> Context:
-        """Texts, and the ids between them; white space before an id is left out."""
+        """Encodes texts and the ids between them; white space before an id is left out."""
         blanks = set(self.blank_ids.values())
         if not any(part in self.prompt_ids for part in parts):
             parts = [*self.prompt_ids, *parts]
@@ -219,24 +219,24 @@ class TextReader:
 
 
 class PromptFormat(Protocol):
-    """How a kind of model is talked to."""
+    """The form of a conversation's prompt for one kind of model."""
 
     tokenizer: PreTrainedTokenizerBase
     special: BlankTokens
-    forbidden_ids: tuple[int, ...]
+    forbidden_ids: tuple[int, ...]  # never part of a reply
 
     def encode(self, query: str, rounds: Rounds) -> Context:
-        """What the model reads; its blank is the reply."""
+        """Returns the context of a query and earlier rounds; its one blank is the reply."""
 
     def clean(self, text: str) -> str:
-        """A reply as it is shown."""
+        """Returns a reply as it is shown."""
 
-    def settle(self, text: str, is_whole: bool) -> str:
-        """The start of a cleaned reply that no further token changes; all of a reply that is whole."""
+    def stable_text(self, text: str, is_whole: bool) -> str:
+        """Returns the start of the cleaned reply that no further token can change; all of it if the reply is whole."""
 
 
 class ChatGLMFormat:
-    """The published prompt of ChatGLM-6B: bare for the first round, then all rounds, numbered."""
+    """The published prompt of ChatGLM-6B: the first query as it is; later, all rounds, numbered."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -248,7 +248,7 @@ class ChatGLMFormat:
             sop=tokenizer.bos_token_id,
             eop=tokenizer.convert_tokens_to_ids("<eop>"),  # of the first vocabulary, eos is </s>
             pad=tokenizer.pad_token_id,
-            cls=tokenizer.pad_token_id,  # has none, and begins with the text
+            cls=tokenizer.pad_token_id,  # not used: a ChatGLM's prompt has no [CLS]
             eos=tokenizer.eos_token_id,
         )
         self.forbidden_ids: tuple[int, ...] = (
@@ -265,8 +265,8 @@ class ChatGLMFormat:
     def clean(self, text: str) -> str:
         return clean_reply(text)
 
-    def settle(self, text: str, is_whole: bool) -> str:
-        """Marks at the end wait for the character after them, which decides on their width."""
+    def stable_text(self, text: str, is_whole: bool) -> str:
+        """Holds back punctuation at the end: the next character decides whether it becomes full-width."""
         if is_whole:
             return self.clean(text)
         for length in range(len(TRAINING_TIME) - 1, 0, -1):
@@ -293,41 +293,42 @@ class QuestionAnswerFormat:
     def clean(self, text: str) -> str:
         return text.strip()
 
-    def settle(self, text: str, is_whole: bool) -> str:
+    def stable_text(self, text: str, is_whole: bool) -> str:
         return text.strip()
 
 
 def find_format(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
-    """The prompt that a model was made for."""
+    """Returns the prompt format of a model."""
     return format_of(model.config, tokenizer)
 
 
 def format_of(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
-    """The prompt of models with such a config."""
+    """Returns the prompt format of models with such a config."""
     return ChatGLMFormat(tokenizer) if isinstance(config, ChatGLMConfig) else QuestionAnswerFormat(tokenizer)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A context, and how many of the oldest rounds it had to leave out."""
+    """The context of a conversation, and the number of oldest rounds that it leaves out."""
 
     context: Context
     rounds_left_out: int
 
     @cached_property
     def length(self) -> int:
-        """In tokens, ``<sop>`` counted."""
+        """The number of tokens, including ``<sop>``."""
         return len(self.context.ids) + 1
 
 
 def fit_prompt(
     query: str, rounds: Rounds, prompt_format: PromptFormat, *, longest: int, max_tokens: int | None
 ) -> Prompt:
-    """The prompt with as many of the latest rounds as leave room for a reply.
+    """Returns the prompt with as many of the latest rounds as leave room for a reply.
 
     Args:
         longest: tokens of prompt and reply together.
-        max_tokens: of the reply. None: rounds take up to half of ``longest``, and the query alone all but one token.
+        max_tokens: of the reply. None: a prompt with rounds has at most half of ``longest``, a query alone may take all
+            but one token.
 
     Raises:
         GmaskError: the query alone does not fit.
@@ -352,7 +353,10 @@ def fit_prompt(
 
 
 def _first_candidate(query: str, rounds: Rounds, room: int) -> int:
-    """The oldest round that could have room, were all tokens the longest, and each round's form one of them."""
+    """Returns the index of the oldest round that could fit if all tokens were the longest.
+
+    The form of a round counts as one token.
+    """
     characters = room * LONGEST_TOKEN - len(query)
     for kept, (asked, answered) in enumerate(reversed(rounds)):
         characters -= len(asked) + len(answered) + LONGEST_TOKEN

@@ -1,4 +1,4 @@
-"""``gmask infill``, ``gmask score``, ``gmask embed`` and ``gmask chat``: texts in, tokens or figures out."""
+"""``gmask infill``, ``gmask score``, ``gmask embed`` and ``gmask chat``."""
 
 import sys
 from collections.abc import Callable, Generator, Sequence
@@ -86,7 +86,6 @@ def infill(
     pairs: Pairs = None,
 ) -> None:
     """Fill the blanks of texts, from left to right, each answer with the earlier ones in sight."""
-    from gmask.generation.infill import Infiller
     from gmask.generation.settings import make_sampling
 
     settings = make_sampling(merge_settings(pairs, n=n, max_tokens=max_tokens))
@@ -94,7 +93,10 @@ def infill(
     files = read_files(texts, source, target)
     is_interactive = not files and not texts and sys.stdin.isatty()
     texts = [] if files or is_interactive else texts_or_stdin(texts)
-    infiller = Infiller(*load_glm(model, adapter, dtype, quantize), settings)
+    pair = load_glm(model, adapter, dtype, quantize)
+    from gmask.generation.infill import Infiller
+
+    infiller = Infiller(*pair, settings)
     if files:
         _fill_file(infiller, *files, candidates, skip_bad_lines)
     elif is_interactive:
@@ -127,14 +129,14 @@ def _fill_file(
 
     progress = sys.stderr.isatty()
     report = fill_file(infiller, source, target, choices=candidates, skip_bad_lines=skip_bad_lines, progress=progress)
-    print_file_report(report, target, deed="filled")
+    print_file_report(report, target, participle="filled")
 
 
 INFILL_GREETING = "A text with [MASK], [sMASK] or [gMASK], please. Arrow up recalls earlier ones; Ctrl-D ends."
 
 
 def fill_interactively(infiller: "Infiller", candidates: list[list[str]] | None, *, as_json: bool) -> None:
-    """Fills one text after the other. Ctrl-C drops the current one; Ctrl-D ends."""
+    """Asks for texts and fills them. Ctrl-C drops the current one; Ctrl-D ends."""
 
     def fill(text: str) -> bool:
         fill_and_print(infiller, text, candidates, as_json=as_json)
@@ -149,8 +151,8 @@ def prompt_for_texts(
     """Asks for one text after the other, until ``answer`` returns False or Ctrl-D ends it.
 
     Args:
-        answer: what is done with a text that is not empty.
-        history: the file where earlier texts are kept.
+        answer: handles a text, if it is not empty.
+        history: the name of the file with earlier texts.
         read: asks for a text.
     """
     from prompt_toolkit import PromptSession
@@ -171,7 +173,7 @@ def prompt_for_texts(
 
 
 def fill_and_print(infiller: "Infiller", text: str, candidates: list[list[str]] | None, *, as_json: bool) -> None:
-    """Fills one text and prints it; as it is being written where there is only one alternative."""
+    """Fills one text and prints it; if there is only one alternative, while it is written."""
     from gmask.generation.infill import stream_answers
 
     if as_json:
@@ -183,12 +185,12 @@ def fill_and_print(infiller: "Infiller", text: str, candidates: list[list[str]] 
 
 
 def history_file(name: str) -> Path:
-    """The file where earlier texts of one kind are kept."""
+    """Returns the path of the file with earlier texts of one kind."""
     return Path(typer.get_app_dir("gmask")) / name
 
 
 def open_history(path: Path) -> "History":
-    """Earlier texts, kept in a file; in memory alone where that cannot be written."""
+    """Opens the history of earlier texts; it is in memory if the file cannot be written."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     try:
@@ -257,15 +259,15 @@ def score(
     A line of a .jsonl file has a "text", its "answers" unless --answers gives them, and perhaps a "label": the right
     answer, or its index from 0.
     """
-    from gmask.generation import score as scoring
-
     candidates = None if answers is None else read_candidates(answers, option="--answers")
     files = read_files(texts, source, target)
     if not files and candidates is None:
         raise GmaskError("there are no answers: give them as --answers 'sunny|rainy'")
     texts = [] if files else texts_or_stdin(texts)
     pair = load_glm(model, adapter, dtype, quantize)
-    scorer = scoring.Scorer(*pair, cast(scoring.Normalization, normalization), batch_size)
+    from gmask.generation import score as scoring
+
+    scorer = scoring.Scorer(*pair, cast(scoring.ScoreNormalization, normalization), batch_size)
     if files:
         _score_file(scorer, *files, candidates, skip_bad_lines)
         return
@@ -295,17 +297,18 @@ def embed(
     A model that fills blanks was not trained to put like texts near each other: these are features to train on, and
     poor sentence vectors to search with.
     """
-    from gmask.generation.embed import Embedder, as_floats
-
     settings: dict[str, Any] = {"pooling": pooling, "layer": layer, "normalize": normalize, "truncate": truncate}
     files = read_files(texts, source, target)
     texts = [] if files else texts_or_stdin(texts)
-    embedder = Embedder(*load_glm(model, adapter, dtype, quantize), **settings)
+    pair = load_glm(model, adapter, dtype, quantize)
+    from gmask.generation.embed import Embedder, as_floats
+
+    embedder = Embedder(*pair, **settings)
     if files:
         from gmask.generation.files import embed_file
 
         report = embed_file(embedder, *files, skip_bad_lines=skip_bad_lines, progress=sys.stderr.isatty())
-        print_file_report(report, files[1], deed="embedded")
+        print_file_report(report, files[1], participle="embedded")
         return
     vectors = embedder.embed([embedder.read(text) for text in texts])
     for text, vector in zip(texts, vectors, strict=True):
@@ -319,16 +322,15 @@ def _score_file(
 
     progress = sys.stderr.isatty()
     report = score_file(scorer, source, target, answers=candidates, skip_bad_lines=skip_bad_lines, progress=progress)
-    print_file_report(report, target, deed="scored")
+    print_file_report(report, target, participle="scored")
     correct, labelled = count_correct(target)
     if labelled:
         print(f"accuracy {correct / labelled:.4f} ({correct} of {labelled})")
 
 
 def print_scoring(scoring: "Scoring") -> None:
-    """Prints the answers to a text, best first: a table on a terminal, else a line each of four fields with tabs."""
-    ranked = sorted(scoring.answers, key=lambda answer: -answer.score)
-    rows = [(answer.text, f"{answer.score:.4f}", f"{answer.probability:.4f}") for answer in ranked]
+    """Prints the answers to a text, best first: as a table on a terminal, else as tab-separated lines."""
+    rows = [(answer.text, f"{answer.score:.4f}", f"{answer.probability:.4f}") for answer in scoring.ranked]
     if not sys.stdout.isatty():
         print_tabbed((scoring.text, *row) for row in rows)
         return
@@ -394,13 +396,16 @@ def chat(
     pairs: Pairs = None,
 ) -> None:
     """Talk with a model: ChatGLM-6B, or another GLM by questions and answers."""
-    from gmask.checkpoints.load import load
-    from gmask.generation.chat import Chat
+    from gmask.checkpoints.hub import check_name
     from gmask.generation.settings import make_sampling
 
     settings = merge_settings(pairs, max_tokens=max_tokens)
     make_sampling({"max_tokens": sys.maxsize, **settings})  # a mistake is reported before the model is loaded
     chosen = model or (base_of(adapter, "bundled-chat") if adapter else "bundled-chat")
+    check_name(chosen)  # before torch is imported, which takes seconds
+    from gmask.checkpoints.load import load
+    from gmask.generation.chat import Chat
+
     network, tokenizer = load(chosen, dtype=dtype, quantize=quantize, adapter=adapter)
     conversation = Chat(network, tokenizer, context_length=context_length, **settings)
     _note_context(conversation.chatter.context_length, network.config.max_position_embeddings)
@@ -416,12 +421,12 @@ def chat(
 
 
 def converse(conversation: "Chat") -> None:
-    """Answers one message after the other until the user ends it."""
+    """Asks for messages and replies to them until the user ends it."""
     prompt_for_texts(CHAT_GREETING, lambda text: answer_message(conversation, text), history="chat", read=read_message)
 
 
 def read_message(session: "PromptSession[str]") -> str:
-    """A message; a line that ends with a backslash goes on with the next."""
+    """Asks for a message; a backslash at the end of a line continues it on the next."""
     lines = [session.prompt("> ")]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
@@ -430,7 +435,7 @@ def read_message(session: "PromptSession[str]") -> str:
 
 
 def answer_message(conversation: "Chat", text: str) -> bool:
-    """Runs a command or replies to a message; False if the conversation is to end."""
+    """Runs a command or replies to a message; returns False if the conversation is to end."""
     name, _, argument = text.partition(" ")
     if text in ("stop", "/stop", "/exit", "/quit"):
         return False
@@ -470,7 +475,7 @@ def _commands(conversation: "Chat") -> dict[str, Callable[[str], str]]:
 
 
 def print_reply(fragments: Generator[str, None, "Reply"]) -> None:
-    """Prints a reply while it is being written. Ctrl-C ends it; what was said stays in the conversation."""
+    """Prints a reply while it is written. Ctrl-C ends it; the text so far stays in the conversation."""
     try:
         while True:
             print(next(fragments), end="", flush=True)
@@ -481,7 +486,7 @@ def print_reply(fragments: Generator[str, None, "Reply"]) -> None:
         fragments.close()
         print(" ...")
     except GmaskError:
-        print()  # the message has a line of its own
+        print()  # so that the error is on a line of its own
         raise
 
 
