@@ -121,9 +121,7 @@ class Infiller:
 
     def read(self, text: str) -> BlankedText:
         """Cuts and encodes a text, and checks that it fits the model."""
-        blanked = self.reader.read(text)
-        blanked.context.check_length(self.model.config.max_position_embeddings)
-        return blanked
+        return self.reader.read(text, positions=self.model.config.max_position_embeddings)
 
     def _assemble(self, text: BlankedText, found: Sequence[Hypothesis]) -> Infilling:
         filled = [

@@ -354,7 +354,7 @@ def _warn_of_cuts(questions: Sequence[ReadSample], max_source: int) -> None:
         )
 
 
-LAST_BLANK = re.compile(rf"(\\*)({'|'.join(map(re.escape, BLANKS))})")
+LAST_BLANK = re.compile(rf"(?<!\\)(\\*)({'|'.join(map(re.escape, BLANKS))})")
 
 
 def before_last_blank(text: str) -> str:
