@@ -86,8 +86,8 @@ def make_model(config: Any, form: dict[str, Any]) -> Any:
 
 def run_model(model: Any, context_length: int) -> None:
     """Reads a prompt and answers, as `gmask infill` and `gmask chat` do."""
+    from gmask.generation.encoding import Context
     from gmask.generation.engine import Stepper
-    from gmask.generation.prompts import Context
     from gmask.generation.sampling import Sampler
     from gmask.generation.settings import Sampling
     from gmask.infilling.blanks import BlankTokens

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 import gmask
+from gmask.generation.encoding import Context
 from gmask.generation.engine import Engine, Request, Stepper
-from gmask.generation.prompts import Context
 from gmask.generation.settings import Sampling
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from machine import describe_machine

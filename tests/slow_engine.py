@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import gmask
+from gmask.generation.encoding import TextReader
 from gmask.generation.engine import Engine, Request, SampleProgress, Submission
-from gmask.generation.prompts import TextReader
 from gmask.generation.settings import Sampling
 
 

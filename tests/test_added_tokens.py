@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 import gmask
 from gmask.checkpoints.save import write_tokenizer
 from gmask.errors import GmaskError
-from gmask.generation.prompts import TextReader
+from gmask.generation.encoding import TextReader
 from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from gmask.tokenizers.folder import read_tokenizer

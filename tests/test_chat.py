@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import gmask
 from gmask.cli.generation import answer_message
 from gmask.generation.chat import Chat, Reply, reply_all
-from gmask.generation.prompts import ChatGLMFormat, Context, fit_prompt
+from gmask.generation.encoding import ChatGLMFormat, Context, fit_prompt
 from gmask.tokenizers.chatglm import ChatGLMTokenizer
 from test_chatglm_chat import VOCABULARY, needs_vocabulary
 from test_chatglm_parity import TINY, load_chatglm, read_case
@@ -118,6 +118,57 @@ def test_the_oldest_rounds_give_way_and_the_prompt_stays_whole(tokenizer) -> Non
         assert len(fuller.ids) + 1 > room
     with pytest.raises(gmask.GmaskError, match=r"3 tokens, but there is room for 2"):
         fit_prompt("你好", rounds, prompt_format, longest=7, max_tokens=5)
+
+
+def test_a_long_history_is_not_encoded_anew_for_every_round(tokenizer) -> None:
+    asked: list[int] = []
+
+    class Counting(ChatGLMFormat):
+        def encode(self, query: str, rounds: Any) -> Context:
+            asked.append(len(rounds))
+            return super().encode(query, rounds)
+
+    prompt = fit_prompt("再见", [("", "")] * 20_000, Counting(tokenizer), longest=256, max_tokens=16)
+    assert prompt.length <= 240 and 19_900 < prompt.rounds_left_out < 20_000
+    assert len(asked) < 20 and max(asked) <= 256
+    asked.clear()
+    with pytest.raises(gmask.GmaskError, match="the message has 4000000 characters, and there is room for 240 tokens"):
+        fit_prompt("再见" * 2_000_000, [], Counting(tokenizer), longest=256, max_tokens=16)
+    huge = fit_prompt("再见", [("好" * 4_000_000, "好")], Counting(tokenizer), longest=256, max_tokens=16)
+    assert (huge.rounds_left_out, asked) == (1, [0])
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"n": 2}, "a conversation has one reply"),
+        ({"num_beams": 2, "temperature": 0}, "a conversation has one reply"),
+        ({"num_return_sequences": 2}, "there is no setting 'num_return_sequences'"),
+        ({"best_of": 2}, "there is no setting 'best_of'"),
+        ({"stop": 5}, "stop is 5: give a text or a list of texts"),
+        ({"context_length": "long"}, "context_length is 'long'"),
+        ({"context_length": -1}, "context_length is -1"),
+    ],
+)
+def test_settings_of_a_chat_that_make_no_sense_are_refused(
+    model, tokenizer, values: dict[str, Any], reason: str
+) -> None:
+    settings = {"context_length": 64, "max_tokens": 2, **values}
+    with pytest.raises(gmask.GmaskError, match=reason):
+        Chat(model, tokenizer, **settings)
+    with pytest.raises(gmask.GmaskError, match=reason):
+        reply_all(model, tokenizer, [[{"role": "user", "content": "你好"}]], **settings)
+
+
+def test_many_conversations_are_a_list(model, tokenizer) -> None:
+    asked = [[{"role": "user", "content": "你好"}]]
+    settings: dict[str, Any] = dict(context_length=64, max_tokens=2)
+    assert len(reply_all(model, tokenizer, asked, stop=None, **settings)) == 1
+    for wrong in (None, "你好", 5):
+        with pytest.raises(gmask.GmaskError, match="reply_all takes a list of conversations"):
+            reply_all(model, tokenizer, wrong, **settings)  # type: ignore[arg-type]
+    with pytest.raises(gmask.GmaskError, match="batch_size must be at least 1, not 0"):
+        reply_all(model, tokenizer, asked, batch_size=0, **settings)
 
 
 def test_a_conversation_says_how_many_rounds_it_forgot(chat: Chat) -> None:

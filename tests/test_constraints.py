@@ -324,6 +324,29 @@ def test_a_bad_constraint_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#"},
+        {"allOf": [{"$ref": "#"}]},
+        {"oneOf": [{"$ref": "#"}]},
+        {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+        {"$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}]}}, "$ref": "#/$defs/a"},
+    ],
+)
+def test_a_schema_that_is_only_itself_is_refused(find_tokenizer: Find, schema: dict[str, Any]) -> None:
+    with pytest.raises(gmask.GmaskError, match="the JSON schema matches nothing that the tokens"):
+        json_schema(find_tokenizer("bundled"), schema)
+
+
+def test_a_schema_may_hold_itself(find_tokenizer: Find) -> None:
+    tree = {"type": "object", "properties": {"a": {"$ref": "#"}}}
+    assert bool(json_schema(find_tokenizer("bundled"), tree).start().allowed().any())
+    with pytest.raises(gmask.GmaskError, match=r"a \$ref leads out of it") as refused:
+        json_schema(find_tokenizer("bundled"), {"$ref": "http://example.org/schema"})
+    assert "http" not in str(refused.value)
+
+
 @pytest.fixture
 def small_tokenizer() -> Iterator[PreTrainedTokenizerFast]:
     backend = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gmask.errors import GmaskError
 from gmask.generation.answers import token_texts
-from gmask.generation.prompts import TextReader
+from gmask.generation.encoding import TextReader
 from gmask.recipes.pretraining import find_blank_tokens
 from gmask.tokenizers.folder import CLASSES, read_tokenizer
 from published_vocabularies import SHARED, copy_vocabulary, needs_vocabularies

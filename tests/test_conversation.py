@@ -240,6 +240,8 @@ def test_a_published_history_is_returned_in_rounds(loaded) -> None:
         {"num_return_sequences": 2},
         {"return_dict_in_generate": True},
         {"output_scores": True},
+        {"n": 2},
+        {"best_of": 2},
         {"generation_config": GenerationConfig(do_sample=True, num_return_sequences=2)},
     ],
 )
@@ -248,4 +250,34 @@ def test_a_chat_refuses_what_it_would_drop(loaded, more: dict[str, Any]) -> None
     for talk in (model.chat, lambda *args, **values: list(model.stream_chat(*args, **values))):
         with pytest.raises(GmaskError, match="a chat returns one reply and no more: leave out"):
             talk(tokenizer, "你好", do_sample=True, max_length=20, **more)
-    assert load_chatglm().chat(tokenizer, "你好", max_length=8, num_return_sequences=1, output_scores=False)[0]
+    own = load_chatglm()
+    for nothing in (1, None):
+        assert own.chat(tokenizer, "你好", max_length=8, num_return_sequences=nothing, output_scores=False)[0]
+
+
+def test_what_is_streamed_is_one_reply(loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = load_chatglm(), loaded[1]
+    inputs = model.encode_chat(tokenizer, "你好", [], max_length=None)
+    with pytest.raises(GmaskError, match="leave out num_return_sequences=2"):
+        next(model.stream_generate(inputs["input_ids"], do_sample=True, num_return_sequences=2))
+    with pytest.raises(GmaskError, match="leave out streamer"):
+        next(model.stream_chat(tokenizer, "你好", max_length=20, streamer=object()))
+    monkeypatch.setattr(model, "generation_config", GenerationConfig(do_sample=True, num_return_sequences=2))
+    with pytest.raises(GmaskError, match="leave out num_return_sequences=2"):
+        model.chat(tokenizer, "你好", max_length=20)
+
+
+def test_a_conversation_that_no_context_holds_is_refused_before_it_is_cut_into_tokens(
+    loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = loaded
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda *_, **__: pytest.fail("it is cut into tokens"))
+    long = "好" * 2_000_000
+    for query, history in ((long, []), ("你好", [(long, "好")])):
+        for talk in (model.chat, lambda *args, **values: list(model.stream_chat(*args, **values))):
+            with pytest.raises(GmaskError, match="characters, and there is room for 2048 tokens"):
+                talk(tokenizer, query, history=history)
+    with pytest.raises(GmaskError, match="characters, and there is room for"):
+        chat.Chat(model, tokenizer).ask(long)
+    with pytest.raises(GmaskError, match="characters, and there is room for"):
+        gmask.reply_all(model, tokenizer, [[say("user", long)]])

@@ -15,8 +15,8 @@ from torch import Tensor
 import gmask
 from gmask.errors import GmaskError
 from gmask.generation.constraints import TokenMask
+from gmask.generation.encoding import Context, TextReader
 from gmask.generation.engine import Engine, QueueFull, Request, SampleProgress
-from gmask.generation.prompts import Context, TextReader
 from gmask.generation.settings import Sampling
 from slow_engine import SlowEngine, assert_as_alone, assert_idle, wait_until
 from tiny_folder import make_folder

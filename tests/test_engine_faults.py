@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import gmask
+from gmask.generation.encoding import Context, TextReader
 from gmask.generation.engine import Engine, EngineClosed, Request, SampleProgress
-from gmask.generation.prompts import Context, TextReader
 from gmask.generation.settings import Sampling
 from slow_engine import SlowEngine, assert_as_alone, assert_idle, wait_until
 from tiny_folder import make_folder

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import gmask
 from gmask.generation.chat import Chatter
-from gmask.generation.prompts import TextReader
+from gmask.generation.encoding import TextReader
 from gmask.infilling.blanks import NOT_SCORED
 from gmask.models.chatglm import derive_chat_layout
 from gmask.models.layout import derive_layout

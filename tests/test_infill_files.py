@@ -145,6 +145,25 @@ def test_a_bad_line_is_an_error_with_its_number_or_is_skipped_and_counted(
     assert [line["text"][0] for line in filled if "text" in line] == [text[0] for text in TEXTS]
 
 
+def test_a_line_that_no_model_could_hold_is_not_cut_into_tokens(
+    infiller: Infiller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "texts.txt", tmp_path / "out.jsonl"
+    lines = ["A [MASK].", "word " * 400_000 + "[MASK]", "word " * 900_000 + "[MASK]", "The [MASK]."]
+    source.write_text("\n".join(lines), "utf-8")
+    encode = type(infiller.tokenizer).__call__
+
+    def encode_little(tokenizer: object, text: str, **options: object) -> object:
+        assert len(text) < 100_000, "it is cut into tokens"
+        return encode(tokenizer, text, **options)
+
+    monkeypatch.setattr(type(infiller.tokenizer), "__call__", encode_little)
+    assert fill_file(infiller, source, target, skip_bad_lines=True) == FileReport(lines=4, resumed=0, skipped=2)
+    first, second, third, last = read(target)
+    assert "text" in first and "text" in last
+    assert "the text has 2000006 characters" in second["error"] and "bytes" in third["error"]
+
+
 def test_choices_that_do_not_fit_a_line_are_an_error_of_that_line(pair, source: Path, tmp_path: Path) -> None:
     infiller = Infiller(*pair, Sampling())
     with pytest.raises(gmask.GmaskError, match=r"line 4: choices for 1 blanks, but the text has 2"):

@@ -13,8 +13,8 @@ import gmask
 from gmask.checkpoints.load import load_model
 from gmask.generation.answers import Answer, Hypothesis
 from gmask.generation.decode import make_decoder
+from gmask.generation.encoding import Context, TextReader
 from gmask.generation.infill import Infiller
-from gmask.generation.prompts import Context, TextReader
 from gmask.generation.sampling import Sampler
 from gmask.generation.settings import Sampling
 from gmask.infilling.blanks import BlankTokens

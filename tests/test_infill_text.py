@@ -1,5 +1,9 @@
 """Do blanks, escapes and white space go in and out of a text as the user means them?"""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,8 +12,9 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from gmask.errors import GmaskError
+from gmask.files import check_characters
 from gmask.generation.answers import TextAssembler, cut_at_stop, token_texts
-from gmask.generation.prompts import TextReader
+from gmask.generation.encoding import TextReader
 from gmask.training.tokenizer import GLM_TOKEN_ROLES, TOKEN_ROLES
 from tiny_folder import CHINESE, ENGLISH, train_tiny_tokenizer
 
@@ -139,3 +144,32 @@ def test_a_piece_of_white_space_alone_is_not_lost() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     for ids in ([0, 1, 2], [2, 1, 1, 2, 0], [0, 2, 1, 2]):
         assert "".join(token_texts(ids, tokenizer)) == tokenizer.decode(ids)
+
+
+class Vocabulary:
+    def __init__(self, *tokens: str) -> None:
+        self.tokens = tokens
+
+    def get_vocab(self) -> dict[str, int]:
+        return {token: index for index, token in enumerate(self.tokens)}
+
+
+@pytest.mark.parametrize(("vocabulary", "longest"), [(Vocabulary("a", "b"), 128), (Vocabulary("a", "b" * 200), 200)])
+def test_a_text_is_too_long_where_not_even_the_longest_tokens_hold_it(vocabulary: Vocabulary, longest: int) -> None:
+    check_characters("b" * longest * 4, 4, vocabulary)
+    with pytest.raises(GmaskError, match=f"^it has {longest * 4 + 1} characters, and there is room for 4 tokens"):
+        check_characters("b" * (longest * 4 + 1), 4, vocabulary, name="it")
+
+
+SLASHES = """
+from gmask.generation.predict import LAST_BLANK
+from test_infill_text import READER
+row = chr(92) * 1_000_000
+assert [len(match[1]) for match in READER.pattern.finditer(row + "a" + row + "[MASK]")] == [1_000_000]
+assert [len(match[1]) for match in LAST_BLANK.finditer(row + "a" + row + "[MASK]")] == [1_000_000]
+"""
+
+
+def test_a_row_of_backslashes_is_searched_once() -> None:
+    """Where each of them began a search of its own, a million took half an hour."""
+    subprocess.run([sys.executable, "-c", SLASHES], cwd=Path(__file__).parent, check=True, timeout=300)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import gmask
 from gmask.errors import GmaskError
-from gmask.generation.prompts import TextReader
+from gmask.generation.encoding import TextReader
 from gmask.generation.score import Scorer
 from gmask.models.glm_heads import GLMForSequenceClassification
 from gmask.quantization.linear import QuantizedLayer, QuantLinear

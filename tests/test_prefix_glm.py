@@ -13,8 +13,8 @@ import gmask
 from conftest import MASK, PAD, SOP
 from gmask.checkpoints.adapters import save_adapter
 from gmask.errors import GmaskError
+from gmask.generation.encoding import TextReader
 from gmask.generation.engine import Engine, Request
-from gmask.generation.prompts import TextReader
 from gmask.generation.settings import Sampling
 from gmask.models.base import attach_prefix
 from gmask.models.glm import GLMForConditionalGeneration

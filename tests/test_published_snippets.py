@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForMultipleChoice, AutoModelForSeq2SeqLM, AutoTokenizer
 
 import gmask
-from gmask.tokenizers.glm_inputs import GLMBatchEncoding
+from gmask.tokenizers.glm_build_inputs import GLMBatchEncoding
 
 SHARED = Path(__file__).parents[2] / "shared" / "golden"
 GOLDEN = SHARED / "hf-glm-tiny-fullvocab"

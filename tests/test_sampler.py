@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import gmask
 from gmask.generation.decode import make_decoder
+from gmask.generation.encoding import TextReader
 from gmask.generation.engine import Budget, Stepper
-from gmask.generation.prompts import TextReader
 from gmask.generation.sampling import Sampler, SamplerState
 from gmask.generation.settings import Sampling
 from tiny_folder import make_folder

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import gmask
 from gmask.checkpoints.load import load_model
 from gmask.generation.answers import rank_scores
-from gmask.generation.prompts import Context
+from gmask.generation.encoding import Context
 from gmask.generation.score import AnswerRow, AnswerScorer, Scorer, Scoring, score
 from gmask.infilling.blanks import BlankTokens
 from tiny_folder import CHINESE, ENGLISH, make_folder

@@ -12,7 +12,7 @@ import gmask
 from conftest import EOP, GMASK, MASK, ORDINARY, PAD, SOP
 from gmask.generation.answers import Hypothesis
 from gmask.generation.decode import make_decoder
-from gmask.generation.prompts import Context
+from gmask.generation.encoding import Context
 from gmask.generation.sampling import Sampler, find_repeats
 from gmask.generation.settings import Sampling
 from gmask.infilling.blanks import BlankTokens

@@ -14,8 +14,8 @@ from gmask.checkpoints.adapters import save_adapter
 from gmask.cli.serving import read_adapters
 from gmask.errors import GmaskError
 from gmask.generation.adapters import AdapterSet
+from gmask.generation.encoding import TextReader
 from gmask.generation.engine import Engine, Request
-from gmask.generation.prompts import TextReader
 from gmask.generation.settings import Sampling
 from gmask.models.base import attach_prefix
 from gmask.serving.app import create_app

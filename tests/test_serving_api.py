@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 import gmask
 from gmask.generation.chat import Chat
 from gmask.serving.app import create_app
+from gmask.serving.backend import make_backend
 from gmask.serving.settings import ServerSettings
 from test_chatglm_chat import VOCABULARY, needs_vocabulary
 from test_chatglm_parity import load_chatglm
@@ -367,6 +368,89 @@ def test_a_parameter_that_asks_for_nothing_is_taken(client: TestClient, name: st
         ask(client, "/v1/chat/completions", **asked, **{name: value})["choices"][0]["message"]
         == (ask(client, "/v1/chat/completions", **asked)["choices"][0]["message"])
     )
+
+
+ASKED = {
+    "/v1/chat/completions": {"messages": QUESTION, "max_tokens": 2},
+    "/v1/completions": {"prompt": "The dog", "max_tokens": 2},
+    "/v1/embeddings": {"input": "The dog"},
+    "/v1/infill": {"text": BLANKS, "max_tokens": 2},
+    "/v1/score": {"text": "The [MASK].", "answers": ["dog", "cat"]},
+    "/": {"prompt": "The dog", "max_length": 30},
+}
+NOTHING: list[tuple[str, Any]] = [
+    *((name, None) for name in (
+        "model", "user", "metadata", "service_tier", "stream_options", "seed", "stop", "n", "stream", "logprobs",
+        "num_beams", "temperature", "timeout", "choices", "pooling", "layer", "normalization", "encoding_format",
+        "dimensions", "tools", "audio")),
+    ("tools", []), ("tool_choice", "none"), ("tool_choice", "auto"), ("tool_choice", ""), ("functions", []),
+    ("function_call", "none"), ("parallel_tool_calls", False), ("parallel_tool_calls", True), ("response_format", {}),
+    ("response_format", {"type": "text"}), ("logit_bias", {}), ("metadata", {}), ("store", False), ("user", ""),
+    ("service_tier", "auto"), ("stream_options", {}), ("stop", []), ("stream", False), ("n", 1), ("model", ""),
+    ("reasoning_effort", "none"), ("modalities", []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ASKED)
+def test_on_every_route_what_asks_for_nothing_is_taken(client: TestClient, path: str) -> None:
+    refused = [
+        (name, value, response.json()["error"]["message"])
+        for name, value in NOTHING
+        if (response := client.post(path, json={**ASKED[path], name: value})).status_code != 200
+    ]
+    assert refused == []
+
+
+@pytest.mark.parametrize("path", list(ASKED)[:-1])  # the published API did nothing with what it did not know
+def test_answers_that_would_be_dropped_are_refused(client: TestClient, path: str) -> None:
+    for name in ("num_return_sequences", "best_of", "n"):
+        body = {**ASKED[path], name: 2, "temperature": 0.5}
+        if client.post(path, json=body).status_code == 200:
+            assert (path, name) in TAKEN
+    assert refuse(client, path, **ASKED[path], use_beam_search=True)["param"] == "use_beam_search"
+
+
+TAKEN = {("/v1/chat/completions", "n"), ("/v1/completions", "n"), ("/v1/completions", "best_of"), ("/v1/infill", "n")}
+
+
+@pytest.fixture
+def two(loaded) -> Iterator[TestClient]:
+    """Of a server with a model to fill blanks and one to talk with."""
+    talks = make_backend(*gmask.load("bundled-chat"), name="talker", settings=ServerSettings(max_tokens=7))
+    with TestClient(create_app(*loaded, settings=ServerSettings(model_name="filler"), chat_backend=talks)) as client:
+        yield client
+
+
+def test_of_two_models_a_conversation_is_with_the_one_that_talks(two: TestClient) -> None:
+    assert [model["id"] for model in two.get("/v1/models").json()["data"]] == ["filler", "talker"]
+    assert two.get("/v1/models/talker").json()["id"] == "talker"
+    for path, body in ASKED.items():
+        talks, fills = two.app.state.backends[::-1]
+        before = [backend.engine.counts().prompt_tokens for backend in (talks, fills)]
+        found = ask(two, path, **body)
+        after = [backend.engine.counts().prompt_tokens for backend in (talks, fills)]
+        if path in ("/v1/chat/completions", "/"):
+            assert after[0] > before[0] and after[1] == before[1]
+        else:
+            assert found["model"] == "filler" and after[0] == before[0]
+        if path != "/":
+            for name in ("filler", "talker"):
+                assert ask(two, path, **body, model=name)["model"] == name
+    read = sum(backend.engine.counts().prompt_tokens for backend in two.app.state.backends)
+    assert f"gmask_prompt_tokens_total {float(read)}" in two.get("/metrics").text
+    assert two.get("/ready").status_code == two.get("/health").status_code == 200
+    unknown = two.post("/v1/completions", json={"prompt": "a", "model": "gpt"})
+    assert unknown.status_code == 404
+    assert unknown.json()["error"]["message"] == "there is no model 'gpt' here, but 'filler', 'talker'"
+
+
+def test_two_models_need_two_names(loaded) -> None:
+    talks = make_backend(*loaded, name="one")
+    try:
+        with pytest.raises(gmask.GmaskError, match="two models have the name 'one'"):
+            create_app(*loaded, settings=ServerSettings(model_name="one"), chat_backend=talks)
+    finally:
+        talks.close()
 
 
 @needs_vocabulary

@@ -22,10 +22,12 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from starlette.testclient import TestClient
 
 import gmask
 from fake_engine import FakeEngine
 from gmask.checkpoints.adapters import save_adapter
+from gmask.cli import main
 from gmask.generation.chat import Chat
 from gmask.models.base import attach_prefix
 from gmask.serving.app import create_app, make_server
@@ -68,6 +70,12 @@ def open_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     attach_prefix(model, 2, projection=False)
     save_adapter(model, adapter, base=str(base))
     yield from run(create_app(*gmask.load(base, device="cpu"), adapters={"news": adapter}))
+
+
+@pytest.fixture(scope="module")
+def hasty_address(loaded) -> Iterator[str]:
+    """Of one that waits for 0.2 s."""
+    yield from run(create_app(*loaded, settings=ServerSettings(body_seconds=0.2), engine=FakeEngine()))
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +234,39 @@ def test_lm_eval_lets_the_server_write(address: str, loaded, tmp_path: Path) -> 
     assert json.loads(written.read_text("utf-8"))["results"]["go_on"]["exact_match,none"] == 0.75
 
 
+def tell(address: str, data: bytes) -> bytes:
+    """What a server answers to these bytes before it ends the connection."""
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=300) as connection:
+        connection.sendall(data)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
+CHUNKS = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+BODY = b"POST /nothing HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "reason"),
+    [
+        (b"", 408, "more than 0.2 s to arrive"),
+        (b"GET /health HTTP/1.1\r\nHost: a\r\nX-A", 408, "more than 0.2 s to arrive"),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n{", 408, "more than 0.2 s to arrive"),
+        (HEALTH + b"GET /hea", 200, '"status":"ok"'),
+        (BODY, 413, "larger than"),
+        (CHUNKS + HEALTH, 400, "Content-Length and Transfer-Encoding exclude each other"),
+        (b"nonsense\r\n\r\n", 400, "not a request in HTTP/1.1"),
+        (b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400, "not a request in HTTP/1.1"),
+        (b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 100_000, 400, "headers are too long"),
+    ],
+)
+def test_a_connection_ends_when_its_request_does_not(hasty_address: str, data: bytes, status: int, reason: str) -> None:
+    answered = tell(hasty_address, data).decode()
+    assert answered.startswith(f"HTTP/1.1 {status} ") and answered.count("HTTP/1.1 ") == 1
+    assert reason in answered
+
+
 def test_the_curl_lines_of_the_guide_work(open_address: str) -> None:
     if shutil.which("curl") is None:
         pytest.skip("there is no curl here")
@@ -261,6 +302,37 @@ def test_the_schema_is_kept(loaded, examples: int) -> None:
 
         check()
     app.state.backend.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "served"),
+    [
+        ([], ["bundled", "bundled-chat"]),
+        (["bundled"], ["bundled"]),
+        (["bundled-chat"], ["bundled-chat"]),
+        (["--set", "model_name=mine"], ["mine", "bundled-chat"]),
+    ],
+)
+def test_gmask_serve_without_a_model_serves_the_one_that_talks_too(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], served: list[str]
+) -> None:
+    found: list[str] = []
+
+    class Ended:
+        def __init__(self, app: Any, **_: Any) -> None:
+            self.app = app
+
+        def run(self, sockets: Any) -> None:
+            with TestClient(self.app, base_url="http://127.0.0.1") as client:
+                found.extend(model["id"] for model in client.get("/v1/models").json()["data"])
+
+    monkeypatch.setattr("gmask.serving.app.make_server", Ended)
+    monkeypatch.setattr("gmask.serving.middleware.log_as_json", lambda: None)
+    monkeypatch.setattr("sys.argv", ["gmask", "serve", *arguments])
+    monkeypatch.setattr("gmask.serving.app.open_port", lambda *_: [])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert (ended.value.code or 0, found) == (0, served)
 
 
 def test_gmask_serve_answers_and_ends_when_it_is_told(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 
 import gmask
 from fake_engine import FakeEngine
+from gmask.generation.constraints import ConstraintError
 from gmask.generation.engine import Engine
 from gmask.serving.app import create_app
 from slow_engine import wait_until
@@ -102,6 +103,17 @@ def test_what_the_engine_does_not_do_ends_when_its_client_leaves(loaded, monkeyp
     wait_until(lambda: app.state.backend.worker.waiting == 0)
     app.state.backend.close()
     assert loaded[0].base_model._forward_pre_hooks == {}
+
+
+def test_an_answer_that_cannot_go_on_as_its_client_wants_is_the_clients_mistake(loaded) -> None:
+    engine = FakeEngine()
+    engine.error = ConstraintError("the JSON schema asks for what the tokens of this vocabulary cannot spell")
+    with TestClient(create_app(*loaded, engine=engine)) as client:  # type: ignore[arg-type]
+        refused = client.post("/v1/completions", json=COMPLETION)
+        assert (refused.status_code, refused.json()["error"]["type"]) == (400, "invalid_request_error")
+        assert (
+            '"type":"invalid_request_error"' in client.post("/v1/completions", json={**COMPLETION, "stream": True}).text
+        )
 
 
 def test_an_engine_that_has_failed_for_good_is_told_to_the_probes(

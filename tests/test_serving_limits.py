@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -20,7 +21,7 @@ from fake_engine import FakeEngine
 from gmask.cli import main
 from gmask.errors import GmaskError
 from gmask.serving.app import create_app, open_port
-from gmask.serving.middleware import JsonFormatter, host_name, is_authorized
+from gmask.serving.middleware import JsonFormatter, explain_invalid_body, host_name, is_authorized
 from gmask.serving.settings import ServerSettings
 from tiny_folder import make_folder
 
@@ -199,6 +200,130 @@ def test_scores_wait_in_a_queue_with_an_end(serve, monkeypatch: pytest.MonkeyPat
         assert client.post("/v1/score", json=body).status_code == 200
 
 
+LONG = "a " * 400_000
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": LONG}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "system", "content": LONG}, {"role": "user", "content": "a"}]}),
+        ("/", {"prompt": LONG, "history": []}),
+        ("/v1/completions", {"prompt": LONG}),
+        ("/v1/completions", {"prompt": ["a", LONG]}),
+        ("/v1/completions", {"prompt": "a", "suffix": LONG}),
+        ("/v1/completions", {"prompt": LONG, "echo": True, "max_tokens": 0}),
+        ("/v1/infill", {"text": f"{LONG} [MASK]"}),
+        ("/v1/infill", {"text": "[MASK]", "choices": [LONG]}),
+        ("/v1/score", {"text": f"{LONG} [MASK]", "answers": ["a"]}),
+        ("/v1/score", {"text": "[MASK]", "answers": [LONG]}),
+        ("/v1/embeddings", {"input": LONG}),
+    ],
+)
+def test_a_text_that_no_model_could_hold_is_refused_before_it_is_cut_into_tokens(
+    serve, loaded, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    encode = type(loaded[1]).__call__
+
+    def encode_little(tokenizer: Any, text: str, **options: Any) -> Any:
+        assert len(text) < 100_000, "it is cut into tokens"
+        return encode(tokenizer, text, **options)
+
+    monkeypatch.setattr(type(loaded[1]), "__call__", encode_little)
+    with serve() as client:
+        refused = client.post(path, json=body)
+        assert refused.status_code == 400, refused.text
+        assert "characters, and there is room for" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": ["a"] * 10_000},
+        {"prompt": [[17]] * 10_000},
+        {"prompt": ["a"] * 10_000, "echo": True, "max_tokens": 0},
+        {"prompt": "a", "n": 2**40, "echo": True, "max_tokens": 0},
+        {"prompt": "a", "best_of": 65},
+        {"prompt": ["a"] * 33, "n": 2},
+    ],
+)
+def test_answers_are_counted_before_a_prompt_is_read(
+    serve, monkeypatch: pytest.MonkeyPatch, body: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("gmask.serving.openai.read_prompts", lambda *_: pytest.fail("a prompt is read"))
+    with serve() as client:
+        refused = client.post("/v1/completions", json=body)
+        assert refused.status_code == 400
+        assert "answers in one request; this server writes at most 64" in refused.json()["error"]["message"]
+
+
+def test_what_is_asked_for_is_counted_before_texts_are_read(serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        pytest.fail("a text is read")
+
+    monkeypatch.setattr("gmask.serving.backend.Backend.fit", fail)
+    monkeypatch.setattr("gmask.generation.encoding.TextReader.read", fail)
+    many = {"text": ["[MASK]"] * 256, "answers": ["a"] * 1024}
+    with serve() as client:
+        for path, body, reason in (
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "n": 65}, "at most 64"),
+            ("/v1/infill", {"text": "[MASK]", "n": 65}, "64 at most"),
+            ("/v1/score", many, "262144 answers"),
+            (
+                "/v1/completions",
+                {"prompt": "a", "logit_bias": {str(token): 1 for token in range(1025)}},
+                "1025 entries",
+            ),
+        ):
+            refused = client.post(path, json=body)
+            assert refused.status_code == 400 and reason in refused.json()["error"]["message"], refused.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": [-1] * 1000}),
+        ("/v1/completions", {"prompt": [[None]] * 1000}),
+        ("/v1/chat/completions", {"messages": [None] * 1000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], **{f"x{i}": i for i in range(1000)}}),
+        ("/v1/completions", {"prompt": "a", "metadata": {str(i): i for i in range(2000)}}),
+        ("/v1/infill", {"text": "[MASK]", "choices": [[""]] * 1000}),
+        ("/v1/score", {"text": "[MASK]", "answers": [None] * 1000}),
+    ],
+)  # fmt: skip
+def test_of_a_thousand_faults_one_is_looked_for(
+    serve, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    found: list[int] = []
+
+    def count(errors: Any, body: Any) -> Any:
+        found.append(len(errors))
+        return explain_invalid_body(errors, body)
+
+    monkeypatch.setattr("gmask.serving.middleware.explain_invalid_body", count)
+    with serve() as client:
+        assert client.post(path, json=body).status_code == 400
+    assert found and found[0] <= 8  # one for each type that the parameter may have
+
+
+def test_what_a_body_is_told_by_its_headers(serve) -> None:
+    with serve() as client:
+        plain = client.post("/v1/completions", content=json.dumps(COMPLETION))
+        assert plain.status_code == 400 and "Content-Type: application/json" in plain.json()["error"]["message"]
+        empty = client.post("/v1/completions")
+        assert empty.status_code == 400 and "there is no body" in empty.json()["error"]["message"]
+        packed = client.post("/v1/completions", content=b"\x1f\x8b", headers={"Content-Encoding": "gzip"})
+        assert packed.status_code == 415 and "Content-Encoding" in packed.json()["error"]["message"]
+
+
+def test_a_length_beside_chunks_ends_the_connection(serve) -> None:
+    headers = {"Content-Length": "2", "Transfer-Encoding": "chunked", "Content-Type": "application/json"}
+    with serve() as client:
+        refused = client.post("/v1/completions", content=b"{}", headers=headers)
+    assert (refused.status_code, refused.headers["connection"]) == (400, "close")
+    assert "Content-Length and Transfer-Encoding" in refused.json()["error"]["message"]
+
+
 def test_a_deadline_returns_what_there_is(serve) -> None:
     engine = FakeEngine()
     engine.tokens_before_pause = 2
@@ -313,7 +438,7 @@ JSON = SCALAR | st.lists(SCALAR | st.lists(SCALAR, max_size=2), max_size=3) | st
 PATHS = ["/", "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/infill", "/v1/score"]
 FIELDS = ["prompt", "messages", "text", "answers", "input", "n", "max_tokens", "stop", "logit_bias", "choices",
           "history", "temperature", "seed", "logprobs", "stream", "suffix", "echo", "response_format",
-          "guided_regex"]  # fmt: skip
+          "guided_regex", "tools", "tool_choice", "stream_options", "metadata", "model", "pooling"]  # fmt: skip
 GOOD = {"prompt": "a", "messages": [{"role": "user", "content": "a"}], "text": "[MASK]", "answers": ["a"], "input": "a"}
 
 
@@ -324,8 +449,13 @@ def fuzzed(loaded) -> Iterator[TestClient]:
         yield client
 
 
+INNER = re.compile(r"function-|\b0x[0-9a-f]{6}|pydantic|instance of|[a-z]+Request\b|ChatMessage|Traceback|https?://")
+"""What no client is told: names from inside, addresses in memory, links to the documentation of our libraries."""
+
+
 def check_calm(response: Any) -> None:
     assert response.status_code < 500, response.text
+    assert response.status_code == 200 or not INNER.search(response.text), response.text
     if response.status_code != 200:
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
         assert "Traceback" not in response.text

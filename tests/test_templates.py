@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from gmask.errors import GmaskError
-from gmask.generation.prompts import TextReader
+from gmask.generation.encoding import TextReader
 from gmask.tasks.templates import count_blanks, parse_template, split_marks
 from gmask.training.tokenizer import GLM_TOKEN_ROLES, TOKEN_ROLES
 from tiny_folder import train_tiny_tokenizer

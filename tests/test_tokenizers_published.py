@@ -22,7 +22,7 @@ from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegac
 from gmask.checkpoints.hub import BUNDLED
 from gmask.errors import GmaskError
 from gmask.tokenizers.folder import CLASS_NAMES, CLASSES, read_tokenizer
-from gmask.tokenizers.glm_inputs import GLMBatchEncoding
+from gmask.tokenizers.glm_build_inputs import GLMBatchEncoding
 from gmask.tokenizers.special_tokens import TRAINING_TOKENS
 from published_vocabularies import FILES, SHARED, copy_vocabulary, needs_vocabularies
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import gmask
 from gmask.cli import main
+from gmask.cli.serving import own_names, serve_page
 from gmask.errors import GmaskError
 
 gr = pytest.importorskip("gradio", reason="the page needs gmask[webui]")
@@ -22,9 +23,9 @@ gr = pytest.importorskip("gradio", reason="the page needs gmask[webui]")
 from gmask.generation.answers import Blank, Choices, Combination, Infilling  # noqa: E402
 from gmask.serving import webui  # noqa: E402
 from gmask.serving.app import create_app  # noqa: E402
-from gmask.serving.backend import Backend  # noqa: E402
+from gmask.serving.backend import Backend, make_backend  # noqa: E402
 from gmask.serving.settings import ServerSettings  # noqa: E402
-from gmask.serving.webui import LOGIN, create_page, make_backend, mount_page  # noqa: E402
+from gmask.serving.webui import LOGIN, create_page, launch_options, mount_page  # noqa: E402
 from gmask.serving.webui_parts import (  # noqa: E402
     LABELS,
     MAX_CHARACTERS,
@@ -326,6 +327,37 @@ def test_the_command_refuses_an_unknown_language(
         main()
     assert ended.value.code == 2
     assert "'fr' is not one of 'en', 'zh', 'auto'" in capsys.readouterr().err
+
+
+def test_the_page_answers_to_its_own_names(model: Backend) -> None:
+    """A page of another site could else give itself this machine's address, and talk to the model."""
+    page = webui.draw_page(model)
+    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, **launch_options(own_names("127.0.0.1")))
+    try:
+        for path in ("", "config"):
+            for name, status in (("127.0.0.1:7860", 200), ("localhost", 200), ("evil.example", 400)):
+                assert httpx.get(f"{address}{path}", headers={"Host": name}).status_code == status, (path, name)
+    finally:
+        page.close(verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("host", "share", "names"),
+    [
+        ("127.0.0.1", False, ("127.0.0.1", "localhost", "[::1]")),
+        ("0.0.0.0", False, ("*",)),
+        ("127.0.0.1", True, ("*",)),
+    ],
+)
+def test_the_command_says_by_which_names_the_page_is_called(host: str, share: bool, names: tuple[str, ...]) -> None:
+    class Page:
+        def launch(self, **options: Any) -> None:
+            (middleware,) = options["app_kwargs"]["middleware"]
+            assert middleware.kwargs["hosts"] == names
+            raise OSError("it is taken")
+
+    with pytest.raises(GmaskError, match="port 7860 of"):
+        serve_page(Page(), host, 7860, share=share)
 
 
 def visit(loaded: Any, settings: ServerSettings, steps: Callable[[httpx.AsyncClient], Any]) -> Any:

@@ -18,8 +18,8 @@ from gmask.checkpoints.save import SHARD_BYTES, write_config
 from gmask.checkpoints.tensor_files import SafetensorsWriter, plan_shards
 from gmask.files import write_json
 from gmask.generation.chat import DEFAULTS
+from gmask.generation.encoding import Context
 from gmask.generation.engine import Request, Stepper
-from gmask.generation.prompts import Context
 from gmask.generation.sampling import Sampler
 from gmask.generation.settings import Sampling
 from gmask.infilling.blanks import BlankTokens

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from safetensors import SafetensorError
 
@@ -337,6 +337,26 @@ def check_text(text: str, name: str = "the text") -> str:
                 "write it in UTF-8"
             ) from error
     return text
+
+
+LONGEST_TOKEN = 128
+"""Characters of the longest token of the published vocabularies, GPT-2's."""
+
+
+class Vocabulary(Protocol):
+    """What of a tokenizer `check_characters` asks for."""
+
+    def get_vocab(self) -> dict[str, int]:
+        """Returns the ids of the tokens."""
+
+
+def check_characters(text: str, most: int, tokenizer: Vocabulary, *, name: str = "the text") -> None:
+    """Raises `GmaskError` for a text that is longer than ``most`` of the longest tokens.
+
+    Tokenizing takes seconds a megabyte, only to find too many tokens.
+    """
+    if len(text) > most * LONGEST_TOKEN and len(text) > most * max(map(len, tokenizer.get_vocab())):
+        raise GmaskError(f"{name} has {len(text)} characters, and there is room for {most} tokens: shorten it")
 
 
 def refuse_placeholder(path: Path, remedy: str = COPY_AGAIN) -> None:

@@ -33,7 +33,14 @@ INFILL_MODEL, CHAT_MODEL = BUNDLED_NAMES
 SERVER_SETTINGS = [field.name for field in fields(ServerSettings) if field.name not in ("api_keys", "log_prompts")]
 """The settings of ``--set``; the other two have an option each."""
 
-Served = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or name of a model, or bundled, or bundled-chat.")]
+Served = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="Folder or name of a model, or bundled, or bundled-chat.",
+        show_default="bundled, and bundled-chat for conversations",
+    ),
+]
 KeyFile = Annotated[
     Path | None,
     typer.Option(
@@ -67,7 +74,7 @@ LimitPairs = Annotated[
 
 
 def serve(
-    model: Served = INFILL_MODEL,
+    model: Served = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     api_key_file: KeyFile = None,
@@ -79,38 +86,41 @@ def serve(
 ) -> None:
     """Serve a model over HTTP: OpenAI's API, ChatGLM-6B's, and blanks to fill and to score."""
     check_installed()
-    settings = read_settings(model, host, read_keys(api_key_file), log_prompts, parse_settings(pairs or []))
     fixed, chosen = read_adapters(adapter or [])
+    name = model or (base_of(fixed, INFILL_MODEL) if fixed else INFILL_MODEL)
+    settings = read_settings(name, host, read_keys(api_key_file), log_prompts, parse_settings(pairs or []))
     from gmask.checkpoints.hub import check_name
 
-    check_name(model)  # before torch is imported, which takes seconds
+    check_name(name)  # before torch is imported, which takes seconds
     from gmask.checkpoints.load import load
     from gmask.serving.app import create_app, make_server, open_port
+    from gmask.serving.backend import make_backend
     from gmask.serving.middleware import log_as_json
 
     sockets = open_port(host, port)  # before the model, which takes a while
-    network, tokenizer = load(model, dtype=dtype, quantize=quantize, adapter=fixed)
+    network, tokenizer = load(name, dtype=dtype, quantize=quantize, adapter=fixed)
+    chat_backend = None
+    if model is None and fixed is None:  # the first was not tuned for conversations
+        chat_backend = make_backend(
+            *load(CHAT_MODEL, dtype=dtype, quantize=quantize), name=CHAT_MODEL, settings=settings
+        )
     log_as_json()
     if host not in LOOPBACK and not settings.api_keys:
         print("note: everybody who reaches this address may ask: --api-key-file asks for a key", file=sys.stderr)
-    app = create_app(network, tokenizer, settings=settings, adapters=chosen)
+    app = create_app(network, tokenizer, settings=settings, adapters=chosen, chat_backend=chat_backend)
     shows_page = find_spec("gradio") is not None
-    chat_backend = None
     if shows_page:
-        from gmask.serving.webui import make_backend, mount_page
+        from gmask.serving.webui import mount_page
 
-        if model == INFILL_MODEL:  # which was not tuned for conversations
-            chat_backend = make_backend(*load(CHAT_MODEL), name=CHAT_MODEL, settings=settings)
-        app = mount_page(app, chat_backend=chat_backend)
+        app = mount_page(app)
     page = ", a page at /ui" if shows_page else ""
-    print(f"{settings.model_name} at http://{host}:{port}/v1, documented at /docs{page}", file=sys.stderr)
+    names = settings.model_name if chat_backend is None else f"{settings.model_name} and {CHAT_MODEL}"
+    print(f"{names} at http://{host}:{port}/v1, documented at /docs{page}", file=sys.stderr)
     try:
         make_server(app, host=host, port=port).run(sockets=sockets)
     finally:
         for opened in sockets:
             opened.close()
-        if chat_backend is not None:
-            chat_backend.close()
 
 
 def check_installed() -> None:
@@ -162,9 +172,7 @@ def read_adapters(values: list[str]) -> tuple[Path | None, dict[str, Path]]:
 def read_settings(
     model: str, host: str, keys: tuple[str, ...], log_prompts: bool, values: dict[str, Any]
 ) -> ServerSettings:
-    """Returns the settings of a server. At a loopback address it accepts only local names in the Host header.
-
-    Otherwise a foreign web page could use DNS rebinding to send requests from the browser of its reader.
+    """Returns the settings of a server.
 
     Raises:
         GmaskError: an unknown setting (the nearest one is named), or a value that does not fit.
@@ -176,10 +184,18 @@ def read_settings(
                 f"there is no setting {name!r}; the nearest is {near!r}, all are {', '.join(SERVER_SETTINGS)}"
             )
     hosts = values.pop("allowed_hosts", None)
-    names = tuple(str(hosts).split(",")) if hosts else (*LOOPBACK[:2], "[::1]") if host in LOOPBACK else ("*",)
+    names = tuple(str(hosts).split(",")) if hosts else own_names(host)
     values.setdefault("model_name", default_model_name(model))
     values["model_name"] = str(values["model_name"])
     return ServerSettings(api_keys=keys, allowed_hosts=names, log_prompts=log_prompts, **values)
+
+
+def own_names(host: str) -> tuple[str, ...]:
+    """Returns the names that are accepted in the Host header: at a loopback address, local names alone.
+
+    Otherwise a foreign web page could use DNS rebinding to send requests from the browser of its reader.
+    """
+    return (*LOOPBACK[:2], "[::1]") if host in LOOPBACK else ("*",)
 
 
 ServedModel = Annotated[
@@ -213,7 +229,8 @@ def webui(
         check_name(model)  # before torch and Gradio are imported, which takes seconds
     try:
         from gmask.serving.app import open_port
-        from gmask.serving.webui import draw_page, make_backend
+        from gmask.serving.backend import make_backend
+        from gmask.serving.webui import draw_page
     except ModuleNotFoundError as error:
         raise GmaskError(f"{error.name} is not installed; the page needs pip install 'gmask[webui]'") from error
     from gmask.checkpoints.load import load
@@ -236,11 +253,16 @@ def serve_page(page: "gr.Blocks", host: str, port: int, *, share: bool) -> None:
     Raises:
         GmaskError: the port is taken.
     """
-    from gmask.serving.webui import page_options
+    from gmask.serving.webui import launch_options
 
     try:
         _, address, public = page.launch(
-            server_name=host, server_port=port, share=share, quiet=True, prevent_thread_lock=True, **page_options()
+            server_name=host,
+            server_port=port,
+            share=share,
+            quiet=True,
+            prevent_thread_lock=True,
+            **launch_options(("*",) if share else own_names(host)),
         )
     except OSError as error:
         raise GmaskError(f"port {port} of {host} cannot be used: it is taken, or is not this machine's") from error

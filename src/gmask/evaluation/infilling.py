@@ -27,8 +27,8 @@ from gmask.checkpoints.load import find_folder, load
 from gmask.evaluation.ngrams import NgramModel, fill_with_trigrams, fill_with_unigrams, train_ngrams
 from gmask.evaluation.report import print_evaluation
 from gmask.files import read_json_lines, write_json
-from gmask.generation.batches import batches_by_length
 from gmask.generation.infill import infill
+from gmask.generation.padding import batches_by_length
 from gmask.infilling.blanks import NOT_SCORED, BlankTokens, InfillingExample, IntArray
 from gmask.infilling.collator import collate
 from gmask.infilling.objectives import OBJECTIVES, Mixture, Objective

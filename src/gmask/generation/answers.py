@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from gmask.generation.prompts import BlankedText, Context
+from gmask.generation.encoding import BlankedText, Context
 from gmask.generation.settings import Sampling
 
 Finish = Literal["end", "stop", "length"]

@@ -13,8 +13,8 @@ from gmask.conversation import History, Round, read_conversation
 from gmask.errors import GmaskError, is_shortage
 from gmask.files import read_json, write_json
 from gmask.generation.answers import Answer, AnswerStream, answer_text
+from gmask.generation.encoding import Prompt, PromptFormat, find_format, fit_prompt
 from gmask.generation.engine import Request, Stepper
-from gmask.generation.prompts import Prompt, PromptFormat, find_format, fit_prompt
 from gmask.generation.sampling import Sampler
 from gmask.generation.settings import make_sampling
 
@@ -49,6 +49,8 @@ class Chatter:
         trained = model.config.max_position_embeddings
         self.model, self.tokenizer = model, tokenizer
         self.context_length = trained if context_length is None else context_length
+        if not isinstance(self.context_length, int) or self.context_length < 2:
+            raise GmaskError(f"context_length is {context_length!r}: it must be a whole number from 2")
         self.sampling = make_sampling({**DEFAULTS, "max_tokens": self.context_length // 2, **settings})
         if self.sampling.beams > 1 or self.sampling.n > 1:
             raise GmaskError("a conversation has one reply: leave n and num_beams at 1")
@@ -256,6 +258,10 @@ def reply_all(
     Raises:
         GmaskError: not a conversation, or one whose last message is not the user's; a message that does not fit.
     """
+    if not isinstance(conversations, Sequence) or isinstance(conversations, str):
+        raise GmaskError("reply_all takes a list of conversations, each of which is a list of messages")
+    if batch_size < 1:
+        raise GmaskError(f"batch_size must be at least 1, not {batch_size}")
     chatter = Chatter(model, tokenizer, context_length=context_length, **settings)
     prompts = [chatter.fit(messages) for messages in conversations]
     seeds = chatter.sampling.seeds(len(prompts))

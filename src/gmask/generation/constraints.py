@@ -35,6 +35,10 @@ RESERVED_TAIL = 16
 """Last characters of an answer in which a reserved text may have begun; the longest one is ``<|blank_80|>``."""
 
 
+class ConstraintError(GmaskError):
+    """An answer that cannot go on as it was asked for."""
+
+
 class TokenMask(Protocol):
     """The state of a constraint for one answer that is being written."""
 
@@ -44,7 +48,7 @@ class TokenMask(Protocol):
         End tokens are never among them: the caller allows them if `is_complete` returns True.
 
         Raises:
-            GmaskError: the answer can neither go on nor end.
+            ConstraintError: the answer can neither go on nor end.
         """
 
     def accept(self, token_id: int) -> None:
@@ -109,7 +113,7 @@ def regex(tokenizer: PreTrainedTokenizerBase, pattern: str, *, vocabulary_size: 
         text += " & ~RESERVED"
     terminals = "".join(f"{name}: /{rule}/\n" for name, rule in rules.items())
     grammar = f"start: TEXT\nTEXT: / ?/ ({text})\n{terminals}"
-    return _Grammar(table, grammar, vocabulary_size, name=f"the regex {pattern!r}")
+    return _Grammar(table, grammar, vocabulary_size, name=f"the regex {pattern[:50]!r}")
 
 
 def json_schema(
@@ -201,9 +205,19 @@ class _Grammar:
         self.matcher = LLMatcher(table.tokenizer, f'%llguidance {{"no_forcing": true}}\n{grammar}', log_level=0)
         if self.matcher.is_error():
             raise GmaskError(f"{name} is not valid: {_first_reason(self.matcher.get_error())}")
-        mask = self.start()
-        if not mask.is_complete() and not bool(mask._read().any()):
+        if self._is_empty():
             raise GmaskError(f"{name} matches nothing that the tokens of this vocabulary can spell")
+
+    def _is_empty(self) -> bool:
+        """Whether no answer fits, such as where a schema refers to itself alone; but for the space before it."""
+        mask = self.start()
+        if mask.is_complete():
+            return False
+        first = mask._read().nonzero()[:, 0].tolist()
+        if len(first) in (1, 2) and {self.table.spelling.tokens[token] for token in first} == {b" "}:
+            mask.accept(first[0])
+            return not mask.is_complete() and not bool(mask._read().any())
+        return not first
 
     def start(self) -> "_GrammarMask":
         return _GrammarMask(self, self.matcher.deep_copy())
@@ -219,7 +233,7 @@ class _GrammarMask:
     def allowed(self) -> Tensor:
         mask = self._read()
         if not bool(mask.any()) and not self.is_complete():
-            raise GmaskError(f"{self.grammar.name} asks for what the tokens of this vocabulary cannot spell")
+            raise ConstraintError(f"{self.grammar.name} asks for what the tokens of this vocabulary cannot spell")
         return mask
 
     def accept(self, token_id: int) -> None:
@@ -237,7 +251,7 @@ class _GrammarMask:
         bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
         error = self.matcher.get_error()
         if error and not error.startswith("NoExtension"):  # NoExtension: no token fits
-            raise GmaskError(f"{self.grammar.name} is too complex: {_first_reason(error)}")
+            raise ConstraintError(f"{self.grammar.name} is too complex: {_first_reason(error)}")
         mask = torch.zeros(self.grammar.vocabulary_size, dtype=torch.bool)
         known = np.unpackbits(bits, count=len(spelling.tokens), bitorder="little").view(bool)
         mask[: len(known)] = torch.from_numpy(known)[: len(mask)]
@@ -249,6 +263,8 @@ class _GrammarMask:
 
 def _first_reason(message: str) -> str:
     """Returns the line of a message of llguidance that says what is wrong."""
+    if "not present in a registry" in message:
+        return "a $ref leads out of it: put what it refers to under $defs"
     if reason := re.search(r"^error: (.*)$", message, re.MULTILINE):
         return reason[1]
     return re.sub(r"^(?:at \d+\(\d+\): |failed to [^:]*: )*", "", message.partition("\n")[0])

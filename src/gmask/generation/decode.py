@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.generation.answers import Hypothesis, StopMatcher
-from gmask.generation.batches import log_softmax, stack_prompts
+from gmask.generation.encoding import Context
 from gmask.generation.engine import Budget, Stepper
-from gmask.generation.prompts import Context
+from gmask.generation.padding import log_softmax, stack_prompts
 from gmask.generation.sampling import Sampler
 from gmask.generation.settings import Sampling
 from gmask.infilling.blanks import BlankTokens

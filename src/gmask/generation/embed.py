@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
-from gmask.generation.batches import batches_by_length, check_numbers, stack_contexts
-from gmask.generation.prompts import Context, TextReader
+from gmask.generation.encoding import Context, TextReader
+from gmask.generation.padding import batches_by_length, check_numbers, stack_contexts
 from gmask.models.glm import GLMForConditionalGeneration
 
 Pooling = Literal["mean", "first", "last", "mask"]
@@ -92,12 +92,12 @@ class Embedder:
 
     def read(self, text: str) -> Context:
         """Encodes a text, and cuts it if ``truncate`` says so; refuses one that does not fit the model."""
-        context = self.reader.read_any(text).context
+        positions = self.model.config.max_position_embeddings
+        context = self.reader.read_any(text, positions=None if self.truncate else positions).context
         tail = 1  # tokens that stay when the text is cut
         if self.pooling == "mask" and not context.blanks:
             *ids, end = context.ids
             context, tail = Context((*ids, self.reader.special.mask, end), (len(ids),)), 2
-        positions = self.model.config.max_position_embeddings
         if self.truncate and len(context.ids) > positions:
             context = _cut(context, positions, tail)
         context.check_length(positions)

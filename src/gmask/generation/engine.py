@@ -27,8 +27,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gmask.errors import GmaskError, is_shortage
 from gmask.generation.adapters import AdapterSet
 from gmask.generation.answers import Answer, Hypothesis, StopMatcher
-from gmask.generation.batches import NOT_NUMBERS, stack_prompts
-from gmask.generation.prompts import Context, find_format
+from gmask.generation.encoding import Context, find_format
+from gmask.generation.padding import NOT_NUMBERS, stack_prompts
 from gmask.generation.sampling import Sampler, SamplerState, top_tokens
 from gmask.generation.settings import Sampling
 from gmask.hardware import free_bytes

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from gmask.errors import GmaskError
 from gmask.files import at_line, parse_json, read_json_lines, read_lines, writing, written
 from gmask.generation.embed import Embedder, as_floats
+from gmask.generation.encoding import Context
 from gmask.generation.infill import Infiller
-from gmask.generation.prompts import Context
 from gmask.generation.score import ChoiceLists, ChoiceQuestion, Scorer, read_choice_lists
 from gmask.models.glm import GLMForConditionalGeneration
 

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from gmask.errors import GmaskError
 from gmask.generation.answers import Answer, AnswerStream, Hypothesis, Infilling, assemble_infilling, stable_answer
 from gmask.generation.decode import Decoder, make_decoder
+from gmask.generation.encoding import BlankedText, TextReader
 from gmask.generation.engine import Request, Stepper
-from gmask.generation.prompts import BlankedText, TextReader
 from gmask.generation.sampling import Sampler
 from gmask.generation.score import ChoiceLists, read_choice_lists, score_choices
 from gmask.generation.settings import Sampling, SettingsKeywords, make_sampling
@@ -121,9 +121,7 @@ class Infiller:
 
     def read(self, text: str) -> BlankedText:
         """Cuts and encodes a text, and checks that it fits the model."""
-        blanked = self.reader.read(text)
-        blanked.context.check_length(self.model.config.max_position_embeddings)
-        return blanked
+        return self.reader.read(text, positions=self.model.config.max_position_embeddings)
 
     def _assemble(self, text: BlankedText, found: Sequence[Hypothesis]) -> Infilling:
         filled = [

@@ -18,9 +18,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from gmask.errors import GmaskError
 from gmask.generation.answers import Answer, answer_text, rank_scores
-from gmask.generation.batches import batches_by_length, check_numbers, stack_contexts
 from gmask.generation.decode import make_decoder
-from gmask.generation.prompts import BLANKS, BlankedText, Context, TextReader, encode_plain, fit_prompt, format_of
+from gmask.generation.encoding import BLANKS, BlankedText, Context, TextReader, encode_plain, fit_prompt, format_of
+from gmask.generation.padding import batches_by_length, check_numbers, stack_contexts
 from gmask.generation.sampling import Sampler
 from gmask.generation.score import ScoreNormalization, check_normalization, normalize, score_answer_ids
 from gmask.generation.settings import Sampling
@@ -354,7 +354,7 @@ def _warn_of_cuts(questions: Sequence[ReadSample], max_source: int) -> None:
         )
 
 
-LAST_BLANK = re.compile(rf"(\\*)({'|'.join(map(re.escape, BLANKS))})")
+LAST_BLANK = re.compile(rf"(?<!\\)(\\*)({'|'.join(map(re.escape, BLANKS))})")
 
 
 def before_last_blank(text: str) -> str:

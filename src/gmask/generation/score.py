@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
+from gmask.files import check_characters
 from gmask.generation.answers import Answer, Choices, Combination, Token, rank_scores, token_texts
-from gmask.generation.batches import batches_by_length, log_softmax, stack_contexts
-from gmask.generation.prompts import BlankedText, Context, TextReader
+from gmask.generation.encoding import BlankedText, Context, TextReader
+from gmask.generation.padding import batches_by_length, log_softmax, stack_contexts
 from gmask.infilling.blanks import BlankTokens
 from gmask.models.cache import GrowingCache
 from gmask.models.glm import GLMForConditionalGeneration
@@ -185,13 +186,12 @@ class Scorer:
 
     def read(self, text: str, answers: Sequence[str]) -> ChoiceQuestion:
         """Cuts and encodes a text and its answers, and checks that they fit the model."""
-        blanked = self.reader.read(text)
+        blanked = self.reader.read(text, positions=self.model.config.max_position_embeddings)
         if len(blanked.context.blanks) > 1:
             raise GmaskError(
                 f"the text has {len(blanked.context.blanks)} blanks, and answers are scored for one: "
                 "gmask.infill(choices=...) scores several jointly"
             )
-        blanked.context.check_length(self.model.config.max_position_embeddings)
         if isinstance(answers, str) or not isinstance(answers, Sequence) or not all(map(_is_text, answers)):
             raise GmaskError(f"the answers must be a list of texts, such as ['sunny', 'rainy'], not {answers!r}")
         if not answers:
@@ -323,8 +323,9 @@ def encode_answer(
     Raises:
         GmaskError: an answer longer than the model has positions.
     """
-    ids = reader.encode_answer(answer, text, blank)
     positions = model.config.max_position_embeddings
+    check_characters(answer, positions, reader.tokenizer, name=f"the answer {answer[:20]!r}")
+    ids = reader.encode_answer(answer, text, blank)
     if len(ids) >= positions:
         raise GmaskError(
             f"the answer {answer[:20]!r} has {len(ids)} tokens; the model's {positions} positions hold fewer"

@@ -103,5 +103,8 @@ def make_sampling(values: Mapping[str, Any]) -> Sampling:
         if name not in known:
             near = nearest(name, known)
             raise GmaskError(f"there is no setting {name!r}; the nearest is {near!r}, all are {', '.join(known)}")
-    stop = values.get("stop", ())
-    return Sampling(**{**values, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
+    stop = values.get("stop")
+    texts = () if stop is None else (stop,) if isinstance(stop, str) else stop
+    if not isinstance(texts, Sequence):
+        raise GmaskError(f"stop is {stop!r}: give a text or a list of texts")
+    return Sampling(**{**values, "stop": tuple(texts)})

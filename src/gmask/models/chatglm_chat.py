@@ -27,6 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from gmask.conversation import Conversation, History, Round, Rounds, read_conversation
 from gmask.errors import GmaskError
+from gmask.files import check_characters
 
 TRAINING_TIME = "[[训练时间]]"
 FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
@@ -53,9 +54,9 @@ def clean_reply(text: str) -> str:
 TOP_K = 50
 MORE_THAN_A_REPLY = (
     "num_return_sequences", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions",
-    "output_hidden_states",
+    "output_hidden_states", "n", "best_of",
 )  # fmt: skip
-"""Arguments of ``generate`` for results that a chat does not return."""
+"""Arguments, of ``generate`` or of other chats, for results that a chat does not return."""
 
 UNFINISHED = "\ufffd"
 """The decoded text of a character whose bytes are not complete yet."""
@@ -173,6 +174,9 @@ class ChatMixin(GenerationMixin):
         """
         if len(input_ids) != 1:
             raise ValueError(f"stream_generate answers one prompt, not {len(input_ids)}")
+        self._refuse_more_than_a_reply(kwargs)
+        if kwargs.pop("streamer", None) is not None:
+            raise GmaskError("stream_chat and stream_generate are streams themselves: leave out streamer, or use chat")
         if kwargs.get("num_beams", 1) > 1:
             raise GmaskError("beams may change every token to the last one, so they cannot be streamed: use chat")
         tokens = TokenQueue()
@@ -217,6 +221,8 @@ class ChatMixin(GenerationMixin):
                 "they are of two revisions; take all files from one"
             )
         prompt = build_prompt(conversation.require_query(), conversation.rounds)
+        if max_length is not None:
+            check_characters(prompt, max_length, tokenizer, name="the conversation")
         encoded = tokenizer(prompt, return_tensors="pt", split_special_tokens=True)
         length = encoded["input_ids"].shape[1]
         if max_length is not None and length >= max_length:
@@ -254,6 +260,7 @@ class ChatMixin(GenerationMixin):
     ) -> dict[str, Any]:
         """Returns the settings of ``generate``; those of sampling are left out if nothing is drawn."""
         self._refuse_more_than_a_reply(others)
+        others = {name: value for name, value in others.items() if value is not None or name not in MORE_THAN_A_REPLY}
         do_sample = do_sample and temperature != 0
         settings = {"num_beams": num_beams, "do_sample": do_sample, **others}
         if "max_new_tokens" not in others:
@@ -267,7 +274,7 @@ class ChatMixin(GenerationMixin):
 
     def _refuse_more_than_a_reply(self, arguments: dict[str, Any]) -> None:
         """Raises `GmaskError` for arguments of ``generate`` whose results a chat would drop."""
-        config = arguments.get("generation_config")
+        config = arguments.get("generation_config") or self.generation_config
         for name in MORE_THAN_A_REPLY:
             value = arguments.get(name, getattr(config, name, None))
             if value and not (name == "num_return_sequences" and value == 1):

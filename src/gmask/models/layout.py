@@ -5,6 +5,9 @@ the context (row 0; an answer token has the position of the blank that it fills)
 0 in the context, 1 for ``<sop>``, 2 for the token after it). The *visibility* ``[B, 1, T, K]`` is True if a query may
 attend to a key: the context sees itself in both directions, an answer sees its context and the tokens before it.
 
+What makes a layout instead of reading it off ids: ``derive_chat_layout`` in chatglm.py, ChatGLM's rule;
+``infilling/blanks.py``, whose answers are shuffled; ``generation/padding.py``, for contexts side by side.
+
 Shape letters: B batch rows, T query positions, K key positions (cached ones first).
 
 Source: Du et al., "GLM: General Language Model Pretraining with Autoregressive Blank Infilling", ACL 2022, section 2.1.

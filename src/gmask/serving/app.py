@@ -2,20 +2,24 @@
 
 import asyncio
 import errno
+import json
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from transformers import PreTrainedTokenizerBase
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import gmask
 from gmask.checkpoints.load import LanguageModel
@@ -24,7 +28,15 @@ from gmask.generation.adapters import AdapterSet
 from gmask.generation.engine import Engine
 from gmask.serving import blanks, openai
 from gmask.serving.backend import Backend
-from gmask.serving.middleware import AccessLog, AuthMiddleware, ErrorReply, add_error_handlers
+from gmask.serving.middleware import (
+    AccessLog,
+    ApiError,
+    AuthMiddleware,
+    ErrorReply,
+    HostMiddleware,
+    Metrics,
+    add_error_handlers,
+)
 from gmask.serving.settings import ServerSettings
 
 DESCRIPTION = "OpenAI's API, the published one of ChatGLM-6B, and blanks to fill and to score."
@@ -37,6 +49,7 @@ def create_app(
     settings: ServerSettings | None = None,
     adapters: Mapping[str, Path] | None = None,
     engine: Engine | None = None,
+    chat_backend: Backend | None = None,
 ) -> FastAPI:
     """Makes the application that serves a model.
 
@@ -45,9 +58,10 @@ def create_app(
         settings: the limits; by default those of `ServerSettings`.
         adapters: folders of LoRA or prefixes by name. A request chooses one by the model name ``NAME:ADAPTER``.
         engine: writes the answers; by default a new one. The application closes it when it ends.
+        chat_backend: another model, by `make_backend`, for conversations that name no model. The application closes it.
 
     Raises:
-        GmaskError: an adapter that does not fit the model.
+        GmaskError: an adapter that does not fit the model; two models of one name.
     """
     settings = settings or ServerSettings()
     engine = engine or Engine(
@@ -58,12 +72,21 @@ def create_app(
         adapters=AdapterSet(model, adapters or {}),
     )
     backend = Backend(model, tokenizer, engine, settings)
+    backends = [backend] if chat_backend is None else [backend, chat_backend]
+    if chat_backend is not None and chat_backend.settings.model_name in backend.model_names:
+        raise GmaskError(
+            f"two models have the name {chat_backend.settings.model_name!r}: give the first another model_name"
+        )
+    metrics = Metrics([one.engine.counts for one in backends])
+    for one in backends:
+        one.metrics = metrics
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        backend.drain()
-        await asyncio.to_thread(backend.close)
+        for one in backends:
+            one.drain()
+        await asyncio.gather(*(asyncio.to_thread(one.close) for one in backends))
 
     app = FastAPI(
         title="gmask",
@@ -72,33 +95,87 @@ def create_app(
         lifespan=lifespan,
         responses={"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}},
     )
-    app.state.backend = backend
+    app.state.backend, app.state.backends = backend, backends
     for router in (openai.openai_router, blanks.blanks_router, openai.published_router):
         app.include_router(router)
-    _add_probes(app, backend)
+    _add_probes(app, backends, metrics)
     add_error_handlers(app)
     app.add_middleware(AuthMiddleware, settings=settings)  # the last one added is the first to see a request
-    app.add_middleware(AccessLog, metrics=backend.metrics)
+    app.add_middleware(HostMiddleware, hosts=settings.allowed_hosts)
+    app.add_middleware(AccessLog, metrics=metrics)
     return app
 
 
-def _add_probes(app: FastAPI, backend: Backend) -> None:
+def _add_probes(app: FastAPI, backends: Sequence[Backend], figures: Metrics) -> None:
     @app.get("/health", tags=["Operation"])
     async def health() -> dict[str, str]:
         """The process runs, and so does its engine: where it says no, only a new process helps."""
-        backend.check_engine()
+        for backend in backends:
+            backend.check_engine()
         return {"status": "ok"}
 
     @app.get("/ready", tags=["Operation"])
     async def ready(request: Request) -> JSONResponse:
         """Whether it takes requests."""
-        backend.check_open()
+        for backend in backends:
+            backend.check_open()
         return JSONResponse({"status": "ready"})
 
     @app.get("/metrics", tags=["Operation"], response_class=Response)
     async def metrics() -> Response:
         """For Prometheus."""
-        return Response(backend.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+        return Response(figures.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+class TimedProtocol(H11Protocol):
+    """HTTP/1.1 in which what a client has begun must arrive in time.
+
+    uvicorn's own waits for the other half of a request's headers, and for the body of one that has been answered, as
+    long as the client likes. What the application reads of a body has its time from `AuthMiddleware`.
+    """
+
+    deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._set_deadline()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._set_deadline()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._clear_deadline()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """For what is not HTTP."""
+        self._refuse(ApiError(400, "this is not a request in HTTP/1.1, or its headers are too long"))
+
+    def _set_deadline(self) -> None:
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        if is_answering or self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+            self._clear_deadline()
+        elif self.deadline is None:
+            backend: Backend = self.config.app.state.backend  # type: ignore[union-attr]
+            seconds = backend.settings.body_seconds
+            late = ApiError(408, f"the request took more than {seconds:g} s to arrive")
+            self.deadline = self.loop.call_later(seconds, self._refuse, late)
+
+    def _clear_deadline(self) -> None:
+        if self.deadline is not None:
+            self.deadline.cancel()
+            self.deadline = None
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answers what never reached the application, and ends the connection."""
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or (self.cycle.response_complete and self.conn.their_state is not h11.SEND_BODY):
+            body = json.dumps(error.body()).encode()
+            head = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\nContent-Type: application/json\r\n"
+            self.transport.write(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
+        self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -106,9 +183,10 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handles SIGINT and SIGTERM; a second SIGINT ends the server at once."""
-        backend: Backend = self.config.app.state.backend  # type: ignore[union-attr]
+        backends: Sequence[Backend] = self.config.app.state.backends  # type: ignore[union-attr]
         if self.loop is not None:
-            self.loop.call_soon_threadsafe(backend.drain)
+            for backend in backends:
+                self.loop.call_soon_threadsafe(backend.drain)
         super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -174,6 +252,7 @@ def make_server(app: FastAPI, *, host: str, port: int) -> Server:
         port=port,
         access_log=False,
         log_config=None,
+        http=TimedProtocol,
         server_header=False,
         timeout_graceful_shutdown=int(backend.settings.drain_seconds) + 5,
     )

@@ -26,8 +26,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gmask.checkpoints.load import LanguageModel
 from gmask.conversation import Conversation
 from gmask.errors import GmaskError
+from gmask.generation.constraints import ConstraintError
+from gmask.generation.encoding import BLANKS, Context, Prompt, PromptFormat, TextReader, find_format, fit_prompt
 from gmask.generation.engine import Engine, EngineClosed, Request, SampleProgress, Submission
-from gmask.generation.prompts import BLANKS, Context, Prompt, PromptFormat, TextReader, find_format, fit_prompt
 from gmask.generation.settings import Sampling
 from gmask.models.glm import GLMForConditionalGeneration
 from gmask.serving.middleware import ApiError, Metrics, as_api_error
@@ -46,7 +47,7 @@ class Backend:
         self, model: LanguageModel, tokenizer: PreTrainedTokenizerBase, engine: Engine, settings: ServerSettings
     ) -> None:
         self.model, self.tokenizer, self.engine, self.settings = model, tokenizer, engine, settings
-        self.metrics = Metrics(engine.counts)
+        self.metrics = Metrics([engine.counts])
         self.began = int(time.time())
         self.is_draining = False
         self.open_jobs: set[Job] = set()
@@ -100,20 +101,9 @@ class Backend:
         return [own, *(f"{own}:{adapter}" for adapter in self.engine.adapters.names)]
 
     def find_adapter(self, name: str | None) -> str | None:
-        """Returns the adapter of a model's name; None for the model alone, also without a name.
-
-        Raises:
-            ApiError: the name of another model.
-        """
-        names = self.model_names
-        if name is not None and name not in names:
-            raise ApiError(
-                404,
-                f"there is no model {name[:100]!r} here, but {', '.join(map(repr, names))}",
-                param="model",
-                code="model_not_found",
-            )
-        return None if name in (None, names[0]) else str(name).removeprefix(f"{names[0]}:")
+        """Returns the adapter of one of `model_names`; None for the model alone, also without a name."""
+        own = self.settings.model_name
+        return None if not name or name == own else name.removeprefix(f"{own}:")
 
     def check_open(self) -> None:
         """Raises `ApiError` once the server is ending, or its engine has ended."""
@@ -125,6 +115,12 @@ class Backend:
         """Raises `ApiError` if the engine has failed for good."""
         if not self.engine.is_alive and not self.is_draining:
             raise ApiError(503, "the engine has failed for good: the server must be started again", retry_after=30)
+
+    def check_samples(self, samples: int) -> None:
+        """Raises `ApiError` for more answers than one request may ask for; ask before its texts are read."""
+        limit = self.settings.max_samples
+        if samples > limit:
+            raise ApiError(400, f"{samples} answers in one request; this server writes at most {limit}")
 
     async def fit(self, conversation: Conversation, *, longest: int, max_tokens: int | None) -> Prompt:
         """Runs `fit_prompt` for a conversation, in a thread, since tokenizing may take a while."""
@@ -153,9 +149,8 @@ class Backend:
             GmaskError: the engine's queue is full; a context is too long.
         """
         self.check_open()
-        samples, limit = n * len(contexts), self.settings.max_samples
-        if samples > limit:
-            raise ApiError(400, f"{samples} answers in one request; this server writes at most {limit}")
+        samples = n * len(contexts)
+        self.check_samples(samples)
         job = Job(self, http_request, samples, wakes_every_token=is_streamed)
         try:
             sampling = replace(sampling, n=n)
@@ -223,6 +218,30 @@ class Backend:
         """Ends the engine and the worker."""
         self.worker.close()
         self.engine.close(drain=False, timeout=self.settings.drain_seconds)
+
+
+def make_backend(
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, *, name: str, settings: ServerSettings | None = None
+) -> Backend:
+    """Makes a backend with an engine of its own; the caller closes it. ``settings`` has the limits."""
+    limits = replace(settings or ServerSettings(), model_name=name)
+    engine = Engine(model, tokenizer, max_rows=limits.max_rows, max_queue=limits.max_queue)
+    return Backend(model, tokenizer, engine, limits)
+
+
+def find_backend(backends: Sequence[Backend], name: str | None, *, for_chat: bool = False) -> Backend:
+    """Returns the backend of a model's name; without a name the first, and for a conversation the last.
+
+    Raises:
+        ApiError: the name of another model.
+    """
+    if not name:
+        return backends[-1 if for_chat else 0]
+    for backend in backends:
+        if name in backend.model_names:
+            return backend
+    names = ", ".join(repr(known) for backend in backends for known in backend.model_names)
+    raise ApiError(404, f"there is no model {name[:100]!r} here, but {names}", param="model", code="model_not_found")
 
 
 async def _await_disconnect(http_request: HttpRequest) -> None:
@@ -330,6 +349,8 @@ class Job:
 
     def _check(self, progress: SampleProgress) -> None:
         if progress.end == "failed":
+            if isinstance(progress.error, ConstraintError):
+                raise ApiError(400, str(progress.error))
             if isinstance(progress.error, GmaskError) and not isinstance(progress.error, EngineClosed):
                 raise ApiError(500, str(progress.error))
             if progress.error is None:

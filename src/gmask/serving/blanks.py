@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -11,16 +11,22 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from gmask.generation.answers import Infilling, assemble_infilling, stable_answer
+from gmask.generation.encoding import BlankedText
 from gmask.generation.engine import SampleProgress
 from gmask.generation.infill import infill
-from gmask.generation.prompts import BlankedText
 from gmask.generation.score import score
 from gmask.generation.settings import Sampling
-from gmask.serving.backend import STREAMED, Backend, Job, stream
+from gmask.serving.backend import STREAMED, Backend, Job, find_backend, stream
 from gmask.serving.middleware import ApiError, log_fields
 from gmask.serving.openai import read_sampling
 from gmask.serving.replies import IncrementalDetokenizer, count_usage
 from gmask.serving.schema import InfillRequest, ScoreRequest
+
+MAX_CHOICES = 1024
+"""For all blanks of a text."""
+
+MAX_SCORED = 8192
+"""For all texts of a request to score; each answer is tokenized before the first one is scored."""
 
 blanks_router = APIRouter(prefix="/v1", tags=["Blanks"])
 
@@ -32,16 +38,16 @@ async def fill(request: Request, body: InfillRequest) -> Response:
     With ``choices``, or for several of the best answers (``n`` or ``num_beams`` without a temperature), the whole
     text is searched at once, by one request at a time; else the engine writes it together with other requests.
     """
-    backend: Backend = request.app.state.backend
+    backend = find_backend(request.app.state.backends, body.model)
     adapter = backend.find_adapter(body.model)
     backend.require_blanks("filling blanks")
-    blanked = await asyncio.to_thread(backend.reader.read, body.text)
-    blanked.context.check_length(backend.positions)
+    _check_answers(body, backend)
+    blanked = await asyncio.to_thread(backend.reader.read, body.text, positions=backend.positions)
     sampling = read_sampling(body, {}, backend, max_tokens=body.max_tokens)
     if backend.settings.log_prompts:
         log_fields(request, prompt=body.text)
     if body.choices is not None or body.num_beams > 1 or (body.n > 1 and sampling.temperature == 0):
-        return await _search(request, body, sampling, len(blanked.context.ids) + 1)
+        return await _search(request, backend, body, sampling, len(blanked.context.ids) + 1)
     if body.stream and body.n > 1:
         raise ApiError(400, "several answers cannot be streamed: the best is known at the end", param="stream")
     job = backend.submit(
@@ -62,6 +68,15 @@ async def fill(request: Request, body: InfillRequest) -> Response:
     return JSONResponse(_write(best, body, backend, job.prompt_tokens, tokens))
 
 
+def _check_answers(body: InfillRequest, backend: Backend) -> None:
+    """Raises `ApiError` for more answers, beams or choices than one request may ask for."""
+    if max(body.n, body.num_beams) > backend.settings.max_samples:
+        raise ApiError(400, f"n and num_beams may be {backend.settings.max_samples} at most here", param="n")
+    lists: Iterable[str | list[str]] = body.choices.values() if isinstance(body.choices, dict) else body.choices or ()
+    if sum(1 if isinstance(one, str) else len(one) for one in lists) > MAX_CHOICES:
+        raise ApiError(400, f"there are more than {MAX_CHOICES} choices", param="choices")
+
+
 async def read_filled(job: Job, blanked: BlankedText, sampling: Sampling) -> Infilling:
     """Waits for a job; returns the filled text and its alternatives, best first; errors as of `Job.updates`."""
     with closing(job):
@@ -71,19 +86,16 @@ async def read_filled(job: Job, blanked: BlankedText, sampling: Sampling) -> Inf
     return replace(filled[0], alternatives=tuple(filled[1:]))
 
 
-async def _search(request: Request, body: InfillRequest, sampling: Sampling, prompt_tokens: int) -> Response:
+async def _search(
+    request: Request, backend: Backend, body: InfillRequest, sampling: Sampling, prompt_tokens: int
+) -> Response:
     """Scores choices, or searches by beams, on the worker."""
-    backend: Backend = request.app.state.backend
     if body.stream:
         raise ApiError(400, "choices and beams cannot be streamed: the best is known at the end", param="stream")
-    if max(body.n, body.num_beams) > backend.settings.max_samples:
-        raise ApiError(400, f"n and num_beams may be {backend.settings.max_samples} at most here", param="n")
     for name in ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"):
         if getattr(body, name) is not None:
             raise ApiError(400, f"{name} goes with drawn or single answers, not with choices or beams", param=name)
     model = backend.require_blanks("filling blanks")
-    if body.choices is not None:
-        _check_choices(body)
     found = await backend.offline(
         request,
         lambda: infill(
@@ -107,13 +119,6 @@ async def _search(request: Request, body: InfillRequest, sampling: Sampling, pro
     tokens = _count(found)
     log_fields(request, prompt_tokens=prompt_tokens, completion_tokens=tokens)
     return JSONResponse(_write(found, body, backend, prompt_tokens, tokens))
-
-
-def _check_choices(body: InfillRequest) -> None:
-    assert body.choices is not None
-    lists = body.choices.values() if isinstance(body.choices, dict) else body.choices
-    if sum(1 if isinstance(one, str) else len(one) for one in lists) > 1024:
-        raise ApiError(400, "there are more than 1024 choices", param="choices")
 
 
 def _assemble(blanked: BlankedText, progress: SampleProgress, sampling: Sampling, backend: Backend) -> Infilling:
@@ -162,12 +167,15 @@ async def _fragments(
 @blanks_router.post("/score")
 async def rank(request: Request, body: ScoreRequest) -> JSONResponse:
     """Exact log-probabilities of given answers, as ``gmask score --json`` prints them."""
-    backend: Backend = request.app.state.backend
+    backend = find_backend(request.app.state.backends, body.model)
     adapter = backend.find_adapter(body.model)
     model = backend.require_blanks("scoring answers to a blank")
     texts = [body.text] if isinstance(body.text, str) else body.text
     if backend.settings.log_prompts:
         log_fields(request, prompt=texts)
+    count = len(texts) * len(body.answers) if isinstance(body.answers[0], str) else sum(map(len, body.answers))
+    if count > MAX_SCORED:
+        raise ApiError(400, f"{count} answers are to be scored; at most {MAX_SCORED} at once", param="answers")
     found = await backend.offline(
         request,
         lambda: score(model, backend.tokenizer, texts, body.answers, normalization=body.normalization),

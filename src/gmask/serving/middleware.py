@@ -43,6 +43,39 @@ PAGE_PATH = "/ui"
 """The path of the page. It asks for the key itself, since a browser does not send it in a header."""
 
 
+class HostMiddleware:
+    """Refuses requests to other hosts, and those that two servers in a row could read as different ones.
+
+    A page of another site could otherwise give itself this machine's address, and ask in the name of who reads it.
+
+    Args:
+        hosts: names in the Host header; ``"*"`` is any.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+        self.app = app
+        self.hosts = hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        message = None
+        if "*" not in self.hosts and host_name(headers.get("host", "")) not in self.hosts:
+            message = "the Host header names none of the hosts that this server answers to (allowed_hosts)"
+        elif "content-length" in headers and "transfer-encoding" in headers:
+            message = "the headers Content-Length and Transfer-Encoding exclude each other: send one of the two"
+        if message is None:
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            response = ApiError(400, message).response()
+            response.headers["Connection"] = "close"
+            await response(scope, receive, send)
+
+
 class AuthMiddleware:
     """Refuses requests without a valid key, for another host, or with a body that is too large or too slow."""
 
@@ -65,15 +98,14 @@ class AuthMiddleware:
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
-        hosts = self.settings.allowed_hosts
-        if "*" not in hosts and host_name(headers.get("host", "")) not in hosts:
-            raise ApiError(400, "the Host header names none of the hosts that this server answers to (allowed_hosts)")
         keys = self.settings.api_keys
         if keys and not needs_no_key(scope["path"]) and not is_authorized(headers.get("authorization", ""), keys):
             raise ApiError(401, "an API key is needed: send it as the header 'Authorization: Bearer KEY'")
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > self.settings.max_body_bytes:
             self._refuse_size()
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            raise ApiError(415, "the body is read as it is: send it without the header Content-Encoding")
 
     async def _read(self, receive: Receive) -> bytes | None:
         """Returns the whole body; None if the client has disconnected."""
@@ -141,6 +173,7 @@ ERROR_TYPES = {
     405: ("invalid_request_error", "method_not_allowed"),
     408: ("invalid_request_error", "request_timeout"),
     413: ("invalid_request_error", "request_too_large"),
+    415: ("invalid_request_error", "unsupported_media_type"),
     429: ("rate_limit_error", "rate_limit_exceeded"),
     500: ("server_error", "internal_error"),
     503: ("server_error", "unavailable"),
@@ -235,20 +268,31 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, answer)
 
 
+OUR_WORDS = {
+    "extra_forbidden": "is not a parameter that this server knows",
+    "model_type": "should be an object",
+    "model_attributes_type": "should be an object",
+    "dict_type": "should be an object",
+}
+"""Messages by the type of pydantic's error, where its own name our classes or Python's types."""
+
+
 def explain_invalid_body(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     """Returns the error for the first fault in a body, without the wrong value.
 
     If a parameter may have several types, pydantic has an error for each; the one of the closest type is chosen.
     """
     first = errors[0]
+    if isinstance(body, bytes) and body:
+        return ApiError(400, "the body is read as JSON if it comes with the header Content-Type: application/json")
+    if first["type"] == "missing" and len(first["loc"]) == 1:
+        return ApiError(400, "there is no body: send JSON, with the header Content-Type: application/json")
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON (at character {first['loc'][-1]}): {first['ctx']['error']}")
     found = [(path_of(error, body), error) for error in errors if error["loc"][:2] == first["loc"][:2]]
     path, error = max(found, key=lambda pair: (not pair[1]["type"].endswith("_type"), len(pair[0])))
     param = ".".join(path) or None
-    message = str(error["msg"]).removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        message = "is not a parameter that this server knows"
+    message = OUR_WORDS.get(error["type"], str(error["msg"]).removeprefix("Value error, "))
     return ApiError(400, f"{param}: {message}" if param else f"the body: {message}", param=param)
 
 
@@ -273,8 +317,8 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 class Metrics:
     """The Prometheus metrics of one application, in a registry of their own, so that applications do not share them."""
 
-    def __init__(self, counts: "Callable[[], Counts]") -> None:
-        """``counts`` returns the engine's counts; it is called when the metrics are fetched."""
+    def __init__(self, counts: "Sequence[Callable[[], Counts]]") -> None:
+        """Each of ``counts`` returns the counts of an engine; it is called when the metrics are fetched."""
         self.registry = CollectorRegistry()
         self.registry.register(EngineCollector(counts))
 
@@ -360,9 +404,9 @@ SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 300)
 
 
 class EngineCollector(Collector):
-    """Collects the counts of the engine."""
+    """Collects the counts of the engines, summed."""
 
-    def __init__(self, counts: "Callable[[], Counts]") -> None:
+    def __init__(self, counts: "Sequence[Callable[[], Counts]]") -> None:
         self.counts = counts
 
     def describe(self) -> Iterator[Metric]:
@@ -370,18 +414,24 @@ class EngineCollector(Collector):
         return iter(())
 
     def collect(self) -> Iterator[Metric]:
-        """Yields the present counts of the engine."""
-        counts = self.counts()
-        yield GaugeMetricFamily("gmask_queue_length", "Requests that wait for their turn", counts.waiting)
-        yield GaugeMetricFamily("gmask_running_rows", "Answers that are being written: the batch size", counts.running)
-        yield GaugeMetricFamily("gmask_cache_places_in_use", "Positions of keys and values taken", counts.positions)
+        """Yields the present counts of the engines."""
+        counts = [read() for read in self.counts]
+
+        def total(name: str) -> int:
+            return sum(getattr(one, name) for one in counts)
+
+        yield GaugeMetricFamily("gmask_queue_length", "Requests that wait for their turn", total("waiting"))
         yield GaugeMetricFamily(
-            "gmask_cache_places", "Positions of keys and values that there are", counts.max_positions
+            "gmask_running_rows", "Answers that are being written: the batch size", total("running")
         )
-        yield CounterMetricFamily("gmask_prompt_tokens", "Tokens that were read", counts.prompt_tokens)
-        yield CounterMetricFamily("gmask_generated_tokens", "Tokens that were written", counts.answer_tokens)
-        yield CounterMetricFamily("gmask_decoding_steps", "Passes that write a token of every row", counts.steps)
+        yield GaugeMetricFamily("gmask_cache_places_in_use", "Positions of keys and values taken", total("positions"))
+        yield GaugeMetricFamily(
+            "gmask_cache_places", "Positions of keys and values that there are", total("max_positions")
+        )
+        yield CounterMetricFamily("gmask_prompt_tokens", "Tokens that were read", total("prompt_tokens"))
+        yield CounterMetricFamily("gmask_generated_tokens", "Tokens that were written", total("answer_tokens"))
+        yield CounterMetricFamily("gmask_decoding_steps", "Passes that write a token of every row", total("steps"))
         samples = CounterMetricFamily("gmask_samples", "Answers by their end", labels=["end"])
-        for end, count in counts.ends.items():
-            samples.add_metric([end], count)
+        for end in dict.fromkeys(end for one in counts for end in one.ends):
+            samples.add_metric([end], sum(one.ends.get(end, 0) for one in counts))
         yield samples

@@ -22,17 +22,18 @@ from pydantic import BaseModel
 
 from gmask.conversation import Conversation, History, read_content, read_conversation
 from gmask.errors import GmaskError
+from gmask.files import check_characters
 from gmask.generation import constraints
 from gmask.generation.answers import stable_answer, token_texts
-from gmask.generation.batches import log_softmax
 from gmask.generation.chat import DEFAULTS
 from gmask.generation.constraints import Constraint
-from gmask.generation.embed import as_floats, embed
+from gmask.generation.embed import Embedder, Vectors, as_floats
+from gmask.generation.encoding import Context, encode_plain
 from gmask.generation.engine import SampleProgress
-from gmask.generation.prompts import Context, encode_plain
+from gmask.generation.padding import log_softmax
 from gmask.generation.settings import Sampling
 from gmask.serving import replies
-from gmask.serving.backend import STREAMED, Backend, Job, Key, stream
+from gmask.serving.backend import STREAMED, Backend, Job, Key, find_backend, stream
 from gmask.serving.middleware import ApiError, log_fields
 from gmask.serving.replies import (
     ChatBuilder,
@@ -64,16 +65,15 @@ Readers = Mapping[Key, IncrementalDetokenizer]
 @openai_router.get("/models", responses={200: {"model": replies.ModelList}})
 async def list_models(request: Request) -> Response:
     """The model that is served, and it with each of its adapters."""
-    backend: Backend = request.app.state.backend
-    models = [_describe_model(backend, name) for name in backend.model_names]
+    backends: Sequence[Backend] = request.app.state.backends
+    models = [_describe_model(backend, name) for backend in backends for name in backend.model_names]
     return json_response(replies.ModelList(object="list", data=models))
 
 
 @openai_router.get("/models/{name:path}", responses={200: {"model": replies.Model}})
 async def show_model(request: Request, name: str) -> Response:
     """The model of a name."""
-    backend: Backend = request.app.state.backend
-    backend.find_adapter(name)
+    backend = find_backend(request.app.state.backends, name)
     return json_response(_describe_model(backend, name))
 
 
@@ -84,8 +84,8 @@ def _describe_model(backend: Backend, name: str) -> replies.Model:
 @openai_router.post("/chat/completions", responses={200: {"model": replies.ChatCompletion, "content": STREAMED}})
 async def chat(request: Request, body: ChatRequest) -> Response:
     """The reply to a conversation."""
-    backend: Backend = request.app.state.backend
-    backend.find_adapter(body.model)
+    backend = find_backend(request.app.state.backends, body.model, for_chat=True)
+    backend.check_samples(body.n or 1)
     messages = [{"role": message.role, "content": message.content} for message in body.messages]
     conversation = read_question(messages, param="messages")
     wanted = body.max_completion_tokens or body.max_tokens
@@ -107,7 +107,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
         log_fields(request, prompt=[read_content(message["content"]) for message in messages])
     question = ApiPrompt(prompt.context, backend.format.stable_text)
     builder = ChatBuilder(_name(body, backend), logprobs=bool(body.logprobs), rounds_left_out=prompt.rounds_left_out)
-    return await _answer(request, body, builder, [question], sampling, n=body.n or 1)
+    return await _answer(request, backend, body, builder, [question], sampling, n=body.n or 1)
 
 
 def read_question(history: History | None, query: str | None = None, *, param: str) -> Conversation:
@@ -128,16 +128,16 @@ async def complete(request: Request, body: CompletionRequest) -> Response:
     ``[gMASK] <sop>``: a context that is read in both directions has no chain of probabilities. The answer still reads
     the prompt in both directions.
     """
-    backend: Backend = request.app.state.backend
-    backend.find_adapter(body.model)
+    backend = find_backend(request.app.state.backends, body.model)
+    n = body.n or 1
+    samples = max(body.best_of or n, n)
+    backend.check_samples(samples * count_prompts(body))
     questions = await asyncio.to_thread(read_prompts, body, backend)
     if backend.settings.log_prompts:
         log_fields(request, prompt=[question.text for question in questions])
     max_tokens = 16 if body.max_tokens is None else body.max_tokens
     if max_tokens == 0 and not body.echo:
         raise ApiError(400, "max_tokens 0 goes with echo: there is nothing to answer", param="max_tokens")
-    n = body.n or 1
-    samples = max(body.best_of or n, n)
     if body.stream and (samples > n or body.echo):
         raise ApiError(400, "an answer with best_of or echo cannot be streamed", param="stream")
     sampling = read_sampling(
@@ -154,14 +154,14 @@ async def complete(request: Request, body: CompletionRequest) -> Response:
         _name(body, backend),
         logprobs=body.logprobs is not None,
         prompts=[question.text for question in questions],
-        echoes=await _score_prompts(request, questions, body) if body.echo else None,
+        echoes=await _score_prompts(request, backend, questions, body) if body.echo else None,
     )
     if max_tokens == 0:
         assert builder.echoes is not None, "nothing is answered to a prompt that is echoed alone"
         prompt_tokens = sum(len(echo) + 2 for echo in builder.echoes)
         empty = [CompletedSample("", (), "length", 0, 0.0)] * (len(questions) * n)
         return json_response(builder.whole(empty, n=n, prompt_tokens=prompt_tokens))
-    return await _answer(request, body, builder, questions, sampling, n=n, samples=samples)
+    return await _answer(request, backend, body, builder, questions, sampling, n=n, samples=samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +179,9 @@ class ApiPrompt:
 
 
 async def _score_prompts(
-    request: Request, questions: Sequence[ApiPrompt], body: CompletionRequest
+    request: Request, backend: Backend, questions: Sequence[ApiPrompt], body: CompletionRequest
 ) -> list[tuple[ScoredToken, ...]]:
     """Returns the tokens of the prompts with their log-probabilities; none if log-probabilities were not asked for."""
-    backend: Backend = request.app.state.backend
     if body.logprobs is None:
         return [()] * len(questions)
     scorings = [partial(score_text, backend, question.ids, top=body.logprobs) for question in questions]
@@ -198,6 +197,7 @@ def _name(body: Bookkeeping, backend: Backend) -> str:
 
 async def _answer(
     request: Request,
+    backend: Backend,
     body: ChatRequest | CompletionRequest,
     builder: ReplyBuilder,
     questions: Sequence[ApiPrompt],
@@ -207,7 +207,6 @@ async def _answer(
     samples: int | None = None,
 ) -> Response:
     """Lets the engine write ``samples`` answers to each prompt, and sends the best ``n``, whole or streamed."""
-    backend: Backend = request.app.state.backend
     samples = samples or n
     job = backend.submit(
         request,
@@ -277,8 +276,7 @@ async def _chunks(
 @openai_router.post("/embeddings", responses={200: {"model": replies.Embeddings}})
 async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
     """A vector for each text: pooled hidden states of a model that fills blanks."""
-    backend: Backend = request.app.state.backend
-    adapter = backend.find_adapter(body.model)
+    backend = find_backend(request.app.state.backends, body.model)
     model = backend.require_blanks("an embedding")
     size = model.config.hidden_size
     if body.dimensions not in (None, size):
@@ -286,11 +284,13 @@ async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
     texts = [body.input] if isinstance(body.input, str) else body.input
     if backend.settings.log_prompts:
         log_fields(request, prompt=texts)
-    vectors = await backend.offline(
-        request,
-        lambda: embed(model, backend.tokenizer, texts, pooling=body.pooling, layer=body.layer),
-        adapter=adapter,
-    )
+
+    def read() -> tuple[Vectors, int]:
+        embedder = Embedder(model, backend.tokenizer, body.pooling, body.layer)
+        contexts = [embedder.read(text) for text in texts]
+        return embedder.embed(contexts), sum(len(context.ids) for context in contexts)
+
+    vectors, tokens = await backend.offline(request, read, adapter=backend.find_adapter(body.model))
     is_binary = body.encoding_format == "base64"
     data = [
         replies.Embedding(
@@ -300,7 +300,6 @@ async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
         )
         for index, vector in enumerate(vectors)
     ]
-    tokens = sum(len(backend.reader.read_any(text).context.ids) for text in texts)
     usage = replies.Usage(prompt_tokens=tokens, total_tokens=tokens)
     return json_response(replies.Embeddings(object="list", data=data, model=_name(body, backend), usage=usage))
 
@@ -362,6 +361,12 @@ def read_constraint(request: Constrained, backend: Backend) -> Constraint | None
     return constraints.json_schema(tokenizer, wanted.json_schema.schema_, vocabulary_size=size)
 
 
+def count_prompts(request: CompletionRequest) -> int:
+    """Counts the prompts that `read_prompts` will return."""
+    is_one = isinstance(request.prompt, str) or (bool(request.prompt) and isinstance(request.prompt[0], int))
+    return 1 if is_one else len(request.prompt)
+
+
 def read_prompts(request: CompletionRequest, backend: Backend) -> list[ApiPrompt]:
     """Reads the prompts of a completion: one, or several of the same kind."""
     prompts = request.prompt
@@ -377,6 +382,8 @@ def read_prompts(request: CompletionRequest, backend: Backend) -> list[ApiPrompt
 
 
 def _read_text(text: str, suffix: str | None, backend: Backend) -> ApiPrompt:
+    for one in (text, suffix or ""):
+        check_characters(one, backend.positions, backend.tokenizer)
     ids = tuple(encode_plain(backend.tokenizer, text))
     if not backend.fills_blanks:
         if suffix is not None:
@@ -396,6 +403,10 @@ def escape(text: str, backend: Backend) -> str:
 def _read_ids(ids: Sequence[int], suffix: str | None, backend: Backend) -> ApiPrompt:
     if suffix is not None:
         raise ApiError(400, "suffix goes with a prompt that is text", param="suffix")
+    if len(ids) > backend.positions:
+        raise ApiError(
+            400, f"a prompt has {len(ids)} tokens; the model has {backend.positions} positions", param="prompt"
+        )
     size = len(backend.tokenizer)
     if unknown := [token for token in ids if token >= size]:
         raise ApiError(400, f"token {unknown[0]} is not one of the {size} of this vocabulary", param="prompt")
@@ -425,7 +436,7 @@ class PublishedReply(BaseModel):
 @published_router.post("/", responses={200: {"model": PublishedReply}})
 async def reply(request: Request, body: PublishedRequest) -> Response:
     """The reply to a prompt behind its history."""
-    backend: Backend = request.app.state.backend
+    backend = find_backend(request.app.state.backends, None, for_chat=True)
     conversation = read_question(body.history, body.prompt, param="history")
     longest = min(body.max_length or MAX_LENGTH, backend.positions)
     prompt = await backend.fit(conversation, longest=longest, max_tokens=None)

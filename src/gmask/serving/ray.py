@@ -20,8 +20,8 @@ from ray.serve import Application, Deployment
 from gmask.checkpoints.load import load
 from gmask.config import parse_yaml
 from gmask.errors import GmaskError, nearest, one_line
+from gmask.generation.encoding import find_format
 from gmask.generation.engine import Engine, Request
-from gmask.generation.prompts import find_format
 from gmask.generation.settings import Sampling
 from gmask.serving.app import create_app
 from gmask.serving.settings import ServerSettings, default_model_name, environment_keys

@@ -1,12 +1,13 @@
 """The bodies of requests.
 
 OpenAI's parameters keep their names and defaults, unless a comment says otherwise. An unknown parameter is an error and
-is not ignored, unless it is null.
+is not ignored, unless it asks for nothing: see `asks_for_nothing`.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WrapValidator, model_validator
 
 from gmask.config import Range, hints_of
 from gmask.files import check_text
@@ -35,12 +36,25 @@ Seed = Annotated[int, in_range_of("seed", lt=2**63)]
 MaxTokens = Annotated[int, in_range_of("max_tokens", lt=INT32)]
 SampleCount = Annotated[int, in_range_of("n")]
 TopLogprobCount = Annotated[int, in_range_of("top_logprobs")]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=INT32)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=INT32)]], Field(min_length=1, fail_fast=True)]
+"""Lists fail fast: a body may hold 200,000 wrong entries, and only the first error is reported."""
 
 AnyText = Annotated[str, AfterValidator(check_text)]
 Text = Annotated[str, Field(min_length=1), AfterValidator(check_text)]
+Texts = Annotated[list[Text], Field(fail_fast=True)]
 RoundTexts = Annotated[list[AnyText], Field(min_length=2, max_length=2)]  # asked, answered
 Unread = WrapValidator(lambda value, _: value)  # documented by its type, and read by gmask.conversation
+
+
+def refuse_many(values: Any) -> Any:
+    """Raises `ValueError` for a mapping of more than `MOST_ENTRIES`, before any of them is looked at."""
+    if isinstance(values, dict) and len(values) > MOST_ENTRIES:
+        raise ValueError(f"has {len(values)} entries, where {MOST_ENTRIES} are taken")
+    return values
+
+
+MOST_ENTRIES = 1024
+Few = BeforeValidator(refuse_many)
 
 
 def refuse_tools(tools: list[Any]) -> list[Any]:
@@ -54,6 +68,28 @@ Tools = Annotated[list[Any], AfterValidator(refuse_tools)]
 StopText = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(check_text)]
 
 
+EMPTY: Sequence[Any] = (None, "", "none", [], {})
+OFTEN_EMPTY = frozenset(
+    {"tools", "tool_choice", "functions", "function_call", "parallel_tool_calls", "response_format", "stream_options",
+     "logit_bias", "metadata", "service_tier", "encoding_format"}
+)  # fmt: skip
+"""OpenAI's parameters that clients send empty; of others, such as a stop text, an empty one is a mistake."""
+
+UNSAID: dict[str, Sequence[Any]] = {
+    "n": [1], "best_of": [1], "stream": [False], "echo": [False], "logprobs": [False],
+    "response_format": [{"type": "text"}], "tool_choice": ["auto"], "function_call": ["auto"],
+    "parallel_tool_calls": [True, False],
+}  # fmt: skip
+"""What OpenAI's clients may send of parameters that an endpoint has not, for it is what happens without them."""
+
+
+def asks_for_nothing(name: str, value: Any, *, is_known: bool) -> bool:
+    """Whether a parameter may as well be left out."""
+    if is_known:
+        return value is None or (name in OFTEN_EMPTY and value in EMPTY)
+    return value in EMPTY or value in UNSAID.get(name, ())
+
+
 class Body(BaseModel):
     """The JSON object of a request."""
 
@@ -61,11 +97,18 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_unknown_nulls(cls, values: Any) -> Any:
+    def _drop_what_asks_for_nothing(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        known = {field.alias or name for name, field in cls.model_fields.items()}
-        return {name: value for name, value in values.items() if value is not None or name in known}
+        fields = {field.alias or name: field for name, field in cls.model_fields.items()}
+        needed = {name for name, field in fields.items() if field.is_required()}
+        kept = {
+            name: value
+            for name, value in values.items()
+            if name in needed or not asks_for_nothing(name, value, is_known=name in fields)
+        }
+        unknown = [name for name in kept if name not in fields]  # one of them is told, and there may be thousands
+        return {name: value for name, value in kept.items() if name in fields or name == unknown[0]}
 
 
 class Bookkeeping(Body):
@@ -74,7 +117,7 @@ class Bookkeeping(Body):
     model: str | None = None  # must be the name of the served model where it is given
     user: str | None = None
     store: bool | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], Few] | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -111,11 +154,11 @@ class Sampled(Bookkeeping):
     top_k: Annotated[int, in_range_of("top_k", lt=INT32)] | None = None
     min_tokens: Annotated[int, in_range_of("min_tokens", lt=INT32)] | None = None
     seed: Seed | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=16, fail_fast=True)] | None = None
     repetition_penalty: Annotated[float, in_range_of("repetition_penalty", le=10)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], Few] | None = None
     timeout: Annotated[float, Field(gt=0)] | None = None  # seconds; at most the server's own limit
 
 
@@ -124,7 +167,7 @@ class Constrained(Sampled):
 
     response_format: ResponseFormat | None = None
     guided_regex: Text | None = None
-    guided_choice: Annotated[list[Text], Field(min_length=1, max_length=1024)] | None = None
+    guided_choice: Annotated[list[Text], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
 
 
 class TextPart(Body):
@@ -150,7 +193,7 @@ class ChatMessage(Body):
 class ChatRequest(Constrained):
     """``POST /v1/chat/completions``. Temperature, top_p and top_k default to ChatGLM's 0.95, 0.7 and 50."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_tokens: MaxTokens | None = None  # the rest of the context
     max_completion_tokens: MaxTokens | None = None
     n: SampleCount | None = None
@@ -168,7 +211,12 @@ class ChatRequest(Constrained):
 class CompletionRequest(Constrained):
     """``POST /v1/completions``: what follows the prompt or, with a suffix, what stands between the two."""
 
-    prompt: AnyText | list[AnyText] | TokenIds | list[TokenIds]
+    prompt: (
+        AnyText
+        | Annotated[list[AnyText], Field(fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(fail_fast=True)]
+    )
     suffix: AnyText | None = None
     max_tokens: Annotated[int, Field(ge=0, lt=INT32)] | None = None  # 16; with echo it may be 0
     n: SampleCount | None = None
@@ -182,7 +230,7 @@ class CompletionRequest(Constrained):
 class EmbeddingRequest(Bookkeeping):
     """``POST /v1/embeddings``; ``pooling`` and ``layer`` as of `gmask.embed`."""
 
-    input: Text | Annotated[list[Text], Field(min_length=1, max_length=2048)]
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=2048, fail_fast=True)]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     pooling: Pooling = "mean"
@@ -193,7 +241,7 @@ class InfillRequest(Sampled):
     """``POST /v1/infill``: a text with blanks, its parameters as of `gmask.infill`, greedy by default."""
 
     text: Text
-    choices: list[Text] | list[list[Text]] | dict[int, list[Text]] | None = None
+    choices: Texts | Annotated[list[Texts], Field(fail_fast=True)] | Annotated[dict[int, Texts], Few] | None = None
     max_tokens: MaxTokens = Sampling().max_tokens
     n: SampleCount = Sampling().n
     num_beams: Annotated[int, in_range_of("num_beams", le=64)] = Sampling().num_beams
@@ -204,10 +252,10 @@ class InfillRequest(Sampled):
 class ScoreRequest(Bookkeeping):
     """``POST /v1/score``: as of `gmask.score`."""
 
-    text: Text | Annotated[list[Text], Field(min_length=1, max_length=256)]
+    text: Text | Annotated[list[Text], Field(min_length=1, max_length=256, fail_fast=True)]
     answers: (
-        Annotated[list[Text], Field(min_length=1, max_length=1024)]
-        | Annotated[list[Annotated[list[Text], Field(min_length=1, max_length=1024)]], Field(min_length=1)]
+        Annotated[Texts, Field(min_length=1, max_length=1024)]
+        | Annotated[list[Annotated[Texts, Field(min_length=1, max_length=1024)]], Field(min_length=1, fail_fast=True)]
     )
     normalization: ScoreNormalization = "sum"
 

@@ -13,6 +13,7 @@ import pandas as pd
 from fastapi import FastAPI
 from gradio.context import get_blocks_context
 from gradio.events import Dependency
+from starlette.middleware import Middleware
 from transformers import PreTrainedTokenizerBase
 
 from gmask.checkpoints.load import LanguageModel
@@ -20,10 +21,8 @@ from gmask.conversation import Conversation, read_content, read_conversation
 from gmask.errors import GmaskError
 from gmask.generation.answers import Choices, Infilling
 from gmask.generation.chat import DEFAULTS, Reply
-from gmask.generation.engine import Engine
-from gmask.serving.backend import Backend
-from gmask.serving.middleware import PAGE_PATH, is_key
-from gmask.serving.settings import ServerSettings
+from gmask.serving.backend import Backend, make_backend
+from gmask.serving.middleware import PAGE_PATH, HostMiddleware, is_key
 from gmask.serving.webui_parts import (
     MAX_CHARACTERS,
     PAGE_LANGUAGES,
@@ -73,6 +72,11 @@ def page_options() -> dict[str, Any]:
     }
 
 
+def launch_options(hosts: Sequence[str]) -> dict[str, Any]:
+    """`page_options` for ``launch``; ``hosts`` as of `HostMiddleware`."""
+    return {**page_options(), "app_kwargs": {"middleware": [Middleware(HostMiddleware, hosts=hosts)]}}
+
+
 def create_page(
     model: LanguageModel, tokenizer: PreTrainedTokenizerBase, *, name: str, language: PageLanguage = "auto"
 ) -> gr.Blocks:
@@ -89,15 +93,6 @@ def create_page(
         Blocks to ``launch(**page_options())``, or to mount in an application with the same options.
     """
     return draw_page(make_backend(model, tokenizer, name=name), language=language)
-
-
-def make_backend(
-    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, *, name: str, settings: ServerSettings | None = None
-) -> Backend:
-    """Makes the backend of a page with an engine of its own; the caller closes it. ``settings`` has the limits."""
-    limits = replace(settings or ServerSettings(), model_name=name)
-    engine = Engine(model, tokenizer, max_rows=limits.max_rows, max_queue=limits.max_queue)
-    return Backend(model, tokenizer, engine, limits)
 
 
 def draw_page(backend: Backend, *, chat_backend: Backend | None = None, language: PageLanguage = "auto") -> gr.Blocks:
@@ -127,17 +122,13 @@ def draw_page(backend: Backend, *, chat_backend: Backend | None = None, language
     return page
 
 
-def mount_page(app: FastAPI, *, chat_backend: Backend | None = None) -> FastAPI:
-    """Mounts the page at `PAGE_PATH` of an application, behind a login if the application asks for keys.
-
-    Args:
-        chat_backend: the backend of the chat, if it has another model than the application; the caller closes it.
-    """
-    backend: Backend = app.state.backend
-    keys = backend.settings.api_keys
+def mount_page(app: FastAPI) -> FastAPI:
+    """Mounts the page at `PAGE_PATH` of an application, behind a login if the application asks for keys."""
+    backends: Sequence[Backend] = app.state.backends
+    keys = backends[0].settings.api_keys
     mounted: FastAPI = gr.mount_gradio_app(
         app,
-        draw_page(backend, chat_backend=chat_backend),
+        draw_page(backends[0], chat_backend=backends[-1]),
         path=PAGE_PATH,
         auth=(lambda _, password: is_key(password, keys)) if keys else None,
         auth_message=LOGIN,

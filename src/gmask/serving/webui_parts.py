@@ -17,9 +17,9 @@ from gmask.conversation import Conversation
 from gmask.errors import GmaskError, is_shortage
 from gmask.generation.answers import Infilling
 from gmask.generation.chat import DEFAULTS, Reply
+from gmask.generation.encoding import Prompt
 from gmask.generation.engine import SampleProgress
 from gmask.generation.infill import infill
-from gmask.generation.prompts import Prompt
 from gmask.generation.settings import Sampling
 from gmask.serving.backend import Backend
 from gmask.serving.blanks import read_filled

@@ -18,7 +18,7 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from gmask.errors import GmaskError
 from gmask.files import read_object, read_text, write_json
-from gmask.tokenizers.glm_inputs import BlankFilling
+from gmask.tokenizers.glm_build_inputs import BlankFilling
 from gmask.tokenizers.special_tokens import (
     COMMANDS,
     PUBLISHED_TOKENS,

@@ -17,8 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from gmask.errors import GmaskError
+from gmask.generation.encoding import Context
 from gmask.generation.predict import ReadSample, SampleReader, locate
-from gmask.generation.prompts import Context
 from gmask.infilling.blanks import NOT_SCORED, InfillingExample, IntArray
 from gmask.infilling.collator import collate
 from gmask.models.glm import GLMConfig

@@ -20,7 +20,7 @@ from gmask.errors import GmaskError
 from gmask.estimation.training import describe_memory
 from gmask.evaluation.harness import Evaluation
 from gmask.files import read_object, write_json, write_text, written_folder
-from gmask.generation.prompts import PROMPT
+from gmask.generation.encoding import PROMPT
 from gmask.generation.settings import make_sampling
 from gmask.hardware import describe_training_dtype
 from gmask.recipes.tuning import USUAL_RATES, TuningRecipe, differing_keys, hint_learning_rate, load_tuning_recipe

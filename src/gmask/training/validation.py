@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gmask.errors import GmaskError
 from gmask.evaluation.harness import Evaluation, evaluate
 from gmask.files import read_object
-from gmask.generation.batches import batches_by_length
+from gmask.generation.padding import batches_by_length
 from gmask.generation.predict import predict
 from gmask.generation.settings import Sampling
 from gmask.infilling.blanks import NOT_SCORED, BlankTokens, InfillingExample, blank_out

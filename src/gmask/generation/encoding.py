@@ -1,6 +1,7 @@
-"""Prompts: how texts with blanks and conversations become the context of a model, and answers part of the text."""
+"""Encoding: how texts with blanks and conversations become the context of a model, and answers part of the text."""
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from gmask.conversation import Rounds
 from gmask.errors import GmaskError
-from gmask.files import check_text
+from gmask.files import LONGEST_TOKEN, check_characters, check_text
 from gmask.infilling.blanks import BlankTokens
 from gmask.models.chatglm import ChatGLMConfig
 from gmask.models.chatglm_chat import FULL_WIDTH, TRAINING_TIME, build_prompt, clean_reply
@@ -115,26 +116,32 @@ class TextReader:
         self.blank_ids[str(tokenizer.mask_token)] = self.special.mask  # RoBERTa's is <mask>
         known_tokens = {*self.special_ids, *BLANKS, *([PROMPT] if prompt_ids else ())}
         spellings = "|".join(map(re.escape, sorted(known_tokens, key=len, reverse=True)))
-        self.pattern = re.compile(rf"(\\*)({spellings}|\[(?i:[a-z]*mask)\])")
+        # The look-behind: else each backslash of a long row would begin a search of its own
+        self.pattern = re.compile(rf"(?<!\\)(\\*)({spellings}|\[(?i:[a-z]*mask)\])")
 
-    def read(self, text: str) -> BlankedText:
+    def read(self, text: str, *, positions: int | None = None) -> BlankedText:
         """Cuts a text at its blanks and encodes it as ``[CLS] text <|endoftext|>``.
 
         As published, white space before a blank is not encoded, since the answer begins with its own, and a text that
         ends with ``[gMASK]`` has no ``<|endoftext|>``.
 
+        Args:
+            positions: of the model, if the text has to fit them.
+
         Raises:
-            GmaskError: no blank, or another special token that is not escaped.
+            GmaskError: no blank, or another special token that is not escaped; a text that does not fit.
         """
-        blanked = self.read_any(text)
+        blanked = self.read_any(text, positions=positions)
         if not blanked.context.blanks:
             raise GmaskError(
                 f"the text has no blank: put {BLANKS[0]}, {BLANKS[1]} or {BLANKS[2]} where words are missing"
             )
         return blanked
 
-    def read_any(self, text: str) -> BlankedText:
+    def read_any(self, text: str, *, positions: int | None = None) -> BlankedText:
         """As `read`, but the text need not have a blank."""
+        if positions is not None:
+            check_characters(text, positions, self.tokenizer)
         pieces: list[str] = [""]
         parts: list[str | int] = [""]  # texts, and the special ids between them
         prompts, end = list(self.prompt_ids), 0
@@ -157,7 +164,10 @@ class TextReader:
         pieces[-1] += text[end:]
         parts[-1] = f"{parts[-1]}{text[end:]}"
         self._check_prompts(parts)
-        return BlankedText(tuple(pieces), self._encode(parts))
+        context = self._encode(parts)
+        if positions is not None:
+            context.check_length(positions)
+        return BlankedText(tuple(pieces), context)
 
     def _check_prompts(self, parts: Sequence[str | int]) -> None:
         """Raises `GmaskError` unless the text has all trained vectors, or none."""
@@ -324,10 +334,16 @@ def fit_prompt(
         GmaskError: the query alone does not fit.
     """
     room, most = (longest // 2, longest - 1) if max_tokens is None else (longest - max_tokens,) * 2
-    for left_out in range(_first_candidate(rounds, prompt_format, room), len(rounds) + 1):
-        prompt = Prompt(prompt_format.encode(query, rounds[left_out:]), left_out)
-        if prompt.length <= room:
-            return prompt
+    check_characters(query, most, prompt_format.tokenizer, name="the message")
+
+    def read(left_out: int) -> Prompt:
+        return Prompt(prompt_format.encode(query, rounds[left_out:]), left_out)
+
+    prompt = read(first := _first_candidate(query, rounds, room))
+    if prompt.length > room:  # halved, and not one by one: to encode a long history for every round takes minutes
+        candidates = range(first + 1, len(rounds) + 1)
+        fitting = bisect_left(candidates, True, key=lambda left_out: read(left_out).length <= room)
+        prompt = read(min(first + 1 + fitting, len(rounds)))
     if prompt.length > most:
         raise GmaskError(
             f"the message has {prompt.length} tokens, but there is room for {most}: shorten it, lower max_tokens, "
@@ -336,18 +352,14 @@ def fit_prompt(
     return prompt
 
 
-def _first_candidate(rounds: Rounds, prompt_format: PromptFormat, room: int) -> int:
-    """Returns the index of the oldest round that could fit.
+def _first_candidate(query: str, rounds: Rounds, room: int) -> int:
+    """Returns the index of the oldest round that could fit if all tokens were the longest.
 
-    The tokens of each round are counted once, from the latest one backwards. Encoding the whole history again for every
-    round that is left out would take quadratic time.
+    The form of a round counts as one token.
     """
-    if sum(len(text) for texts in rounds for text in texts) <= room:  # nearly always fits: a token has a character
-        return 0
-    for kept in range(len(rounds)):
-        texts = rounds[len(rounds) - 1 - kept]
-        tokens = sum(len(encode_plain(prompt_format.tokenizer, text)) for text in texts)
-        room -= max(1, tokens - 4)  # a lower bound: in the prompt, tokens may merge with their neighbours
-        if room < 0:
+    characters = room * LONGEST_TOKEN - len(query)
+    for kept, (asked, answered) in enumerate(reversed(rounds)):
+        characters -= len(asked) + len(answered) + LONGEST_TOKEN
+        if characters < 0:
             return len(rounds) - kept
     return 0

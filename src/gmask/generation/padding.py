@@ -1,4 +1,4 @@
-"""Batches: items of similar length, and the tensors of several contexts.
+"""Padding: the tensors of several contexts side by side, and items of similar length that share a batch.
 
 Shape letters: B rows, T positions, V vocabulary.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gmask.errors import GmaskError
-from gmask.generation.prompts import Context
+from gmask.generation.encoding import Context
 from gmask.infilling.blanks import BlankTokens
 
 NOT_NUMBERS = "the model computes values that are not numbers: its weights are damaged, or overflow in this dtype"
