@@ -15,7 +15,7 @@ from gmask.checkpoints.load import load_tokenizer
 from gmask.checkpoints.save import write_tokenizer
 from gmask.conversation import read_conversation
 from gmask.files import read_json_lines
-from gmask.generation.prompts import ChatGLMFormat, QuestionAnswerFormat, encode_plain
+from gmask.generation.encoding import ChatGLMFormat, QuestionAnswerFormat, encode_plain
 from gmask.tasks.formats import samples_of
 from gmask.tokenizers.chatglm import ChatGLMTokenizer
 from gmask.tokenizers.folder import read_tokenizer

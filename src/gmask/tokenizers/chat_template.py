@@ -1,6 +1,6 @@
 """Chat templates: the prompts of `gmask chat` as transformers' Jinja templates, for TRL and other trainers.
 
-A template gives the ids of `gmask.generation.prompts`. It folds messages as `gmask.conversation` does, asks the last
+A template gives the ids of `gmask.generation.encoding`. It folds messages as `gmask.conversation` does, asks the last
 question before ``[gMASK] <sop>``, and puts the last reply behind them. Control words in a message would become control
 tokens, so that a template refuses them; gmask's own readers encode them as text.
 """
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gmask.conversation import SPEAKERS
 from gmask.tokenizers.chatglm import ChatGLMTokenizer
-from gmask.tokenizers.glm_inputs import BlankFilling
+from gmask.tokenizers.glm_build_inputs import BlankFilling
 
 FOLD = """\
 {%- set speakers = @SPEAKERS@ -%}
