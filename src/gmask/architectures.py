@@ -25,7 +25,7 @@ class Architecture:
     model_type: str  # of the configs that we save
     classes: tuple[str, ...]  # first the language model, which is the default of a config
     body: str  # the class without a head; published configs may name it
-    auto_classes: Mapping[str, str]  # the class for each Auto class of transformers
+    auto_classes: Mapping[str, tuple[str, ...]]  # for each Auto class of transformers: the default, and others by name
     tokenizer_home: str
     tokenizers: Mapping[str, str | None]  # the kind of vocabulary by the tokenizer class of a published folder
     special_ids: tuple[str, ...]  # those that a published config may leave out
@@ -57,14 +57,15 @@ GLM = Architecture(
         "GLMForSequenceClassification",
         "GLMForMultiTokenCloze",
         "GLMForSingleTokenCloze",
+        "GLMForReward",
     ),
     body="GLMModel",
     auto_classes={
-        "AutoModel": "GLMModel",
-        "AutoModelForCausalLM": "GLMForConditionalGeneration",
-        "AutoModelForSeq2SeqLM": "GLMForConditionalGeneration",
-        "AutoModelForMultipleChoice": "GLMForMultipleChoice",
-        "AutoModelForSequenceClassification": "GLMForSequenceClassification",
+        "AutoModel": ("GLMModel",),
+        "AutoModelForCausalLM": ("GLMForConditionalGeneration",),
+        "AutoModelForSeq2SeqLM": ("GLMForConditionalGeneration",),
+        "AutoModelForMultipleChoice": ("GLMForMultipleChoice",),
+        "AutoModelForSequenceClassification": ("GLMForSequenceClassification", "GLMForReward"),
     },
     tokenizer_home="gmask.tokenizers.glm",
     tokenizers={
@@ -85,12 +86,15 @@ CHATGLM = Architecture(
     heads="gmask.models.chatglm",
     config_name="ChatGLMConfig",
     model_type="chatglm",
-    classes=("ChatGLMForConditionalGeneration",),
+    classes=("ChatGLMForConditionalGeneration", "ChatGLMForReward"),
     body="ChatGLMModel",
-    auto_classes=dict.fromkeys(
-        ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"),  # with its head, as published
-        "ChatGLMForConditionalGeneration",
-    ),
+    auto_classes={
+        **dict.fromkeys(
+            ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"),  # with its head, as published
+            ("ChatGLMForConditionalGeneration",),
+        ),
+        "AutoModelForSequenceClassification": ("ChatGLMForReward",),
+    },
     tokenizer_home="gmask.tokenizers.chatglm",
     tokenizers={"ChatGLMTokenizer": "chatglm", "ChatGLMTokenizerV0": "chatglm"},
     special_ids=("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id", "gmask_token_id"),

@@ -176,13 +176,17 @@ def _register_models(architecture: Architecture, module: str) -> None:
     """Registers the models of an architecture that are in one loaded module."""
     import transformers
 
-    for auto_name, name in architecture.auto_classes.items():
-        if architecture.module_of(name) != module:
+    for auto_name, names in architecture.auto_classes.items():
+        if architecture.module_of(names[0]) != module:
             continue
-        model_class = architecture.find_class(name)
-        getattr(transformers, auto_name).register(architecture.config_class, model_class, exist_ok=True)
-        if not hasattr(transformers, name):  # transformers looks up the `architectures` of a config there
-            setattr(transformers, name, model_class)
+        classes = tuple(map(architecture.find_class, names))
+        found = (
+            classes if len(classes) > 1 else classes[0]
+        )  # of several, transformers takes the one that a config names
+        getattr(transformers, auto_name).register(architecture.config_class, found, exist_ok=True)
+        for name, model_class in zip(names, classes, strict=True):
+            if not hasattr(transformers, name):  # transformers looks up the `architectures` of a config there
+                setattr(transformers, name, model_class)
 
 
 def _unregister_classes(architecture: Architecture) -> None:
@@ -191,10 +195,11 @@ def _unregister_classes(architecture: Architecture) -> None:
     config_class = architecture.config_class
     config_class.complete_published = None
     _strict_loading().check_source = None
-    for auto_name, name in architecture.auto_classes.items():
+    for auto_name, names in architecture.auto_classes.items():
         getattr(transformers, auto_name)._model_mapping._extra_content.pop(config_class, None)
-        if vars(transformers).get(name) is architecture.find_class(name):
-            delattr(transformers, name)
+        for name in names:
+            if vars(transformers).get(name) is architecture.find_class(name):
+                delattr(transformers, name)
 
 
 def _find_class(module: str, name: str) -> Any:

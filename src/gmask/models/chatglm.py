@@ -37,6 +37,7 @@ from gmask.models.base import (
 from gmask.models.chatglm_chat import ChatMixin
 from gmask.models.generate import PrefixLMForConditionalGeneration
 from gmask.models.layout import continues
+from gmask.models.reward import RewardHead
 from gmask.native import ops as native
 from gmask.quantization.quantizer import QuantizationConfig
 
@@ -421,6 +422,16 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, PrefixL
 
     def _pair_labels(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return logits[:, :-1], labels[:, 1:]
+
+
+class ChatGLMForReward(RewardHead, ChatGLMPreTrainedModel):
+    """Rewards an answer; `RewardHead` has the forward pass."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__(config)
+        self.transformer = ChatGLMModel(config)
+        self._make_head(config)
+        self.post_init()
 
 
 ENDS = ("transformer.word_embeddings", "transformer.final_layernorm", "lm_head")

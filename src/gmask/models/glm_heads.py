@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, MultipleChoic
 from transformers.utils.generic import can_return_tuple
 
 from gmask.models.glm import GLMConfig, GLMLanguageModel, GLMModel, GLMPreTrainedModel
+from gmask.models.reward import RewardHead
 
 THUDM_CLASSIFIER_NAMES = {"pool_layer": "dense", "multichoice_head": "out_proj"}
 """Layers of the classification head: ``{name in checkpoints of THUDM/GLM: name here}``."""
@@ -196,6 +197,8 @@ class GLMForSequenceClassification(GLMPreTrainedModel):
             if self.num_labels != 1:
                 raise ValueError(f"input_ids [B, C, T] need a model with one label; this one has {self.num_labels}")
             input_ids, attention_mask, position_ids = flatten_choices(input_ids, attention_mask, position_ids)
+        elif self.num_labels == 1:
+            self._check_no_answer(input_ids, attention_mask)
         outputs = self.glm(
             input_ids,
             attention_mask=attention_mask,
@@ -217,6 +220,19 @@ class GLMForSequenceClassification(GLMPreTrainedModel):
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
+    def _check_no_answer(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+        """Raises `ValueError` for answers to be rewarded: the pooled state, before or at ``<sop>``, cannot see them."""
+        sop = self.config.sop_token_id
+        if input_ids is None or sop is None:
+            return
+        in_answer = (input_ids == sop).cumsum(-1) - (input_ids == sop).long() > 0
+        padded = attention_mask == 0 if attention_mask is not None and attention_mask.ndim == 2 else False
+        if bool((in_answer & ~(padded | (input_ids == self.config.pad_token_id))).any()):
+            raise ValueError(
+                "a row has an answer behind <sop>, which this head cannot see, so that it would learn nothing: take "
+                "GLMForReward, as `gmask reward` does"
+            )
+
     def _find_pooled(
         self, states: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> Tensor:
@@ -228,6 +244,16 @@ class GLMForSequenceClassification(GLMPreTrainedModel):
             return torch.zeros(len(states), dtype=torch.long, device=states.device)
         start = find_answer_starts(states, input_ids, attention_mask, sop_token_id=self.config.sop_token_id)
         return start - 1 if self.config.pool_token == "pad" else start
+
+
+class GLMForReward(RewardHead, GLMPreTrainedModel):
+    """Rewards an answer; `RewardHead` has the forward pass."""
+
+    def __init__(self, config: GLMConfig) -> None:
+        super().__init__(config)
+        self.glm = GLMModel(config)
+        self._make_head(config)
+        self.post_init()
 
 
 def flatten_choices(input_ids: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:

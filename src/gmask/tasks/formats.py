@@ -137,6 +137,25 @@ def _read_ocnli(values: Values) -> Iterator[Values]:
         yield values
 
 
+def _read_trl(values: Values) -> Iterator[Values]:
+    """TRL's columns of supervised tuning as ``prompt``, ``response`` and ``history``.
+
+    ``messages`` become a record for each reply. Of ``prompt`` and ``completion``, texts or messages, the completion is
+    learnt alone, as TRL does; earlier replies in the prompt are context.
+    """
+    if "messages" in values:
+        for sample in samples_of(values["messages"], require_answers=True):
+            yield {"prompt": sample.text, "response": sample.answers[0], "history": list(sample.history)}
+        return
+    prompt, completion = values["prompt"], values["completion"]
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    reply = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
+    *rounds, last = samples_of([*asked, *reply], require_answers=True)
+    if len(rounds) > sum(message["role"] == "assistant" for message in asked):
+        raise GmaskError("the completion has several replies: put such a conversation into messages")
+    yield {"prompt": last.text, "response": last.answers[0], "history": list(last.history)}
+
+
 def _known(values: Values, column: str) -> Values:
     return {column: values[column]} if column in values else {}
 
@@ -153,6 +172,7 @@ FORMAT_READERS: Mapping[str, Callable[[Values], Iterator[Values]]] = {
     "chid": _read_chid,
     "csl": _read_csl,
     "ocnli": _read_ocnli,
+    "trl": _read_trl,
 }
 
 

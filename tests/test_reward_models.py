@@ -1,0 +1,169 @@
+"""Does a reward model read the whole answer, whatever stands beside it, and come back as it was saved?"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification
+
+import gmask
+from conftest import EOP, GMASK, PAD, SHAPE, SOP, SPECIAL
+from gmask.evaluation.rewards import ScoredPair, report_rewards, share_of
+from gmask.generation.reward import AnswerEncoder, RewardScorer, pad_rows
+from gmask.models.chatglm import ChatGLMForReward
+from gmask.models.glm import GLMConfig
+from gmask.models.glm_heads import GLMForReward, GLMForSequenceClassification
+from gmask.tasks.preferences import Question
+from tiny_folder import make_folder
+from tuning import build_chatglm, build_glm_of
+
+ROWS = [
+    [20, 21, 22, GMASK, SOP, 30, 31, EOP],
+    [40, GMASK, SOP, 41, EOP],
+    [17, 18, 19, 20, 21, 22, 23, GMASK, SOP, 30, 31, 32, 33, EOP],
+    [17, 18, 19, 20, 21, 22, 23, GMASK, SOP, 30],
+]
+CLASSES = {"glm": (GLMForReward, build_glm_of), "chatglm": (ChatGLMForReward, build_chatglm)}
+
+
+def build(kind: str, dtype: torch.dtype = torch.float32) -> Any:
+    reward_class, builder = CLASSES[kind]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return reward_class(builder().config).to(dtype).eval()
+
+
+def restate(model: Any, row: list[int]) -> Tensor:
+    """The reward of one unpadded row, from a layout and a mask that are written down here."""
+    length, start = len(row), row.index(SOP)
+    blank = row.index(GMASK)
+    first = [*range(start), *[blank] * (length - start)]
+    second = [*[0] * start, *range(1, length - start + 1)]
+    visible = torch.ones(length, length, dtype=torch.long).tril()
+    visible[:, :start] = 1
+    body = model.base_model
+    states = body(
+        input_ids=torch.tensor([row]),
+        layout=torch.tensor([[first, second]]),
+        attention_mask=visible[None, None],
+    ).last_hidden_state
+    return (states[0, -1].double() @ model.score.weight[0].double()).detach()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_padded_batch_gives_the_rewards_of_single_rows(
+    kind: str, dtype: torch.dtype, close: float, side: str
+) -> None:
+    model = build(kind, dtype)
+    ids, mask = pad_rows(ROWS, pad=PAD)
+    if side == "left":
+        ids, mask = (
+            torch.stack([row.roll(ids.shape[1] - len(one)) for row, one in zip(values, ROWS, strict=True)])
+            for values in (ids, mask)
+        )
+    with torch.no_grad():
+        found = model(input_ids=ids, attention_mask=mask).logits[:, 0]
+        whole = model(input_ids=ids, attention_mask=mask, every_token=True).logits
+    expected = torch.stack([restate(model, row) for row in ROWS])
+    assert (found.double() - expected).abs().max() < close
+    last = (mask * torch.arange(mask.shape[1])).amax(-1)
+    assert torch.equal(whole[torch.arange(len(ROWS)), last], found)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_only_the_last_token_is_read_and_it_sees_all(kind: str) -> None:
+    model = build(kind)
+    scores = [model(input_ids=torch.tensor([row])).logits.item() for row in (ROWS[0], [*ROWS[0][:5], 33, *ROWS[0][6:]])]
+    assert abs(scores[0] - scores[1]) > 1e-4
+
+
+def test_the_head_of_a_classifier_refuses_answers_that_it_cannot_see() -> None:
+    """Every pooled state of it stands before the answer: the loss of pairs would stay ln 2 for ever."""
+    config = GLMConfig(**SHAPE, **SPECIAL, num_labels=1)
+    for pool in ("cls", "start", "pad"):
+        config.pool_token = pool
+        model = GLMForSequenceClassification(config).eval()
+        with pytest.raises(ValueError, match="GLMForReward"):
+            model(input_ids=torch.tensor([ROWS[0]]))
+        model(input_ids=torch.tensor([ROWS[0][:5]]))  # a text with its <sop> alone
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_saved_reward_model_is_read_by_gmask_and_the_auto_class(dtype: str, tmp_path: Path) -> None:
+    base = make_folder(tmp_path / "base")
+    network, tokenizer = gmask.load(base)
+    model = GLMForReward(network.config).to(getattr(torch, dtype)).eval()
+    model.config.architectures = ["GLMForReward"]
+    model.save_pretrained(tmp_path / "reward")
+    tokenizer.save_pretrained(tmp_path / "reward")
+    row = [[20, 21, 22, tokenizer.gmask_token_id, tokenizer.sop_token_id, 30, 31, tokenizer.eop_token_id]]
+    expected = RewardScorer(model, tokenizer).score_ids(row)
+    loaded, _ = gmask.load(tmp_path / "reward", dtype=dtype)
+    auto = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward", dtype=dtype)
+    for again in (loaded, auto):
+        assert isinstance(again, GLMForReward)
+        assert {parameter.dtype for parameter in again.parameters()} == {getattr(torch, dtype)}
+        assert RewardScorer(again, tokenizer).score_ids(row) == expected
+
+
+def test_the_auto_class_reads_a_chatglm_with_a_reward_head(tmp_path: Path) -> None:
+    model = build("chatglm")
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert isinstance(again, ChatGLMForReward)
+    ids = torch.tensor([ROWS[0]])
+    assert torch.equal(again.eval()(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_a_model_without_the_head_is_refused(tmp_path: Path) -> None:
+    network, tokenizer = gmask.load(make_folder(tmp_path))
+    with pytest.raises(gmask.GmaskError, match="gives no rewards"):
+        RewardScorer(network, tokenizer)
+
+
+def test_ids_without_a_blank_and_sop_are_refused(tmp_path: Path) -> None:
+    network, tokenizer = gmask.load(make_folder(tmp_path))
+    encoder = AnswerEncoder(tokenizer, network.config, max_source=64, max_target=32)
+    sop, gmask_id = encoder.special.sop, encoder.special.gmask
+    good, _ = encoder.encode_question(Question("the old man"))
+    assert encoder.encode_question(Question(ids=good)) == (good, 0)
+    for ids in ((20, 21), (20, sop), (gmask_id, 20), (gmask_id, sop, 20, sop)):
+        with pytest.raises(gmask.GmaskError, match="apply_chat_template"):
+            encoder.encode_question(Question(ids=ids))
+    with pytest.raises(gmask.GmaskError, match="holds <sop>"):
+        encoder.encode_answer((20, sop))
+
+
+def pair_of(chosen: float, rejected: float, kind: str = "sums", lengths: tuple[int, int] = (3, 2)) -> ScoredPair:
+    return ScoredPair(kind, chosen, rejected, *lengths, shuffled_chosen=0.0, shuffled_rejected=0.0)
+
+
+def test_the_report_counts_by_kind_with_intervals_beside_plain_rules() -> None:
+    pairs = [pair_of(2, 0), pair_of(0, 1), pair_of(1, 1), pair_of(3, 0, "other", (1, 4))]
+    report = report_rewards(pairs)
+    assert report.accuracy["sums"].share == 0.5
+    assert report.accuracy["all"].share == 2.5 / 4
+    assert report.shuffled["all"].share == 0.5  # equal rewards are half right
+    assert report.longer_wins.share == 3 / 4
+    assert report.mean_margin == pytest.approx(1.0)
+    assert report.length_correlation != 0
+    assert [row[0] for row in report.to_rows().rows] == ["other", "sums", "all", "longer wins"]
+
+
+def test_the_interval_is_wilsons() -> None:
+    share = share_of([1.0] * 41 + [0.0] * 21)
+    assert (share.share, share.count) == (41 / 62, 62)
+    assert (share.low, share.high) == (pytest.approx(0.5368, abs=1e-3), pytest.approx(0.7665, abs=1e-3))
+    assert share_of([1.0] * 10).high == 1.0
+
+
+def test_calibration_compares_probability_and_accuracy() -> None:
+    certain = [pair_of(5, 0)] * 3 + [pair_of(0, 5)]
+    report = report_rewards(certain)
+    (found,) = report.calibration
+    assert (found["pairs"], found["accuracy"]) == (4, 0.75)
+    assert report.calibration_error == pytest.approx(found["probability"] - 0.75)
