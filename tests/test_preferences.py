@@ -9,16 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gmask
-from gmask.tasks.preferences import Comparison, Intake, Question, read_comparisons, read_judgements
+from gmask.tasks.preferences import AnswerPair, Intake, Question, read_judgements, read_preferences
 from tuning_data import write_lines
 
 CORPUS = Path(__file__).parents[2] / "shared" / "corpus"
 needs_corpus = pytest.mark.skipif(not CORPUS.is_dir(), reason="the corpus is not here")
 
 
-def read(folder: Path, *records: dict[str, Any], **options: Any) -> tuple[list[Comparison], Intake]:
+def read(folder: Path, *records: dict[str, Any], **options: Any) -> tuple[list[AnswerPair], Intake]:
     intake = Intake()
-    return read_comparisons(write_lines(folder / "pairs.jsonl", list(records)), intake, **options), intake
+    return read_preferences(write_lines(folder / "pairs.jsonl", list(records)), intake, **options), intake
 
 
 def said(*texts: str) -> list[dict[str, str]]:
@@ -81,7 +81,7 @@ def test_a_list_in_any_order_gives_all_pairs_or_neighbours(values: list[int]) ->
     with TemporaryDirectory() as folder:
         for pairing, wanted in (("all", expected), ("neighbours", near)):
             if not wanted:
-                with pytest.raises(gmask.GmaskError, match=r"no comparison is left.*tie"):
+                with pytest.raises(gmask.GmaskError, match=r"no pair is left.*tie"):
                     read(Path(folder), record, pairing=pairing)
                 continue
             pairs, intake = read(Path(folder), record, pairing=pairing)
@@ -172,7 +172,7 @@ def test_the_corpus_is_read_whole() -> None:
         ("nc/llamafactory/dpo_zh_demo_200.json", 200),
     ):
         intake = Intake()
-        found = read_comparisons(CORPUS / name, intake)
+        found = read_preferences(CORPUS / name, intake)
         assert intake.read == pairs, name
         assert len(found) >= 0.97 * pairs, (name, intake.dropped)
     intake = Intake()

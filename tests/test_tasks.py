@@ -208,6 +208,22 @@ def test_the_forms_of_a_chat_agree() -> None:
     assert make_samples("chat/alpaca", {"instruction": "Hi", "input": "", "output": "Yo"})[0].text == "Hi"
 
 
+def test_columns_of_trl_are_read_as_prompts_with_one_reply_to_learn() -> None:
+    messages = [
+        {"role": role, "content": text}
+        for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    ]
+    last = make_samples("chat/published", {"prompt": "c", "response": "d", "history": [["a", "b"]]})
+    assert make_samples("chat/trl", {"prompt": messages[:3], "completion": messages[3:]}) == last
+    assert make_samples("chat/trl", {"prompt": messages[:3], "completion": "d"}) == last
+    both = make_samples("chat/trl", {"messages": messages})
+    assert [(one.text, one.answers) for one in both] == [("a", ("b",)), ("c", ("d",))]
+    (plain,) = make_samples("chat/trl", {"prompt": "a", "completion": "b"})
+    assert (plain.text, plain.answers, plain.history) == ("a", ("b",), ())
+    with pytest.raises(GmaskError, match="several replies"):
+        make_samples("chat/trl", {"prompt": "a", "completion": [*messages[1:], *messages[2:]]})
+
+
 def test_a_published_history_goes_before_the_prompt() -> None:
     (sample,) = make_samples("chat/published", {"prompt": "c", "response": "d", "history": [["a", "b"]]})
     assert (sample.history, sample.text) == ((("a", "b"),), "c")

@@ -28,7 +28,7 @@ class ScoredPair:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class WinRate:
     """A share of pairs, with its 95 % interval."""
 
     share: float
@@ -44,16 +44,16 @@ class Share:
 class RewardReport:
     """What `report_rewards` found."""
 
-    accuracy: dict[str, Share]  # by kind; "all" for all pairs
-    shuffled: dict[str, Share]  # the same with the prompts exchanged
-    longer_wins: Share
+    accuracy: dict[str, WinRate]  # by kind; "all" for all pairs
+    shuffled: dict[str, WinRate]  # the same with the prompts exchanged
+    longer_wins: WinRate
     calibration: list[dict[str, float]]  # by the model's probability of the answer that it prefers
     calibration_error: float  # the mean distance of probability and accuracy, over the pairs
     length_correlation: float  # Pearson's, of reward and length
     mean_margin: float  # of the rewards
 
     def to_dict(self) -> dict[str, Any]:
-        def plain(shares: dict[str, Share]) -> dict[str, Any]:
+        def plain(shares: dict[str, WinRate]) -> dict[str, Any]:
             return {
                 kind: {"accuracy": one.share, "low": one.low, "high": one.high, "pairs": one.count}
                 for kind, one in shares.items()
@@ -102,7 +102,7 @@ def report_rewards(pairs: Sequence[ScoredPair]) -> RewardReport:
     )
 
 
-def share_of(wins: Sequence[float], *, level: float = 0.95) -> Share:
+def share_of(wins: Sequence[float], *, level: float = 0.95) -> WinRate:
     """The share of wins, which are 0, 0.5 or 1, with its interval.
 
     Source: Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", 1927.
@@ -111,7 +111,7 @@ def share_of(wins: Sequence[float], *, level: float = 0.95) -> Share:
     z = NormalDist().inv_cdf(0.5 + level / 2)
     center = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return Share(share, max(0.0, center - half), min(1.0, center + half), count)
+    return WinRate(share, max(0.0, center - half), min(1.0, center + half), count)
 
 
 def _win(chosen: float, rejected: float) -> float:

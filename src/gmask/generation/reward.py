@@ -14,7 +14,7 @@ from gmask.errors import GmaskError
 from gmask.generation.encoding import encode_plain, fit_prompt, format_of
 from gmask.generation.padding import batches_by_length, check_numbers
 from gmask.models.reward import RewardHead
-from gmask.tasks.preferences import Answer, Question
+from gmask.tasks.preferences import GivenAnswer, Question
 
 
 class TooLongError(GmaskError):
@@ -63,7 +63,7 @@ class AnswerEncoder:
             raise TooLongError(f"the prompt has more than {self.max_source} tokens") from error
         return (*prompt.context.ids, self.special.sop), prompt.rounds_left_out
 
-    def encode_answer(self, answer: Answer) -> tuple[int, ...]:
+    def encode_answer(self, answer: GivenAnswer) -> tuple[int, ...]:
         """Returns the ids of an answer; that of a text ends with the end token.
 
         Raises:
@@ -107,7 +107,7 @@ class RewardScorer:
         positions = self.model.config.max_position_embeddings
         return AnswerEncoder(self.tokenizer, self.model.config, max_source=positions, max_target=positions)
 
-    def score(self, question: Question, answers: Sequence[Answer]) -> list[float]:
+    def score(self, question: Question, answers: Sequence[GivenAnswer]) -> list[float]:
         """Returns the reward of each answer to a question.
 
         Raises:

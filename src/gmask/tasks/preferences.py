@@ -27,7 +27,7 @@ from gmask.tasks.records import Record, Values, read_records
 Pairing = Literal["all", "neighbours"]
 """The pairs of a ranking list: every answer with every worse one, or with those of the next worse score."""
 
-Answer: TypeAlias = str | tuple[int, ...]
+GivenAnswer: TypeAlias = str | tuple[int, ...]
 """The text of an answer, or its ids with its end token."""
 
 
@@ -41,12 +41,12 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class AnswerPair:
     """Two answers to a question, of which one is better."""
 
     question: Question
-    chosen: Answer
-    rejected: Answer
+    chosen: GivenAnswer
+    rejected: GivenAnswer
     margin: float | None = None  # by how much it is better, if the data says so
     kind: str = "all"  # of pair, for the report
     location: str = ""
@@ -57,7 +57,7 @@ class Judgement:
     """An answer that is desirable, or is not."""
 
     question: Question
-    answer: Answer
+    answer: GivenAnswer
     is_good: bool
     kind: str = "all"
     location: str = ""
@@ -96,10 +96,10 @@ class _DroppedError(GmaskError):
     """A record, or a pair of it, that teaches nothing; the message is the reason."""
 
 
-def read_comparisons(
+def read_preferences(
     pattern: str | Path, intake: Intake, *, pairing: Pairing = "all", limit: int | None = None
-) -> list[Comparison]:
-    """Reads the comparisons of files; those that teach nothing are counted in ``intake``.
+) -> list[AnswerPair]:
+    """Reads the pairs of files; those that teach nothing are counted in ``intake``.
 
     Args:
         pattern: a path or a glob, as of `read_records`.
@@ -107,9 +107,9 @@ def read_comparisons(
         limit: read no more than so many records.
 
     Raises:
-        GmaskError: a record of none of the forms, with file and line; no comparison is left.
+        GmaskError: a record of none of the forms, with file and line; no pair is left.
     """
-    found = list[Comparison]()
+    found = list[AnswerPair]()
     for record in read_records(pattern, limit=limit):
         for pair in _located(_pairs_of(record, intake, pairing), record):
             intake.read += 1
@@ -121,14 +121,14 @@ def read_comparisons(
                 found.append(pair)
     if not found:
         reasons = ", ".join(f"{count} {why}" for why, count in intake.dropped.most_common())
-        raise GmaskError(f"{pattern}: no comparison is left" + (f" ({reasons})" if reasons else ""))
+        raise GmaskError(f"{pattern}: no pair is left" + (f" ({reasons})" if reasons else ""))
     return found
 
 
 def read_judgements(pattern: str | Path, intake: Intake, *, limit: int | None = None) -> list[Judgement]:
-    """Reads answers with labels, for KTO; a comparison is a good and a bad one.
+    """Reads answers with labels, for KTO; a pair is a good and a bad one.
 
-    Arguments and errors as of `read_comparisons`.
+    Arguments and errors as of `read_preferences`.
     """
     found = list[Judgement]()
     for record in read_records(pattern, limit=limit):
@@ -151,14 +151,14 @@ def _located(found: Iterator[Any], record: Record) -> Iterator[Any]:
         raise GmaskError(f"{record.location}: {error}") from error
 
 
-def _pairs_of(record: Record, intake: Intake, pairing: Pairing) -> Iterator[Comparison]:
+def _pairs_of(record: Record, intake: Intake, pairing: Pairing) -> Iterator[AnswerPair]:
     values = record.values
     if "answers" in values:
         yield from _rank(record, intake, pairing)
         return
     question: Question
-    chosen: Answer
-    rejected: Answer
+    chosen: GivenAnswer
+    rejected: GivenAnswer
     if "chosen_ids" in values:
         question, chosen, rejected = _read_id_pair(values)
     elif "chosen" not in values or "rejected" not in values:
@@ -176,7 +176,7 @@ def _pairs_of(record: Record, intake: Intake, pairing: Pairing) -> Iterator[Comp
     else:
         question = _question_of(values["prompt"])
         chosen, rejected = _reply_of(values["chosen"]), _reply_of(values["rejected"])
-    yield Comparison(
+    yield AnswerPair(
         question=question,
         chosen=chosen,
         rejected=rejected,
@@ -186,7 +186,7 @@ def _pairs_of(record: Record, intake: Intake, pairing: Pairing) -> Iterator[Comp
     )
 
 
-def _rank(record: Record, intake: Intake, pairing: Pairing) -> Iterator[Comparison]:
+def _rank(record: Record, intake: Intake, pairing: Pairing) -> Iterator[AnswerPair]:
     """The pairs of a ranking list in any order; the margin is the difference of the scores.
 
     The published code kept the better answer of an earlier pair, so that an unsorted list gave inverted pairs.
@@ -214,7 +214,7 @@ def _rank(record: Record, intake: Intake, pairing: Pairing) -> Iterator[Comparis
                 continue
             if pairing == "neighbours" and other_score != next_worse[score]:
                 continue
-            yield Comparison(
+            yield AnswerPair(
                 question=question,
                 chosen=answer,
                 rejected=other,
@@ -237,7 +237,7 @@ def _judgements_of(record: Record, intake: Intake) -> Iterator[Judgement]:
     if not isinstance(label, bool) and label not in (0, 1):
         raise GmaskError(f"the label is {label!r:.40}: write true for a good answer, false for a bad one")
     question: Question
-    answer: Answer
+    answer: GivenAnswer
     if "completion_ids" in values:
         question, answer = Question(ids=_ids(values, "prompt_ids")), _ids(values, "completion_ids")
     elif "completion" in values:
@@ -258,7 +258,7 @@ def _judgements_of(record: Record, intake: Intake) -> Iterator[Judgement]:
     )
 
 
-def _check_pair(pair: Comparison) -> None:
+def _check_pair(pair: AnswerPair) -> None:
     if _is_empty(pair.chosen) or _is_empty(pair.rejected):
         raise _DroppedError("an answer is empty")
     if pair.chosen == pair.rejected:
@@ -267,7 +267,7 @@ def _check_pair(pair: Comparison) -> None:
         raise _DroppedError("the margin is negative")
 
 
-def _is_empty(answer: Answer) -> bool:
+def _is_empty(answer: GivenAnswer) -> bool:
     return not (answer.strip() if isinstance(answer, str) else answer)
 
 
