@@ -115,8 +115,9 @@ def test_what_teaches_nothing_is_counted_with_its_reason_and_place(tmp_path: Pat
         "a list of one answer has no pair": 1,
         "a tie: the scores are equal": 1,
     }
-    assert intake.rows("pairs")[0] == ("pairs read", "6", "")
-    assert intake.rows("pairs")[-1] == ("pairs used", "1", "")
+    lines = intake.lines("pairs")
+    assert (lines[0], lines[-1]) == ("6  pairs read", "1  pairs used")
+    assert "1  dropped: the answers are equal (first in" in lines[1]
     assert intake.first["the answers are equal"].endswith("line 2")
 
 

@@ -13,6 +13,7 @@ import typer
 
 from gmask import __version__
 from gmask.cli.estimate import estimate
+from gmask.cli.feedback import reward, sft
 from gmask.cli.generation import chat, embed, infill, score
 from gmask.cli.models import convert, info, merge, quantize
 from gmask.cli.serving import serve, webui
@@ -27,8 +28,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # else [sMASK] would be markup
 )
 VERBS = (
-    infill, chat, score, embed, serve, webui, convert, quantize, info, estimate, merge, pretrain, finetune, evaluate,
-    train_tokenizer,
+    infill, chat, score, embed, serve, webui, convert, quantize, info, estimate, merge, pretrain, finetune, sft,
+    reward, evaluate, train_tokenizer,
 )  # fmt: skip
 for verb in VERBS:
     app.command()(verb)

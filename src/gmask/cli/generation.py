@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from gmask.generation.chat import Chat, Reply
     from gmask.generation.infill import Infiller
+    from gmask.generation.reward import RewardScorer
     from gmask.generation.score import Scorer, Scoring
 
 
@@ -228,6 +229,9 @@ ScoreName = Annotated[
     ),
 ]
 
+RewardModel = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="A reward model, which scores instead.", show_default=False)
+]
 BatchSize = Annotated[int, typer.Option(help="Texts that are read together.")]
 EmbeddedFile = Annotated[Path | None, output_option("Where the vectors of --input go: .npy (float32) or .jsonl.")]
 PoolingName = Annotated[
@@ -253,17 +257,21 @@ def score(
     adapter: AdapterFolder = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
+    reward: RewardModel = None,
 ) -> None:
     """Score given answers to the blank of a text by their exact log-probabilities, best first.
 
     A line of a .jsonl file has a "text", its "answers" unless --answers gives them, and perhaps a "label": the right
-    answer, or its index from 0.
+    answer, or its index from 0. With --reward, the texts are prompts, and a reward model scores the answers.
     """
     candidates = None if answers is None else read_candidates(answers, option="--answers")
     files = read_files(texts, source, target)
     if not files and candidates is None:
         raise GmaskError("there are no answers: give them as --answers 'sunny|rainy'")
     texts = [] if files else texts_or_stdin(texts)
+    if reward is not None:
+        _score_by_reward(_load_reward(reward, adapter, dtype, quantize, batch_size), texts, candidates, files, as_json)
+        return
     pair = load_glm(model, adapter, dtype, quantize)
     from gmask.generation import score as scoring
 
@@ -326,6 +334,38 @@ def _score_file(
     correct, labelled = count_correct(target)
     if labelled:
         print(f"accuracy {correct / labelled:.4f} ({correct} of {labelled})")
+
+
+def _load_reward(
+    model: str, adapter: Path | None, dtype: str | None, quantize: str | None, batch_size: int
+) -> "RewardScorer":
+    from gmask.checkpoints.hub import check_name
+
+    check_name(model)  # before torch is imported, which takes seconds
+    from gmask.checkpoints.load import load
+    from gmask.generation.reward import RewardScorer
+
+    return RewardScorer(*load(model, dtype=dtype, quantize=quantize, adapter=adapter), batch_size)
+
+
+def _score_by_reward(
+    scorer: "RewardScorer",
+    texts: Sequence[str],
+    candidates: Sequence[str] | None,
+    files: tuple[Path, Path] | None,
+    as_json: bool,
+) -> None:
+    if files:
+        from gmask.generation.files import reward_file
+
+        report = reward_file(scorer, *files, answers=candidates, progress=sys.stderr.isatty())
+        print_file_report(report, files[1], participle="scored")
+        return
+    for found in scorer.rank([scorer.read(text, candidates or []) for text in texts]):
+        if as_json:
+            print_json(found.to_dict())
+        else:
+            print_tabbed((found.text, answer, f"{score:.4f}") for answer, score in found.ranked)
 
 
 def print_scoring(scoring: "Scoring") -> None:

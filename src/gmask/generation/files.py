@@ -18,6 +18,7 @@ from gmask.files import at_line, parse_json, read_json_lines, read_lines, writin
 from gmask.generation.embed import Embedder, as_floats
 from gmask.generation.encoding import Context
 from gmask.generation.infill import Infiller
+from gmask.generation.reward import RewardQuestion, RewardScorer
 from gmask.generation.score import ChoiceLists, ChoiceQuestion, Scorer, read_choice_lists
 from gmask.models.glm import GLMForConditionalGeneration
 
@@ -92,6 +93,30 @@ def score_file(
             yield {**scoring.to_dict(), **verdict}
 
     job = FileJob(read, answer, scorer.batch_size, scorer.model, ["score", scorer.normalization, answers])
+    return run_file_job(job, source, target, skip_bad_lines=skip_bad_lines, progress=progress)
+
+
+def reward_file(
+    scorer: RewardScorer,
+    source: Path,
+    target: Path,
+    *,
+    answers: Sequence[str] | None = None,
+    skip_bad_lines: bool = False,
+    progress: bool = False,
+) -> FileReport:
+    """Rewards the answers of each line of ``source``, whose ``text`` is the prompt; the rest is as of `score_file`."""
+
+    def read(values: Mapping[str, Any]) -> RewardQuestion:
+        candidates = values.get("answers", answers)
+        if candidates is None:
+            raise GmaskError('no "answers" here, and none given for all lines')
+        return scorer.read(values["text"], candidates)
+
+    def answer(queries: Sequence[tuple[int, RewardQuestion]]) -> Iterator[dict[str, Any]]:
+        yield from (found.to_dict() for found in scorer.rank([question for _, question in queries]))
+
+    job = FileJob(read, answer, scorer.batch_size, scorer.model, ["reward", answers])
     return run_file_job(job, source, target, skip_bad_lines=skip_bad_lines, progress=progress)
 
 

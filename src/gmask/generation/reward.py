@@ -5,12 +5,17 @@ Shape letters: B rows, T positions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
+from gmask.files import check_text
+from gmask.generation.answers import rank_scores
 from gmask.generation.encoding import encode_plain, fit_prompt, format_of
 from gmask.generation.padding import batches_by_length, check_numbers
 from gmask.models.reward import RewardHead
@@ -87,6 +92,34 @@ class AnswerEncoder:
             raise GmaskError(f"prompt_ids hold {max(ids)}, and the model has {self.config.vocab_size} tokens")
 
 
+@dataclass(frozen=True, slots=True)
+class RewardQuestion:
+    """A prompt and its answers, as texts and as the rows of ids that are rewarded."""
+
+    text: str
+    answers: tuple[str, ...]
+    rows: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RewardedAnswers:
+    """The answers to a prompt and their rewards, in the order in which they were given."""
+
+    text: str
+    answers: tuple[str, ...]
+    scores: tuple[float, ...]
+
+    @property
+    def ranked(self) -> list[tuple[str, float]]:
+        """The answers and rewards from the highest to the lowest; of equal ones the first comes first."""
+        return [(self.answers[index], self.scores[index]) for index in rank_scores(self.scores)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what ``gmask score --reward --json`` prints."""
+        answers = [{"text": text, "score": score} for text, score in zip(self.answers, self.scores, strict=True)]
+        return {"text": self.text, "best": self.ranked[0][0], "answers": answers}
+
+
 @dataclass(frozen=True)
 class RewardScorer:
     """A reward model and its tokenizer.
@@ -102,10 +135,30 @@ class RewardScorer:
     def __post_init__(self) -> None:
         check_reward_model(self.model)
 
-    @property
+    @cached_property
     def encoder(self) -> AnswerEncoder:
         positions = self.model.config.max_position_embeddings
-        return AnswerEncoder(self.tokenizer, self.model.config, max_source=positions, max_target=positions)
+        return AnswerEncoder(self.tokenizer, self.model.config, max_source=positions - 1, max_target=positions)
+
+    def read(self, text: str, answers: Sequence[str]) -> RewardQuestion:
+        """Encodes a prompt and its answers.
+
+        Raises:
+            GmaskError: no answers, or an empty one; a prompt or an answer that the model has no positions for.
+        """
+        if isinstance(answers, str) or not answers or not all(isinstance(one, str) for one in answers):
+            raise GmaskError(f"the answers must be a list of texts, such as ['sunny', 'rainy'], not {answers!r}")
+        if not all(answer.strip() for answer in answers):
+            raise GmaskError("an answer is empty: there is nothing to reward")
+        return RewardQuestion(text, tuple(answers), tuple(self._rows(Question(check_text(text)), answers)))
+
+    def rank(self, questions: Sequence[RewardQuestion]) -> list[RewardedAnswers]:
+        """Returns the rewards of questions that were read by this scorer."""
+        scores = iter(self.score_ids([row for question in questions for row in question.rows]))
+        return [
+            RewardedAnswers(question.text, question.answers, tuple(islice(scores, len(question.rows))))
+            for question in questions
+        ]
 
     def score(self, question: Question, answers: Sequence[GivenAnswer]) -> list[float]:
         """Returns the reward of each answer to a question.
@@ -113,13 +166,14 @@ class RewardScorer:
         Raises:
             GmaskError: a question or an answer that the model has no positions for.
         """
-        encoder = self.encoder
-        prompt, _ = encoder.encode_question(question)
-        rows = [(*prompt, *encoder.encode_answer(answer)) for answer in answers]
-        for row in rows:
-            if len(row) - len(prompt) > encoder.max_target:
-                raise TooLongError(f"an answer has more than {encoder.max_target} tokens")
-        return self.score_ids(rows)
+        return self.score_ids(self._rows(question, answers))
+
+    def _rows(self, question: Question, answers: Sequence[GivenAnswer]) -> list[tuple[int, ...]]:
+        prompt, _ = self.encoder.encode_question(question)
+        found = [self.encoder.encode_answer(answer) for answer in answers]
+        if any(len(ids) > self.encoder.max_target for ids in found):
+            raise TooLongError(f"an answer has more than {self.encoder.max_target} tokens")
+        return [(*prompt, *ids) for ids in found]
 
     def score_ids(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """Returns the reward of each row of ids, a prompt with ``<sop>`` and an answer. The order does not matter."""

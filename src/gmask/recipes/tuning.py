@@ -274,7 +274,12 @@ def read_tuning_recipe(tree: Mapping[str, Any]) -> TuningRecipe:
 
 def differing_keys(one: TuningRecipe, other: TuningRecipe) -> list[str]:
     """The dotted keys in which two recipes differ, without `FREE_KEYS`."""
-    left, right = dict(_flatten(one.to_dict())), dict(_flatten(other.to_dict()))
+    return differing_values(one.to_dict(), other.to_dict())
+
+
+def differing_values(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """As `differing_keys`, of the plain values of two recipes."""
+    left, right = dict(_flatten(one)), dict(_flatten(other))
     keys = [key for key in (*left, *(key for key in right if key not in left)) if left.get(key) != right.get(key)]
     return [key for key in keys if key not in FREE_KEYS]
 

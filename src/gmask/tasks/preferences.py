@@ -84,12 +84,17 @@ class Intake:
     def kept(self) -> int:
         return self.read - self.dropped.total()
 
-    def rows(self, noun: str) -> list[tuple[str, str, str]]:
-        """The table of a start: what, how many, where first."""
-        rows = [(f"{noun} read", str(self.read), "")]
-        rows += [(f"dropped: {why}", str(count), self.first[why]) for why, count in self.dropped.most_common()]
-        rows += [(f"cut: {why}", str(count), self.first[why]) for why, count in self.cut.most_common()]
-        return [*rows, (f"{noun} used", str(self.kept), "")]
+    def to_dict(self) -> dict[str, Any]:
+        return {"read": self.read, "used": self.kept, "dropped": dict(self.dropped), "cut": dict(self.cut)}
+
+    def lines(self, noun: str) -> list[str]:
+        """The table of a start: how many, what, and where first."""
+        rows = [(self.read, f"{noun} read", "")]
+        rows += [(count, f"dropped: {why}", self.first[why]) for why, count in self.dropped.most_common()]
+        rows += [(count, f"cut: {why}", self.first[why]) for why, count in self.cut.most_common()]
+        rows.append((self.kept, f"{noun} used", ""))
+        width = max(len(f"{count:,}") for count, _, _ in rows)
+        return [f"{count:>{width},}  {what}" + (f" (first in {where})" if where else "") for count, what, where in rows]
 
 
 class _DroppedError(GmaskError):

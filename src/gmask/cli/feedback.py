@@ -1,0 +1,49 @@
+"""``gmask sft``, ``reward``, ``dpo`` and ``kto``."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gmask.cli.options import AsJson, Resume
+from gmask.cli.printing import print_json
+
+FeedbackRecipeFile = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="YAML file: model, data, method, optimization.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Values to change, such as optimization.steps=200.", show_default=False),
+]
+
+
+def sft(
+    recipe: FeedbackRecipeFile, overrides: Overrides = None, resume: Resume = True, as_json: AsJson = False
+) -> None:
+    """Tune a model on answers: finetune with the columns of TRL (prompt and completion, or messages)."""
+    from gmask.training.finetune import run_finetuning
+
+    _run(lambda: run_finetuning(recipe, ["task=chat/trl", *(overrides or [])], resume=resume), as_json)
+
+
+def reward(
+    recipe: FeedbackRecipeFile, overrides: Overrides = None, resume: Resume = True, as_json: AsJson = False
+) -> None:
+    """Train a reward model on preferences. A run that was stopped goes on with the same command."""
+    from gmask.training.reward import run_reward
+
+    _run(lambda: run_reward(recipe, overrides or [], resume=resume), as_json)
+
+
+def _run(train: Callable[[], Path], as_json: bool) -> None:
+    from gmask.training.finetune import read_results
+
+    folder = train()
+    if os.environ.get("RANK", "0") != "0":  # of several processes only the first one prints
+        return
+    if as_json:
+        print_json({"folder": str(folder), **read_results(folder)})
+    else:
+        print(folder)
