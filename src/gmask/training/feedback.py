@@ -20,9 +20,7 @@ from gmask.recipes.tuning import USUAL_RATES, differing_values
 from gmask.tasks.preferences import AnswerPair, Intake, Judgement, Question, read_judgements, read_preferences
 from gmask.tasks.records import find_files
 from gmask.training.examples import hash_file
-from gmask.training.run_folder import last_checkpoint
-
-RECIPE_FILE, FILES_FILE, RESULTS_FILE, START_FILE = "recipe.yaml", "data.json", "results.json", "start.txt"
+from gmask.training.run_folder import FILES_FILE, RECIPE_FILE, RESULTS_FILE, START_FILE, last_checkpoint
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,16 @@ from gmask.training.report import (
     metric_rows,
     render_tuning_card,
 )
-from gmask.training.run_folder import LOG_FILE, TRAINED_FILE, last_checkpoint, read_metrics
+from gmask.training.run_folder import (
+    FILES_FILE,
+    LOG_FILE,
+    RECIPE_FILE,
+    RESULTS_FILE,
+    START_FILE,
+    TRAINED_FILE,
+    last_checkpoint,
+    read_metrics,
+)
 from gmask.training.validation import (
     Forgetting,
     GeneralScores,
@@ -58,12 +67,8 @@ from gmask.training.validation import (
     score_general_set,
 )
 
-RECIPE_FILE = "recipe.yaml"
 TASK_FILE = "task.yaml"
-FILES_FILE = "data.json"
-RESULTS_FILE = "results.json"
 GENERAL_BEFORE_FILE = "general-before.json"
-START_FILE = "start.txt"
 
 
 def run_finetuning(recipe_path: str, overrides: Sequence[str] = (), *, resume: bool = True) -> Path:

@@ -31,11 +31,11 @@ from gmask.training.accelerator import (
     training_arguments,
 )
 from gmask.training.examples import Batch, BatchOrder, steps_of
-from gmask.training.feedback import RECIPE_FILE, RESULTS_FILE, EncodedPair, FeedbackRun, PreferenceEncoder, show_pair
+from gmask.training.feedback import EncodedPair, FeedbackRun, PreferenceEncoder, show_pair
 from gmask.training.loop import Loop, Schedule, StepData, StepResult, unsharded
 from gmask.training.methods import choose_trainable, peak_memory, save_tuned_model
 from gmask.training.report import CURVES_FILE, draw_curves
-from gmask.training.run_folder import LOG_FILE, TRAINED_FILE, read_metrics
+from gmask.training.run_folder import LOG_FILE, RECIPE_FILE, RESULTS_FILE, TRAINED_FILE, read_metrics
 
 PREDICTIONS_FILE = "predictions.jsonl"
 

@@ -37,6 +37,10 @@ MODEL_FILE = "model.safetensors"
 BEST_FILE = "best.safetensors"
 KEPT_ON_ERROR = "the last complete checkpoint"
 LOG_FILE = "metrics.jsonl"
+RECIPE_FILE = "recipe.yaml"
+FILES_FILE = "data.json"
+RESULTS_FILE = "results.json"
+START_FILE = "start.txt"
 OPTIMIZER_KEYS: Mapping[type[Optimizer], tuple[str, ...]] = {
     torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
     torch.optim.Muon: ("momentum_buffer",),
