@@ -6,6 +6,8 @@ from typing import Any
 import yaml
 
 from tiny_folder import make_folder
+from tiny_vocabularies import make_tokenizer
+from tuning import build_chatglm
 from tuning_data import write_lines
 
 PAIRS = [
@@ -48,3 +50,21 @@ def write_feedback_recipe(
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree, allow_unicode=True, sort_keys=False), "utf-8")
     return str(path)
+
+
+def make_chatglm_folder(folder: Path) -> Path:
+    """A tiny ChatGLM with random weights and a vocabulary of its own."""
+    tokenizer = make_tokenizer("chatglm")
+    ids = {name: tokenizer.convert_tokens_to_ids(f"[{name}]") for name in ("MASK", "gMASK")}
+    model = build_chatglm(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=96,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        mask_token_id=ids["MASK"],
+        gmask_token_id=ids["gMASK"],
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -35,10 +35,10 @@ def build(kind: str, dtype: torch.dtype = torch.float32) -> Any:
         return reward_class(builder().config).to(dtype).eval()
 
 
-def restate(model: Any, row: list[int]) -> Tensor:
+def restate(model: Any, row: list[int], sop: int = SOP) -> Tensor:
     """The reward of one unpadded row, from a layout and a mask that are written down here."""
-    length, start = len(row), row.index(SOP)
-    blank = row.index(GMASK)
+    length, start = len(row), row.index(sop)
+    blank = row.index(model.config.gmask_token_id)
     first = [*range(start), *[blank] * (length - start)]
     second = [*[0] * start, *range(1, length - start + 1)]
     visible = torch.ones(length, length, dtype=torch.long).tril()
@@ -167,3 +167,15 @@ def test_calibration_compares_probability_and_accuracy() -> None:
     (found,) = report.calibration
     assert (found["pairs"], found["accuracy"]) == (4, 0.75)
     assert report.calibration_error == pytest.approx(found["probability"] - 0.75)
+
+
+def test_ids_are_rewarded_as_they_are_and_a_cut_answer_gets_no_end(tmp_path: Path) -> None:
+    """Silent error 8: TRL decodes a sampled answer and encodes it again, which ends an answer that had no end."""
+    network, tokenizer = gmask.load(make_folder(tmp_path))
+    scorer = RewardScorer(GLMForReward(network.config).eval(), tokenizer)
+    prompt, _ = scorer.encoder.encode_question(Question("the old man"))
+    whole = scorer.encoder.encode_answer("took his dog")
+    cut, ended = scorer.score_ids([(*prompt, *whole[:-1]), (*prompt, *whole)])
+    assert cut == pytest.approx(restate(scorer.model, [*prompt, *whole[:-1]], tokenizer.sop_token_id).item(), abs=1e-5)
+    assert abs(cut - ended) > 1e-4
+    assert scorer.score(Question("the old man"), [whole[:-1]]) == pytest.approx([cut], abs=1e-5)

@@ -13,7 +13,7 @@ import typer
 
 from gmask import __version__
 from gmask.cli.estimate import estimate
-from gmask.cli.feedback import reward, sft
+from gmask.cli.feedback import dpo, kto, reward, sft
 from gmask.cli.generation import chat, embed, infill, score
 from gmask.cli.models import convert, info, merge, quantize
 from gmask.cli.serving import serve, webui
@@ -29,7 +29,7 @@ app = typer.Typer(
 )
 VERBS = (
     infill, chat, score, embed, serve, webui, convert, quantize, info, estimate, merge, pretrain, finetune, sft,
-    reward, evaluate, train_tokenizer,
+    reward, dpo, kto, evaluate, train_tokenizer,
 )  # fmt: skip
 for verb in VERBS:
     app.command()(verb)

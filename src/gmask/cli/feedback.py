@@ -37,6 +37,24 @@ def reward(
     _run(lambda: run_reward(recipe, overrides or [], resume=resume), as_json)
 
 
+def dpo(
+    recipe: FeedbackRecipeFile, overrides: Overrides = None, resume: Resume = True, as_json: AsJson = False
+) -> None:
+    """Tune a model on preferences directly (DPO). A run that was stopped goes on with the same command."""
+    from gmask.training.preference_tuning import run_preference_tuning
+
+    _run(lambda: run_preference_tuning(recipe, "dpo", overrides or [], resume=resume), as_json)
+
+
+def kto(
+    recipe: FeedbackRecipeFile, overrides: Overrides = None, resume: Resume = True, as_json: AsJson = False
+) -> None:
+    """Tune a model on answers that are good or bad (KTO). A run that was stopped goes on with the same command."""
+    from gmask.training.preference_tuning import run_preference_tuning
+
+    _run(lambda: run_preference_tuning(recipe, "kto", overrides or [], resume=resume), as_json)
+
+
 def _run(train: Callable[[], Path], as_json: bool) -> None:
     from gmask.training.finetune import read_results
 

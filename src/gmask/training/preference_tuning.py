@@ -1,0 +1,436 @@
+"""DPO and KTO: TRL's trainers as they are, on ids that gmask made, with checks of the first step.
+
+TRL makes ids of texts by the chat template, which refuses control words. gmask's own ids have no such limits, and are
+put in the place of TRL's dataset before the training begins. A checkpoint is that of transformers' Trainer.
+"""
+
+import copy
+import importlib
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset  # type: ignore[import-untyped]
+from rich.console import Console
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel, TrainerCallback
+
+from gmask.checkpoints.adapters import has_layers
+from gmask.checkpoints.load import load
+from gmask.checkpoints.save import write_tokenizer
+from gmask.config import check_keys
+from gmask.errors import GmaskError, one_line
+from gmask.files import read_object, write_json, write_text, written_folder
+from gmask.generation.padding import check_numbers
+from gmask.models.base import SelfAttention
+from gmask.models.glm import GLMConfig
+from gmask.recipes.feedback import FeedbackRecipe, Stage, load_feedback_recipe
+from gmask.recipes.tuning import check_model
+from gmask.training.accelerator import RECIPE_KEYS, find_device, forward_dtype
+from gmask.training.feedback import EncodedJudgement, EncodedPair, FeedbackRun, PreferenceEncoder, show_pair
+from gmask.training.methods import apply_method, make_peft_config, peak_memory, save_tuned_model
+from gmask.training.report import CURVES_FILE, draw_curves
+from gmask.training.run_folder import LOG_FILE, RECIPE_FILE, RESULTS_FILE, MetricsLog, read_metrics
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+"""By how much the log-probability of an answer may differ, as a share of it and at least in nats."""
+
+
+def run_preference_tuning(
+    recipe_path: str, stage: Stage, overrides: Sequence[str] = (), *, resume: bool = True
+) -> Path:
+    """Tunes a model on preferences by a recipe, resuming from the last checkpoint; returns the folder of its weights.
+
+    Args:
+        stage: dpo or kto.
+
+    Raises:
+        GmaskError: a mistake in the recipe or the data, a run of another recipe in the folder, a first step whose
+            numbers are not those of the model.
+    """
+    return PreferenceTuning(load_feedback_recipe(recipe_path, stage, overrides), stage, resume=resume).train()
+
+
+class PreferenceTuning(FeedbackRun):
+    """One run of DPO or KTO."""
+
+    def __init__(self, recipe: FeedbackRecipe, stage: Stage, *, resume: bool = True) -> None:
+        self.stage = stage
+        super().__init__(recipe, resume=resume)
+        self.tuning = self.recipe.as_tuning()
+        self.device = find_device(self.recipe.run.device)
+        self.dtype = forward_dtype(self.tuning, self.device)
+        self.args = self._make_arguments()
+        self.is_main = self.args.process_index == 0
+        self.console = Console(stderr=True, quiet=not self.is_main)
+        self.callback = RunCallback(self)
+
+    def train(self) -> Path:
+        """Makes the steps that are left; writes weights and results."""
+        if self.is_finished:
+            self.console.print(f"{self.out} holds this run, finished", highlight=False)
+            return self.export
+        settings = self.recipe.model
+        model, self.tokenizer = load(
+            settings.name, dtype=settings.dtype, device=self.args.device, quantize=settings.quantize
+        )
+        check_model(
+            self.recipe.method,
+            is_quantized=getattr(model, "is_quantized", False),
+            is_glm=isinstance(model.config, GLMConfig),
+        )
+        encoder = PreferenceEncoder(self.tokenizer, model.config, self.recipe)
+        encode: Any = encoder.encode_judgements if self.stage == "kto" else encoder.encode_pairs
+        items = encode(self.splits.train, self.intake_of("train"))
+        held = encode(self.splits.validation, self.intake_of("validation")) if self.splits.validation else []
+        if self.is_main:
+            shown = [show_pair(items[0], self.tokenizer)] if self.stage == "dpo" else []
+            self.write_start(self.console, [f"{len(items)} samples, method {self.recipe.method.name}", *shown])
+        trainer = self._make_trainer(model, items, held)
+        last = last_trainer_checkpoint(self.out)
+        if last is None:
+            check_first_batch(trainer, items, pad=encoder.answers.special.pad, tolerance=TOLERANCE[self.dtype])
+        try:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        except ValueError as error:  # such as an unknown loss_type, which TRL finds at the first step
+            if isinstance(error, GmaskError):
+                raise
+            raise GmaskError(f"trl: {one_line(error)}") from error
+        finally:
+            self.callback.close()
+        scores = trainer.evaluate() if held else {}
+        if self.is_main:
+            self._write_results(trainer, scores)
+        trainer.accelerator.wait_for_everyone()
+        return self.export
+
+    def _has_checkpoint(self) -> bool:
+        return last_trainer_checkpoint(self.out) is not None
+
+    def _make_arguments(self) -> Any:
+        """The arguments of TRL's trainer, with the keys of the recipe and those of ``trl``."""
+        trl: Any = importlib.import_module("trl")
+        kind = trl.KTOConfig if self.stage == "kto" else trl.DPOConfig
+        run, optimization = self.recipe.run, self.recipe.optimization
+        own = {**optimization.trainer, **self.recipe.trl}
+        check_keys(own, list(kind.__dataclass_fields__), "trl")
+        if self.stage == "kto" and own.get("precompute_ref_log_probs"):
+            raise GmaskError("trl.precompute_ref_log_probs is for dpo: leave it out")
+        for key in own:
+            if key in RECIPE_KEYS:
+                raise GmaskError(f"trl.{key}: set {RECIPE_KEYS[key]} instead")
+        evaluates = bool(self.splits.validation)
+        values: dict[str, Any] = {
+            "output_dir": str(self.out),
+            "use_cpu": self.device == "cpu",
+            "bf16": self.dtype == torch.bfloat16,
+            "seed": run.seed,
+            "full_determinism": run.deterministic,
+            "per_device_train_batch_size": optimization.batch_size,
+            "per_device_eval_batch_size": optimization.batch_size,
+            "gradient_accumulation_steps": optimization.accumulation,
+            "learning_rate": optimization.learning_rate,
+            "lr_scheduler_type": optimization.schedule,
+            "warmup_steps": optimization.warmup,
+            "weight_decay": optimization.weight_decay,
+            "max_grad_norm": optimization.clip_norm,
+            "gradient_checkpointing": optimization.gradient_checkpointing,
+            "num_train_epochs": optimization.epochs or 1,
+            "max_steps": optimization.steps or -1,
+            "logging_steps": run.log_every,
+            "logging_first_step": True,
+            "save_steps": optimization.save_every or 100,
+            "save_total_limit": optimization.keep_last,
+            "eval_strategy": "steps" if evaluates else "no",
+            "eval_steps": optimization.evaluate_every or 100,
+            "max_length": None,
+            "report_to": "none",
+            "disable_tqdm": False,
+            **({"train_sampling_strategy": "sequential"} if self.stage == "kto" else {}),
+            **{key: value for key, value in own.items() if key != "precompute_ref_log_probs"},
+        }
+        try:
+            return kind(**values)
+        except (ValueError, TypeError) as error:
+            raise GmaskError(f"trl: {one_line(error)}") from error
+
+    def _make_trainer(self, model: PreTrainedModel, items: Sequence[Any], held: Sequence[Any]) -> Any:
+        trl: Any = importlib.import_module("trl")
+        refuse_adapter_in_place(model)
+        method = self.recipe.method
+        reference, adapter = None, None
+        if method.makes_adapter:
+            adapter = make_peft_config(method)
+            adapter.task_type = "CAUSAL_LM"
+        else:
+            apply_method(model, method)
+            reference = copy.deepcopy(model).requires_grad_(False).eval()
+        said = [{"role": "user", "content": "a"}]
+        replies = [[{"role": "assistant", "content": text}] for text in ("a", "b")]
+        stand_in: dict[str, list[Any]] = {"prompt": [said] * 2, "chosen": replies[:1] * 2, "rejected": replies[1:] * 2}
+        if self.stage == "kto":
+            stand_in = {"prompt": [said] * 2, "completion": replies, "label": [True, False]}
+        kind = trl.KTOTrainer if self.stage == "kto" else trl.DPOTrainer
+        try:
+            trainer = kind(
+                model=model,
+                ref_model=reference,
+                args=self.args,
+                train_dataset=Dataset.from_dict(stand_in),
+                eval_dataset=Dataset.from_dict(stand_in) if held else None,
+                processing_class=self.tokenizer,
+                peft_config=adapter,
+                callbacks=[self.callback],
+            )
+        except (ValueError, NotImplementedError) as error:
+            raise GmaskError(f"trl: {one_line(error)}") from error
+        if self.args.disable_dropout:
+            disable_attention_dropout(trainer.model)
+        trainer.train_dataset = self._as_dataset(items, shuffled=True)
+        if held:
+            trainer.eval_dataset = self._as_dataset(held, shuffled=False)
+        if self.recipe.trl.get("precompute_ref_log_probs"):
+            precompute_reference(trainer, self.recipe.optimization.batch_size)
+        return trainer
+
+    def _as_dataset(self, items: Sequence[Any], *, shuffled: bool) -> Any:
+        """The ids in the columns of TRL's collators. KTO's batches are made here, in the order of the seed."""
+        if self.stage == "dpo":
+            pairs: Sequence[EncodedPair] = items
+            return Dataset.from_list(
+                [
+                    {"prompt_ids": list(one.prompt), "chosen_ids": list(one.chosen), "rejected_ids": list(one.rejected)}
+                    for one in pairs
+                ]
+            )
+        order = list(range(len(items)))
+        if shuffled:
+            order = np.random.default_rng([self.recipe.run.seed, 2]).permutation(len(items)).tolist()
+        return Dataset.from_list(kto_rows([items[index] for index in order], self.recipe.optimization.batch_size))
+
+    def _write_results(self, trainer: Any, scores: dict[str, float]) -> None:
+        records = join_records(read_metrics(self.out / LOG_FILE))
+        draw_curves(records, self.out / CURVES_FILE)
+        trained = [one for one in trainer.model.parameters() if one.requires_grad]
+        results = {
+            "stage": self.stage,
+            "method": self.recipe.method.name,
+            "seed": self.recipe.run.seed,
+            "steps": trainer.state.global_step,
+            "samples": {split: one.to_dict() for split, one in self.splits.intakes.items()},
+            "validation": {name.removeprefix("eval_"): value for name, value in scores.items()},
+            "first_loss": next((one["loss"] for one in records if "loss" in one), None),
+            "last_loss": next((one["loss"] for one in reversed(records) if "loss" in one), None),
+            "trainable_parameters": sum(one.numel() for one in trained),
+            "peak_memory_bytes": peak_memory(torch.device(self.device)),
+        }
+        write_text(self.out / "README.md", self._card(results))
+        with written_folder(self.export, kept="the run, to be resumed,") as folder:
+            if self.recipe.method.makes_adapter:
+                trainer.model.save_pretrained(folder)
+                path = folder / "adapter_config.json"
+                write_json(path, {**read_object(path), "base_model_name_or_path": self.recipe.model.name})
+                write_tokenizer(self.tokenizer, folder, published=False)
+            else:
+                save_tuned_model(trainer.model, self.tokenizer, self.tuning, folder, dtype=self.dtype)
+            for name in ("README.md", CURVES_FILE, LOG_FILE):
+                (folder / name).write_bytes((self.out / name).read_bytes())
+            (folder / RECIPE_FILE).write_text(self.recipe.portable().to_yaml(), "utf-8")
+        write_json(self.out / RESULTS_FILE, results)
+
+    def _card(self, results: dict[str, Any]) -> str:
+        options = json.dumps(self.recipe.trl, ensure_ascii=False)
+        lines = [
+            f"# {self.recipe.model.name}, tuned by {self.stage.upper()}",
+            "",
+            f"{results['steps']} steps, method {self.recipe.method.name}, options of TRL: {options}. Loss of the first "
+            f"step {results['first_loss']:.4f}, of the last {results['last_loss']:.4f}.",
+        ]
+        if results["validation"]:
+            lines += ["", "| validation | |", "|---|--:|"]
+            lines += [
+                f"| {name} | {value:.4g} |"
+                for name, value in results["validation"].items()
+                if isinstance(value, int | float) and "per_second" not in name
+            ]
+        return "\n".join(lines) + "\n"
+
+
+def kto_rows(items: Sequence[EncodedJudgement], batch_size: int) -> list[dict[str, Any]]:
+    """The rows of KTO. The KL is measured on the answers of a batch, each behind the next prompt, as in TRL.
+
+    A last batch of one has no other answer, and is left out.
+
+    Raises:
+        GmaskError: batches of one.
+    """
+    if batch_size < 2 or len(items) < 2:
+        raise GmaskError("kto compares the answers of a batch: make optimization.batch_size 2 at least, with 2 samples")
+    rows: list[dict[str, Any]] = []
+    for start in range(0, len(items), batch_size):
+        batch = items[start : start + batch_size]
+        if len(batch) < 2:
+            continue
+        for index, one in enumerate(batch):
+            rows.append(
+                {
+                    "prompt_ids": list(one.prompt),
+                    "completion_ids": list(one.answer),
+                    "KL_completion_ids": list(batch[index - 1].answer),
+                    "label": one.is_good,
+                }
+            )
+    return rows
+
+
+def disable_attention_dropout(model: torch.nn.Module) -> None:
+    """TRL's ``disable_dropout`` knows modules alone, and the dropout of attention weights is a number."""
+    for module in model.modules():
+        if isinstance(module, SelfAttention):
+            module.attention_dropout = 0.0
+
+
+def refuse_adapter_in_place(model: PreTrainedModel) -> None:
+    """Raises `GmaskError` for a model whose adapter gmask put in place: TRL's reference would be without it."""
+    if has_layers(model):
+        raise GmaskError(
+            "the model has an adapter, and the reference would be reloaded without it: merge it first (gmask merge)"
+        )
+
+
+def last_trainer_checkpoint(out: Path) -> Path | None:
+    """The newest complete checkpoint of transformers' Trainer; drafts that a killed run left are removed."""
+    found = sorted(out.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    complete = [folder for folder in found if (folder / "trainer_state.json").is_file()]
+    for folder in found:
+        if folder not in complete:
+            shutil.rmtree(folder, ignore_errors=True)
+    return complete[-1] if complete else None
+
+
+def precompute_reference(trainer: Any, batch_size: int) -> None:
+    """Computes the log-probabilities of DPO's reference once, and drops the reference."""
+    model = trainer.model if trainer.ref_model is None else trainer.ref_model
+
+    def add(dataset: Any) -> Any:
+        columns: dict[str, list[float]] = {"ref_chosen_logps": [], "ref_rejected_logps": []}
+        for start in range(0, len(dataset), batch_size):
+            rows = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
+            batch = {name: value.to(trainer.args.device) for name, value in trainer.data_collator(rows).items()}
+            for name, values in zip(columns, trainer.compute_ref_log_probs(model, batch), strict=True):
+                columns[name] += values.tolist()
+        return dataset.add_column("ref_chosen_logps", columns["ref_chosen_logps"]).add_column(
+            "ref_rejected_logps", columns["ref_rejected_logps"]
+        )
+
+    trainer.train_dataset = add(trainer.train_dataset)
+    if trainer.eval_dataset is not None:
+        trainer.eval_dataset = add(trainer.eval_dataset)
+    trainer.precompute_ref_logps, trainer.ref_model = True, None
+
+
+def answer_logprob(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+    """The log-probability of an answer behind its prompt, in nats: one row, without padding."""
+    ids = torch.tensor([[*prompt, *answer]], device=model.device)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+    check_numbers(logits)
+    found = F.log_softmax(logits.double(), -1)
+    return found.gather(1, ids[0, len(prompt) :, None]).sum()
+
+
+def check_first_batch(trainer: Any, items: Sequence[Any], *, pad: int, tolerance: float) -> None:
+    """Compares the reference in a padded batch of TRL's with the model in single rows, before the first step.
+
+    They are the same numbers if the reference is the model as it began, and if the batch reads as a single row does.
+
+    Raises:
+        GmaskError: they differ.
+    """
+    trainer.model.eval()
+    count = min(len(trainer.train_dataset), 2 * trainer.args.per_device_train_batch_size, 8)
+    rows = [trainer.train_dataset[index] for index in range(count)]
+    batch = {name: value.to(trainer.args.device) for name, value in trainer.data_collator(rows).items()}
+    if "chosen_ids" in rows[0]:
+        answers = [(row["prompt_ids"], row[name]) for name in ("chosen_ids", "rejected_ids") for row in rows]
+        found = (
+            torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
+            if trainer.precompute_ref_logps
+            else torch.cat(trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch))
+        )
+    else:
+        answers = [(row["prompt_ids"], row["completion_ids"]) for row in rows]
+        found = trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch)[0]
+    for (prompt, answer), value in zip(answers, found.tolist(), strict=True):
+        expected = float(answer_logprob(trainer.model, prompt, answer))
+        if abs(value - expected) > tolerance * max(1.0, abs(expected)):
+            raise GmaskError(
+                f"the reference gives an answer {value:.4f} nats in a batch, the model {expected:.4f} alone: the "
+                "reference is not the model as it begins, or padding is read; merge what was trained, and save it"
+            )
+
+
+class RunCallback(TrainerCallback):
+    """Writes metrics.jsonl and TensorBoard's events, and checks the first loss."""
+
+    def __init__(self, run: PreferenceTuning) -> None:
+        self.run = run
+        self.log: MetricsLog | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.log = MetricsLog(self.run.out, after_step=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        record = {"step": state.global_step, **read_log_entry(logs or {})}
+        if "loss" in record:
+            self._check(record["loss"], state.global_step)
+        if self.log is not None and len(record) > 1:
+            self.log.add(record)
+
+    def close(self) -> None:
+        """Closes the log, also of a run that was stopped."""
+        if self.log is not None:
+            self.log.__exit__(None, None, None)
+            self.log = None
+
+    def _check(self, loss: float, step: int) -> None:
+        """Raises `GmaskError` for a loss that is no number, and for a first loss of DPO that is not ln 2."""
+        if not math.isfinite(loss):
+            raise GmaskError(
+                f"step {step}: the loss is {loss}: start again in another run.out, with a lower learning rate; the "
+                "last checkpoint is kept"
+            )
+        options = self.run.recipe.trl
+        is_plain = self.run.stage == "dpo" and options.get("loss_type", "sigmoid") in ("sigmoid", ["sigmoid"])
+        bound = 1e-3 if self.run.dtype == torch.float32 else 0.05
+        if step == 1 and is_plain and not options.get("label_smoothing") and abs(loss - math.log(2)) > bound:
+            raise GmaskError(
+                f"the first loss is {loss:.4f}, and has to be ln 2 = 0.6931: the reference is not the model as it began"
+            )
+
+
+def join_records(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record a step: transformers logs a validation apart. Those without a loss are left out."""
+    steps: dict[int, dict[str, Any]] = {}
+    for record in records:
+        steps.setdefault(record["step"], {}).update(record)
+    return [record for record in steps.values() if {"loss", "gradient_norm", "learning_rate"} <= record.keys()]
+
+
+def read_log_entry(logs: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of an entry of transformers' log by the names of gmask's logs."""
+    numbers = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
+    held = {name.removeprefix("eval_"): value for name, value in numbers.items() if name.startswith("eval_")}
+    if held:
+        scores = {name: value for name, value in held.items() if "per_second" not in name and name != "runtime"}
+        return {"validation": {"validation": scores}}
+    if "train_runtime" in numbers:
+        return {}
+    return {("gradient_norm" if name == "grad_norm" else name): value for name, value in numbers.items()}
