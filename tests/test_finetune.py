@@ -375,3 +375,18 @@ def test_the_command_prints_results_or_one_line(tmp_path: Path) -> None:
     done = subprocess.run([*start, "run.seed=9"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "run.seed differs" in done.stderr
+
+
+def test_sft_is_finetune_with_the_columns_of_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gmask.cli import main
+
+    records = [
+        {"prompt": "Say hello.", "completion": "Hello!"},
+        {"messages": [{"role": "user", "content": "Say goodbye."}, {"role": "assistant", "content": "Goodbye!"}]},
+    ] * 4
+    path = write_recipe(tmp_path, records=records, forgetting={"skip": True}, optimization={"steps": 1})
+    monkeypatch.setattr("sys.argv", ["gmask", "sft", path])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    assert (tmp_path / "out" / "task.yaml").read_text("utf-8").count("reader: trl") == 1

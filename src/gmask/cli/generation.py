@@ -262,7 +262,7 @@ def score(
     """Score given answers to the blank of a text by their exact log-probabilities, best first.
 
     A line of a .jsonl file has a "text", its "answers" unless --answers gives them, and perhaps a "label": the right
-    answer, or its index from 0. With --reward, the texts are prompts, and a reward model scores the answers.
+    answer, or its index from 0. To a reward model the texts are prompts.
     """
     candidates = None if answers is None else read_candidates(answers, option="--answers")
     files = read_files(texts, source, target)
