@@ -262,6 +262,8 @@ def test_dropout_of_attention_is_off_too(tmp_path: Path) -> None:
         (["trl.loss_type=[sigmoidd]"], "trl: .*sigmoidd"),
         (["model.adapter=somewhere", "method.name=lora"], "merge it first"),
         (["method.name=p-tuning-v2"], "dpo takes full, lora, dora, qlora"),
+        (["data.margins=true"], "data.margins has an effect on `gmask reward` alone"),
+        (["optimization.early_stop=1"], "optimization.early_stop has an effect on"),
         (["reward.center=0.1"], "reward belongs to `gmask reward`"),
         (["data.max_source=97"], "max_source is 97, but the model has only 96 positions"),
     ],

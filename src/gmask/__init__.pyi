@@ -21,11 +21,13 @@ from gmask.generation.score import Scoring as Scoring
 from gmask.generation.score import score as score
 from gmask.models.chatglm import ChatGLMConfig as ChatGLMConfig
 from gmask.models.chatglm import ChatGLMForConditionalGeneration as ChatGLMForConditionalGeneration
+from gmask.models.chatglm import ChatGLMForReward as ChatGLMForReward
 from gmask.models.glm import GLMConfig as GLMConfig
 from gmask.models.glm import GLMForConditionalGeneration as GLMForConditionalGeneration
 from gmask.models.glm import GLMModel as GLMModel
 from gmask.models.glm_heads import GLMForMultipleChoice as GLMForMultipleChoice
 from gmask.models.glm_heads import GLMForMultiTokenCloze as GLMForMultiTokenCloze
+from gmask.models.glm_heads import GLMForReward as GLMForReward
 from gmask.models.glm_heads import GLMForSequenceClassification as GLMForSequenceClassification
 from gmask.models.glm_heads import GLMForSingleTokenCloze as GLMForSingleTokenCloze
 

@@ -152,6 +152,16 @@ def load_feedback_recipe(path: Path | str, stage: Stage, overrides: Sequence[str
             "model.adapter: the reference would be the model without it; merge it first (gmask merge), and name the "
             "merged folder"
         )
+    if optimization.early_stop is not None and recipe.data.validation is None:
+        raise GmaskError("optimization.early_stop needs data.validation (a file, or a share of data.train)")
+    alone = {
+        "data.margins": recipe.data.margins,
+        "optimization.early_stop": optimization.early_stop,
+        "optimization.length_grouped": optimization.length_grouped,
+    }
+    for key, value in alone.items():
+        if stage != "reward" and value:
+            raise GmaskError(f"{key} has an effect on `gmask reward` alone: leave it out")
     for key in recipe.trl:
         if key in REFUSED_OPTIONS:
             raise GmaskError(f"trl.{key}: {REFUSED_OPTIONS[key]}")

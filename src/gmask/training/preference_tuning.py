@@ -104,7 +104,7 @@ class PreferenceTuning(FeedbackRun):
             raise GmaskError(f"trl: {one_line(error)}") from error
         finally:
             self.callback.close()
-        scores = trainer.evaluate() if held else {}
+        scores = trainer.evaluate() if held else {}  # of the pairs of the validations
         if self.is_main:
             self._write_results(trainer, scores)
         trainer.accelerator.wait_for_everyone()
@@ -194,7 +194,7 @@ class PreferenceTuning(FeedbackRun):
             disable_attention_dropout(trainer.model)
         trainer.train_dataset = self._as_dataset(items, shuffled=True)
         if held:
-            trainer.eval_dataset = self._as_dataset(held, shuffled=False)
+            trainer.eval_dataset = self._as_dataset(held[: self.recipe.data.validation_limit], shuffled=False)
         if self.recipe.trl.get("precompute_ref_log_probs"):
             precompute_reference(trainer, self.recipe.optimization.batch_size)
         return trainer
