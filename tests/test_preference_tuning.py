@@ -321,3 +321,12 @@ def test_the_check_of_a_batch_finds_padding_that_is_read(tmp_path: Path, monkeyp
     }  # fmt: skip
     with pytest.raises(gmask.GmaskError, match="nats in a batch"):
         check_first_batch(trainer, [], pad=0, tolerance=1e-3)
+
+
+def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> None:
+    for step in (2, 10, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step < 12:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}", "utf-8")
+    assert preference_tuning.last_trainer_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert not (tmp_path / "checkpoint-12").exists()
