@@ -74,7 +74,7 @@ def test_a_recipe_that_travels_names_no_place(recipe_path: Path, tmp_path: Path)
         ("method.rnak=1", "nearest is 'rank'"),
         ("method.name=lorra", "choose full"),
         ("method.prefix_length=3", "belongs to p-tuning-v2"),
-        ("optimization.steps=10", "give one of epochs and steps"),
+        ("optimization.steps=10", "not both: optimization.epochs=null counts by steps"),
         ("optimization.batch_size=0", "must be above 0"),
         ("optimization.schedule=cosin", "choose linear, cosine or constant"),
         ("optimization.dtype=float16", "choose auto, float32 or bfloat16"),

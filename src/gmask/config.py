@@ -90,12 +90,20 @@ class NotEmpty:
         return None if value else "is empty"
 
 
-Count = Annotated[int, Range(above=0)]
+MOST = 10**12
+"""The limit of counts and sizes that have none of their own. Beyond it nothing can be counted, and floats overflow."""
+
+Count = Annotated[int, Range(above=0), Range(most=MOST)]
+Steps = Annotated[int, Range(above=0), Range(most=10**8)]
+"""Steps of a run, or samples or rows of a step."""
+
 Whole = Annotated[int, Range(0)]
 Fraction = Annotated[float, Range(0, below=1)]
 Part = Annotated[float, Range(above=0, below=1)]
-Positive = Annotated[float, Range(above=0)]
-NotNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(above=0), Range(most=MOST)]
+NotNegative = Annotated[float, Range(0), Range(most=MOST)]
+Rate = Annotated[float, Range(above=0), Range(most=100)]
+"""A learning rate."""
 RunSeed = Annotated[int, Range(0, 2**32 - 1)]
 """Up to the highest seed that NumPy's global generator takes."""
 

@@ -148,8 +148,8 @@ def read_text(path: Path | str, *, keep_ends: bool = False) -> str:
     """
     try:
         data = Path(path).read_bytes()
-    except OSError as error:
-        raise GmaskError(f"{path}: cannot be read ({error.strerror})") from error
+    except (OSError, ValueError) as error:  # a ValueError comes from a name that no file can have
+        raise GmaskError(f"{path}: cannot be read ({_system_reason(error)})") from error
     text = decode_text(data, path)
     return text if keep_ends else text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -259,10 +259,12 @@ def read_lines(
                     line = line.removeprefix(UTF8_MARK)
                 if number > start:
                     yield number, _decode_line(line, max_bytes)
-    except OSError as error:
-        raise GmaskError(f"{path}: cannot be read ({error.strerror})") from error
     except damage as error:
         raise GmaskError(f"{path}, after line {number}: the zstd file is damaged ({error})") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, GmaskError):
+            raise
+        raise GmaskError(f"{path}: cannot be read ({_system_reason(error)})") from error
 
 
 def at_line(path: Path | str, number: int, fault: object) -> GmaskError:
@@ -391,6 +393,12 @@ def _decode_line(line: bytes | None, max_bytes: int | None) -> str | GmaskError:
         return line.decode("utf-8")
     except UnicodeDecodeError:
         return GmaskError("not UTF-8 text")
+
+
+def _system_reason(error: OSError | ValueError) -> str:
+    if isinstance(error, OSError):
+        return str(error.strerror)
+    return "no file can have this name" if isinstance(error, UnicodeEncodeError) else str(error)  # a null character
 
 
 def _draft_of(path: Path) -> Path:

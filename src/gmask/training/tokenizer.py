@@ -135,6 +135,9 @@ def train_from_sources(
             because a token holds about 4 bytes in English and in Chinese alike. A source smaller than its share is used
             whole, and the others make up for it.
         skip_bad_lines: leave out lines that cannot be read, and log their number; else the first raises `GmaskError`.
+
+    Raises:
+        GmaskError: a file or a line that cannot be read, texts that do not fill the vocabulary, a full disk.
     """
     texts = _sample_sources(sources, sample_bytes, seed=seed, skip_bad_lines=skip_bad_lines, progress=progress)
     tokenizer = train_tokenizer(
