@@ -158,3 +158,20 @@ def test_the_adgen_recipe_has_the_published_hyperparameters() -> None:
     optimization = recipe.optimization
     assert (optimization.steps, optimization.batch_size, optimization.accumulation) == (3000, 1, 16)
     assert (optimization.learning_rate, optimization.schedule) == (2e-2, "linear")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimization.epochs=1.0e+300", "must be at most 1000000"),
+        ("optimization.batch_size=1000000000", "must be at most 100000000"),
+        ("optimization.learning_rate=.nan", "expected a finite number"),
+        ("optimization.learning_rate=-1", "must be above 0"),
+        ("optimization.learning_rate=1.0e+9", "must be at most 100"),
+        ("method.rank=1000000000000000000", "must be at most"),
+        ("data.max_source=1000000000000000000", "must be at most"),
+    ],
+)
+def test_numbers_that_nobody_means_are_refused(recipe_path: Path, override: str, message: str) -> None:
+    with pytest.raises(GmaskError, match=rf"^{override.split('=')[0]} is .*{message}"):
+        load_tuning_recipe(recipe_path, [override])

@@ -30,6 +30,9 @@ from gmask.errors import GmaskError, nearest
 from gmask.files import read_text
 
 T = TypeVar("T")
+MOST_BYTES = 16 << 20
+"""The limit of a YAML file."""
+
 MOST_NODES = 1_000_000
 """The limit of values in a YAML text, each counted as often as anchors repeat it."""
 
@@ -354,6 +357,9 @@ def load_tree(path: Path | str, overrides: Sequence[str], sections: Sequence[str
 
 def read_yaml(path: Path | str) -> Any:
     """The value of a YAML file. Raises `GmaskError` as `read_text` and `parse_yaml`, with the path."""
+    path = Path(path)
+    if path.is_file() and (size := path.stat().st_size) > MOST_BYTES:
+        raise GmaskError(f"{path}: has {size >> 20:,} MB, and no such file is as large: name a YAML file")
     text = read_text(path)
     try:
         return parse_yaml(text)

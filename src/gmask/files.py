@@ -147,7 +147,10 @@ def read_text(path: Path | str, *, keep_ends: bool = False) -> str:
         GmaskError: it cannot be read, is not UTF-8 (with the line), or is a Git LFS pointer.
     """
     try:
+        refuse_device(Path(path))
         data = Path(path).read_bytes()
+    except GmaskError:
+        raise
     except (OSError, ValueError) as error:  # a ValueError comes from a name that no file can have
         raise GmaskError(f"{path}: cannot be read ({_system_reason(error)})") from error
     text = decode_text(data, path)
@@ -244,6 +247,7 @@ def read_lines(
     number = 0
     damage: tuple[type[Exception], ...] = ()
     try:
+        refuse_device(path)
         with path.open("rb") as file:
             _refuse_start(path, file.peek(len(LFS_POINTER)))
             stream: BinaryIO = file
@@ -341,6 +345,12 @@ def check_text(text: str, name: str = "the text") -> str:
     return text
 
 
+def refuse_device(path: Path) -> None:
+    """Raises `GmaskError` for a device, such as /dev/zero, which has no end."""
+    if path.is_char_device() or path.is_block_device():
+        raise GmaskError(f"{path}: is a device, where a file is expected")
+
+
 def refuse_placeholder(path: Path, remedy: str = COPY_AGAIN) -> None:
     """Raises `GmaskError` for a missing or empty file, a folder in its place, or a Git LFS pointer.
 
@@ -349,7 +359,7 @@ def refuse_placeholder(path: Path, remedy: str = COPY_AGAIN) -> None:
     if path.is_dir():
         raise GmaskError(f"{path}: is a folder, where a file is expected")
     if not path.is_file():
-        raise GmaskError(f"{path}: missing; {remedy}")
+        raise GmaskError(f"{path}: is no file" if path.exists() else f"{path}: missing; {remedy}")
     if path.stat().st_size == 0:
         raise GmaskError(f"{path}: truncated or damaged, {remedy} (it is empty)")
     try:
@@ -410,6 +420,8 @@ def _reason(error: Exception, path: Path, draft: Path) -> str:
         return "a text in it holds half of a character"
     if isinstance(error, SafetensorError) and (found := SAFETENSORS_REASON.search(str(error))):
         return found[1]
+    if isinstance(error, RuntimeError):  # torch's says nothing of the disk
+        return "the file could not take all of it: the disk may be full"
     if not isinstance(error, OSError) or not error.strerror:
         return one_line(error)
     named = draft if error.filename is None else Path(str(error.filename))

@@ -342,6 +342,8 @@ def read_adapter(folder: Path) -> Adapter:
     Raises:
         GmaskError: none there, or a damaged one.
     """
+    if folder.exists() and not folder.is_dir():
+        raise GmaskError(f"{folder}: is no folder; name that of an adapter")
     if not folder.is_dir():
         raise GmaskError(f"{folder}: no such folder; name that of an adapter")
     if not (folder / CONFIG).is_file():

@@ -3,6 +3,8 @@
 One thin function a verb; each imports what it needs when it runs, so that ``gmask --help`` is quick.
 """
 
+import contextlib
+import errno
 import io
 import os
 import re
@@ -54,7 +56,7 @@ def take_options(
 def main() -> None:
     """Runs a verb. A mistake of the user's is one line on standard error and exit code 2.
 
-    Ctrl-C is exit code 130; output into a pipe that nobody reads any more, as after ``| head -1``, is 141.
+    Ctrl-C is exit code 130; output into a pipe that nobody reads any more, as after ``| head -1``, is 1.
     """
     _prepare_streams()
     _quiet_libraries()
@@ -72,9 +74,12 @@ def main() -> None:
         _fail_missing(error)
     except BrokenPipeError:
         _discard_output()
-        sys.exit(141)  # 128 and the number of SIGPIPE, as a shell reports other programs
+        sys.exit(1)  # as typer does where a print meets the closed pipe
     except OSError as error:  # no such file, no permission, disk full
-        name = error.filename or _failed_output()
+        name = error.filename
+        if name is None and error.errno in FULL:  # files are written by gmask.files, which names them
+            _discard_output()
+            name = "standard output"
         _fail(": ".join(str(part) for part in (name, error.strerror or error) if part))
     except (MemoryError, RuntimeError) as error:
         if not is_shortage(error):
@@ -134,19 +139,14 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _failed_output() -> str | None:
-    """The name of standard output if it is what cannot be written."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        _discard_output()
-        return "standard output"
-    return None
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What the system says when a file cannot grow."""
 
 
 def _discard_output() -> None:
     """Discards what is left for standard output, which Python would try to write once more when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with contextlib.suppress(OSError):  # a program may have put a stream without a file in its place
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _quiet_libraries() -> None:

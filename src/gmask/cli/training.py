@@ -79,11 +79,13 @@ def train_tokenizer(
     ] = False,
 ) -> None:
     """Learn a bilingual BPE tokenizer with GLM's special tokens from texts, or from the texts of a recipe."""
+    from gmask.config import check_fields
     from gmask.training.tokenizer import train_from_sources
 
     sources, settings = read_text_sources(files)
     if vocab_size is not None:
         settings = replace(settings, vocab_size=vocab_size)
+        check_fields(settings)
     tokenizer = train_from_sources(
         sources,
         vocab_size=settings.vocab_size,

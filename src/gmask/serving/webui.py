@@ -51,6 +51,15 @@ STYLE = """
 #language { margin-left: auto; width: fit-content; flex: none; }
 #infill-alternatives { --font-mono: var(--font); }
 #chat-conversation .md { white-space: pre-wrap; }
+#infill-alternatives :is(th, td, .body-cell), #infill-alternatives :is(th, td, .body-cell) * {
+  overflow-wrap: normal; word-break: normal; hyphens: none;
+}
+@media (max-width: 640px) {
+  #infill-alternatives :is(th, td, .body-cell), #infill-alternatives :is(th, td, .body-cell) * {
+    white-space: normal; text-overflow: clip; font-size: 11px; min-width: 0; padding-inline: 1px;
+  }
+  #infill-alternatives :is(td, .body-cell):last-child * { white-space: nowrap; }
+}
 """
 
 
@@ -104,10 +113,12 @@ def draw_page(backend: Backend, *, talks: Backend | None = None, language: Langu
     """The page of the model of a backend, or of another one where it talks; as `create_page`."""
     first = "en" if language == "auto" else language
     labelled = Labelled(first)
+    is_shared = talks is not None and talks is not backend  # by two models, each of which its tab names
     page = gr.Blocks(title="gmask", analytics_enabled=False)
     with page:
         with gr.Row(equal_height=True):
-            gr.Markdown(f"# gmask `{backend.settings.model_name}`", elem_id="title")
+            named = "" if is_shared else f" `{backend.settings.model_name}`"
+            gr.Markdown(f"# gmask{named}", elem_id="title")
             switch = gr.Radio(
                 [(spoken, code) for code, spoken in LANGUAGES.items()],
                 value=first,
@@ -117,8 +128,12 @@ def draw_page(backend: Backend, *, talks: Backend | None = None, language: Langu
             )
         if backend.blanks:
             with labelled.make(gr.Tab, {"label": "fill"}):
+                if is_shared:
+                    gr.Markdown(f"`{backend.settings.model_name}`", elem_id="fill-model")
                 build_infill(backend, labelled, switch)
         with labelled.make(gr.Tab, {"label": "chat"}):
+            if talks is not None and is_shared:
+                gr.Markdown(f"`{talks.settings.model_name}`", elem_id="chat-model")
             build_chat(talks or backend, labelled, switch)
         switch.change(labelled.updates, switch, labelled.components, queue=False, api_visibility="private")
         if language == "auto":
