@@ -467,6 +467,7 @@ def summarize_folds(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "metrics": _by_split([run["metrics"] for run in runs]),
         "majority": _by_split([run["majority"] for run in runs]),
         "seconds": sum(run["seconds"] for run in runs),
+        "evaluation_seconds": sum(run["evaluation_seconds"] for run in runs),
         "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
         "runs": list(runs),
     }
