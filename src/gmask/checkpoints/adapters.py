@@ -470,7 +470,7 @@ def fill_layers(model: PreTrainedModel, adapter: Adapter, tensors: Mapping[str, 
             tuner.resize_modules_by_rank_pattern(pattern, NAME)
     except GmaskError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, RecursionError) as error:
         raise GmaskError(f"{adapter.folder}: cannot be put into this model ({one_line(error)})") from error
     parts = adapter.whole_parts()
     own = {name.removeprefix(WRAPPER): tensor for name, tensor in tensors.items() if name not in parts}
