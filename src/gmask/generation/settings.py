@@ -46,15 +46,13 @@ class Sampling:
         GmaskError: a value that does not fit.
     """
 
-    n: Annotated[int, Range(1, MOST_SAMPLES)] = (
-        1  # answers to a text: independent samples, or the best of a beam search
-    )
+    n: Annotated[Count, Range(most=MOST_SAMPLES)] = 1  # answers to a text: samples, or the best of a beam search
     max_tokens: Count = 64  # of an answer
     min_tokens: Whole = 1  # of an answer
     temperature: NotNegative = 0.0
     top_k: Whole = 0
     top_p: Annotated[float, Range(above=0, most=1)] = 1.0
-    num_beams: Annotated[int, Range(1, MOST_BEAMS)] = 1  # at least 2 * n are used if n > 1 and nothing is drawn
+    num_beams: Annotated[Count, Range(most=MOST_BEAMS)] = 1  # at least 2 * n are used if n > 1 and nothing is drawn
     # Answers are ranked by log-probability / tokens ** length_penalty; above 0 favours long ones.
     length_penalty: Annotated[float, Range(-100, 100)] = 0.0
     no_repeat_ngram: Whole = 0  # the size of n-grams that must not occur twice in an answer; 0: they may
