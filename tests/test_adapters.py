@@ -323,3 +323,15 @@ def test_every_verb_that_runs_a_model_takes_an_adapter(tmp_path: Path) -> None:
     assert vector == pytest.approx(gmask.embed(model, tokenizer, [text])[0].tolist(), abs=1e-5)
     for verb in ("infill", "score", "embed", "chat", "serve", "webui", "evaluate"):
         assert "--adapter" in run(verb, "--help")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("bias", "abc"), ("trainable_token_indices", 1.5), ("trainable_token_indices", "abc"), ("r", "abc"), ("r", [])],
+)
+def test_absurd_values_of_a_config_are_one_line(tuned, tmp_path: Path, key: str, value: object) -> None:
+    base, source, _ = tuned("glm", "lora")
+    shutil.copytree(source, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    assert str(tmp_path / "adapter") in refusal(lambda: fill(base, tmp_path / "adapter"))

@@ -422,3 +422,101 @@ def test_the_command_knows_the_bundled_models_without_loading_any() -> None:
     from gmask.cli.options import BUNDLED_NAMES
 
     assert tuple(BUNDLED_MODELS) == BUNDLED_NAMES
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "gbk", "latin-1"])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_console_that_cannot_show_a_character_gets_it_escaped(
+    encoding: str, as_json: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    options = ["--json"] if as_json else []
+    monkeypatch.setattr(sys, "argv", ["gmask", "infill", "é😀中 [MASK]", "-m", str(folder), "-n", "2", *options])
+    monkeypatch.setattr(sys, "stdout", shown)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    text = shown.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+    if as_json:
+        assert json.loads(text)["text"].startswith("é😀中")
+    else:
+        assert r"\U0001f600" in text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="arguments are no bytes there")
+def test_arguments_are_read_as_utf8_where_the_locale_is_not(run: Run, folder: Path) -> None:
+    typed = "我[MASK]".encode().decode("ascii", "surrogateescape")
+    assert run("infill", typed, "-m", folder, "--max-tokens", 2).out.startswith("我")
+    scored = run("score", typed, "-m", folder, "--answers", typed.replace("[MASK]", "") + "|a").out
+    assert "我\t" in scored
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such pipes")
+def test_a_pipe_that_nobody_reads_ends_the_command_silently() -> None:
+    command = [sys.executable, "-m", "gmask", "info", "--zoo"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("arguments", [["info"], ["--help"]])
+def test_standard_output_that_is_full_is_one_line(arguments: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "gmask", *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 2
+    assert done.stderr.decode() == "gmask: standard output: No space left on device\n"
+
+
+def test_streams_that_are_closed_are_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdin", "stdout"):
+        monkeypatch.setattr(sys, name, None)
+    monkeypatch.setattr(sys, "argv", ["gmask", "info"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    for stream in (sys.stdin, sys.stdout):
+        stream.close()
+    assert not ended.value.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-n", "100000"], "n is 100000: it must be from 1 to 1000"),
+        (["-n", "500"], "n is 500: at most the best 128 are found; set a temperature to draw more"),
+        (["--set", "num_beams=100000"], "num_beams is 100000: it must be from 1 to 256"),
+        (["--set", "length_penalty=1000000000000000000"], "it must be from -100 to 100"),
+        (["--max-tokens", str(10**18)], "max_tokens is 1000000000000000000: it must be at most 1000000000000"),
+        (["--set", "temperature=1.0e+300"], "temperature is 1e+300: it must be at most 1000000000000"),
+    ],
+)
+def test_settings_that_nobody_means_are_refused(run: Run, folder: Path, arguments: list[str], message: str) -> None:
+    outcome = run("infill", TEXT, "-m", folder, *arguments)
+    assert outcome.code == 2 and outcome.err.count("\n") == 1 and message in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--vocab-size", 0), ("--vocab-size", 10**18), ("--seed", -1), ("--sample-bytes", 0)]
+)
+def test_a_tokenizer_refuses_numbers_that_nobody_means(run: Run, tmp_path: Path, option: str, value: int) -> None:
+    (tmp_path / "text.txt").write_text("The cat sat on the mat. " * 99)
+    outcome = run("train-tokenizer", tmp_path / "text.txt", "-o", tmp_path / "made", option, value)
+    assert outcome.code == 2 and outcome.err.count("\n") == 1, "no progress bar in a pipe, either"
+    assert not (tmp_path / "made").exists()
+
+
+def test_pretrain_prints_the_figures_of_the_run(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    lines = [
+        {"step": 1, "loss": 3.0, "tokens": 10, "seconds": 1.0, "validation": {"news": {"token": 2.5}}},
+        {"step": 2, "loss": 2.0, "tokens": 20, "seconds": 2.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr("gmask.training.pretrain.run_pretraining", lambda *given, **options: tmp_path)
+    printed = json.loads(run("pretrain", "recipe.yaml", "--json").out)
+    assert printed == {
+        "folder": str(tmp_path),
+        **{"step": 2, "tokens": 20, "loss": 2.0, "seconds": 2.0, "validation": {"news": {"token": 2.5}}},
+    }

@@ -262,3 +262,10 @@ PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) |
 def test_what_yaml_writes_is_read_back(value: Any) -> None:
     text = yaml.safe_dump(value, allow_unicode=True)
     assert parse_yaml(text) == yaml.safe_load(text)
+
+
+def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "a.yaml").open("wb") as file:
+        file.truncate(2**30)
+    with pytest.raises(GmaskError, match=r"a\.yaml: has 1,024 MB, and no such file is as large"):
+        read_yaml(tmp_path / "a.yaml")

@@ -19,7 +19,8 @@ from gmask.models.glm_heads import GLMForSequenceClassification
 from gmask.tasks.task import load_task
 from gmask.training import finetune
 from gmask.training import losses as training_losses
-from gmask.training.run_folder import list_checkpoints
+from gmask.training.report import TuningResults
+from gmask.training.run_folder import last_checkpoint, list_checkpoints
 from gmask.training.validation import Validator
 from tuning_data import CHAT, CLOZE_TASK, SENTIMENT, read_log, read_losses, write_recipe
 
@@ -119,6 +120,10 @@ def test_a_run_leaves_what_a_reader_needs(tmp_path: Path) -> None:
     start = (out / "start.txt").read_text("utf-8")
     assert "⟦2<|endofpiece|>⟧" in start.replace(" ", "")
     assert "What trains (lora)" in start
+    results = json.loads((out / "results.json").read_text("utf-8"))
+    progress = json.loads((last_checkpoint(out) / "training.json").read_text("utf-8"))["progress"]
+    assert results["evaluation_seconds"] > progress["validation_seconds"] > 0, "that before the first step counts, too"
+    assert "| time of the evaluations |" in (out / "README.md").read_text("utf-8")
     assert "memory: about" in start
     card = (out / "README.md").read_text("utf-8")
     assert "base_model: bundled" in card
@@ -390,3 +395,20 @@ def test_sft_is_finetune_with_the_columns_of_trl(tmp_path: Path, monkeypatch: py
         main()
     assert not stopped.value.code
     assert (tmp_path / "out" / "task.yaml").read_text("utf-8").count("reader: trl") == 1
+
+
+def test_evaluations_that_outlast_the_steps_are_told_with_what_makes_them_fewer() -> None:
+    results = TuningResults(
+        recipe=None,  # type: ignore[arg-type]
+        task=None,  # type: ignore[arg-type]
+        files=(),
+        trainable_parameters=1,
+        parameters=1,
+        records=[{"seconds": 2.0}],
+        metrics={},
+    )
+    assert results.advise_evaluations(1.5) is None
+    assert results.advise_evaluations(57.0) == (
+        "evaluations between the steps took 57 s, the steps 2 s: a higher optimization.evaluate_every or a lower "
+        "data.validation_limit saves time"
+    )

@@ -1,6 +1,7 @@
 """Are files filled line by line, and does a stopped run go on without loss?"""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -180,3 +181,18 @@ def test_a_target_that_is_there_is_not_overwritten(infiller: Infiller, source: P
 def test_a_target_that_cannot_be_written_is_an_error(infiller: Infiller, source: Path, tmp_path: Path) -> None:
     with pytest.raises(gmask.GmaskError, match=r"out\.jsonl: cannot be written \(No such file or directory\)"):
         fill_file(infiller, source, tmp_path / "nowhere" / "out.jsonl")
+
+
+def test_a_line_that_is_nested_deeply_is_that_lines_error(infiller: Infiller, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": ' + "[" * 100_000 + '\n{"text": "It is [MASK]."}\n', "utf-8")
+    report = fill_file(infiller, source, tmp_path / "out.jsonl", skip_bad_lines=True)
+    assert (report.lines, report.skipped) == (2, 1)
+    bad, good = map(json.loads, (tmp_path / "out.jsonl").read_text("utf-8").splitlines())
+    assert "nested too deeply" in bad["error"] and "blanks" in good
+
+
+def test_a_pipe_is_refused_since_a_source_is_read_twice(infiller: Infiller, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(gmask.GmaskError, match="pipe: is no file, but a folder, a pipe or a device"):
+        fill_file(infiller, tmp_path / "pipe", tmp_path / "out.jsonl")

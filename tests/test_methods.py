@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+import io
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 import gmask
 from gmask.errors import GmaskError
@@ -188,8 +190,20 @@ def test_the_table_adds_up() -> None:
     assert rows["glm.transformer.layers.*.attention.query_key_value"].tensors == 4
     assert rows["glm.transformer.layers.*.attention.query_key_value.lora_A"].percent == 100
     *_, last = table.to_rows().rows
-    assert last == ("all", str(sum(row.tensors for row in table.rows)), f"{added:,}", f"{table.total:,}", last[-1])
+    assert last == ("all", f"{added:,}", f"{table.total:,}", last[-1])
     assert "lora_B" in table.to_rows().to_markdown()
+    assert all(int(row[1].replace(",", "")) for row in table.to_rows().rows[:-2]), "what is frozen is one row"
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "ia3", "p-tuning-v2", "full"])
+def test_the_table_is_whole_in_80_columns(method: str) -> None:
+    targets = {"targets": "all-linear"} if method in ("lora", "adalora") else {}
+    table = apply_method(build_glm_of(), MethodSettings(name=method, **targets), steps=1000)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table.to_rows().to_rich("What trains"))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in shown
+    assert all(row[0] in shown for row in table.to_rows().rows)
 
 
 def test_the_head_for_a_task_trains_with_every_method() -> None:

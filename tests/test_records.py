@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gmask.errors import GmaskError
-from gmask.tasks.records import read_records
+from gmask.tasks.records import FILE_READERS, read_records
+from gmask.tasks.task import make_samples, read_task
 
 ROWS = [
     {"question": "Is it “good”?", "label": "yes"},
@@ -217,3 +219,31 @@ def test_no_file_and_no_limit_below_one(tmp_path: Path) -> None:
         read_records(tmp_path / "absent.jsonl")
     with pytest.raises(GmaskError, match="at least 1, not 0"):
         read_records(tmp_path / "absent.jsonl", limit=0)
+
+
+def test_a_pointer_of_git_lfs_is_called_so_in_every_format(tmp_path: Path) -> None:
+    for ending in FILE_READERS:
+        path = tmp_path / f"a{ending}"
+        path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 1\n")
+        with pytest.raises(GmaskError, match="a Git LFS pointer, not the file itself"):
+            read_records(path)
+
+
+def test_a_pipe_is_no_file_of_records(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(GmaskError, match="pipe: is no file; name a file"):
+        read_records(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("cell", ["nan", "None", "null"])
+def test_missing_cells_of_parquet_are_empty_and_words_are_words(tmp_path: Path, cell: str) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = {"text": ["a", None, cell], "label": [1.0, float("nan"), 0.0]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    first, missing, word = read_records(tmp_path / "a.parquet")
+    task = read_task({"kind": "classification", "template": "{text}", "label": "label", "choices": ["no", "yes"]})
+    assert make_samples(task, first, require_answers=True)[0].label == 1
+    assert make_samples(task, word, require_answers=True)[0].text == cell
+    with pytest.raises(GmaskError, match="column 'text' is empty"):
+        make_samples(task, missing, require_answers=True)

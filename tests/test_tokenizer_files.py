@@ -8,7 +8,9 @@ import pytest
 
 from gmask.errors import GmaskError
 from gmask.tokenizers.folder import CLASSES, read_tokenizer
+from gmask.tokenizers.glm import read_ids
 from published_vocabularies import FILES, SHARED, copy_vocabulary, needs_vocabularies
+from tiny_folder import make_folder
 
 pytestmark = needs_vocabularies
 
@@ -90,3 +92,25 @@ def test_published_folders_are_read(name: str) -> None:
     tokenizer = read_tokenizer(folder)
     assert json.loads((folder / "added_tokens.json").read_text("utf-8")).items() <= tokenizer.get_added_vocab().items()
     assert tokenizer.spacing == "published"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((("model_max_length"), value) for value in ("abc", "", [], {}, -1, 0, True)),
+        *(("tokenizer_class", value) for value in ([], {}, 3, True)),
+        *(("unk_token", value) for value in ("", 3, [], {}, {"content": ""})),
+    ],
+)
+def test_absurd_values_of_a_config_are_one_line(tmp_path: Path, key: str, value: object) -> None:
+    folder = make_folder(tmp_path)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(GmaskError, match=rf"tokenizer_config\.json: {key} is .*; download or copy it again$"):
+        read_tokenizer(folder)
+
+
+def test_ids_below_0_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text('{"a": -1}')
+    with pytest.raises(GmaskError, match="expected a JSON object of tokens and their ids"):
+        read_ids(str(tmp_path / "vocab.json"))

@@ -1,9 +1,11 @@
 """Does a tokenizer of ours keep every text whole, and does it have the special tokens of a GLM?"""
 
+import errno
 import json
 import re
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -169,3 +171,18 @@ def test_no_token_has_more_han_characters_than_asked_for() -> None:
     assert all(len(re.findall(r"[\u4e00-\u9fff]", token)) <= 1 for token in tokenizer.get_vocab())
     whole, part = (tokenizer.encode(text, add_special_tokens=False).tokens for text in ("今天天气很好", "今天天"))
     assert whole[: len(part)] == part
+
+
+def test_a_disk_that_fills_leaves_no_half_of_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = train_tokenizer(["The cat sat on the mat. " * 50], vocab_size=380)
+    write_text = Path.write_text
+
+    def fail(path: Path, *given: Any, **options: Any) -> int:
+        if path.name == "tokenizer_config.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_text(path, *given, **options)
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(GmaskError, match=r"made: cannot be written \(No space left on device\)$"):
+        save_tokenizer(tokenizer, tmp_path / "made")
+    assert list(tmp_path.iterdir()) == []

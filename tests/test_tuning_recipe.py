@@ -74,7 +74,7 @@ def test_a_recipe_that_travels_names_no_place(recipe_path: Path, tmp_path: Path)
         ("method.rnak=1", "nearest is 'rank'"),
         ("method.name=lorra", "choose full"),
         ("method.prefix_length=3", "belongs to p-tuning-v2"),
-        ("optimization.steps=10", "give one of epochs and steps"),
+        ("optimization.steps=10", "not both: optimization.epochs=null counts by steps"),
         ("optimization.batch_size=0", "must be above 0"),
         ("optimization.schedule=cosin", "choose linear, cosine or constant"),
         ("optimization.dtype=float16", "choose auto, float32 or bfloat16"),
@@ -158,3 +158,20 @@ def test_the_adgen_recipe_has_the_published_hyperparameters() -> None:
     optimization = recipe.optimization
     assert (optimization.steps, optimization.batch_size, optimization.accumulation) == (3000, 1, 16)
     assert (optimization.learning_rate, optimization.schedule) == (2e-2, "linear")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimization.epochs=1.0e+300", "must be at most 1000000"),
+        ("optimization.batch_size=1000000000", "must be at most 100000000"),
+        ("optimization.learning_rate=.nan", "expected a finite number"),
+        ("optimization.learning_rate=-1", "must be above 0"),
+        ("optimization.learning_rate=1.0e+9", "must be at most 100"),
+        ("method.rank=1000000000000000000", "must be at most"),
+        ("data.max_source=1000000000000000000", "must be at most"),
+    ],
+)
+def test_numbers_that_nobody_means_are_refused(recipe_path: Path, override: str, message: str) -> None:
+    with pytest.raises(GmaskError, match=rf"^{override.split('=')[0]} is .*{message}"):
+        load_tuning_recipe(recipe_path, [override])

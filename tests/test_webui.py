@@ -297,6 +297,19 @@ def draw(loaded: Any) -> Callable[[str], dict[str, Any]]:
     return lambda language: asyncio.run(build(language))
 
 
+def test_a_page_of_two_models_names_each_on_its_tab(model: Backend, loaded: Any) -> None:
+    async def build() -> dict[str, Any]:
+        talks = make_backend(*loaded, name="talker")
+        try:
+            return webui.draw_page(model, talks=talks).get_config_file()
+        finally:
+            talks.close()
+
+    parts = {part["props"].get("elem_id"): part["props"].get("value") for part in asyncio.run(build())["components"]}
+    assert parts["title"] == "# gmask"
+    assert parts["fill-model"] == f"`{model.settings.model_name}`" and parts["chat-model"] == "`talker`"
+
+
 def test_the_page_is_private_bounded_and_plain(draw: Callable[[str], dict[str, Any]]) -> None:
     config = draw("zh")
     assert all(event["api_visibility"] != "public" for event in config["dependencies"])

@@ -200,6 +200,11 @@ def test_blanks_are_filled_in_their_text_and_choices_charted(open_page: Any) -> 
     page.locator("#infill-choices textarea").fill("<b>happy</b> | <i>sad</i>\nfriend | mother")
     page.locator("#infill-run").click()
     playwright.expect(page.locator("#infill-chart")).to_be_visible()
+    page.set_viewport_size({"width": 375, "height": 800})  # of a phone
+    shown = page.locator("#infill-alternatives .virtual-table-viewport")
+    playwright.expect(shown).to_be_visible()
+    assert shown.evaluate("table => table.scrollWidth <= table.clientWidth + 1"), "the probability is in sight"
+    page.set_viewport_size({"width": 1280, "height": 860})
     third = page.locator("#infill-alternatives").get_by_role("row").filter(has=page.get_by_text("3", exact=True))
     third.get_by_role("gridcell").first.click()
     for answer in third.get_by_role("gridcell").all_inner_texts()[1:3]:  # such as <b>happy</b>, letter by letter

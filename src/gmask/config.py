@@ -30,6 +30,9 @@ from gmask.errors import GmaskError, nearest
 from gmask.files import read_text
 
 T = TypeVar("T")
+MOST_BYTES = 16 << 20
+"""The limit of a YAML file."""
+
 MOST_NODES = 1_000_000
 """The limit of values in a YAML text, each counted as often as anchors repeat it."""
 
@@ -90,12 +93,20 @@ class NotEmpty:
         return None if value else "is empty"
 
 
-Count = Annotated[int, Range(above=0)]
+MOST = 10**12
+"""The limit of counts and sizes that have none of their own. Beyond it nothing can be counted, and floats overflow."""
+
+Count = Annotated[int, Range(above=0), Range(most=MOST)]
+Steps = Annotated[int, Range(above=0), Range(most=10**8)]
+"""Steps of a run, or samples or rows of a step."""
+
 Whole = Annotated[int, Range(0)]
 Fraction = Annotated[float, Range(0, below=1)]
 Part = Annotated[float, Range(above=0, below=1)]
-Positive = Annotated[float, Range(above=0)]
-NotNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(above=0), Range(most=MOST)]
+NotNegative = Annotated[float, Range(0), Range(most=MOST)]
+Rate = Annotated[float, Range(above=0), Range(most=100)]
+"""A learning rate."""
 RunSeed = Annotated[int, Range(0, 2**32 - 1)]
 """Up to the highest seed that NumPy's global generator takes."""
 
@@ -346,6 +357,9 @@ def load_tree(path: Path | str, overrides: Sequence[str], sections: Sequence[str
 
 def read_yaml(path: Path | str) -> Any:
     """The value of a YAML file. Raises `GmaskError` as `read_text` and `parse_yaml`, with the path."""
+    path = Path(path)
+    if path.is_file() and (size := path.stat().st_size) > MOST_BYTES:
+        raise GmaskError(f"{path}: has {size >> 20:,} MB, and no such file is as large: name a YAML file")
     text = read_text(path)
     try:
         return parse_yaml(text)

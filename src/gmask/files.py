@@ -147,9 +147,12 @@ def read_text(path: Path | str, *, keep_ends: bool = False) -> str:
         GmaskError: it cannot be read, is not UTF-8 (with the line), or is a Git LFS pointer.
     """
     try:
+        refuse_device(Path(path))
         data = Path(path).read_bytes()
-    except OSError as error:
-        raise GmaskError(f"{path}: cannot be read ({error.strerror})") from error
+    except GmaskError:
+        raise
+    except (OSError, ValueError) as error:  # a ValueError comes from a name that no file can have
+        raise GmaskError(f"{path}: cannot be read ({_system_reason(error)})") from error
     text = decode_text(data, path)
     return text if keep_ends else text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -244,6 +247,7 @@ def read_lines(
     number = 0
     damage: tuple[type[Exception], ...] = ()
     try:
+        refuse_device(path)
         with path.open("rb") as file:
             _refuse_start(path, file.peek(len(LFS_POINTER)))
             stream: BinaryIO = file
@@ -259,10 +263,12 @@ def read_lines(
                     line = line.removeprefix(UTF8_MARK)
                 if number > start:
                     yield number, _decode_line(line, max_bytes)
-    except OSError as error:
-        raise GmaskError(f"{path}: cannot be read ({error.strerror})") from error
     except damage as error:
         raise GmaskError(f"{path}, after line {number}: the zstd file is damaged ({error})") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, GmaskError):
+            raise
+        raise GmaskError(f"{path}: cannot be read ({_system_reason(error)})") from error
 
 
 def at_line(path: Path | str, number: int, fault: object) -> GmaskError:
@@ -359,6 +365,12 @@ def check_characters(text: str, most: int, tokenizer: Vocabulary, *, name: str =
         raise GmaskError(f"{name} has {len(text)} characters, and there is room for {most} tokens: shorten it")
 
 
+def refuse_device(path: Path) -> None:
+    """Raises `GmaskError` for a device, such as /dev/zero, which has no end."""
+    if path.is_char_device() or path.is_block_device():
+        raise GmaskError(f"{path}: is a device, where a file is expected")
+
+
 def refuse_placeholder(path: Path, remedy: str = COPY_AGAIN) -> None:
     """Raises `GmaskError` for a missing or empty file, a folder in its place, or a Git LFS pointer.
 
@@ -367,7 +379,7 @@ def refuse_placeholder(path: Path, remedy: str = COPY_AGAIN) -> None:
     if path.is_dir():
         raise GmaskError(f"{path}: is a folder, where a file is expected")
     if not path.is_file():
-        raise GmaskError(f"{path}: missing; {remedy}")
+        raise GmaskError(f"{path}: is no file" if path.exists() else f"{path}: missing; {remedy}")
     if path.stat().st_size == 0:
         raise GmaskError(f"{path}: truncated or damaged, {remedy} (it is empty)")
     try:
@@ -413,6 +425,12 @@ def _decode_line(line: bytes | None, max_bytes: int | None) -> str | GmaskError:
         return GmaskError("not UTF-8 text")
 
 
+def _system_reason(error: OSError | ValueError) -> str:
+    if isinstance(error, OSError):
+        return str(error.strerror)
+    return "no file can have this name" if isinstance(error, UnicodeEncodeError) else str(error)  # a null character
+
+
 def _draft_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
@@ -422,6 +440,8 @@ def _reason(error: Exception, path: Path, draft: Path) -> str:
         return "a text in it holds half of a character"
     if isinstance(error, SafetensorError) and (found := SAFETENSORS_REASON.search(str(error))):
         return found[1]
+    if isinstance(error, RuntimeError):  # torch's says nothing of the disk
+        return "the file could not take all of it: the disk may be full"
     if not isinstance(error, OSError) or not error.strerror:
         return one_line(error)
     named = draft if error.filename is None else Path(str(error.filename))

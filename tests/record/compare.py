@@ -10,7 +10,15 @@ from collections.abc import Iterator
 from typing import Any
 
 RELATIVE, ABSOLUTE = 1e-3, 2e-4
-UNCERTAIN = {"seconds", "samples_per_second", "free_bytes", "peak_memory_bytes", "tokens_per_second", "versions"}
+UNCERTAIN = {
+    "seconds",
+    "evaluation_seconds",
+    "samples_per_second",
+    "free_bytes",
+    "peak_memory_bytes",
+    "tokens_per_second",
+    "versions",
+}
 """Keys whose values depend on the machine, its load or its packages; that they are there is recorded."""
 
 QUANTIZED = {"working", "peak"}

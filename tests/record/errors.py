@@ -89,7 +89,8 @@ ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
 
 
 def settle(text: str) -> str:
-    """A text without what differs from run to run."""
+    """A text without what differs from run to run; half characters are escaped, for they cannot be written."""
+    text = text.encode("utf-8", "backslashreplace").decode()
     text = TEST.sub("<path>/<test>", PLACE.sub("<path>/", " ".join(text.split())))
     text = CUT.sub("'<path>'", text)
     return NUMBER.sub("<n>", ADDRESS.sub("<n>", text))

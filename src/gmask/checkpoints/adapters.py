@@ -350,6 +350,8 @@ def read_adapter(folder: Path) -> Adapter:
     Raises:
         GmaskError: none there, or a damaged one.
     """
+    if folder.exists() and not folder.is_dir():
+        raise GmaskError(f"{folder}: is no folder; name that of an adapter")
     if not folder.is_dir():
         raise GmaskError(f"{folder}: no such folder; name that of an adapter")
     if not (folder / ADAPTER_CONFIG).is_file():
@@ -478,7 +480,7 @@ def fill_layers(model: PreTrainedModel, adapter: Adapter, tensors: Mapping[str, 
             tuner.resize_modules_by_rank_pattern(pattern, NAME)
     except GmaskError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, RecursionError) as error:
         raise GmaskError(f"{adapter.folder}: cannot be put into this model ({one_line(error)})") from error
     parts = adapter.whole_parts()
     own = {name.removeprefix(WRAPPER): tensor for name, tensor in tensors.items() if name not in parts}

@@ -3,6 +3,9 @@
 Each verb is one thin function, which imports what it needs when it runs, so that ``gmask --help`` is fast.
 """
 
+import contextlib
+import errno
+import io
 import os
 import re
 import sys
@@ -52,10 +55,16 @@ def take_options(
 
 
 def main() -> None:
-    """Runs a verb. A user's mistake is one line on standard error and exit code 2; Ctrl-C is exit code 130."""
+    """Runs a verb. A user's mistake is one line on standard error and exit code 2.
+
+    Ctrl-C is exit code 130; output into a pipe that nobody reads any more, as after ``| head -1``, is 1.
+    """
+    _prepare_streams()
     _quiet_libraries()
     try:
-        sys.exit(app(prog_name=app.info.name, standalone_mode=False))
+        status = app(prog_name=app.info.name, standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(status)
     except GmaskError as error:
         _fail(str(error))
     except typer.TyperException as error:
@@ -64,8 +73,15 @@ def main() -> None:
         sys.exit(1)
     except ModuleNotFoundError as error:
         _fail_missing(error)
+    except BrokenPipeError:
+        _discard_output()
+        sys.exit(1)  # as typer does where a print meets the closed pipe
     except OSError as error:  # no such file, no permission, disk full
-        _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
+        name = error.filename
+        if name is None and error.errno in FULL:  # files are written by gmask.files, which names them
+            _discard_output()
+            name = "standard output"
+        _fail(": ".join(str(part) for part in (name, error.strerror or error) if part))
     except (MemoryError, RuntimeError) as error:
         if not is_shortage(error):
             raise
@@ -112,6 +128,26 @@ def _fail_usage(error: typer.TyperException) -> NoReturn:
     context: typer.Context | None = getattr(error, "ctx", None)
     command = context.command_path if context else app.info.name
     _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
+
+
+def _prepare_streams() -> None:
+    """Escapes what a console cannot show. A stream that is closed becomes one that discards or has nothing."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # one that a program puts in its place may not be
+            stream.reconfigure(errors="backslashreplace")
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What the system says when a file cannot grow."""
+
+
+def _discard_output() -> None:
+    """Discards what is left for standard output, which Python would try to write once more when it ends."""
+    with contextlib.suppress(OSError):  # a program may have put a stream without a file in its place
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _quiet_libraries() -> None:

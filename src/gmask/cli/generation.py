@@ -33,6 +33,7 @@ from gmask.cli.printing import (
     print_tabbed,
     print_table,
 )
+from gmask.config import MOST
 from gmask.errors import GmaskError
 from gmask.generation.settings import Sampling
 
@@ -440,7 +441,7 @@ def chat(
     from gmask.generation.settings import make_sampling
 
     settings = merge_settings(pairs, max_tokens=max_tokens)
-    make_sampling({"max_tokens": sys.maxsize, **settings})  # a mistake is reported before the model is loaded
+    make_sampling({"max_tokens": MOST, **settings})  # a mistake is reported before the model is loaded
     chosen = model or (base_of(adapter, "bundled-chat") if adapter else "bundled-chat")
     check_name(chosen)  # before torch is imported, which takes seconds
     from gmask.checkpoints.load import load

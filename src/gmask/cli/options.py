@@ -1,5 +1,7 @@
 """Options that several verbs share, and functions that read their values."""
 
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,7 +106,7 @@ def texts_or_stdin(texts: list[str] | None) -> list[str]:
         GmaskError: there are none, or they are not UTF-8.
     """
     if texts:
-        return [check_text(text) for text in texts]
+        return [read_typed(text) for text in texts]
     if sys.stdin.isatty():
         raise GmaskError("there is no text: give one, or --input")
     data = getattr(sys.stdin, "buffer", sys.stdin).read()  # a program may replace stdin by one of texts
@@ -113,6 +115,17 @@ def texts_or_stdin(texts: list[str] | None) -> list[str]:
     if not lines:
         raise GmaskError("standard input is empty: give a text")
     return lines
+
+
+def read_typed(text: str, name: str = "the text") -> str:
+    """A text of the command line. Bytes that the locale could not read, such as C's, are read as UTF-8.
+
+    Raises:
+        GmaskError: they are not UTF-8.
+    """
+    with contextlib.suppress(UnicodeError):
+        text = os.fsencode(text).decode()
+    return check_text(text, name)
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
@@ -129,7 +142,7 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise GmaskError(f"--set {pair}: write it as key=value")
         try:
-            values[key.strip()] = check_text(value) if key.strip() == "stop" else parse_yaml(value)
+            values[key.strip()] = read_typed(value) if key.strip() == "stop" else parse_yaml(value)
         except GmaskError as error:
             raise GmaskError(f"--set {pair}: the value cannot be read ({error})") from error
     return values
@@ -156,7 +169,7 @@ def merge_settings(pairs: Sequence[str] | None, **options: Any) -> dict[str, Any
 
 def read_candidates(choice: str, *, option: str = "--choices") -> list[str]:
     """Returns the candidates of ``--choices 'a|b'``."""
-    candidates = check_text(choice, option).split("|")
+    candidates = read_typed(choice, option).split("|")
     if not all(candidates):
         raise GmaskError(f"{option} {choice!r}: a candidate is empty; write them as 'sunny|rainy'")
     return candidates

@@ -19,8 +19,13 @@ CUT_STYLE = "bold yellow"  # of an answer that was cut at the limit on its token
 
 
 def print_json(value: Any, *, indent: int | None = None) -> None:
-    """Prints JSON: in one line, or indented."""
-    print(json.dumps(value, ensure_ascii=False, indent=indent))
+    """Prints JSON: in one line, or indented. Characters are escaped where the console cannot show them all."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=indent)
+    print(text)
 
 
 def print_fields(fields: Mapping[str, str], *, width: int = 12) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,11 +26,16 @@ def pretrain(
         ),
     ] = None,
     resume: Resume = True,
+    as_json: AsJson = False,
 ) -> None:
     """Train a GLM from scratch. A run that was stopped goes on when the same command is given again."""
-    from gmask.training.pretrain import run_pretraining
+    from gmask.training.pretrain import describe_run, run_pretraining
 
-    print(run_pretraining(recipe, overrides or [], resume=resume))
+    folder = run_pretraining(recipe, overrides or [], resume=resume)
+    if as_json:
+        print_json({"folder": str(folder), **describe_run(folder)})
+    else:
+        print(folder)
 
 
 def finetune(
@@ -67,25 +72,30 @@ def train_tokenizer(
     ],
     output: Annotated[Path, output_option("Folder for the tokenizer.", "--out")],
     vocab_size: Annotated[int | None, typer.Option(help="Tokens.", show_default="the recipe's, or 12288")] = None,
-    sample_bytes: Annotated[int, typer.Option(help="Bytes of text to learn from.")] = 45_000_000,
-    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    sample_bytes: Annotated[int, typer.Option(help="Bytes of text to learn from.", min=1)] = 45_000_000,
+    seed: Annotated[int, typer.Option(help="Of the sample.", min=0)] = 0,
     skip_bad_lines: Annotated[
         bool, typer.Option("--skip-bad-lines", help="Go on after lines that cannot be read.")
     ] = False,
 ) -> None:
     """Learn a bilingual BPE tokenizer with GLM's special tokens from texts, or from the texts of a recipe."""
+    from gmask.config import check_fields
     from gmask.training.tokenizer import train_from_sources
 
     sources, settings = read_text_sources(files)
+    if vocab_size is not None:
+        settings = replace(settings, vocab_size=vocab_size)
+        check_fields(settings)
     tokenizer = train_from_sources(
         sources,
-        vocab_size=vocab_size or settings.vocab_size,
+        vocab_size=settings.vocab_size,
         alphabet_size=settings.alphabet_size,
         max_han_chars=settings.max_han_chars,
         out=output,
         sample_bytes=sample_bytes,
         seed=seed,
         skip_bad_lines=skip_bad_lines,
+        progress=sys.stderr.isatty(),
     )
     print(f"{output}: {tokenizer.get_vocab_size()} tokens")
 
@@ -142,7 +152,7 @@ def evaluate(
             show_default="the model's; of a task, none",
         ),
     ] = None,
-    sentences: Annotated[int, typer.Option(help="Held-out sentences of each language.")] = 300,
+    sentences: Annotated[int, typer.Option(help="Held-out sentences of each language.", min=1)] = 300,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model: on held-out text, or on a task.

@@ -215,6 +215,8 @@ def run_file_job(
     """
     if target.exists():
         raise GmaskError(f"{target}: is there already and is not overwritten; remove it, or name another output")
+    if source.exists() and not source.is_file():  # it is read more than once
+        raise GmaskError(f"{source}: is no file, but a folder, a pipe or a device; name a file of texts")
     total = sum(1 for _ in read_lines(source, max_bytes=LONGEST_LINE))
     partial = target.with_name(f"{target.name}.{_fingerprint(job, source)}.partial")
     with writing(target, partial, kept="what is done"):

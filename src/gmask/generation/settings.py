@@ -12,6 +12,11 @@ if TYPE_CHECKING:  # the command line reads the defaults without loading torch
     from gmask.generation.constraints import Constraint
 
 MOST_TOP_LOGPROBS = 20
+MOST_SAMPLES = 1000
+"""Answers to one text that are drawn."""
+
+MOST_BEAMS = 256
+"""Beams of one text. All of them are in memory at once."""
 
 
 class SettingsKeywords(TypedDict, total=False):
@@ -41,14 +46,15 @@ class Sampling:
         GmaskError: a value that does not fit.
     """
 
-    n: Count = 1  # answers to a text: independent samples, or the best ones of a beam search
+    n: Annotated[Count, Range(most=MOST_SAMPLES)] = 1  # answers to a text: samples, or the best of a beam search
     max_tokens: Count = 64  # of an answer
     min_tokens: Whole = 1  # of an answer
     temperature: NotNegative = 0.0
     top_k: Whole = 0
     top_p: Annotated[float, Range(above=0, most=1)] = 1.0
-    num_beams: Count = 1  # at least 2 * n are used if n > 1 and nothing is drawn
-    length_penalty: float = 0.0  # answers are ranked by log-probability / tokens ** this; above 0 favours long ones
+    num_beams: Annotated[Count, Range(most=MOST_BEAMS)] = 1  # at least 2 * n are used if n > 1 and nothing is drawn
+    # Answers are ranked by log-probability / tokens ** length_penalty; above 0 favours long ones.
+    length_penalty: Annotated[float, Range(-100, 100)] = 0.0
     no_repeat_ngram: Whole = 0  # the size of n-grams that must not occur twice in an answer; 0: they may
     repetition_penalty: Positive = 1.0  # divides scores of written tokens, or multiplies those below 0 (Keskar 2019)
     presence_penalty: float = 0.0  # subtracted from the score of each written token
@@ -63,6 +69,10 @@ class Sampling:
         check_fields(self)
         if self.min_tokens > self.max_tokens:
             raise GmaskError(f"min_tokens is {self.min_tokens}: it must be at most max_tokens, {self.max_tokens}")
+        if self.beams > MOST_BEAMS:
+            raise GmaskError(
+                f"n is {self.n}: at most the best {MOST_BEAMS // 2} are found; set a temperature to draw more"
+            )
         if self.temperature > 0 and self.num_beams > 1:
             raise GmaskError("num_beams searches for the best answers and temperature draws them: set one of the two")
 

@@ -16,7 +16,9 @@ from gmask.config import (
     Part,
     Positive,
     Range,
+    Rate,
     RunSeed,
+    Steps,
     Whole,
     build_settings,
     field_names,
@@ -42,7 +44,7 @@ class TokenizerSettings:
     """The tokenizer: a folder, or one that is learnt from the training texts, once, into the run's folder."""
 
     path: str | None = None
-    vocab_size: Count = 12288
+    vocab_size: Annotated[int, Range(above=0), Range(most=10**7)] = 12288
     alphabet_size: Count | None = None  # characters beside ASCII that are tokens; by default 5/16 of the vocabulary
     max_han_chars: Count = 4  # of one token; 1 tokenises the text around a blank as without the blank
     sample_bytes: Count = 45_000_000  # UTF-8 bytes of training text to learn from
@@ -76,10 +78,10 @@ class DataSettings:
 class OptimizationSettings:
     """The optimizer, and the schedule of its learning rate."""
 
-    steps: Count
-    rows_per_step: Count = 16
-    rows_per_pass: Count = 8  # of one forward and backward pass; the gradients of a step's passes are summed
-    learning_rate: Positive = 1e-3  # at its peak
+    steps: Steps
+    rows_per_step: Steps = 16
+    rows_per_pass: Steps = 8  # of one forward and backward pass; the gradients of a step's passes are summed
+    learning_rate: Rate = 1e-3  # at its peak
     final_learning_rate: NotNegative = 1e-4
     warmup_steps: Whole = 100
     schedule: Literal["cosine", "constant"] = "cosine"  # cosine falls to the final rate; constant lasts until `decay`

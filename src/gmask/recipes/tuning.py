@@ -15,7 +15,9 @@ from gmask.config import (
     Part,
     Positive,
     Range,
+    Rate,
     RunSeed,
+    Steps,
     Whole,
     build_settings,
     check_fields,
@@ -87,11 +89,11 @@ class TuningDataSettings:
 class TuningOptimizationSettings:
     """The optimizer and its schedule. A step has ``batch_size * accumulation`` samples, in any number of processes."""
 
-    epochs: Positive | None = None  # passes over the samples; or:
-    steps: Count | None = None
-    batch_size: Count = 8  # samples of one forward and backward pass
-    accumulation: Count = 1  # passes of a step, in all processes together
-    learning_rate: Positive | None = None  # at its peak; by default the usual one of the method
+    epochs: Annotated[float, Range(above=0), Range(most=10**6)] | None = None  # passes over the samples; or:
+    steps: Steps | None = None
+    batch_size: Steps = 8  # samples of one forward and backward pass
+    accumulation: Steps = 1  # passes of a step, in all processes together
+    learning_rate: Rate | None = None  # at its peak; by default the usual one of the method
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # of the learning rate, to 0
     warmup: NotNegative = 0.0  # steps, or below 1 a share of them
     weight_decay: NotNegative = 0.0
@@ -266,7 +268,12 @@ def read_tuning_recipe(tree: Mapping[str, Any]) -> TuningRecipe:
     if data.folds is not None and (data.fold or 1) > data.folds:
         raise GmaskError(f"data.folds is {data.folds} and data.fold {data.fold}: folds are counted from 1")
     if (optimization.epochs is None) == (optimization.steps is None):
-        raise GmaskError("optimization: give one of epochs and steps")
+        if optimization.steps is None:
+            raise GmaskError("optimization: give epochs or steps")
+        raise GmaskError(
+            "optimization: give epochs or steps, not both: optimization.epochs=null counts by steps, "
+            "optimization.steps=null by epochs"
+        )
     if optimization.early_stop is not None and data.validation is None and data.folds is None:
         raise GmaskError("optimization.early_stop needs data.validation (a file, or a share of data.train)")
     return recipe

@@ -20,12 +20,17 @@ def in_range_of(setting: str, **limits: int) -> Any:
     """Returns the range of a field of `Sampling` for pydantic; ``limits`` are further ones of the API."""
     hint = hints_of(Sampling)[setting]
     (annotated,) = (one for one in (hint, *get_args(hint)) if get_origin(one) is Annotated)  # it may be None, too
-    kind, own = get_args(annotated)
-    assert isinstance(own, Range)
-    found: dict[str, Any] = {"ge": own.least, "gt": own.above, "le": own.most, "lt": own.below}
-    if kind is int and own.above is not None:
-        found |= {"ge": own.above + 1, "gt": None}
-    return Field(**{name: limit for name, limit in (found | limits).items() if limit is not None})
+    kind, *ranges = get_args(annotated)
+    found: dict[str, Any] = {}
+    for own in ranges:
+        assert isinstance(own, Range)
+        bounds = {"ge": own.least, "gt": own.above, "le": own.most, "lt": own.below}
+        found |= {name: bound for name, bound in bounds.items() if bound is not None}
+    if kind is int and "gt" in found:
+        found["ge"] = found.pop("gt") + 1
+    if limits.keys() & {"le", "lt"}:
+        found = {name: bound for name, bound in found.items() if name not in ("le", "lt")}
+    return Field(**found | limits)
 
 
 INT32 = 2**31

@@ -50,6 +50,15 @@ STYLE = """
 #language { margin-left: auto; width: fit-content; flex: none; }
 #infill-alternatives { --font-mono: var(--font); }
 #chat-conversation .md { white-space: pre-wrap; }
+#infill-alternatives :is(th, td, .body-cell), #infill-alternatives :is(th, td, .body-cell) * {
+  overflow-wrap: normal; word-break: normal; hyphens: none;
+}
+@media (max-width: 640px) {
+  #infill-alternatives :is(th, td, .body-cell), #infill-alternatives :is(th, td, .body-cell) * {
+    white-space: normal; text-overflow: clip; font-size: 11px; min-width: 0; padding-inline: 1px;
+  }
+  #infill-alternatives :is(td, .body-cell):last-child * { white-space: nowrap; }
+}
 """
 
 
@@ -99,10 +108,12 @@ def draw_page(backend: Backend, *, chat_backend: Backend | None = None, language
     """As `create_page`, for the model of a backend; the chat may have another one."""
     first = "en" if language == "auto" else language
     labelled = Labelled(first)
+    is_shared = chat_backend is not None and chat_backend is not backend  # by two models, each of which its tab names
     page = gr.Blocks(title="gmask", analytics_enabled=False)
     with page:
         with gr.Row(equal_height=True):
-            gr.Markdown(f"# gmask `{backend.settings.model_name}`", elem_id="title")
+            named = "" if is_shared else f" `{backend.settings.model_name}`"
+            gr.Markdown(f"# gmask{named}", elem_id="title")
             switch = gr.Radio(
                 [(spoken, code) for code, spoken in PAGE_LANGUAGES.items()],
                 value=first,
@@ -112,8 +123,12 @@ def draw_page(backend: Backend, *, chat_backend: Backend | None = None, language
             )
         if backend.blanks:
             with labelled.make(gr.Tab, {"label": "fill"}):
+                if is_shared:
+                    gr.Markdown(f"`{backend.settings.model_name}`", elem_id="fill-model")
                 build_infill(backend, labelled, switch)
         with labelled.make(gr.Tab, {"label": "chat"}):
+            if chat_backend is not None and is_shared:
+                gr.Markdown(f"`{chat_backend.settings.model_name}`", elem_id="chat-model")
             build_chat(chat_backend or backend, labelled, switch)
         switch.change(labelled.updates, switch, labelled.components, queue=False, api_visibility="private")
         if language == "auto":

@@ -19,6 +19,7 @@ from functools import cache
 from itertools import zip_longest
 from typing import Any, Literal, TypeAlias, get_args
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from gmask.errors import GmaskError, nearest
@@ -429,9 +430,10 @@ class Rows:
         return "\n".join("| " + " | ".join(cells) + " |" for cells in (self.columns, rule, *self.rows))
 
     def to_rich(self, title: str) -> Table:
-        table = Table(title=title)
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         for index, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if index < self.n_labels else "right", no_wrap=True)
+            is_label = index < self.n_labels  # on a narrow terminal labels take several lines, numbers are never cut
+            table.add_column(column, justify="left" if is_label else "right", no_wrap=not is_label, overflow="fold")
         for row in self.rows:
             table.add_row(*row)
         return table

@@ -21,6 +21,7 @@ from gmask.files import (
     read_json_lines,
     read_lines,
     read_text,
+    refuse_placeholder,
     write_json_lines,
 )
 
@@ -234,6 +235,7 @@ def _read_parquet(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[
         from pyarrow import parquet
     except ImportError as error:
         raise GmaskError(f"{path}: reading it needs pyarrow; install gmask[train]") from error
+    refuse_placeholder(path)
     try:
         with parquet.ParquetFile(path) as file:
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches())
@@ -327,6 +329,8 @@ def find_files(pattern: str) -> list[Path]:
     """The files that a path or a glob names, sorted. Raises `GmaskError` when there are none."""
     files = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
     if not files:
+        if Path(pattern).exists():
+            raise GmaskError(f"{pattern}: is no file; name a file or a glob such as folder/*.jsonl.zst")
         raise GmaskError(f"no text file at {pattern}: name a file or a glob such as folder/*.jsonl.zst")
     return files
 

@@ -6,8 +6,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gmask.architectures import CHATGLM, GLM
+from gmask.config import show
 from gmask.errors import GmaskError, one_line
-from gmask.files import read_object, refuse_placeholder
+from gmask.files import COPY_AGAIN, read_object, refuse_placeholder
 from gmask.tokenizers import glm
 from gmask.tokenizers.chat_template import attach_chat_template
 from gmask.tokenizers.chatglm import VOCABULARY_FILE, ChatGLMTokenizer
@@ -86,6 +87,7 @@ def _read_vocabulary(folder: Path, kind: str | None) -> PreTrainedTokenizerBase:
         if path.name in VOCABULARY_FILES | SETTINGS_FILES:
             refuse_placeholder(path)
     config = read_object(folder / "tokenizer_config.json", required=False)
+    _check_config(folder / "tokenizer_config.json", config)
     tokenizer_class = _named_class(folder, config)
     if tokenizer_class is None and kind is None and (folder / VOCABULARY_FILE).is_file():
         tokenizer_class = ChatGLMTokenizer
@@ -119,6 +121,22 @@ def _from_folder(tokenizer_class: type[Any], folder: Path, path: Path) -> PreTra
         message = one_line(error)
         raise GmaskError(f"{path}: not that of a tokenizer, download or copy it again ({message})") from error
     return tokenizer
+
+
+def _check_config(path: Path, config: dict[str, Any]) -> None:
+    """Raises `GmaskError` for values of a ``tokenizer_config.json`` that transformers would take and fail at later."""
+    for key, value in config.items():
+        fault = None
+        if key == "tokenizer_class" and not isinstance(value, str | None):
+            fault = "not the name of a class"
+        elif key == "model_max_length" and value is not None:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            fault = None if is_number and value > 0 else "not a number of tokens"
+        elif key.endswith("_token") and not isinstance(value, bool | None):
+            token = value.get("content") if isinstance(value, dict) else value
+            fault = None if isinstance(token, str) and token else "not a token"
+        if fault:
+            raise GmaskError(f"{path}: {key} is {show(value)}, {fault}; {COPY_AGAIN}")
 
 
 def _named_class(folder: Path, config: dict[str, Any]) -> type[Any] | None:

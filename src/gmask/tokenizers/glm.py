@@ -262,7 +262,7 @@ def check_file(path: str | None, tokenizer: Any, key: str, settings: Mapping[str
 def read_ids(path: str) -> dict[str, int]:
     """Reads a JSON object of tokens and their ids."""
     values = read_object(Path(path))
-    if not values or not all(isinstance(value, int) for value in values.values()):
+    if not values or not all(type(value) is int and value >= 0 for value in values.values()):
         raise GmaskError(f"{path}: expected a JSON object of tokens and their ids")
     return values
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -161,7 +162,9 @@ class Finetuning:
         steps = self._prepare()
         if self.is_main:
             self._write_start()
+        began = time.monotonic()
         before = self._score_before()
+        self.measured_seconds = time.monotonic() - began
         self.loop = self._make_loop(steps)
         self.loop.restore()
         self.loop.fit()
@@ -398,6 +401,7 @@ class Finetuning:
 
     def _report(self, before: GeneralScores | None) -> None:
         """Validates the best weights on all samples, in all processes; the first process writes the results."""
+        began = time.monotonic()
         found: dict[str, Evaluation] = {}
         for split, samples in (("validation", self.splits.validation), ("test", self.splits.test)):
             if samples:
@@ -405,6 +409,7 @@ class Finetuning:
                 for cut in self.validator.cuts:
                     self.console.print(f"{split}: {cut}", highlight=False, soft_wrap=True)
         forgetting = None if before is None else self._compare(before)
+        self.measured_seconds += time.monotonic() - began
         with unsharded(self.model):
             if self.is_main:
                 self._write_results(found, forgetting)
@@ -425,6 +430,7 @@ class Finetuning:
             best_step=now.best_step,
             stopped_early=now.stopped,
             truncated={"cut": cut.sources, "shortened": cut.targets, "dropped": self.splits.dropped},
+            evaluation_seconds=now.validation_seconds + self.measured_seconds,
             peak_memory_bytes=peak_memory(self.device),
             forgetting=forgetting,
         )
@@ -442,6 +448,8 @@ class Finetuning:
         write_json(self.out / RESULTS_FILE, results.to_dict())
         if found:
             self.console.print(metric_rows(results).to_rich(f"{self.task.name}, {self.recipe.method.name}"))
+        if advice := results.advise_evaluations(now.validation_seconds):
+            self.console.print(advice, highlight=False, markup=False, soft_wrap=True)
 
     def _fill_export(self, folder: Path) -> None:
         dtype = forward_dtype(self.recipe, self.device.type)
@@ -464,6 +472,7 @@ def summarize_folds(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "metrics": _by_split([run["metrics"] for run in runs]),
         "majority": _by_split([run["majority"] for run in runs]),
         "seconds": sum(run["seconds"] for run in runs),
+        "evaluation_seconds": sum(run["evaluation_seconds"] for run in runs),
         "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
         "runs": list(runs),
     }

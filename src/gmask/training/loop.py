@@ -191,7 +191,9 @@ class Loop:
         now.seconds += result.seconds
         record = self.run.record(result)
         if self._is_due(self.schedule.validate_every):
+            began = time.monotonic()
             record |= self.run.validate()
+            now.validation_seconds += time.monotonic() - began
             self._train_mode()
         return record
 

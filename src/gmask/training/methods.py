@@ -95,14 +95,21 @@ class TrainableTable:
         return 100 * self.trainable / self.total if self.total else 0.0
 
     def to_rows(self) -> Rows:
-        """The table as text, for a terminal or a page."""
+        """The table as text, for a terminal of 80 columns or a page: what is frozen is one row."""
         cells = [
-            (row.module, str(row.tensors), f"{row.trainable:,}", f"{row.total:,}", f"{row.percent:.3g} %")
+            (_short(row.module), f"{row.trainable:,}", f"{row.total:,}", f"{row.percent:.3g} %")
             for row in self.rows
+            if row.trainable
         ]
-        tensors = sum(row.tensors for row in self.rows)
-        sums = ("all", str(tensors), f"{self.trainable:,}", f"{self.total:,}", f"{self.percent:.3g} %")
-        return Rows(("module", "tensors", "trainable", "of", "share"), [*cells, sums])
+        if frozen := sum(row.total for row in self.rows if not row.trainable):
+            cells.append(("all else is frozen", "0", f"{frozen:,}", "0 %"))
+        sums = ("all", f"{self.trainable:,}", f"{self.total:,}", f"{self.percent:.3g} %")
+        return Rows(("module", "trainable", "of", "share"), [*cells, sums])
+
+
+def _short(module: str) -> str:
+    """The path of a module below the body of the model."""
+    return module.removeprefix("glm.").removeprefix("transformer.")
 
 
 def apply_method(model: PreTrainedModel, settings: MethodSettings, *, steps: int | None = None) -> TrainableTable:

@@ -351,6 +351,18 @@ class Pretraining:
         return self.out / "model"
 
 
+def describe_run(folder: Path) -> dict[str, Any]:
+    """The last figures of a run, by the folder of its model: steps, tokens, seconds, and the last validation.
+
+    Raises:
+        GmaskError: its log is missing or damaged.
+    """
+    records = read_metrics(folder / LOG_FILE)
+    last = {name: records[-1][name] for name in ("step", "tokens", "loss", "seconds")}
+    validated: dict[str, Any] = next((record for record in reversed(records) if "validation" in record), {})
+    return last | {name: validated[name] for name in ("validation", "blanks") if name in validated}
+
+
 def make_optimizers(model: GLMForConditionalGeneration, settings: OptimizationSettings) -> list[torch.optim.Optimizer]:
     """AdamW, or Muon for the matrices of the layers and AdamW for the rest. Norms and biases do not decay.
 

@@ -190,8 +190,22 @@ class TuningResults:
     best_step: int | None = None
     stopped_early: bool = False
     truncated: Mapping[str, int] = field(default_factory=dict)
+    evaluation_seconds: float = 0.0  # of validations, and of the scores before the first and after the last step
     peak_memory_bytes: int = 0
     forgetting: Forgetting | None = None
+
+    def advise_evaluations(self, between_steps: float) -> str | None:
+        """How evaluations are made fewer or shorter, where those between the steps took longer than the steps.
+
+        between_steps: their seconds.
+        """
+        steps = self.records[-1]["seconds"]
+        if between_steps <= max(steps, 1.0):
+            return None
+        return (
+            f"evaluations between the steps took {between_steps:,.0f} s, the steps {steps:,.0f} s: a higher "
+            "optimization.evaluate_every or a lower data.validation_limit saves time"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers, for results.json."""
@@ -210,6 +224,7 @@ class TuningResults:
             "supervised_tokens": last["all_supervised_tokens"],
             "truncated": dict(self.truncated),
             "seconds": last["seconds"],
+            "evaluation_seconds": self.evaluation_seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
             "metrics": {split: dict(found) for split, found in self.metrics.items()},
             "majority": {split: dict(found) for split, found in self.majority.items()},
@@ -297,7 +312,8 @@ def _training(results: TuningResults) -> str:
         ("peak learning rate", f"{optimization.learning_rate:g}, {optimization.schedule}"),
         ("seed", f"{results.recipe.run.seed}"),
         ("last training loss", f"{last['loss']:.4f} nats"),
-        ("time", f"{last['seconds']:,.0f} s"),
+        ("time of the steps", f"{last['seconds']:,.0f} s"),
+        ("time of the evaluations", f"{results.evaluation_seconds:,.0f} s"),
         ("peak memory", f"{results.peak_memory_bytes / 1e9:.2f} GB"),
     ]
     if results.best_step is not None:

@@ -58,7 +58,8 @@ class RunProgress:
     step: int = 0
     tokens: int = 0  # read by the model, without padding
     labelled: int = 0  # tokens, or samples, that something was learnt from
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the steps
+    validation_seconds: float = 0.0  # of the validations between them
     decay_start: int | None = None  # the step at which pretraining's last part begins, once it has begun
     best_step: int | None = None
     best_value: float | None = None

@@ -25,7 +25,7 @@ from tokenizers import (
 from tqdm import tqdm
 
 from gmask.errors import GmaskError
-from gmask.files import write_json, write_text
+from gmask.files import write_text, written_folder
 from gmask.tasks.records import Source, find_files, read_texts
 
 logger = logging.getLogger(__name__)
@@ -135,6 +135,9 @@ def train_from_sources(
             because a token holds about 4 bytes in English and in Chinese alike. A source smaller than its share is used
             whole, and the others make up for it.
         skip_bad_lines: leave out lines that cannot be read, and log their number; else the first raises `GmaskError`.
+
+    Raises:
+        GmaskError: a file or a line that cannot be read, texts that do not fill the vocabulary, a full disk.
     """
     texts = _sample_sources(sources, sample_bytes, seed=seed, skip_bad_lines=skip_bad_lines, progress=progress)
     tokenizer = train_tokenizer(
@@ -145,7 +148,9 @@ def train_from_sources(
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path | str, *, max_length: int | None = None) -> None:
-    """Writes tokenizer.json and tokenizer_config.json, for `transformers.AutoTokenizer`; each whole or not at all.
+    """Writes tokenizer.json and tokenizer_config.json, for `transformers.AutoTokenizer`.
+
+    In a folder that is there, each of them is written whole or not at all; a new folder is.
 
     max_length: the longest input of the model, in tokens; None if it is not known yet.
     """
@@ -157,8 +162,18 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path | str, *, max_length: int 
         **TOKEN_ROLES,
         "extra_special_tokens": GLM_TOKEN_ROLES,
     }
-    write_text(Path(folder) / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
-    write_json(Path(folder) / "tokenizer_config.json", config, indent=2)
+    folder = Path(folder)
+    texts = {
+        "tokenizer.json": tokenizer.to_str(pretty=True) + "\n",
+        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+    }
+    if folder.is_dir():
+        for name, text in texts.items():
+            write_text(folder / name, text)
+        return
+    with written_folder(folder) as draft:
+        for name, text in texts.items():
+            (draft / name).write_text(text, encoding="utf-8", newline="\n")
 
 
 def _new_tokenizer(model: models.Model) -> Tokenizer:
