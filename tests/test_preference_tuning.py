@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -330,3 +332,20 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> No
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}", "utf-8")
     assert preference_tuning.last_trainer_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     assert not (tmp_path / "checkpoint-12").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["dpo", "reward"])
+def test_two_processes_make_the_steps_of_one(stage: str, tmp_path: Path) -> None:
+    path = write_feedback_recipe(tmp_path, optimization={"accumulation": 2, "steps": 3})
+    start = {
+        "one": [sys.executable, "-m", "gmask"],
+        "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "gmask"],
+    }
+    losses = []
+    for name, command in start.items():
+        arguments = [*command, stage, path, f"run.out={tmp_path / name}", "run.threads=1"]
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        losses.append([record["loss"] for record in read_log(tmp_path / name) if "learning_rate" in record])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)

@@ -8,6 +8,7 @@ import copy
 import importlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,12 +29,18 @@ from gmask.config import check_keys
 from gmask.errors import GmaskError, one_line
 from gmask.files import read_object, write_json, write_text, written_folder
 from gmask.generation.padding import check_numbers
-from gmask.models.base import SelfAttention
 from gmask.models.glm import GLMConfig
 from gmask.recipes.feedback import FeedbackRecipe, Stage, load_feedback_recipe
 from gmask.recipes.tuning import check_model
 from gmask.training.accelerator import RECIPE_KEYS, find_device, forward_dtype
-from gmask.training.feedback import EncodedJudgement, EncodedPair, FeedbackRun, PreferenceEncoder, show_pair
+from gmask.training.feedback import (
+    EncodedJudgement,
+    EncodedPair,
+    FeedbackRun,
+    PreferenceEncoder,
+    disable_dropout,
+    show_pair,
+)
 from gmask.training.methods import apply_method, make_peft_config, peak_memory, save_tuned_model
 from gmask.training.report import CURVES_FILE, draw_curves
 from gmask.training.run_folder import LOG_FILE, RECIPE_FILE, RESULTS_FILE, MetricsLog, read_metrics
@@ -126,6 +133,7 @@ class PreferenceTuning(FeedbackRun):
             if key in RECIPE_KEYS:
                 raise GmaskError(f"trl.{key}: set {RECIPE_KEYS[key]} instead")
         evaluates = bool(self.splits.validation)
+        processes = int(os.environ.get("WORLD_SIZE", "1"))  # they share the passes of a step
         values: dict[str, Any] = {
             "output_dir": str(self.out),
             "use_cpu": self.device == "cpu",
@@ -134,7 +142,9 @@ class PreferenceTuning(FeedbackRun):
             "full_determinism": run.deterministic,
             "per_device_train_batch_size": optimization.batch_size,
             "per_device_eval_batch_size": optimization.batch_size,
-            "gradient_accumulation_steps": optimization.accumulation,
+            "gradient_accumulation_steps": -(-optimization.accumulation // processes),
+            "ddp_backend": "gloo" if self.device == "cpu" and processes > 1 else None,
+            "ddp_find_unused_parameters": False,
             "learning_rate": optimization.learning_rate,
             "lr_scheduler_type": optimization.schedule,
             "warmup_steps": optimization.warmup,
@@ -190,8 +200,8 @@ class PreferenceTuning(FeedbackRun):
             )
         except (ValueError, NotImplementedError) as error:
             raise GmaskError(f"trl: {one_line(error)}") from error
-        if self.args.disable_dropout:
-            disable_attention_dropout(trainer.model)
+        if self.args.disable_dropout:  # TRL knows modules alone, and the dropout of attention weights is a number
+            disable_dropout(trainer.model)
         trainer.train_dataset = self._as_dataset(items, shuffled=True)
         if held:
             trainer.eval_dataset = self._as_dataset(held[: self.recipe.data.validation_limit], shuffled=False)
@@ -287,13 +297,6 @@ def kto_rows(items: Sequence[EncodedJudgement], batch_size: int) -> list[dict[st
                 }
             )
     return rows
-
-
-def disable_attention_dropout(model: torch.nn.Module) -> None:
-    """TRL's ``disable_dropout`` knows modules alone, and the dropout of attention weights is a number."""
-    for module in model.modules():
-        if isinstance(module, SelfAttention):
-            module.attention_dropout = 0.0
 
 
 def refuse_adapter_in_place(model: PreTrainedModel) -> None:

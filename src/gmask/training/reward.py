@@ -31,7 +31,7 @@ from gmask.training.accelerator import (
     training_arguments,
 )
 from gmask.training.examples import Batch, BatchOrder, steps_of
-from gmask.training.feedback import EncodedPair, FeedbackRun, PreferenceEncoder, show_pair
+from gmask.training.feedback import EncodedPair, FeedbackRun, PreferenceEncoder, disable_dropout, show_pair
 from gmask.training.loop import Loop, Schedule, StepData, StepResult, unsharded
 from gmask.training.methods import choose_trainable, peak_memory, save_tuned_model
 from gmask.training.report import CURVES_FILE, draw_curves
@@ -158,6 +158,7 @@ class RewardTraining(FeedbackRun):
         )
         torch.manual_seed(self.recipe.run.seed)
         self.model = as_reward_model(network)
+        disable_dropout(self.model)  # that of an adapter, which the method adds below, stays
         encoder = PreferenceEncoder(self.tokenizer, self.model.config, self.recipe)
         self.pad = encoder.answers.special.pad
         self.pairs = encoder.encode_pairs(self.splits.train, self.intake_of("train"))
