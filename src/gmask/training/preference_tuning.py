@@ -111,7 +111,7 @@ class PreferenceTuning(FeedbackRun):
             raise GmaskError(f"trl: {one_line(error)}") from error
         finally:
             self.callback.close()
-        scores = trainer.evaluate() if held else {}  # of the pairs of the validations
+        scores = (find_scores(trainer) or trainer.evaluate()) if held else {}
         if self.is_main:
             self._write_results(trainer, scores)
         trainer.accelerator.wait_for_everyone()
@@ -234,7 +234,7 @@ class PreferenceTuning(FeedbackRun):
             "seed": self.recipe.run.seed,
             "steps": trainer.state.global_step,
             "samples": {split: one.to_dict() for split, one in self.splits.intakes.items()},
-            "validation": {name.removeprefix("eval_"): value for name, value in scores.items()},
+            "validation": {name.removeprefix("eval_"): value for name, value in scores.items() if name[:5] == "eval_"},
             "first_loss": next((one["loss"] for one in records if "loss" in one), None),
             "last_loss": next((one["loss"] for one in reversed(records) if "loss" in one), None),
             "trainable_parameters": sum(one.numel() for one in trained),
@@ -417,6 +417,13 @@ class RunCallback(TrainerCallback):
             raise GmaskError(
                 f"the first loss is {loss:.4f}, and has to be ln 2 = 0.6931: the reference is not the model as it began"
             )
+
+
+def find_scores(trainer: Any) -> dict[str, float]:
+    """The scores of a validation after the last step; none if it ended with another step."""
+    state = trainer.state
+    found = [one for one in state.log_history if "eval_loss" in one and one["step"] == state.global_step]
+    return dict(found[-1]) if found else {}
 
 
 def join_records(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
