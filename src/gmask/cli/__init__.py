@@ -16,7 +16,7 @@ from gmask.cli.estimate import estimate
 from gmask.cli.generation import chat, embed, infill, score
 from gmask.cli.models import convert, info, merge, quantize
 from gmask.cli.serving import serve, webui
-from gmask.cli.training import evaluate, finetune, pretrain, train_tokenizer
+from gmask.cli.training import evaluate, finetune, ppo, pretrain, train_tokenizer
 from gmask.errors import GmaskError, is_shortage
 
 app = typer.Typer(
@@ -27,8 +27,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # else [sMASK] would be markup
 )
 VERBS = (
-    infill, chat, score, embed, serve, webui, convert, quantize, info, estimate, merge, pretrain, finetune, evaluate,
-    train_tokenizer,
+    infill, chat, score, embed, serve, webui, convert, quantize, info, estimate, merge, pretrain, finetune, ppo,
+    evaluate, train_tokenizer,
 )  # fmt: skip
 for verb in VERBS:
     app.command()(verb)
