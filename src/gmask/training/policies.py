@@ -170,33 +170,25 @@ class Reference:
 
 
 def can_switch_off(model: PreTrainedModel) -> bool:
-    """Whether the model has an adapter that `adapter_off` knows."""
-    return has_layers(model) or model.config.pre_seq_len is not None
+    """Whether the model has layers, such as LoRA's, that change nothing when they are new. A new prefix does."""
+    return has_layers(model)
 
 
 @contextmanager
 def adapter_off(model: PreTrainedModel) -> Iterator[None]:
-    """Within it the model computes without its LoRA or its prefix."""
-    layers: list[Any] = []
-    if has_layers(model):
-        require_peft()
-        from peft.tuners.tuners_utils import BaseTunerLayer
+    """Within it the model computes without the layers that tuning put into it."""
+    require_peft()
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-        layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    configs = (model.config, model.base_model.config)
-    lengths = [config.pre_seq_len for config in configs]
     try:
         for layer in layers:
             layer.enable_adapters(False)
-        for config in configs:
-            config.pre_seq_len = None
         yield
     finally:
         for layer in layers:
             layer.enable_adapters(True)
-        for config, length in zip(configs, lengths, strict=True):
-            config.pre_seq_len = length
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trains[name])  # PEFT sets it as it switches
 

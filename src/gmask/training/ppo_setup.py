@@ -67,6 +67,9 @@ from gmask.training.run_folder import LOG_FILE, last_checkpoint, read_metrics
 
 BEFORE_FILE = "before.json"
 SAMPLES_FILE = "samples.md"
+CHECKED = 7
+"""Answers that are scored alone before the first step, and the longest one."""
+
 VALIDATION_ROLLOUT = 2**31
 """The number in place of a rollout's in the seeds of validations."""
 
@@ -259,6 +262,7 @@ class PPOSetup:
         """By how many nats log-probabilities that should be equal may differ."""
         return 1e-4 if forward_dtype(self.tuning, self.device.type) == torch.float32 else 5e-2
 
+    @torch.no_grad()
     def check_start(self, rollouts: Sequence[Rollout], logprobs: Tensor, reference: Tensor) -> None:
         """Checks, before anything is learnt, that the policy is its reference and that it is scored as it sampled.
 
@@ -267,26 +271,20 @@ class PPOSetup:
                 those that the stepper reported.
         """
         self._check_equal(logprobs, reference, "the policy's log-probabilities are not those of its reference")
-        few, count = rollouts[: self.recipe.optimization.batch_size], 0
-        for one in few:
-            batch = self.to_device(collate_rollouts([one], sop=self.special.sop, pad=self.special.pad))
-            alone = self._score_alone(batch, self.module.distribution)
-            together = logprobs[count : count + len(one.actions)]
-            self._check_equal(together, alone, "a batch of answers is scored otherwise than a single answer")
-            reported = torch.tensor(one.logprobs)
-            self._check_equal(
-                self._score_alone(batch, WHOLE_VOCABULARY),
-                reported,
-                "answers are scored otherwise than they were sampled",
-            )
-            count += len(one.actions)
+        order = sorted(rollouts, key=lambda one: one.length)
+        few = [order[len(order) * index // CHECKED] for index in range(CHECKED)] + order[-1:]  # of unequal lengths
+        together = self._score_plainly(few, self.module.distribution)
+        alone = [self._score_plainly([one], self.module.distribution) for one in few]
+        self._check_equal(together, torch.cat(alone), "a batch of answers is scored otherwise than a single answer")
+        whole = torch.cat([self._score_plainly([one], WHOLE_VOCABULARY) for one in few])
+        reported = torch.tensor([value for one in few for value in one.logprobs])
+        self._check_equal(whole, reported, "answers are scored otherwise than they were sampled")
 
-    @torch.no_grad()
-    def _score_alone(self, batch: Batch, distribution: TokenDistribution) -> Tensor:
+    def _score_plainly(self, rollouts: Sequence[Rollout], distribution: TokenDistribution) -> Tensor:
+        batch = self.to_device(collate_rollouts(rollouts, sop=self.special.sop, pad=self.special.pad))
         with self.accelerator.autocast():
-            scores = ActorCritic(self.policy, distribution)(batch)
-        logprobs: Tensor = scores.logprobs.float().cpu()
-        return logprobs
+            logprobs: Tensor = ActorCritic(self.policy, distribution)(batch).logprobs
+        return logprobs.float().cpu()
 
     def check_ratio(self, difference: Tensor) -> None:
         """Raises `GmaskError` unless the policy that is to learn gives the probabilities of the one that sampled."""
