@@ -22,14 +22,14 @@ def grade(completions, completion_ids, **_):
 """A reward that short answers get, and those with an "a"."""
 
 
-def write_ppo_recipe(folder: Path, *, reward: str = SHORT, records: Any = RECORDS, **sections: Any) -> str:
+def write_ppo_recipe(folder: Path, *, source: str = SHORT, records: Any = RECORDS, **sections: Any) -> str:
     """A recipe for the tiny GLM on a CPU, three rollouts of 4 x 4 answers; its path.
 
-    reward: the source of a module with the function ``grade``, which gets a name of its own.
+    source: of a module with the function ``grade``, which gets a name of its own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     module = f"reward_of_test_{next(NUMBERS)}"
-    (folder / f"{module}.py").write_text(reward, "utf-8")
+    (folder / f"{module}.py").write_text(source, "utf-8")
     if not (folder / "model").is_dir():
         make_folder(folder / "model")
     write_lines(folder / "train.jsonl", records)

@@ -19,10 +19,12 @@ from torch import Tensor
 import gmask
 from gmask.errors import GmaskError
 from gmask.generation.prompts import QuestionAnswerFormat
+from gmask.models.glm import GLMConfig, GLMModel, GLMPreTrainedModel
+from gmask.recipes.ppo import load_ppo_recipe, read_ppo_recipe
 from gmask.training import ppo_setup
 from gmask.training.policies import Reference
 from gmask.training.ppo import PPO, run_ppo
-from gmask.training.rollouts import RolloutWriter
+from gmask.training.rollouts import RolloutWriter, load_function
 from gmask.training.run_folder import list_checkpoints
 from ppo_data import RECORDS, read_numbers, write_ppo_recipe
 from test_chatglm_chat import VOCABULARY, needs_vocabulary
@@ -58,7 +60,7 @@ def run_bandit(folder: Path, weight: float, **sections: Any) -> Path:
     return run_ppo(
         write_ppo_recipe(
             folder,
-            reward=ARMS,
+            source=ARMS,
             records=RECORDS[:1],
             data={"max_target": 1, "validation": None},
             rollout={"prompts": 64, "answers": 8},
@@ -99,7 +101,7 @@ def test_answers_of_several_tokens_learn_what_is_rewarded(tmp_path: Path) -> Non
     path = write_ppo_recipe(
         tmp_path, rollout={"prompts": 16, "answers": 4}, kl={"weight": 0.01}, ppo={"epochs": 2, "minibatches": 2},
         optimization={"rollouts": 20, "batch_size": 64, "learning_rate": 2e-3, "save_every": 100},
-        reward="def grade(completion_ids, **_):\n    return [-float(len(ids)) / 4 for ids in completion_ids]\n",
+        source="def grade(completion_ids, **_):\n    return [-float(len(ids)) / 4 for ids in completion_ids]\n",
     )  # fmt: skip
     run_ppo(path)
     log = read_numbers(tmp_path / "out")
@@ -141,7 +143,7 @@ def test_a_run_that_is_killed_in_the_middle_of_a_rollout_goes_on_bit_for_bit(
 ) -> None:
     sections = {**sections, "optimization": {"rollouts": 6, "save_every": 2, **sections.get("optimization", {})}}
     calls = tmp_path / "calls"
-    path = write_ppo_recipe(tmp_path, reward=KILLED.format(calls=str(calls), last=8), **sections)
+    path = write_ppo_recipe(tmp_path, source=KILLED.format(calls=str(calls), last=8), **sections)
     code = f"import torch; torch.set_num_threads(1); from gmask.training.ppo import run_ppo; run_ppo({path!r}, [])"
     killed = subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
     assert killed.returncode == -signal.SIGKILL
@@ -290,3 +292,101 @@ def test_a_model_with_dropout_passes_the_checks(tmp_path: Path) -> None:
     config |= {"hidden_dropout": 0.3, "attention_dropout": 0.3, "embedding_dropout": 0.3}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config), "utf-8")
     run_ppo(path, ["optimization.rollouts=1"])
+
+
+# A reward model
+
+
+class GLMScore(GLMPreTrainedModel):
+    """A reward model in the form that transformers has: a body and a linear head ``score``."""
+
+    def __init__(self, config: GLMConfig) -> None:
+        super().__init__(config)
+        self.glm = GLMModel(config)
+        self.score = torch.nn.Linear(config.hidden_size, 1, bias=False)
+        self.post_init()
+
+
+@pytest.fixture
+def reward_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any folder that is named as a reward model is a body with a head on it."""
+
+    def load(folder: str, **keywords: Any) -> Any:
+        model, tokenizer = gmask.load(folder, **keywords)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            scorer = GLMScore(model.config)
+        scorer.glm.load_state_dict(model.glm.state_dict())
+        return scorer.eval(), tokenizer
+
+    monkeypatch.setattr(ppo_setup, "load", load)
+
+
+@pytest.mark.usefixtures("reward_model")
+@pytest.mark.parametrize("critic", ["shared", "own", "joint", "frozen"])
+def test_a_reward_model_is_trained_against_and_may_be_the_critic(tmp_path: Path, critic: str) -> None:
+    path = write_ppo_recipe(
+        tmp_path, critic={"kind": critic}, reward={"model": str(tmp_path / "model"), "function": None}
+    )
+    run_ppo(path)
+    log = read_numbers(tmp_path / "out")
+    assert log[0]["reward"] != log[-1]["reward"] and log[0]["reward_deviation"] > 0
+    weights = load_file(tmp_path / "out" / "checkpoint-00000012" / "trained.safetensors")
+    kinds = {name.split(".")[0] for name in weights}
+    assert kinds == {"shared": {"policy", "head"}, "frozen": {"policy"}}.get(critic, {"policy", "critic", "head"})
+    if critic == "frozen":
+        assert {record["loss"] == pytest.approx(record["policy_loss"], abs=1e-6) for record in log} == {True}
+    both = write_ppo_recipe(
+        tmp_path, reward={"model": str(tmp_path / "model"), "model_weight": 0.5, "function_weight": 2}
+    )
+    run_ppo(both, [f"run.out={tmp_path / 'both'}", "optimization.rollouts=1"])
+
+
+@pytest.mark.usefixtures("reward_model")
+def test_a_low_rank_critic_trains_its_layers_and_its_head(tmp_path: Path) -> None:
+    path = write_ppo_recipe(
+        tmp_path, method={"name": "lora"}, critic={"kind": "joint", "method": {"name": "lora", "rank": 2}},
+        reward={"model": str(tmp_path / "model")},
+    )  # fmt: skip
+    run_ppo(path)
+    weights = load_file(tmp_path / "out" / "checkpoint-00000012" / "trained.safetensors")
+    assert all("lora_" in name or name == "head.weight" for name in weights)
+    assert any(name.startswith("critic.") for name in weights)
+
+
+# The recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ppo.clipp=0.1", r"ppo has no key 'clipp'; the nearest is 'clip'"),
+        ("ppo.trace=1.5", r"ppo\.trace is 1\.5: it must be from 0 to 1"),
+        ("ppo.minibatches=3", r"a rollout has 16 answers .* which 3 minibatches cannot share evenly"),
+        ("reward.function=null", r"reward: name a function \(module:function\), or a reward model"),
+        ("critic.kind=joint", r"critic\.kind joint is made of reward\.model, which is not set"),
+        ("critic.method={name: lora}", r"critic\.method is of a critic of its own: with shared leave it out"),
+        ("method.name=adalora", "adalora and p-tuning are not for ppo"),
+        ("data.folds=3", r"data\.folds is for fine-tuning: leave it out"),
+        ("task=superglue/rte", "ppo needs a task that writes"),
+        ("data.max_target=96", "need 97 positions, and the model has 96"),
+        ("reward.function=rewards:grade", "cannot import rewards"),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_one_line(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(GmaskError, match=message):
+        run_ppo(write_ppo_recipe(tmp_path), [override])
+    assert not list_checkpoints(tmp_path / "out")
+
+
+def test_the_recipe_of_the_sums_is_read_and_its_reward_checks_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = Path(__file__).parents[1] / "recipes"
+    recipe = load_ppo_recipe(recipes / "ppo-sums.yaml")
+    assert read_ppo_recipe(recipe.to_dict()) == recipe
+    monkeypatch.syspath_prepend(str(recipes))
+    reward = load_function(str(recipe.reward.function), [recipes])
+    answers = {
+        "12 + 9 = 21": 1.0, "12 + 9 = 21.": 1.0, "12 plus 9 is 21.": 1.0, "12加9等于21。": 1.0, "12 + 9 = 22": 0.1,
+        "12 + 8 = 20": 0.0, "21": 0.0, "": 0.0, "12 + 9 = 21 = 21": 0.0, "12 + 9 = 21. 1": 0.0,
+    }  # fmt: skip
+    assert reward(prompts=["What is 12 + 9?"] * len(answers), completions=list(answers)) == list(answers.values())
