@@ -144,6 +144,7 @@ def plain_losses(module: ActorCritic, experience: Experience, settings: UpdateSe
         logits = module.policy.lm_head(states) / temperature
         allowed = [token for token in range(logits.shape[-1]) if token not in FORBIDDEN]
         valued = states if module.critic is None else plain_row(module.critic, one)
+        valued = valued.detach() if module.is_apart else valued
         for index, action in enumerate(one.actions):
             distribution = (logits[index, allowed] - logits[index, allowed].logsumexp(0)).exp()
             logprob, value = distribution[allowed.index(action)].log(), module.head(valued[index])[0]
@@ -161,7 +162,7 @@ def plain_losses(module: ActorCritic, experience: Experience, settings: UpdateSe
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("critic", ["shared", "own"])
+@pytest.mark.parametrize("critic", ["shared", "head", "own"])
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("family", BUILDERS)
 def test_the_loss_and_its_gradients_are_those_of_single_rows(
@@ -174,7 +175,9 @@ def test_the_loss_and_its_gradients_are_those_of_single_rows(
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    module = ActorCritic(policy, TokenDistribution(0.7, FORBIDDEN), critic=body, head=head).to(dtype).train()
+    module = ActorCritic(policy, TokenDistribution(0.7, FORBIDDEN), critic=body, head=head)
+    module.is_apart = critic == "head"
+    module = module.to(dtype).train()
     torch.nn.init.normal_(module.head.weight, std=0.3)
     stop_dropout(module)
     count = sum(len(one.actions) for one in ROLLOUTS)

@@ -323,7 +323,7 @@ def reward_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("reward_model")
-@pytest.mark.parametrize("critic", ["shared", "own", "joint", "frozen"])
+@pytest.mark.parametrize("critic", ["shared", "head", "own", "joint", "frozen"])
 def test_a_reward_model_is_trained_against_and_may_be_the_critic(tmp_path: Path, critic: str) -> None:
     path = write_ppo_recipe(
         tmp_path, critic={"kind": critic}, reward={"model": str(tmp_path / "model"), "function": None}
@@ -333,7 +333,9 @@ def test_a_reward_model_is_trained_against_and_may_be_the_critic(tmp_path: Path,
     assert log[0]["reward"] != log[-1]["reward"] and log[0]["reward_deviation"] > 0
     weights = load_file(tmp_path / "out" / "checkpoint-00000012" / "trained.safetensors")
     kinds = {name.split(".")[0] for name in weights}
-    assert kinds == {"shared": {"policy", "head"}, "frozen": {"policy"}}.get(critic, {"policy", "critic", "head"})
+    assert kinds == {"shared": {"policy", "head"}, "head": {"policy", "head"}, "frozen": {"policy"}}.get(
+        critic, {"policy", "critic", "head"}
+    )
     if critic == "frozen":
         assert {record["loss"] == pytest.approx(record["policy_loss"], abs=1e-6) for record in log} == {True}
     both = write_ppo_recipe(

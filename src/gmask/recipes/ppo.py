@@ -86,12 +86,12 @@ class UpdateSettings:
 class CriticSettings:
     """What estimates the values.
 
-    shared: a head on the policy's own states. own: a copy of the model, with a head. joint: a copy of the reward model
-    with its head, trained beside the policy, as published. frozen: the reward model's value of each token, untrained,
-    as published.
+    shared: a head on the policy's own states, into which its gradients flow. head: one whose gradients do not. own: a
+    copy of the model, with a head. joint: a copy of the reward model with its head, trained beside the policy, as
+    published. frozen: the reward model's value of each token, untrained, as published.
     """
 
-    kind: Literal["shared", "own", "joint", "frozen"] = "shared"
+    kind: Literal["shared", "head", "own", "joint", "frozen"] = "shared"
     method: MethodSettings | None = None  # which weights of own and joint train; by default all
     rate: Positive = 1.0  # factor of the learning rate of what the policy does not share
 
@@ -201,7 +201,7 @@ def read_ppo_recipe(tree: Mapping[str, Any]) -> PPORecipe:
         raise GmaskError("reward: name a function (module:function), or a reward model")
     if reward.model is None and recipe.critic.kind in ("joint", "frozen"):
         raise GmaskError(f"critic.kind {recipe.critic.kind} is made of reward.model, which is not set: take shared")
-    if recipe.critic.method is not None and recipe.critic.kind in ("shared", "frozen"):
+    if recipe.critic.method is not None and recipe.critic.kind not in ("own", "joint"):
         raise GmaskError(f"critic.method is of a critic of its own: with {recipe.critic.kind} leave it out")
     if recipe.answers % recipe.ppo.minibatches:
         raise GmaskError(

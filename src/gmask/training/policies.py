@@ -75,6 +75,7 @@ class ActorCritic(nn.Module):
     Args:
         critic: a body of its own, or None: the head reads the policy's states.
         head: of one output; None: there are no values (they are 0).
+        is_apart: no gradients flow from the values into the policy.
     """
 
     def __init__(
@@ -84,8 +85,10 @@ class ActorCritic(nn.Module):
         *,
         critic: nn.Module | None = None,
         head: nn.Module | None = None,
+        is_apart: bool = False,
     ) -> None:
         super().__init__()
+        self.is_apart = is_apart
         self.policy, self.critic, self.head, self.distribution = policy, critic, head, distribution
 
     def forward(self, batch: Mapping[str, Tensor], *, plain: bool = False) -> TokenScores:
@@ -101,6 +104,8 @@ class ActorCritic(nn.Module):
             return TokenScores(logprobs, entropy, torch.zeros_like(logprobs))
         if self.critic is not None:
             states = target_states(self.critic, batch)
+        elif self.is_apart:
+            states = states.detach()
         values = self.head(states)[:, 0]
         return TokenScores(logprobs, entropy, values.to(logprobs.dtype))
 
@@ -121,7 +126,7 @@ def make_critic(
     """
     if settings.kind == "frozen":
         return None, None
-    if settings.kind == "shared":
+    if settings.kind in ("shared", "head"):
         return None, _new_head(start)
     source: Any = start if settings.kind == "own" else reward
     critic = copy.deepcopy(source)

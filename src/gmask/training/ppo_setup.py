@@ -158,7 +158,8 @@ class PPOSetup:
         self.validation = self.prompts.validation[: data.validation_limit]
         self.validation_contexts = self.writer.read(self.validation)
         distribution = TokenDistribution(recipe.rollout.temperature, self.writer.forbidden_ids)
-        self.module = ActorCritic(self.policy, distribution, critic=critic, head=head)
+        apart = recipe.critic.kind == "head"
+        self.module = ActorCritic(self.policy, distribution, critic=critic, head=head, is_apart=apart)
         stop_dropout(self.module)
         self.reference = None
         if recipe.kl.weight > 0:
