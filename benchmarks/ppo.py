@@ -1,12 +1,13 @@
 """Where does the time of PPO go, how fast is its sampling beside transformers' generate, and what do its models take?
 
-    python benchmarks/ppo.py [--rollouts 3] [--rounds 5] [--memory-only | --no-memory] [--threads 1] [--json]
+    python benchmarks/ppo.py [--rollouts 3] [--rounds 5] [--no-memory] [--no-time] [--threads 1] [--json]
 
-The bundled chat model is trained on sums by recipes/ppo-sums.yaml, and a rollout's CPU seconds are divided into sampling,
-scoring (policy, reference, values, reward) and training. For sampling alone, the same prompts go in turns through the
-house's stepper and through transformers' `generate` of the same model, with the same distribution. For memory, a GLM of
---width x --layers is trained for one rollout, each time in a process of its own: by LoRA on one body, that is policy,
-reference and values; in full with a head on its states; and in full with a critic of its own and a reward model.
+The bundled chat model is trained on sums by recipes/ppo-sums.yaml, and a rollout's CPU seconds are divided into
+sampling, scoring (policy, reference, values, reward) and training. For sampling alone, the same prompts go in turns
+through the house's stepper and through transformers' `generate` of the same model, with the same distribution. For
+memory, a GLM of --width x --layers is trained for one rollout, each time in a process of its own: by LoRA on one body,
+that is policy, reference and values; in full with a head on its states; and in full with a critic of its own and a
+reward model.
 """
 
 import argparse
