@@ -172,13 +172,8 @@ def train_once(name: str, folder: Path, width: int, layers: int) -> int:
     ppo_setup.load = load_scorer
     config = read_config(find_folder("bundled-chat"))
     config.update({"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // 64})
-    with torch.device("meta"):
-        shape = GLMForConditionalGeneration(config)
     if not (folder / "model").is_dir():
-        model = shape.to_empty(device="cpu")
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.02)
-        model.save_pretrained(folder / "model", max_shard_size="200MB")
+        GLMForConditionalGeneration(config).float().save_pretrained(folder / "model")
         load_tokenizer(find_folder("bundled-chat")).save_pretrained(folder / "model")
         return 0
     reward = {"model": str(folder / "model")} if "four" in name else {}
