@@ -67,7 +67,7 @@ from gmask.training.run_folder import LOG_FILE, last_checkpoint, read_metrics
 
 BEFORE_FILE = "before.json"
 SAMPLES_FILE = "samples.md"
-CHECKED = 7
+CHECKED_ALONE = 7
 """Answers that are scored alone before the first step, and the longest one."""
 
 VALIDATION_ROLLOUT = 2**31
@@ -273,7 +273,9 @@ class PPOSetup:
         """
         self._check_equal(logprobs, reference, "the policy's log-probabilities are not those of its reference")
         order = sorted(rollouts, key=lambda one: one.length)
-        few = [order[len(order) * index // CHECKED] for index in range(CHECKED)] + order[-1:]  # of unequal lengths
+        few = [order[len(order) * index // CHECKED_ALONE] for index in range(CHECKED_ALONE)] + order[
+            -1:
+        ]  # of unequal lengths
         together = self._score_plainly(few, self.module.distribution)
         alone = [self._score_plainly([one], self.module.distribution) for one in few]
         self._check_equal(together, torch.cat(alone), "a batch of answers is scored otherwise than a single answer")
