@@ -273,9 +273,8 @@ class PPOSetup:
         """
         self._check_equal(logprobs, reference, "the policy's log-probabilities are not those of its reference")
         order = sorted(rollouts, key=lambda one: one.length)
-        few = [order[len(order) * index // CHECKED_ALONE] for index in range(CHECKED_ALONE)] + order[
-            -1:
-        ]  # of unequal lengths
+        places = [len(order) * index // CHECKED_ALONE for index in range(CHECKED_ALONE)]
+        few = [*(order[place] for place in places), order[-1]]  # of unequal lengths
         together = self._score_plainly(few, self.module.distribution)
         alone = [self._score_plainly([one], self.module.distribution) for one in few]
         self._check_equal(together, torch.cat(alone), "a batch of answers is scored otherwise than a single answer")
