@@ -13,7 +13,7 @@ import gmask
 from gmask.generation.decode import make_decoder
 from gmask.generation.encoding import TextReader
 from gmask.generation.engine import Budget, Stepper
-from gmask.generation.sampling import Sampler, SamplerState
+from gmask.generation.sampling import Sampler, SamplerState, draw_tokens
 from gmask.generation.settings import Sampling
 from tiny_folder import make_folder
 
@@ -170,3 +170,25 @@ def test_beams_search_where_the_best_of_several_is_asked_for(pair: Any, sampling
     stepper, reader = make_stepper(*pair)
     decoder = make_decoder(*pair, stepper.sampler, reader.special, sampling, batch_size=4)
     assert isinstance(decoder, Stepper) == is_stepped
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 2**31), st.sampled_from([0.3, 1.0, 3.0, 30.0]), st.sampled_from([1.0, 0.95, 0.5, 1e-6]),
+    st.sampled_from([0, 7, 200]), st.booleans(),
+)  # fmt: skip
+def test_a_token_is_the_one_that_sorting_the_whole_vocabulary_finds(
+    seed: int, temperature: float, top_p: float, top_k: int, is_coarse: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = 4 * torch.randn(40, 1000, generator=generator)
+    if is_coarse:
+        scores = scores.round()  # many are equal
+    scores[:, ::3] = -torch.inf
+    quantiles = torch.rand(40, generator=generator)
+    quantiles[:2] = torch.tensor([0.0, 1 - 2**-24])
+    found = draw_tokens(scores, quantiles, temperature=temperature, top_k=top_k, top_p=top_p)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gmask.generation.sampling, "FIRST", 1000)  # then all of them are sorted
+        plain = draw_tokens(scores, quantiles, temperature=temperature, top_k=top_k, top_p=top_p)
+    assert torch.equal(found, plain)

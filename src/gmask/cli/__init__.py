@@ -20,7 +20,7 @@ from gmask.cli.feedback import dpo, kto, reward, sft
 from gmask.cli.generation import chat, embed, infill, score
 from gmask.cli.models import convert, info, merge, quantize
 from gmask.cli.serving import serve, webui
-from gmask.cli.training import evaluate, finetune, pretrain, train_tokenizer
+from gmask.cli.training import evaluate, finetune, ppo, pretrain, train_tokenizer
 from gmask.errors import GmaskError, is_shortage
 
 app = typer.Typer(
@@ -32,7 +32,7 @@ app = typer.Typer(
 )
 VERBS = (
     infill, chat, score, embed, serve, webui, convert, quantize, info, estimate, merge, pretrain, finetune, sft,
-    reward, dpo, kto, evaluate, train_tokenizer,
+    reward, dpo, kto, ppo, evaluate, train_tokenizer,
 )  # fmt: skip
 for verb in VERBS:
     app.command()(verb)

@@ -1,4 +1,4 @@
-"""``gmask pretrain``, ``finetune``, ``train-tokenizer`` and ``evaluate``."""
+"""``gmask pretrain``, ``finetune``, ``ppo``, ``train-tokenizer`` and ``evaluate``."""
 
 import sys
 import warnings
@@ -58,6 +58,32 @@ def finetune(
 
     folder = run_finetuning(recipe, overrides or [], resume=resume)
     if os.environ.get("RANK", "0") != "0":  # of several processes only the first one prints
+        return
+    if as_json:
+        print_json({"folder": str(folder), **read_results(folder)})
+    else:
+        print(folder)
+
+
+def ppo(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file: model, task, data, reward.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Values to change, such as optimization.rollouts=20.", show_default=False
+        ),
+    ] = None,
+    resume: Resume = True,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model by rewards of its own answers (PPO). A run that was stopped goes on with the same command."""
+    import os
+
+    from gmask.training.finetune import read_results
+    from gmask.training.ppo import run_ppo
+
+    folder = run_ppo(recipe, overrides or [], resume=resume)
+    if os.environ.get("RANK", "0") != "0":
         return
     if as_json:
         print_json({"folder": str(folder), **read_results(folder)})

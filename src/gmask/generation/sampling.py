@@ -173,21 +173,61 @@ def top_tokens(logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:
     return tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
+FIRST = 64
+"""The number of most probable tokens among which a token is looked for before the whole vocabulary is sorted."""
+
+
 def draw_tokens(scores: Tensor, quantiles: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Draws tokens ``[R]`` from scores ``[R, V]``, by temperature, top-k and top-p.
 
-    ``quantiles``: random numbers ``[R]`` in [0, 1); each token is the one at this quantile of its row's distribution.
+    ``quantiles``: random numbers ``[R]`` in [0, 1); each token is the one at this quantile of its row's distribution,
+    the most probable tokens first.
     """
-    ranked, order = _in_order(scores / temperature, top_k)
-    probabilities = ranked.double().softmax(-1)
+    scores = scores / temperature
+    if 0 < top_k < scores.shape[-1] or scores.shape[-1] <= FIRST:
+        return _draw_in_order(scores, quantiles, top_k, top_p)
+    tokens, is_found = _draw_among_first(scores, quantiles, top_p)
+    rest = (~is_found).nonzero()[:, 0]
+    if len(rest):
+        tokens[rest] = _draw_in_order(scores[rest], quantiles[rest], top_k, top_p)
+    return tokens
+
+
+def _draw_in_order(scores: Tensor, quantiles: Tensor, top_k: int, top_p: float) -> Tensor:
+    """As `draw_tokens`, of scores that are divided by the temperature: all of them are put in order."""
+    ranked, order = _in_order(scores, top_k)
+    mass, kept = _kept_mass(ranked.double().softmax(-1), top_p)
+    rank = torch.searchsorted(mass, (quantiles.double() * mass[:, -1])[:, None], right=True)
+    return order.gather(-1, torch.minimum(rank, kept[:, None] - 1))[:, 0]
+
+
+def _draw_among_first(scores: Tensor, quantiles: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The tokens ``[R]`` of `_draw_in_order` where they are among the `FIRST` most probable ones, and whether they are.
+
+    Sorting a vocabulary of 12,000 takes most of the time of a decoding step.
+    """
+    ranked, order = _in_order(scores, FIRST)
+    mass, kept = _kept_mass((ranked.double() - scores.double().logsumexp(-1, keepdim=True)).exp(), top_p)
+    is_whole = kept < FIRST  # what top-p keeps is known; else only the whole distribution is
+    target = quantiles.double() * torch.where(is_whole, mass[:, -1], 1.0)
+    rank = torch.searchsorted(mass, target[:, None], right=True)
+    rank = torch.minimum(rank, kept[:, None] - 1)
+    # Of equal scores at the end of the first ones, some may have been left out.
+    is_inside = ranked.gather(-1, rank)[:, 0] > ranked[:, -1]
+    is_found = is_inside & (mass[:, -1] > target) & (is_whole | (top_p == 1.0))
+    return order.gather(-1, rank)[:, 0], is_found
+
+
+def _kept_mass(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The cumulative probabilities ``[R, K]`` of the tokens that top-p keeps, and their number ``[R]``.
+
+    ``probabilities``: ``[R, K]`` in descending order.
+    """
     cumulative = probabilities.cumsum(-1)
     # The first token stays in any case; each further one while those before it hold less than top_p.
     kept = (cumulative - probabilities < top_p) & (probabilities > 0)
     kept[:, 0] = True
-    mass = torch.where(kept, probabilities, 0.0).cumsum(-1)
-    rank = torch.searchsorted(mass, (quantiles.double() * mass[:, -1])[:, None], right=True)
-    rank = torch.minimum(rank, kept.sum(-1, keepdim=True) - 1)
-    return order.gather(-1, rank)[:, 0]
+    return torch.where(kept, probabilities, 0.0).cumsum(-1), kept.sum(-1)
 
 
 def _in_order(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from gmask.config import (
     Count,
@@ -279,7 +279,13 @@ def read_tuning_recipe(tree: Mapping[str, Any]) -> TuningRecipe:
     return recipe
 
 
-def differing_keys(one: TuningRecipe, other: TuningRecipe) -> list[str]:
+class PlainRecipe(Protocol):
+    """A recipe that can be written as plain values."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def differing_keys(one: PlainRecipe, other: PlainRecipe) -> list[str]:
     """The dotted keys in which two recipes differ, without `FREE_KEYS`."""
     return differing_values(one.to_dict(), other.to_dict())
 

@@ -24,7 +24,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from gmask.errors import GmaskError
 from gmask.training.accelerator import is_sharded
@@ -119,7 +118,7 @@ class Loop:
     def __init__(
         self,
         run: Run,
-        model: PreTrainedModel,
+        model: nn.Module,
         optimizers: Sequence[Optimizer],
         *,
         accelerator: Accelerator,
@@ -222,7 +221,7 @@ class Loop:
             )
         rate = self.run.learning_rate(number - 1)
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate_factor", 1.0)
         losses = []
         for index, batch in enumerate(data.batches, 1):
             with self._synchronizing(index == len(data.batches)):

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
-from transformers import PreTrainedModel
 
 from gmask.errors import GmaskError
 from gmask.files import read_json_lines, read_object, remove_drafts, write_json_lines, written, written_folder
@@ -171,7 +170,7 @@ class RunCheckpoint:
             if name.startswith(f"{prefix}.")
         }
 
-    def load_weights(self, model: PreTrainedModel) -> None:
+    def load_weights(self, model: nn.Module) -> None:
         """Raises `GmaskError` for a model of another shape."""
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         if changed := sorted(
@@ -185,7 +184,7 @@ class RunCheckpoint:
             for name, parameter in trained.items():
                 parameter.copy_(self.weights[name])
 
-    def load_optimizers(self, model: PreTrainedModel, optimizers: Sequence[Optimizer]) -> None:
+    def load_optimizers(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Raises `GmaskError` where the checkpoint is of other optimizers."""
         found: dict[str, dict[str, Any]] = {}
         for full_name, value in {**self.tensors, **self.numbers.get("state", {})}.items():
@@ -249,9 +248,7 @@ def read_checkpoint(folder: Path) -> RunCheckpoint:
     return RunCheckpoint(folder, progress, state, weights, tensors, values.get("optimizers", {}))
 
 
-def optimizer_state(
-    model: PreTrainedModel, optimizers: Sequence[Optimizer]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def optimizer_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state of the optimizers for each parameter, as ``KEY.NAME``: its tensors, and its numbers under ``state``.
 
     The numbers under ``groups`` are those that an optimizer changes in its groups, such as an estimate of the learning

@@ -1,0 +1,217 @@
+"""The recipe of a PPO run: YAML into typed settings. Sections that fine-tuning has too are those of its recipe."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from gmask.config import (
+    Count,
+    NotNegative,
+    Part,
+    Positive,
+    Range,
+    build_settings,
+    field_names,
+    load_tree,
+    plain_values,
+    to_yaml,
+)
+from gmask.errors import GmaskError
+from gmask.recipes.pretraining import Precision
+from gmask.recipes.tuning import (
+    ForgettingSettings,
+    MethodSettings,
+    ModelSettings,
+    TuningDataSettings,
+    TuningOptimizationSettings,
+    TuningRecipe,
+    TuningRunSettings,
+    base_name,
+)
+
+UpToOne = Annotated[float, Range(0, 1)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PPORewardSettings:
+    """What an answer is worth: a function of texts, a reward model, or the weighted sum of both."""
+
+    function: str | None = None  # module:function, beside the recipe or where Python finds it
+    function_weight: float = 1.0
+    model: str | None = None  # the folder or name of a reward model
+    model_weight: float = 1.0
+    clip: Positive | None = 5.0  # scores are cut to this range on both sides, as published
+    cut: float | None = None  # the score of an answer that was cut at data.max_target; by default its own
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutSettings:
+    """The answers that are sampled before each update. They are drawn from the whole distribution that is scored."""
+
+    prompts: Count = 64
+    answers: Count = 4  # to each prompt
+    temperature: Positive = 1.0
+    rows: Count = 256  # answers that are written side by side
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KLSettings:
+    """How the policy is kept near its reference, and when it has gone too far; in nats."""
+
+    weight: NotNegative = 0.05  # of the divergence in the reward of each token; 0: no reference is kept
+    kind: Literal["fixed", "adaptive"] = "fixed"
+    target: Positive = 6.0  # of an answer; adaptive
+    horizon: Count = 10_000  # answers in which an adaptive weight may double or so
+    limit: Positive | None = 50.0  # of an answer, on average: beyond it the run stops
+    early_stop: Positive | None = None  # of a token, from the policy that sampled: beyond it a rollout is left
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UpdateSettings:
+    """The updates after each rollout."""
+
+    epochs: Count = 2  # passes over the answers
+    minibatches: Count = 4  # steps of the optimizer in each of them
+    discount: UpToOne = 1.0  # gamma
+    trace: UpToOne = 0.95  # lambda of the generalized advantage estimate
+    whiten: bool = True  # advantages of a rollout to mean 0 and deviation 1
+    clip: Positive = 0.2  # of the ratio of probabilities
+    value_clip: Positive | None = 0.2  # of the change of a value
+    value_weight: NotNegative = 0.2
+    entropy_weight: NotNegative = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CriticSettings:
+    """What estimates the values.
+
+    shared: a head on the policy's own states, into which its gradients flow. head: one whose gradients do not. own: a
+    copy of the model, with a head. joint: a copy of the reward model with its head, trained beside the policy, as
+    published. frozen: the reward model's value of each token, untrained, as published.
+    """
+
+    kind: Literal["shared", "head", "own", "joint", "frozen"] = "shared"
+    method: MethodSettings | None = None  # which weights of own and joint train; by default all
+    rate: Positive = 1.0  # factor of the learning rate of what the policy does not share
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixSettings:
+    """Samples with answers, whose loss is added to that of each step, so that less is forgotten (ptx)."""
+
+    train: str  # files, under data.root
+    task: str | dict[str, Any] | None = None  # by default that of the prompts
+    weight: Positive = 1.0
+    batch_size: Count = 8  # samples of a step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PPOOptimizationSettings:
+    """The optimizer and the length of the run, in rollouts."""
+
+    rollouts: Count
+    batch_size: Count = 16  # answers of one forward and backward pass
+    learning_rate: Positive = 1e-5
+    schedule: Literal["linear", "cosine", "constant"] = "constant"
+    warmup: NotNegative = 0.0  # rollouts, or below 1 a share of them
+    weight_decay: NotNegative = 0.0
+    clip_norm: NotNegative = 1.0
+    dtype: Precision | None = None
+    gradient_checkpointing: bool = False
+    average: Part | None = None  # the decay of a moving average of the weights, such as 0.992; written beside them
+    evaluate_every: Count | None = None  # rollouts; by default a tenth of the run
+    save_every: Count = 10  # rollouts
+    keep_last: Count = 2  # checkpoints
+    trainer: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PPORecipe:
+    """A PPO run. ``data.max_target`` is the most tokens of a sampled answer."""
+
+    run: TuningRunSettings
+    model: ModelSettings
+    task: str | dict[str, Any]  # of the kind chat, seq2seq or infill with one blank; its answers may be absent
+    data: TuningDataSettings
+    reward: PPORewardSettings
+    rollout: RolloutSettings
+    kl: KLSettings
+    ppo: UpdateSettings
+    critic: CriticSettings
+    method: MethodSettings
+    optimization: PPOOptimizationSettings
+    mix: MixSettings | None = None
+
+    @property
+    def answers(self) -> int:
+        """The answers of a rollout."""
+        return self.rollout.prompts * self.rollout.answers
+
+    @property
+    def tuning(self) -> TuningRecipe:
+        """The recipe of a fine-tuning run with the same model, method and optimizer; its steps are the rollouts."""
+        shared = {field.name for field in dataclasses.fields(TuningOptimizationSettings)}
+        values = {name: value for name, value in vars(self.optimization).items() if name in shared}
+        minibatch = self.answers // self.ppo.minibatches
+        values["accumulation"] = -(-minibatch // self.optimization.batch_size)
+        return TuningRecipe(
+            run=self.run,
+            model=self.model,
+            task=self.task,
+            data=self.data,
+            method=self.method,
+            optimization=TuningOptimizationSettings(steps=self.optimization.rollouts, **values),
+            forgetting=ForgettingSettings(skip=True),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, which `read_ppo_recipe` turns into the same recipe."""
+        return plain_values(self)
+
+    def to_yaml(self) -> str:
+        return to_yaml(self)
+
+    def portable(self) -> "PPORecipe":
+        """The recipe without the settings of one machine: folders, device, threads."""
+        shared = self.tuning.portable()
+        reward = self.reward
+        if reward.model is not None:
+            reward = dataclasses.replace(reward, model=base_name(reward.model))
+        return dataclasses.replace(self, run=shared.run, data=shared.data, model=shared.model, reward=reward)
+
+
+def load_ppo_recipe(path: Path | str, overrides: Sequence[str] = ()) -> PPORecipe:
+    """Reads a recipe; each override is ``section.key=value`` with a YAML value.
+
+    Raises:
+        GmaskError: no such file, not YAML, an unknown key (the nearest one is named), a missing one, settings that
+            exclude each other.
+    """
+    return read_ppo_recipe(load_tree(path, overrides, field_names(PPORecipe)))
+
+
+def read_ppo_recipe(tree: Mapping[str, Any]) -> PPORecipe:
+    """The recipe of a tree of plain values, checked."""
+    if tree.get("task") is None:
+        raise GmaskError("task is missing: name one that writes answers, such as chat/alpaca")
+    recipe = build_settings(PPORecipe, tree, title="the recipe")
+    reward, data, method = recipe.reward, recipe.data, recipe.method
+    if reward.function is None and reward.model is None:
+        raise GmaskError("reward: name a function (module:function), or a reward model")
+    if reward.model is None and recipe.critic.kind in ("joint", "frozen"):
+        raise GmaskError(f"critic.kind {recipe.critic.kind} is made of reward.model, which is not set: take shared")
+    if recipe.critic.method is not None and recipe.critic.kind not in ("own", "joint"):
+        raise GmaskError(f"critic.method is of a critic of its own: with {recipe.critic.kind} leave it out")
+    if recipe.answers % recipe.ppo.minibatches:
+        raise GmaskError(
+            f"a rollout has {recipe.answers} answers (rollout.prompts x rollout.answers), which "
+            f"{recipe.ppo.minibatches} minibatches cannot share evenly: change one of them"
+        )
+    for key in ("packing", "folds", "fold", "test"):
+        if getattr(data, key) is not None:
+            raise GmaskError(f"data.{key} is for fine-tuning: leave it out")
+    if method.name in ("adalora", "p-tuning") or (recipe.critic.method and recipe.critic.method.name != "lora"):
+        wrong = "adalora and p-tuning" if recipe.critic.method is None else "methods other than lora in critic.method"
+        raise GmaskError(f"{wrong} are not for ppo: take lora, or full")
+    return recipe
