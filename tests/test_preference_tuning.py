@@ -334,6 +334,26 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> No
     assert not (tmp_path / "checkpoint-12").exists()
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_run_killed_behind_its_last_step_makes_no_other(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_feedback_recipe(tmp_path, **{"method": METHODS[method]["method"]})
+    run_preference_tuning(path, "dpo", [f"run.out={tmp_path / 'whole'}"])
+
+    def killed(self: PreferenceTuning, *args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(PreferenceTuning, "_write_results", killed)
+        run_preference_tuning(path, "dpo", [f"run.out={tmp_path / 'killed'}"])
+    run_preference_tuning(path, "dpo", [f"run.out={tmp_path / 'killed'}"])
+    assert json.loads((tmp_path / "killed" / "results.json").read_text("utf-8"))["steps"] == 6
+    file = "model/model.safetensors" if method == "full" else "adapter/adapter_model.safetensors"
+    weights = [load_file(tmp_path / name / file) for name in ("whole", "killed")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["dpo", "reward"])
 def test_two_processes_make_the_steps_of_one(stage: str, tmp_path: Path) -> None:

@@ -105,6 +105,8 @@ class PreferenceTuning(FeedbackRun):
             check_first_batch(trainer, items, pad=encoder.answers.special.pad, tolerance=TOLERANCE[self.dtype])
         try:
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        except _AllStepsMade:
+            pass
         except ValueError as error:  # such as an unknown loss_type, which TRL finds at the first step
             if isinstance(error, GmaskError):
                 raise
@@ -379,6 +381,10 @@ def check_first_batch(trainer: Any, items: Sequence[Any], *, pad: int, tolerance
             )
 
 
+class _AllStepsMade(Exception):
+    """A run that was killed behind its last step is resumed: transformers would make one more."""
+
+
 class RunCallback(TrainerCallback):
     """Writes metrics.jsonl and TensorBoard's events, and checks the first loss."""
 
@@ -389,6 +395,10 @@ class RunCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self.log = MetricsLog(self.run.out, after_step=state.global_step)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise _AllStepsMade
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         record = {"step": state.global_step, **read_log_entry(logs or {})}
