@@ -485,9 +485,9 @@ def test_streams_that_are_closed_are_no_mistake(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-n", "100000"], "n is 100000: it must be from 1 to 1000"),
+        (["-n", "100000"], "n is 100000: it must be at most 1000"),
         (["-n", "500"], "n is 500: at most the best 128 are found; set a temperature to draw more"),
-        (["--set", "num_beams=100000"], "num_beams is 100000: it must be from 1 to 256"),
+        (["--set", "num_beams=100000"], "num_beams is 100000: it must be at most 256"),
         (["--set", "length_penalty=1000000000000000000"], "it must be from -100 to 100"),
         (["--max-tokens", str(10**18)], "max_tokens is 1000000000000000000: it must be at most 1000000000000"),
         (["--set", "temperature=1.0e+300"], "temperature is 1e+300: it must be at most 1000000000000"),
