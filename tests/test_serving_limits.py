@@ -242,7 +242,7 @@ def test_a_text_that_no_model_could_hold_is_refused_before_it_is_cut_into_tokens
         {"prompt": ["a"] * 10_000},
         {"prompt": [[17]] * 10_000},
         {"prompt": ["a"] * 10_000, "echo": True, "max_tokens": 0},
-        {"prompt": "a", "n": 2**40, "echo": True, "max_tokens": 0},
+        {"prompt": "a", "n": 1000, "echo": True, "max_tokens": 0},
         {"prompt": "a", "best_of": 65},
         {"prompt": ["a"] * 33, "n": 2},
     ],

@@ -301,7 +301,7 @@ def test_a_page_of_two_models_names_each_on_its_tab(model: Backend, loaded: Any)
     async def build() -> dict[str, Any]:
         talks = make_backend(*loaded, name="talker")
         try:
-            return webui.draw_page(model, talks=talks).get_config_file()
+            return webui.draw_page(model, chat_backend=talks).get_config_file()
         finally:
             talks.close()
 

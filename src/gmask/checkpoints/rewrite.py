@@ -119,8 +119,8 @@ def _fill(plan: Plan[R], folder: Path, source: Path) -> None:
 
 
 OWN_FILES = (
-    "*.safetensors", "pytorch_model*.bin", "*.json", "*.model", "merges.txt", "vocab.txt", "README.md", "LICENSE",
-    "MODEL_LICENSE", ".gitattributes", *TRACKERS,
+    "*.safetensors", "pytorch_model*.bin", "*.json", "*.model", "merges.txt", "vocab.txt", "chat_template.jinja",
+    "README.md", "LICENSE", "MODEL_LICENSE", ".gitattributes", *TRACKERS,
 )  # fmt: skip
 """The files of a checkpoint. A folder that holds any other file is not replaced."""
 

@@ -127,6 +127,9 @@ def _add_probes(app: FastAPI, backends: Sequence[Backend], figures: Metrics) -> 
         return Response(figures.render(), media_type=CONTENT_TYPE_LATEST)
 
 
+LINGER_SECONDS = 1.0
+
+
 class TimedProtocol(H11Protocol):
     """HTTP/1.1 in which what a client has begun must arrive in time.
 
@@ -135,14 +138,16 @@ class TimedProtocol(H11Protocol):
     """
 
     deadline: asyncio.TimerHandle | None = None
+    is_refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._set_deadline()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._set_deadline()
+        if not self.is_refused:
+            super().data_received(data)
+            self._set_deadline()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._clear_deadline()
@@ -169,13 +174,17 @@ class TimedProtocol(H11Protocol):
 
     def _refuse(self, error: ApiError) -> None:
         """Answers what never reached the application, and ends the connection."""
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self.is_refused:
             return
         if self.cycle is None or (self.cycle.response_complete and self.conn.their_state is not h11.SEND_BODY):
             body = json.dumps(error.body()).encode()
             head = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\nContent-Type: application/json\r\n"
             self.transport.write(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
-        self.transport.close()
+        self.is_refused = True
+        # What the client still sends is read for a moment: a system that has unread bytes resets the connection, and
+        # the client would lose the answer.
+        self.transport.write_eof()
+        self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
 
 class Server(uvicorn.Server):

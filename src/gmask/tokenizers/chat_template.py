@@ -100,9 +100,11 @@ def attach_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     ``[gMASK]`` in a text is plain text to a ChatGLM's published tokenizer. It becomes a special token, with the same
     id, so that the blank of a template is one.
     """
-    if tokenizer.chat_template is None and (template := chat_template_of(tokenizer)) is not None:
-        if isinstance(tokenizer, ChatGLMTokenizer):
-            tokenizer.register_prompt_tokens()
+    if (template := chat_template_of(tokenizer)) is None:
+        return
+    if isinstance(tokenizer, ChatGLMTokenizer):
+        tokenizer.register_prompt_tokens()  # a template that the folder holds needs them, too
+    if tokenizer.chat_template is None:
         tokenizer.chat_template = template
 
 
