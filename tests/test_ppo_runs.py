@@ -292,6 +292,7 @@ def test_a_model_with_dropout_passes_the_checks(tmp_path: Path) -> None:
     config |= {"hidden_dropout": 0.3, "attention_dropout": 0.3, "embedding_dropout": 0.3}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config), "utf-8")
     run_ppo(path, ["optimization.rollouts=1"])
+    assert list_checkpoints(tmp_path / "out")
 
 
 # A reward model

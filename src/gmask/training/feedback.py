@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
-from gmask.files import read_object, write_json, write_text
+from gmask.files import write_json, write_text
 from gmask.generation.reward import AnswerEncoder, TooLongError
 from gmask.models.base import SelfAttention
 from gmask.recipes.feedback import FeedbackRecipe, Stage, load_feedback_recipe
@@ -22,7 +22,7 @@ from gmask.recipes.tuning import USUAL_RATES, differing_values
 from gmask.tasks.preferences import AnswerPair, Intake, Judgement, Question, read_judgements, read_preferences
 from gmask.tasks.records import find_files
 from gmask.training.examples import hash_file
-from gmask.training.run_folder import FILES_FILE, RECIPE_FILE, RESULTS_FILE, START_FILE, last_checkpoint
+from gmask.training.run_folder import FILES_FILE, RECIPE_FILE, START_FILE, TuningRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +125,10 @@ class FeedbackSplits:
     intakes: Mapping[str, Intake]  # by split
 
 
-class FeedbackRun:
+class FeedbackRun(TuningRun):
     """A run that learns from preferences: recipe, data and folder, checked before a model is loaded."""
+
+    recipe: FeedbackRecipe
 
     stage: Stage
 
@@ -141,15 +143,6 @@ class FeedbackRun:
             torch.set_num_threads(recipe.run.threads)
         self.splits = self._read()
         self._check_folder(resume=resume)
-
-    @property
-    def export(self) -> Path:
-        """The folder that the trained weights are written to."""
-        return self.out / ("adapter" if self.recipe.method.makes_adapter else "model")
-
-    @property
-    def is_finished(self) -> bool:
-        return self.export.is_dir() and (self.out / RESULTS_FILE).is_file()
 
     def _read(self) -> FeedbackSplits:
         data, intakes = self.recipe.data, {"train": Intake()}
@@ -173,24 +166,8 @@ class FeedbackRun:
         patterns = [data.train, *([data.validation] if isinstance(data.validation, str) else [])]
         return {path.name: hash_file(path) for name in patterns for path in find_files(data.resolve(name))}
 
-    def _check_folder(self, *, resume: bool) -> None:
-        """Raises `GmaskError` if the folder holds a run that this one cannot continue."""
-        if not (self.out / RESULTS_FILE).is_file() and not self._has_checkpoint():
-            return
-        if not resume:
-            raise GmaskError(f"{self.out} holds a run already: resume it, or choose another run.out")
-        written = load_feedback_recipe(self.out / RECIPE_FILE, self.stage)
-        keys = differing_values(written.to_dict(), self.recipe.to_dict())
-        notes = read_object(self.out / FILES_FILE, required=False, remedy="choose another run.out")
-        keys += [f"the content of {name}" for name, sha in self._hashes().items() if notes.get(name) != sha]
-        if keys:
-            raise GmaskError(
-                f"{self.out} holds a run of another recipe: {', '.join(keys)} {'differ' if keys[1:] else 'differs'}; "
-                "resume with that recipe, or choose another run.out"
-            )
-
-    def _has_checkpoint(self) -> bool:
-        return last_checkpoint(self.out) is not None
+    def _differing_keys(self, written: Path) -> list[str]:
+        return differing_values(load_feedback_recipe(written, self.stage).to_dict(), self.recipe.to_dict())
 
     def intake_of(self, split: str) -> Intake:
         """The counts of a split; those of train for a validation that was held out of it."""

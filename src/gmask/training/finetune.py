@@ -56,6 +56,7 @@ from gmask.training.run_folder import (
     RESULTS_FILE,
     START_FILE,
     TRAINED_FILE,
+    TuningRun,
     last_checkpoint,
     read_metrics,
 )
@@ -114,8 +115,10 @@ def _run_folds(recipe: TuningRecipe, *, resume: bool) -> Path:
     return out
 
 
-class Finetuning:
+class Finetuning(TuningRun):
     """One run of a recipe, in this process; under torchrun each process makes its own."""
+
+    recipe: TuningRecipe
 
     name, unit = "tuning", "samples"
     advice = "start again in another run.out, with a lower optimization.learning_rate"
@@ -138,15 +141,6 @@ class Finetuning:
         self.device = self.args.device
         self.is_main = self.accelerator.is_main_process
         self.console = Console(stderr=True, quiet=not self.is_main)
-
-    @property
-    def export(self) -> Path:
-        """The folder that the trained weights are written to."""
-        return self.out / ("adapter" if self.recipe.method.makes_adapter else "model")
-
-    @property
-    def is_finished(self) -> bool:
-        return self.export.is_dir() and (self.out / RESULTS_FILE).is_file()
 
     def train(self) -> Path:
         """Makes the steps that are left; writes weights, metrics, predictions and the model card."""
@@ -181,20 +175,8 @@ class Finetuning:
                 f"p-tuning, not {self.recipe.method.name}, or take it out"
             )
 
-    def _check_folder(self, *, resume: bool) -> None:
-        """Raises `GmaskError` if the folder holds a run that this one cannot continue."""
-        if not (self.out / RESULTS_FILE).is_file() and last_checkpoint(self.out) is None:
-            return
-        if not resume:
-            raise GmaskError(f"{self.out} holds a run already: resume it, or choose another run.out")
-        keys = differing_keys(load_tuning_recipe(self.out / RECIPE_FILE), self.recipe)
-        hashes = read_object(self.out / FILES_FILE, required=False, remedy="choose another run.out")
-        keys += [f"the content of {name}" for name, sha in self._hashes().items() if hashes.get(name) != sha]
-        if keys:
-            raise GmaskError(
-                f"{self.out} holds a run of another recipe: {', '.join(keys)} {'differ' if keys[1:] else 'differs'}; "
-                "resume with that recipe, or choose another run.out"
-            )
+    def _differing_keys(self, written: Path) -> list[str]:
+        return differing_keys(load_tuning_recipe(written), self.recipe)
 
     def _hashes(self) -> dict[str, str]:
         """SHA-256 of all that the numbers of the run depend on beside the recipe, by its name in errors."""

@@ -69,6 +69,7 @@ from gmask.training.run_folder import (
     RECIPE_FILE,
     RESULTS_FILE,
     START_FILE,
+    TuningRun,
     last_checkpoint,
     read_metrics,
 )
@@ -82,8 +83,10 @@ VALIDATION_ROLLOUT = 2**31
 """The number in place of a rollout's in the seeds of validations."""
 
 
-class PPOSetup:
+class PPOSetup(TuningRun):
     """A run of a recipe without its steps: models, prompts, reward, checks, results."""
+
+    recipe: PPORecipe
 
     clock = staticmethod(time.monotonic)  # by which a rollout is timed
     loop: Loop
@@ -110,32 +113,11 @@ class PPOSetup:
         self.updates = dataclasses.replace(recipe.ppo, value_weight=0.0) if frozen else recipe.ppo
 
     @property
-    def export(self) -> Path:
-        """The folder that the trained weights are written to."""
-        return self.out / ("adapter" if self.recipe.method.makes_adapter else "model")
-
-    @property
-    def is_finished(self) -> bool:
-        return self.export.is_dir() and (self.out / RESULTS_FILE).is_file()
-
-    @property
     def steps_per_rollout(self) -> int:
         return self.recipe.ppo.epochs * self.recipe.ppo.minibatches
 
-    def _check_folder(self, *, resume: bool) -> None:
-        """Raises `GmaskError` if the folder holds a run that this one cannot continue."""
-        if not (self.out / RESULTS_FILE).is_file() and last_checkpoint(self.out) is None:
-            return
-        if not resume:
-            raise GmaskError(f"{self.out} holds a run already: resume it, or choose another run.out")
-        keys = differing_keys(load_ppo_recipe(self.out / RECIPE_FILE), self.recipe)
-        hashes = read_object(self.out / FILES_FILE, required=False, remedy="choose another run.out")
-        keys += [f"the content of {name}" for name, sha in self._hashes().items() if hashes.get(name) != sha]
-        if keys:
-            raise GmaskError(
-                f"{self.out} holds a run of another recipe: {', '.join(keys)} {'differ' if keys[1:] else 'differs'}; "
-                "resume with that recipe, or choose another run.out"
-            )
+    def _differing_keys(self, written: Path) -> list[str]:
+        return differing_keys(load_ppo_recipe(written), self.recipe)
 
     def _hashes(self) -> dict[str, str]:
         """SHA-256 of what the numbers of the run depend on beside the recipe, by its name in errors."""

@@ -379,3 +379,45 @@ def _open_board(out: Path, after_step: int) -> Any:
         logger.warning("TensorBoard is not installed, so no events are written: pip install 'gmask[train]'")
         return None
     return SummaryWriter(out / "tensorboard", purge_step=after_step + 1)
+
+
+class TuningRun:
+    """A run that tunes a model by a recipe and writes it into its folder, ``out``."""
+
+    recipe: Any  # with the sections ``method`` and ``run``
+    out: Path
+
+    @property
+    def export(self) -> Path:
+        """The folder that the trained weights are written to."""
+        return self.out / ("adapter" if self.recipe.method.makes_adapter else "model")
+
+    @property
+    def is_finished(self) -> bool:
+        return self.export.is_dir() and (self.out / RESULTS_FILE).is_file()
+
+    def _check_folder(self, *, resume: bool) -> None:
+        """Raises `GmaskError` if the folder holds a run that this one cannot continue."""
+        if not (self.out / RESULTS_FILE).is_file() and not self._has_checkpoint():
+            return
+        if not resume:
+            raise GmaskError(f"{self.out} holds a run already: resume it, or choose another run.out")
+        keys = self._differing_keys(self.out / RECIPE_FILE)
+        hashes = read_object(self.out / FILES_FILE, required=False, remedy="choose another run.out")
+        keys += [f"the content of {name}" for name, sha in self._hashes().items() if hashes.get(name) != sha]
+        if keys:
+            raise GmaskError(
+                f"{self.out} holds a run of another recipe: {', '.join(keys)} {'differ' if keys[1:] else 'differs'}; "
+                "resume with that recipe, or choose another run.out"
+            )
+
+    def _has_checkpoint(self) -> bool:
+        return last_checkpoint(self.out) is not None
+
+    def _differing_keys(self, written: Path) -> list[str]:
+        """The keys in which the recipe of the run that the folder holds differs from this one."""
+        raise NotImplementedError
+
+    def _hashes(self) -> dict[str, str]:
+        """SHA-256 of all that the numbers of the run depend on beside the recipe, by its name in errors."""
+        raise NotImplementedError
