@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import CompileConfig
 
 from conftest import EOP, MASK, PAD, SOP
+from gmask.models.base import MatrixAttention
 from gmask.models.glm import GLMForConditionalGeneration
 from gmask.models.layout import derive_layout
 
@@ -104,3 +106,37 @@ def test_a_padded_static_decode_is_traced_once(build_glm: BuildGLM) -> None:
         compile_config=settings,
     )
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("how", ["boolean", "additive", "none", "autocast"])
+def test_training_in_bfloat16_on_a_cpu_learns_what_float32_would(how: str) -> None:
+    torch.manual_seed(0)
+    rows = [torch.randn(2, 3, length, 8) for length in (5, 7, 7)]  # of queries, keys and values
+    visible = torch.rand(2, 1, 5, 7) > 0.4
+    visible[..., 0] = True
+    mask = {"additive": torch.zeros(2, 1, 5, 7).masked_fill(~visible, -1e4), "none": None}.get(how, visible)
+    towards = torch.randn(2, 5, 3, 8)
+    dtype = torch.float32 if how == "autocast" else torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        query, key, value = (row.clone().to(dtype).requires_grad_() for row in rows)
+        additive = mask.to(dtype) if how == "additive" and mask is not None else mask
+        assert MatrixAttention.takes(query, key, additive)
+        found: torch.Tensor = MatrixAttention.apply(query, key, value, additive, 0.5)
+        gradients = torch.autograd.grad(found, (query, key, value), towards.to(found.dtype))
+    exact = [row.double().requires_grad_() for row in rows]
+    known = mask.double() if how == "additive" and mask is not None else mask
+    expected = F.scaled_dot_product_attention(exact[0], exact[1], exact[2], attn_mask=known, scale=0.5).transpose(1, 2)
+    others = torch.autograd.grad(expected, exact, towards.double())
+    assert found.dtype == torch.bfloat16
+    for one, other in zip((found, *gradients), (expected, *others), strict=True):
+        torch.testing.assert_close(one.double(), other, atol=0.05, rtol=0.05)
+
+
+def test_only_training_in_bfloat16_on_a_cpu_leaves_the_fused_kernel() -> None:
+    row = torch.zeros(1, 1, 4, 8, dtype=torch.bfloat16, requires_grad=True)
+    assert MatrixAttention.takes(row, row, None)
+    assert not MatrixAttention.takes(row.detach(), row.detach(), None)
+    assert not MatrixAttention.takes(row.float(), row.float(), None)
+    assert not MatrixAttention.takes(row, torch.zeros(1, 1, 513, 8), None)
+    with torch.no_grad():
+        assert not MatrixAttention.takes(row, row, None)
