@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from gmask.config import (
     Count,
@@ -11,11 +11,8 @@ from gmask.config import (
     Part,
     Positive,
     Range,
-    build_settings,
     field_names,
     load_tree,
-    plain_values,
-    to_yaml,
 )
 from gmask.errors import GmaskError
 from gmask.recipes.pretraining import Precision
@@ -23,11 +20,13 @@ from gmask.recipes.tuning import (
     ForgettingSettings,
     MethodSettings,
     ModelSettings,
+    Recipe,
     TuningDataSettings,
     TuningOptimizationSettings,
     TuningRecipe,
     TuningRunSettings,
     base_name,
+    build_recipe,
 )
 
 UpToOne = Annotated[float, Range(0, 1)]
@@ -127,7 +126,7 @@ class PPOOptimizationSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PPORecipe:
+class PPORecipe(Recipe):
     """A PPO run. ``data.max_target`` is the most tokens of a sampled answer."""
 
     run: TuningRunSettings
@@ -165,20 +164,11 @@ class PPORecipe:
             forgetting=ForgettingSettings(skip=True),
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, which `read_ppo_recipe` turns into the same recipe."""
-        return plain_values(self)
-
-    def to_yaml(self) -> str:
-        return to_yaml(self)
-
-    def portable(self) -> "PPORecipe":
-        """The recipe without the settings of one machine: folders, device, threads."""
-        shared = self.tuning.portable()
-        reward = self.reward
-        if reward.model is not None:
-            reward = dataclasses.replace(reward, model=base_name(reward.model))
-        return dataclasses.replace(self, run=shared.run, data=shared.data, model=shared.model, reward=reward)
+    def portable(self) -> Self:
+        found = super().portable()
+        if self.reward.model is None:
+            return found
+        return dataclasses.replace(found, reward=dataclasses.replace(self.reward, model=base_name(self.reward.model)))
 
 
 def load_ppo_recipe(path: Path | str, overrides: Sequence[str] = ()) -> PPORecipe:
@@ -193,9 +183,7 @@ def load_ppo_recipe(path: Path | str, overrides: Sequence[str] = ()) -> PPORecip
 
 def read_ppo_recipe(tree: Mapping[str, Any]) -> PPORecipe:
     """The recipe of a tree of plain values, checked."""
-    if tree.get("task") is None:
-        raise GmaskError("task is missing: name one that writes answers, such as chat/alpaca")
-    recipe = build_settings(PPORecipe, tree, title="the recipe")
+    recipe = build_recipe(PPORecipe, tree)
     reward, data, method = recipe.reward, recipe.data, recipe.method
     if reward.function is None and reward.model is None:
         raise GmaskError("reward: name a function (module:function), or a reward model")

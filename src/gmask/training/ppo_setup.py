@@ -10,28 +10,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
-from transformers import enable_full_determinism, logging, set_seed
 
 from gmask.checkpoints.load import load
 from gmask.config import to_yaml
 from gmask.errors import GmaskError
-from gmask.files import read_object, write_json, write_text, written_folder
+from gmask.files import read_object, write_json, write_text
 from gmask.generation.predict import SampleReader
 from gmask.generation.settings import Sampling
-from gmask.hardware import describe_training_dtype
 from gmask.infilling.blanks import NOT_SCORED
 from gmask.models.glm import GLMConfig
 from gmask.recipes.ppo import PPORecipe, load_ppo_recipe
-from gmask.recipes.tuning import differing_keys, hint_learning_rate
+from gmask.recipes.tuning import hint_learning_rate
 from gmask.tasks.records import Sample, read_records
 from gmask.tasks.task import Task, read_task
-from gmask.training.accelerator import forward_dtype, make_accelerator, named_dtype, training_arguments
 from gmask.training.examples import Batch, hash_file
-from gmask.training.finetune import TASK_FILE
 from gmask.training.loop import Loop
 from gmask.training.losses import TaskObjective
 from gmask.training.methods import choose_trainable, load_tuned_model, peak_memory, save_tuned_model
@@ -64,15 +59,13 @@ from gmask.training.rollouts import (
     rollout_seeds,
 )
 from gmask.training.run_folder import (
-    FILES_FILE,
     LOG_FILE,
-    RECIPE_FILE,
     RESULTS_FILE,
     START_FILE,
-    TuningRun,
     last_checkpoint,
     read_metrics,
 )
+from gmask.training.tuning_run import TuningRun
 
 BEFORE_FILE = "before.json"
 SAMPLES_FILE = "samples.md"
@@ -86,8 +79,7 @@ VALIDATION_ROLLOUT = 2**31
 class PPOSetup(TuningRun):
     """A run of a recipe without its steps: models, prompts, reward, checks, results."""
 
-    recipe: PPORecipe
-
+    task: Task
     clock = staticmethod(time.monotonic)  # by which a rollout is timed
     loop: Loop
     average: AveragedModel | None
@@ -97,18 +89,13 @@ class PPOSetup(TuningRun):
 
         folders: where the module of the reward function is looked for first.
         """
-        self.recipe, self.tuning, self.out = recipe, recipe.tuning, Path(recipe.run.out)
-        if recipe.run.threads:
-            torch.set_num_threads(recipe.run.threads)
-        self.task: Task = read_task({"use": recipe.task} if isinstance(recipe.task, str) else recipe.task)
+        super().__init__(recipe)
+        self.task = read_task({"use": recipe.task} if isinstance(recipe.task, str) else recipe.task)
         self.prompts = read_prompt_splits(self.task, recipe.data, seed=recipe.run.seed)
         named = recipe.reward.function
         self.function = None if named is None else FunctionReward(named, folders)
         self._check_folder(resume=resume)
-        self.args = training_arguments(self.tuning)
-        self.accelerator = make_accelerator(self.args)
-        self.device, self.is_main = self.args.device, self.accelerator.is_main_process
-        self.console = Console(stderr=True, quiet=not self.is_main)
+        self._join_processes()
         frozen = recipe.critic.kind == "frozen"  # there is nothing that a value loss could change
         self.updates = dataclasses.replace(recipe.ppo, value_weight=0.0) if frozen else recipe.ppo
 
@@ -116,8 +103,8 @@ class PPOSetup(TuningRun):
     def steps_per_rollout(self) -> int:
         return self.recipe.ppo.epochs * self.recipe.ppo.minibatches
 
-    def _differing_keys(self, written: Path) -> list[str]:
-        return differing_keys(load_ppo_recipe(written), self.recipe)
+    def _read_recipe(self, written: Path) -> PPORecipe:
+        return load_ppo_recipe(written)
 
     def _hashes(self) -> dict[str, str]:
         """SHA-256 of what the numbers of the run depend on beside the recipe, by its name in errors."""
@@ -131,8 +118,7 @@ class PPOSetup(TuningRun):
     def prepare(self) -> None:
         """Loads the models, and prints the summary of the run."""
         recipe, data = self.recipe, self.recipe.data
-        named = named_dtype(self.tuning, self.device.type)
-        self.console.print(describe_training_dtype(named, self.device), highlight=False, markup=False)
+        self._show_dtype()
         self.policy, self.tokenizer = load_tuned_model(self.tuning, self.task, self.device)
         check_lengths(self.policy.config, data)
         self.reward_model = self._load_reward()
@@ -157,8 +143,7 @@ class PPOSetup(TuningRun):
             self.reference = Reference(self.policy, None if switches else copy_frozen(self.policy))
         self.mixed = self._read_mixed()
         self._show_start()
-        logging.set_verbosity(self.args.get_process_log_level())
-        (enable_full_determinism if recipe.run.deterministic else set_seed)(recipe.run.seed)
+        self._seed()
 
     def _load_reward(self) -> ModelReward | None:
         reward = self.recipe.reward
@@ -190,9 +175,7 @@ class PPOSetup(TuningRun):
         self.console.print(self.trainable.to_rows().to_rich(f"What trains ({method})"))
         self.console.print("\n".join(lines), highlight=False, markup=False)
         if self.is_main:
-            write_text(self.out / RECIPE_FILE, recipe.to_yaml())
-            write_text(self.out / TASK_FILE, to_yaml(self.task))
-            write_json(self.out / FILES_FILE, self._hashes())
+            self._write_start_files()
             write_text(self.out / START_FILE, "\n".join([*lines, ""]))
 
     # Samples that are mixed in
@@ -251,7 +234,7 @@ class PPOSetup(TuningRun):
     @property
     def tolerance(self) -> float:
         """By how many nats log-probabilities that should be equal may differ."""
-        return 1e-4 if forward_dtype(self.tuning, self.device.type) == torch.float32 else 5e-2
+        return 1e-4 if self.dtype == torch.float32 else 5e-2
 
     @torch.no_grad()
     def check_start(self, rollouts: Sequence[Rollout], logprobs: Tensor, reference: Tensor) -> None:
@@ -294,9 +277,8 @@ class PPOSetup(TuningRun):
     @contextlib.contextmanager
     def generating(self) -> Iterator[None]:
         """Within it the policy samples, in the precision of its forward passes; behind it, it may train again."""
-        dtype = forward_dtype(self.tuning, self.device.type)
         try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 yield
         finally:
             self.module.train()
@@ -366,10 +348,5 @@ class PPOSetup(TuningRun):
             self.console.print(line, highlight=False)
 
     def _export(self, policy: Any, target: Path) -> None:
-        dtype = forward_dtype(self.tuning, self.device.type)
-        with written_folder(target, kept="the run, to be resumed,") as folder:
-            save_tuned_model(policy, self.tokenizer, self.tuning, folder, dtype=dtype)
-            for name in ("README.md", CURVES_FILE, LOG_FILE):
-                (folder / name).write_bytes((self.out / name).read_bytes())
-            (folder / TASK_FILE).write_text(to_yaml(self.task), "utf-8")
-            (folder / RECIPE_FILE).write_text(self.recipe.portable().to_yaml(), "utf-8")
+        with self._written_export(target) as folder:
+            save_tuned_model(policy, self.tokenizer, self.tuning, folder, dtype=self.dtype)

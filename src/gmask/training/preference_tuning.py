@@ -27,7 +27,7 @@ from gmask.checkpoints.load import load
 from gmask.checkpoints.save import write_tokenizer
 from gmask.config import check_keys
 from gmask.errors import GmaskError, one_line
-from gmask.files import read_object, write_json, write_text, written_folder
+from gmask.files import read_object, write_json, write_text
 from gmask.generation.padding import check_numbers
 from gmask.models.glm import GLMConfig
 from gmask.recipes.feedback import FeedbackRecipe, Stage, load_feedback_recipe
@@ -43,7 +43,7 @@ from gmask.training.feedback import (
 )
 from gmask.training.methods import apply_method, make_peft_config, peak_memory, save_tuned_model
 from gmask.training.report import CURVES_FILE, draw_curves
-from gmask.training.run_folder import LOG_FILE, RECIPE_FILE, RESULTS_FILE, MetricsLog, read_metrics
+from gmask.training.run_folder import LOG_FILE, RESULTS_FILE, MetricsLog, read_metrics
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """By how much the log-probability of an answer may differ, as a share of it and at least in nats."""
@@ -70,19 +70,14 @@ class PreferenceTuning(FeedbackRun):
     def __init__(self, recipe: FeedbackRecipe, stage: Stage, *, resume: bool = True) -> None:
         self.stage = stage
         super().__init__(recipe, resume=resume)
-        self.tuning = self.recipe.as_tuning()
         self.device = find_device(self.recipe.run.device)
-        self.dtype = forward_dtype(self.tuning, self.device)
         self.args = self._make_arguments()
         self.is_main = self.args.process_index == 0
         self.console = Console(stderr=True, quiet=not self.is_main)
         self.callback = RunCallback(self)
 
-    def train(self) -> Path:
+    def _train(self) -> None:
         """Makes the steps that are left; writes weights and results."""
-        if self.is_finished:
-            self.console.print(f"{self.out} holds this run, finished", highlight=False)
-            return self.export
         settings = self.recipe.model
         model, self.tokenizer = load(
             settings.name, dtype=settings.dtype, device=self.args.device, quantize=settings.quantize
@@ -117,7 +112,6 @@ class PreferenceTuning(FeedbackRun):
         if self.is_main:
             self._write_results(trainer, scores)
         trainer.accelerator.wait_for_everyone()
-        return self.export
 
     def _has_checkpoint(self) -> bool:
         return last_trainer_checkpoint(self.out) is not None
@@ -139,7 +133,7 @@ class PreferenceTuning(FeedbackRun):
         values: dict[str, Any] = {
             "output_dir": str(self.out),
             "use_cpu": self.device == "cpu",
-            "bf16": self.dtype == torch.bfloat16,
+            "bf16": forward_dtype(self.tuning, self.device) == torch.bfloat16,
             "seed": run.seed,
             "full_determinism": run.deterministic,
             "per_device_train_batch_size": optimization.batch_size,
@@ -243,7 +237,7 @@ class PreferenceTuning(FeedbackRun):
             "peak_memory_bytes": peak_memory(torch.device(self.device)),
         }
         write_text(self.out / "README.md", self._card(results))
-        with written_folder(self.export, kept="the run, to be resumed,") as folder:
+        with self._written_export() as folder:
             if self.recipe.method.makes_adapter:
                 trainer.model.save_pretrained(folder)
                 path = folder / "adapter_config.json"
@@ -251,9 +245,6 @@ class PreferenceTuning(FeedbackRun):
                 write_tokenizer(self.tokenizer, folder, published=False)
             else:
                 save_tuned_model(trainer.model, self.tokenizer, self.tuning, folder, dtype=self.dtype)
-            for name in ("README.md", CURVES_FILE, LOG_FILE):
-                (folder / name).write_bytes((self.out / name).read_bytes())
-            (folder / RECIPE_FILE).write_text(self.recipe.portable().to_yaml(), "utf-8")
         write_json(self.out / RESULTS_FILE, results)
 
     def _card(self, results: dict[str, Any]) -> str:
