@@ -238,6 +238,7 @@ def prepared(folder: Path, **sections: Any) -> GRPO:
     return run
 
 
+@torch.no_grad()
 def test_sop_is_never_sampled_and_has_no_probability_anywhere(tmp_path: Path) -> None:
     run = prepared(tmp_path, model={"dtype": None})
     sop = run.special.sop
