@@ -1,4 +1,4 @@
-"""``gmask sft``, ``reward``, ``dpo`` and ``kto``."""
+"""``gmask sft``, ``reward``, ``dpo``, ``kto`` and ``grpo``."""
 
 import os
 from collections.abc import Callable
@@ -53,6 +53,21 @@ def kto(
     from gmask.training.preference_tuning import run_preference_tuning
 
     _run(lambda: run_preference_tuning(recipe, "kto", overrides or [], resume=resume), as_json)
+
+
+def grpo(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file: model, task, data, reward.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Values to change, such as grpo.algorithm=rloo.", show_default=False),
+    ] = None,
+    resume: Resume = True,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model by rewards of groups of its answers (GRPO, RLOO). A stopped run goes on with the same command."""
+    from gmask.training.grpo import run_grpo
+
+    _run(lambda: run_grpo(recipe, overrides or [], resume=resume), as_json)
 
 
 def _run(train: Callable[[], Path], as_json: bool) -> None:
