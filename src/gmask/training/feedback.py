@@ -1,6 +1,7 @@
 """What the runs that learn from preferences share: the data in ids, the table of a start, the folder of a run."""
 
 import dataclasses
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -177,15 +178,16 @@ class FeedbackRun(TuningRun):
         """Prints and writes what was read, dropped and cut; and the recipe and the hashes of the data."""
         noun = "answers" if self.stage == "kto" else "pairs"
         self.out.mkdir(parents=True, exist_ok=True)
-        with (self.out / START_FILE).open("w", encoding="utf-8") as file:
-            for target in (console, Console(file=file, width=160)):
-                tables = [
-                    line
-                    for split, intake in self.splits.intakes.items()
-                    for line in (f"{self.stage}, {split}:", *intake.lines(noun))
-                ]
-                for line in (*tables, *lines):
-                    target.print(line, highlight=False, markup=False, soft_wrap=True)
+        file = io.StringIO()
+        for target in (console, Console(file=file, width=160)):
+            tables = [
+                line
+                for split, intake in self.splits.intakes.items()
+                for line in (f"{self.stage}, {split}:", *intake.lines(noun))
+            ]
+            for line in (*tables, *lines):
+                target.print(line, highlight=False, markup=False, soft_wrap=True)
+        write_text(self.out / START_FILE, file.getvalue())
         write_text(self.out / RECIPE_FILE, self.recipe.to_yaml())
         write_json(self.out / FILES_FILE, self._hashes())
 

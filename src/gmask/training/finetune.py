@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -349,8 +350,9 @@ class Finetuning(TuningRun):
         write_text(self.out / RECIPE_FILE, self.recipe.to_yaml())
         write_text(self.out / TASK_FILE, to_yaml(self.task))
         write_json(self.out / FILES_FILE, self._hashes())
-        with (self.out / START_FILE).open("w", encoding="utf-8") as file:
-            self.summary.show(Console(file=file, width=120), self.tokenizer)
+        file = io.StringIO()
+        self.summary.show(Console(file=file, width=120), self.tokenizer)
+        write_text(self.out / START_FILE, file.getvalue())
 
     # What a chat model forgets
 

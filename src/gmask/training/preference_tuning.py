@@ -27,7 +27,7 @@ from gmask.checkpoints.load import load
 from gmask.checkpoints.save import write_tokenizer
 from gmask.config import check_keys
 from gmask.errors import GmaskError, one_line
-from gmask.files import read_object, write_json, write_text, written_folder
+from gmask.files import read_object, write_json, write_text, writing, written_folder
 from gmask.generation.padding import check_numbers
 from gmask.models.glm import GLMConfig
 from gmask.recipes.feedback import FeedbackRecipe, Stage, load_feedback_recipe
@@ -43,7 +43,7 @@ from gmask.training.feedback import (
 )
 from gmask.training.methods import apply_method, make_peft_config, peak_memory, save_tuned_model
 from gmask.training.report import CURVES_FILE, draw_curves
-from gmask.training.run_folder import LOG_FILE, RECIPE_FILE, RESULTS_FILE, MetricsLog, read_metrics
+from gmask.training.run_folder import KEPT_ON_ERROR, LOG_FILE, RECIPE_FILE, RESULTS_FILE, MetricsLog, read_metrics
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """By how much the log-probability of an answer may differ, as a share of it and at least in nats."""
@@ -104,11 +104,14 @@ class PreferenceTuning(FeedbackRun):
         if last is None:
             check_first_batch(trainer, items, pad=encoder.answers.special.pad, tolerance=TOLERANCE[self.dtype])
         try:
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            checkpoint = self.out / "checkpoint"
+            with writing(checkpoint, self.out, kept=KEPT_ON_ERROR):  # by transformers' Trainer
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
         except _AllStepsMade:
             pass
         except ValueError as error:  # such as an unknown loss_type, which TRL finds at the first step
             if isinstance(error, GmaskError):
+                last_trainer_checkpoint(self.out)  # removes what Trainer left half-written
                 raise
             raise GmaskError(f"trl: {one_line(error)}") from error
         finally:
@@ -312,11 +315,19 @@ def refuse_adapter_in_place(model: PreTrainedModel) -> None:
 def last_trainer_checkpoint(out: Path) -> Path | None:
     """The newest complete checkpoint of transformers' Trainer; drafts that a killed run left are removed."""
     found = sorted(out.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
-    complete = [folder for folder in found if (folder / "trainer_state.json").is_file()]
+    complete = [folder for folder in found if _is_complete(folder)]
     for folder in found:
         if folder not in complete:
             shutil.rmtree(folder, ignore_errors=True)
     return complete[-1] if complete else None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether the file that Trainer writes last is whole."""
+    try:
+        return "global_step" in read_object(checkpoint / "trainer_state.json")
+    except GmaskError:
+        return False
 
 
 def precompute_reference(trainer: Any, batch_size: int) -> None:
