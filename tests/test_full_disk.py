@@ -133,8 +133,11 @@ def test_an_evaluation_that_cannot_be_written_names_its_file(gmask_fails: Verb, 
 # Runs: what is written last, their weights, and what is written on the way
 
 
+WORDS = "the small brown dog ran over a green hill and down to an old wooden table with his book"
+
+
 def pretraining(folder: Path) -> str:
-    words = "the small brown dog ran over a green hill and down to an old wooden table with his book".split()
+    words = WORDS.split()
     texts = [" ".join(words[(k * (n + 1)) % len(words)] for k in range(40)) for n in range(12)]
     lines = [json.dumps({"text": text}) for text in texts]
     (folder / "train.jsonl").write_text("\n".join(lines))

@@ -11,6 +11,10 @@ from gmask.config import (
     Part,
     Positive,
     Range,
+    Rate,
+    Rows,
+    Steps,
+    Weight,
     build_settings,
     field_names,
     load_tree,
@@ -30,6 +34,9 @@ from gmask.recipes.tuning import (
     base_name,
 )
 
+MOST_ANSWERS = 10**5
+"""The limit of the answers of a rollout."""
+
 UpToOne = Annotated[float, Range(0, 1)]
 
 
@@ -38,21 +45,21 @@ class PPORewardSettings:
     """What an answer is worth: a function of texts, a reward model, or the weighted sum of both."""
 
     function: str | None = None  # module:function, beside the recipe or where Python finds it
-    function_weight: float = 1.0
+    function_weight: Weight = 1.0
     model: str | None = None  # the folder or name of a reward model
-    model_weight: float = 1.0
+    model_weight: Weight = 1.0
     clip: Positive | None = 5.0  # scores are cut to this range on both sides, as published
-    cut: float | None = None  # the score of an answer that was cut at data.max_target; by default its own
+    cut: Weight | None = None  # the score of an answer that was cut at data.max_target; by default its own
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutSettings:
     """The answers that are sampled before each update. They are drawn from the whole distribution that is scored."""
 
-    prompts: Count = 64
-    answers: Count = 4  # to each prompt
+    prompts: Annotated[int, Range(1, 10**4)] = 64
+    answers: Annotated[int, Range(1, 1000)] = 4  # to each prompt
     temperature: Positive = 1.0
-    rows: Count = 256  # answers that are written side by side
+    rows: Annotated[int, Range(1, 10**4)] = 256  # answers that are written side by side
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +78,7 @@ class KLSettings:
 class UpdateSettings:
     """The updates after each rollout."""
 
-    epochs: Count = 2  # passes over the answers
+    epochs: Annotated[int, Range(1, 1000)] = 2  # passes over the answers
     minibatches: Count = 4  # steps of the optimizer in each of them
     discount: UpToOne = 1.0  # gamma
     trace: UpToOne = 0.95  # lambda of the generalized advantage estimate
@@ -103,16 +110,16 @@ class MixSettings:
     train: str  # files, under data.root
     task: str | dict[str, Any] | None = None  # by default that of the prompts
     weight: Positive = 1.0
-    batch_size: Count = 8  # samples of a step
+    batch_size: Rows = 8  # samples of a step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PPOOptimizationSettings:
     """The optimizer and the length of the run, in rollouts."""
 
-    rollouts: Count
-    batch_size: Count = 16  # answers of one forward and backward pass
-    learning_rate: Positive = 1e-5
+    rollouts: Steps
+    batch_size: Rows = 16  # answers of one forward and backward pass
+    learning_rate: Rate = 1e-5
     schedule: Literal["linear", "cosine", "constant"] = "constant"
     warmup: NotNegative = 0.0  # rollouts, or below 1 a share of them
     weight_decay: NotNegative = 0.0
@@ -203,6 +210,11 @@ def read_ppo_recipe(tree: Mapping[str, Any]) -> PPORecipe:
         raise GmaskError(f"critic.kind {recipe.critic.kind} is made of reward.model, which is not set: take shared")
     if recipe.critic.method is not None and recipe.critic.kind not in ("own", "joint"):
         raise GmaskError(f"critic.method is of a critic of its own: with {recipe.critic.kind} leave it out")
+    if recipe.answers > MOST_ANSWERS:
+        raise GmaskError(
+            f"a rollout has {recipe.answers} answers (rollout.prompts x rollout.answers): at most {MOST_ANSWERS} are "
+            "held in memory"
+        )
     if recipe.answers % recipe.ppo.minibatches:
         raise GmaskError(
             f"a rollout has {recipe.answers} answers (rollout.prompts x rollout.answers), which "

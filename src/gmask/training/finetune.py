@@ -62,9 +62,11 @@ from gmask.training.run_folder import (
     read_metrics,
 )
 from gmask.training.validation import (
+    COSTS,
     Forgetting,
     GeneralScores,
     Validator,
+    plan_evaluations,
     read_general_scores,
     read_general_set,
     score_general_set,
@@ -223,8 +225,15 @@ class Finetuning(TuningRun):
             process=self.accelerator.process_index,
         )
         self.learning_rate = make_learning_rate(self.args, steps=steps)
-        self.validation = self.splits.validation[: recipe.data.validation_limit]
-        self.evaluate_every = optimization.evaluate_every or max(1, steps // 10)
+        self.evaluate_every, scored = plan_evaluations(
+            optimization.evaluate_every,
+            recipe.data.validation_limit,
+            samples=len(self.splits.validation),
+            steps=steps,
+            samples_per_step=per_step,
+            cost=COSTS.get(self.task.kind, 1),
+        )
+        self.validation = self.splits.validation[:scored]
         logging.set_verbosity(self.args.get_process_log_level())
         (enable_full_determinism if recipe.run.deterministic else set_seed)(recipe.run.seed)
         return steps

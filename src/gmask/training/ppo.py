@@ -34,6 +34,7 @@ from gmask.training.ppo_setup import PPOSetup
 from gmask.training.pretrain import moving_average
 from gmask.training.rollouts import Rollout, collate_rollouts, describe_rollouts, rollout_seeds, score_in_batches
 from gmask.training.run_folder import TRAINED_FILE, last_checkpoint
+from gmask.training.validation import plan_evaluations
 
 # The algorithm
 
@@ -193,7 +194,10 @@ class PPO(PPOSetup):
         decay = recipe.optimization.average
         self.average = AveragedModel(self.module, multi_avg_fn=moving_average(decay)) if decay else None
         self.rate = make_learning_rate(self.args, steps=recipe.optimization.rollouts)
-        every = recipe.optimization.evaluate_every or max(1, recipe.optimization.rollouts // 10)
+        every, _ = plan_evaluations(
+            recipe.optimization.evaluate_every, len(self.validation), samples=len(self.validation),
+            steps=recipe.optimization.rollouts, samples_per_step=recipe.answers, cost=1,
+        )  # fmt: skip
         self.loop = Loop(
             self, self.module, [self._set_rates(make_optimizer(self.module, self.args, steps=steps))],
             accelerator=self.accelerator, out=self.out, clip_norm=recipe.optimization.clip_norm, average=self.average,

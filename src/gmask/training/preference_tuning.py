@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from gmask.checkpoints.adapters import has_layers
 from gmask.checkpoints.load import load
 from gmask.checkpoints.save import write_tokenizer
-from gmask.config import check_keys
+from gmask.config import hints_of, read_values
 from gmask.errors import GmaskError, one_line
 from gmask.files import read_object, write_json, write_text, writing, written_folder
 from gmask.generation.padding import check_numbers
@@ -114,6 +114,11 @@ class PreferenceTuning(FeedbackRun):
                 last_trainer_checkpoint(self.out)  # removes what Trainer left half-written
                 raise
             raise GmaskError(f"trl: {one_line(error)}") from error
+        except (TypeError, ArithmeticError) as error:
+            options = [*self.recipe.optimization.trainer, *self.recipe.trl]
+            if not options or isinstance(error, FloatingPointError):
+                raise
+            raise GmaskError(f"trl: {one_line(error)}; check {', '.join(options)}") from error
         finally:
             self.callback.close()
         scores = (find_scores(trainer) or trainer.evaluate()) if held else {}
@@ -131,7 +136,9 @@ class PreferenceTuning(FeedbackRun):
         kind = trl.KTOConfig if self.stage == "kto" else trl.DPOConfig
         run, optimization = self.recipe.run, self.recipe.optimization
         own = {**optimization.trainer, **self.recipe.trl}
-        check_keys(own, list(kind.__dataclass_fields__), "trl")
+        if self.stage == "dpo" and isinstance(own.get("loss_type"), str):
+            own["loss_type"] = [own["loss_type"]]  # TRL reads both
+        own = read_values(own, hints_of(kind), "trl")
         if self.stage == "kto" and own.get("precompute_ref_log_probs"):
             raise GmaskError("trl.precompute_ref_log_probs is for dpo: leave it out")
         for key in own:

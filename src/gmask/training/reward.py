@@ -36,6 +36,7 @@ from gmask.training.loop import Loop, Schedule, StepData, StepResult, unsharded
 from gmask.training.methods import choose_trainable, peak_memory, save_tuned_model
 from gmask.training.report import CURVES_FILE, draw_curves
 from gmask.training.run_folder import LOG_FILE, RECIPE_FILE, RESULTS_FILE, TRAINED_FILE, read_metrics
+from gmask.training.validation import plan_evaluations
 
 PREDICTIONS_FILE = "predictions.jsonl"
 
@@ -187,6 +188,14 @@ class RewardTraining(FeedbackRun):
         )
         self.learning_rate = make_learning_rate(self.args, steps=steps)
         (enable_full_determinism if self.recipe.run.deterministic else set_seed)(self.recipe.run.seed)
+        every, self.scored = plan_evaluations(
+            optimization.evaluate_every,
+            self.recipe.data.validation_limit,
+            samples=len(self.validation),
+            steps=steps,
+            samples_per_step=per_step,
+            cost=1,
+        )
         self.loop = Loop(
             self,
             self.model,
@@ -195,7 +204,7 @@ class RewardTraining(FeedbackRun):
             out=self.out,
             schedule=Schedule(
                 steps=steps,
-                validate_every=(optimization.evaluate_every or max(1, steps // 10)) if self.validation else steps,
+                validate_every=every if self.validation else steps,
                 log_every=self.recipe.run.log_every,
                 save_every=optimization.save_every or max(1, min(100, steps // 10)),
                 keep_last=optimization.keep_last,
@@ -240,7 +249,7 @@ class RewardTraining(FeedbackRun):
         """Loss and accuracy on validation pairs. Keeps the weights of the lowest loss."""
         if not self.validation:
             return {}
-        pairs = self.validation[: self.recipe.data.validation_limit]
+        pairs = self.validation[: self.scored]
         chosen, rejected = self._rewards(pairs)
         differences = torch.tensor(chosen) - torch.tensor(rejected)
         scores = {
