@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from gmask.config import (
+    Batch,
     Count,
     NotNegative,
     Part,
     Positive,
     Range,
     Rate,
-    Rows,
     Steps,
     Weight,
     build_settings,
@@ -110,7 +110,7 @@ class MixSettings:
     train: str  # files, under data.root
     task: str | dict[str, Any] | None = None  # by default that of the prompts
     weight: Positive = 1.0
-    batch_size: Rows = 8  # samples of a step
+    batch_size: Batch = 8  # samples of a step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ class PPOOptimizationSettings:
     """The optimizer and the length of the run, in rollouts."""
 
     rollouts: Steps
-    batch_size: Rows = 16  # answers of one forward and backward pass
+    batch_size: Batch = 16  # answers of one forward and backward pass
     learning_rate: Rate = 1e-5
     schedule: Literal["linear", "cosine", "constant"] = "constant"
     warmup: NotNegative = 0.0  # rollouts, or below 1 a share of them
@@ -214,6 +214,11 @@ def read_ppo_recipe(tree: Mapping[str, Any]) -> PPORecipe:
         raise GmaskError(
             f"a rollout has {recipe.answers} answers (rollout.prompts x rollout.answers): at most {MOST_ANSWERS} are "
             "held in memory"
+        )
+    if recipe.rollout.rows < recipe.rollout.answers:
+        raise GmaskError(
+            f"rollout.rows is {recipe.rollout.rows}: the {recipe.rollout.answers} answers to a prompt are written side "
+            "by side, so give at least as many"
         )
     if recipe.answers % recipe.ppo.minibatches:
         raise GmaskError(

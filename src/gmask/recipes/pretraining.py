@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from gmask.config import (
+    Batch,
     Count,
     Fraction,
     NotEmpty,
@@ -82,7 +83,7 @@ class OptimizationSettings:
 
     steps: Steps
     rows_per_step: Rows = 16
-    rows_per_pass: Rows = 8  # of one forward and backward pass; the gradients of a step's passes are summed
+    rows_per_pass: Batch = 8  # of one forward and backward pass; the gradients of a step's passes are summed
     learning_rate: Rate = 1e-3  # at its peak
     final_learning_rate: Annotated[float, Range(0, 100)] = 1e-4
     warmup_steps: Whole = 100

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 from gmask.config import (
+    Batch,
     Count,
     Fraction,
     NotEmpty,
@@ -93,7 +94,7 @@ class TuningOptimizationSettings:
 
     epochs: Annotated[float, Range(above=0), Range(most=10**6)] | None = None  # passes over the samples; or:
     steps: Steps | None = None
-    batch_size: Rows = 8  # samples of one forward and backward pass
+    batch_size: Batch = 8  # samples of one forward and backward pass
     accumulation: Rows = 1  # passes of a step, in all processes together
     learning_rate: Rate | None = None  # at its peak; by default the usual one of the method
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # of the learning rate, to 0
@@ -136,7 +137,7 @@ Target = Annotated[str, OneOf((*LINEARS, "all-linear"))]
 Targets = Annotated[tuple[Target, ...], NotEmpty()]
 
 
-Rank = Annotated[int, Range(above=0), Range(most=1 << 16)]
+Rank = Annotated[int, Range(above=0), Range(most=1 << 13)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
