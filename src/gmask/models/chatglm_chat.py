@@ -291,8 +291,12 @@ class ChatMixin(GenerationMixin):
                 raise GmaskError(f"a chat returns one reply and no more: leave out {name}={value}, or use generate")
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        """Puts `FiniteScores` before the processors of transformers, some of which set scores to -inf."""
-        return LogitsProcessorList([FiniteScores(), *super()._get_logits_processor(*args, **kwargs)])
+        """Puts `FiniteScores` before the processors of transformers, some of which set scores to -inf.
+
+        An assistant gets the processors of the model that it assists, with theirs among them.
+        """
+        others = super()._get_logits_processor(*args, **kwargs)
+        return LogitsProcessorList([FiniteScores(), *(one for one in others if not isinstance(one, FiniteScores))])
 
     def _read_reply(self, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
         return clean_reply(str(tokenizer.decode(ids, skip_special_tokens=True)))
