@@ -329,7 +329,7 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> No
     for step in (2, 10, 12):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if step < 12:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}", "utf-8")
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(f'{{"global_step": {step}}}', "utf-8")
     assert trl_run.last_trainer_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     assert not (tmp_path / "checkpoint-12").exists()
 
