@@ -140,7 +140,7 @@ def test_embeddings_beside_ids_write_what_ids_write(model_class: type[PreTrained
 @each_language_model
 def test_a_prompt_of_nothing_is_refused(model_class: type[PreTrainedModel]) -> None:
     model = build(model_class)
-    with pytest.raises(ValueError, match="<sop>|no `input_ids` are provided"):
+    with pytest.raises(ValueError, match=r"<sop>|no `input_ids` are provided"):
         model.generate(max_new_tokens=2)
 
 

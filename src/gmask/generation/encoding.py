@@ -215,7 +215,8 @@ class TextReader:
         blanks = set(self.blank_ids.values())
         if not any(part in self.prompt_ids for part in parts):
             parts = [*self.prompt_ids, *parts]
-        ids, positions = [self.special.cls], []
+        ids = [self.special.cls]
+        positions: list[int] = []
         for index, part in enumerate(parts):
             if isinstance(part, str):
                 plain = part if index == len(parts) - 1 else part.rstrip()

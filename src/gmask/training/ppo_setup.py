@@ -19,7 +19,7 @@ from transformers import enable_full_determinism, logging, set_seed
 from gmask.checkpoints.load import load
 from gmask.config import to_yaml
 from gmask.errors import GmaskError
-from gmask.files import read_object, write_json, write_text, written_folder
+from gmask.files import write_json, write_text, written_folder
 from gmask.generation.predict import SampleReader
 from gmask.generation.settings import Sampling
 from gmask.hardware import describe_training_dtype
@@ -71,6 +71,7 @@ from gmask.training.run_folder import (
     START_FILE,
     TuningRun,
     last_checkpoint,
+    read_fields,
     read_metrics,
 )
 
@@ -317,7 +318,7 @@ class PPOSetup(TuningRun):
         if not self.validation:
             return None
         if last_checkpoint(self.out) is not None and path.is_file():
-            return Answered(**read_object(path, remedy="delete it, and it is written anew"))
+            return read_fields(Answered, path)
         answered = self.answer_validation()
         if self.is_main:
             write_json(path, dataclasses.asdict(answered), indent=None)
