@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +18,7 @@ from feedback_data import write_feedback_recipe
 from gmask.checkpoints.adapters import save_adapter
 from gmask.config import hints_of
 from gmask.errors import GmaskError
+from gmask.files import write_json
 from gmask.generation.engine import Budget, Request, Stepper
 from gmask.generation.infill import Infiller
 from gmask.generation.settings import make_sampling
@@ -27,6 +29,7 @@ from gmask.recipes.pretraining import Recipe, _objective_hints, read_recipe
 from gmask.recipes.tuning import MethodSettings, TuningRecipe, read_tuning_recipe
 from gmask.training.methods import apply_method
 from gmask.training.preference_tuning import PreferenceTuning
+from gmask.training.validation import read_general_scores
 from tiny_folder import make_folder
 
 VALUES: list[Any] = [
@@ -185,7 +188,7 @@ def test_a_request_that_never_fits_is_refused_and_does_not_wait(folder: Path) ->
         ({"r": 10**9}, "a rank is 1000000000, and at most 8192 is read"),
         ({"rank_pattern": {"dense": 1e300}}, r"a rank is 1e\+300"),
         ({"megatron_config": {"a": 1}}, "cannot be put into this model"),
-        ({f"k{number}": 0 for number in range(2000)}, "keys, and no such file has as many"),
+        ({f"k{number}": 0 for number in range(20_000)}, "keys, and no such file has as many"),
         ({"peft_type": "a" * 5000}, r"a\.\.\. is none of"),
     ],
 )
@@ -210,3 +213,20 @@ def test_the_usual_patterns_of_an_adapter_are_read(folder: Path, tmp_path: Path)
     pattern = r".*\.layers\.(0|1)\.attention\.(?:query_key_value|key)"
     path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": pattern}))
     gmask.load(folder, adapter=tmp_path / "adapter", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_config_of_a_million_keys_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **{f"k{number}": 0 for number in range(20_000)}}))
+    with pytest.raises(GmaskError, match=f"{name}: has 200.. keys, and no such file has as many; download"):
+        gmask.load(tmp_path / "model", device="cpu")
+
+
+@pytest.mark.parametrize("values", [{}, {"a": 1}, {"text_loss": "x", "reply_loss": 1, "answers": []},
+                                    {"text_loss": 1, "reply_loss": 1, "answers": 5}])  # fmt: skip
+def test_scores_of_a_run_without_their_fields_are_one_line(tmp_path: Path, values: dict[str, Any]) -> None:
+    write_json(tmp_path / "general-before.json", values)
+    with pytest.raises(GmaskError, match=r"general-before.json.*; delete it, and it is written anew$"):
+        read_general_scores(tmp_path / "general-before.json")

@@ -21,6 +21,9 @@ UTF8_MARK = b"\xef\xbb\xbf"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 READ_BYTES = 1 << 20
 MAX_OBJECT_BYTES = 64 << 20  # of a JSON file in a model's folder; the greatest, a tokenizer.json, has 20 MB
+MOST_KEYS = 10_000
+"""The limit of the keys of a config, of a model, a tokenizer or an adapter."""
+
 COPY_AGAIN = "download or copy it again"
 """What to do about a damaged file of a model folder."""
 
@@ -180,12 +183,15 @@ def read_json(path: Path | str, *, checked: bool = True, remedy: str = "") -> An
     return parse_json(read_text(path), path, checked=checked, remedy=remedy)
 
 
-def read_object(path: Path | str, *, required: bool = True, remedy: str = COPY_AGAIN) -> dict[str, Any]:
+def read_object(
+    path: Path | str, *, required: bool = True, remedy: str = COPY_AGAIN, most_keys: int | None = None
+) -> dict[str, Any]:
     """The object in a JSON file that gmask or another program wrote; not checked by `check_values`.
 
     Args:
         required: if False, a file that is not there gives an empty object.
         remedy: what to do about a file that is missing, empty or damaged, for the error.
+        most_keys: an object of more keys is refused. A library that gets them may take minutes.
 
     Raises:
         GmaskError: no such file, not JSON (with the line), another value than an object, or a Git LFS pointer.
@@ -199,6 +205,8 @@ def read_object(path: Path | str, *, required: bool = True, remedy: str = COPY_A
     values = read_json(path, checked=False, remedy=remedy)
     if not isinstance(values, dict):
         raise GmaskError(f"{path}: expected a JSON object; {remedy}")
+    if most_keys is not None and len(values) > most_keys:
+        raise GmaskError(f"{path}: has {len(values)} keys, and no such file has as many; {remedy}")
     return values
 
 

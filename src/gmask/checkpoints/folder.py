@@ -20,7 +20,7 @@ from gmask.checkpoints.special_ids import special_ids
 from gmask.checkpoints.tensor_files import SCALES
 from gmask.checkpoints.zoo import FAMILIES, Family, family_of_shape, find_family
 from gmask.errors import GmaskError, one_line
-from gmask.files import read_object
+from gmask.files import MOST_KEYS, read_object
 from gmask.models.base import Mismatch, check_config_values
 from gmask.models.chatglm import ChatGLMConfig
 from gmask.models.glm import GLMConfig
@@ -106,7 +106,7 @@ class Folder:
         if self.lacks_config:
             return _make_config(self._infer_config(), self.path, self.path)
         path = self.path / "config.json"
-        return _make_config(read_object(path), path, self.path)
+        return _make_config(read_object(path, most_keys=MOST_KEYS), path, self.path)
 
     @property
     def glm_config(self) -> GLMConfig:

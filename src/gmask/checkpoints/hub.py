@@ -14,7 +14,7 @@ from typing import Any
 from gmask.architectures import find_architecture
 from gmask.checkpoints.zoo import find_family
 from gmask.errors import GmaskError, one_line
-from gmask.files import read_object
+from gmask.files import MOST_KEYS, read_object
 
 DESCRIPTION_PATTERNS = ("*.json", "*.model", "merges.txt", "vocab.txt")
 """Configs and vocabularies."""
@@ -159,7 +159,7 @@ def _list_files(repository: str, folder: Path) -> list[str]:
 
 def _refuse_other(folder: Path, repository: str) -> None:
     """Raises `GmaskError` if the config is not of a first-generation GLM, before gigabytes of weights are fetched."""
-    values = read_object(folder / "config.json", required=False)
+    values = read_object(folder / "config.json", required=False, most_keys=MOST_KEYS)
     if values:
         find_architecture(values, repository)
 

@@ -7,7 +7,7 @@ from typing import Any
 from gmask.architectures import CHATGLM, GLM, Architecture
 from gmask.checkpoints.zoo import FAMILIES, Family, family_of_shape, find_family
 from gmask.errors import GmaskError
-from gmask.files import read_object, read_text
+from gmask.files import MOST_KEYS, read_object, read_text
 
 TOKEN_SPELLINGS = {
     "pad_token_id": ("</s>", "<|endoftext|>", "[PAD]"),  # RoBERTa's vocabulary has <|endoftext|>, but never uses it
@@ -44,7 +44,8 @@ def special_ids(folder: Path | None, values: Mapping[str, Any], architecture: Ar
     stated = {role: values[role] for role in TOKEN_SPELLINGS if isinstance(values.get(role), int)}
     if len(stated) == len(TOKEN_SPELLINGS):
         return {}
-    settings = read_object(folder / "tokenizer_config.json", required=False) if folder else {}
+    path = None if folder is None else folder / "tokenizer_config.json"
+    settings = {} if path is None else read_object(path, required=False, most_keys=MOST_KEYS)
     found = _read_vocabulary(folder, settings) if folder else {}
     _check_range(found, values.get("vocab_size"), folder)
     known = {**found, **stated}

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from gmask.architectures import CHATGLM, GLM
 from gmask.config import show
 from gmask.errors import GmaskError, one_line
-from gmask.files import COPY_AGAIN, read_object, refuse_placeholder
+from gmask.files import COPY_AGAIN, MOST_KEYS, read_object, refuse_placeholder
 from gmask.tokenizers import glm
 from gmask.tokenizers.chat_template import attach_chat_template
 from gmask.tokenizers.chatglm import VOCABULARY_FILE, ChatGLMTokenizer
@@ -86,7 +86,7 @@ def _read_vocabulary(folder: Path, kind: str | None) -> PreTrainedTokenizerBase:
     for path in sorted(folder.iterdir()):
         if path.name in VOCABULARY_FILES | SETTINGS_FILES:
             refuse_placeholder(path)
-    config = read_object(folder / "tokenizer_config.json", required=False)
+    config = read_object(folder / "tokenizer_config.json", required=False, most_keys=MOST_KEYS)
     _check_config(folder / "tokenizer_config.json", config)
     tokenizer_class = _named_class(folder, config)
     if tokenizer_class is None and kind is None and (folder / VOCABULARY_FILE).is_file():

@@ -13,7 +13,7 @@ from torch import Tensor
 from gmask.checkpoints.load import load
 from gmask.config import to_yaml
 from gmask.errors import GmaskError
-from gmask.files import read_object, write_json, write_text
+from gmask.files import write_json, write_text
 from gmask.generation.predict import SampleReader
 from gmask.generation.settings import Sampling
 from gmask.recipes.tuning import RunRecipe, hint_learning_rate
@@ -38,7 +38,7 @@ from gmask.training.rollouts import (
     read_prompt_splits,
     rollout_seeds,
 )
-from gmask.training.run_folder import LOG_FILE, RESULTS_FILE, START_FILE, read_metrics
+from gmask.training.run_folder import LOG_FILE, RESULTS_FILE, START_FILE, read_fields, read_metrics
 from gmask.training.tuning_run import TuningRun
 from gmask.training.validation import plan_evaluations
 
@@ -209,7 +209,7 @@ class RewardedRun(TuningRun):
         if not self.validation:
             return None
         if self._has_checkpoint() and path.is_file():
-            return Answered(**read_object(path, remedy="delete it, and it is written anew"))
+            return read_fields(Answered, path)
         answered = self.answer_validation()
         if self.is_main:
             write_json(path, dataclasses.asdict(answered), indent=None)

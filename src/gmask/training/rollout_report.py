@@ -16,9 +16,9 @@ from gmask.tasks.metrics import Rows
 class Answered:
     """The answers of a model to the validation prompts."""
 
-    texts: Sequence[str]
-    lengths: Sequence[int]  # tokens
-    rewards: Sequence[float]
+    texts: list[str]
+    lengths: list[int]  # tokens
+    rewards: list[float]
 
     @property
     def reward(self) -> float:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from gmask.config import build_settings
 from gmask.errors import GmaskError
 from gmask.files import (
     read_json_lines,
@@ -36,6 +37,7 @@ from gmask.files import (
 )
 
 logger = logging.getLogger(__name__)
+Written = TypeVar("Written")
 CHECKPOINT_PREFIX = "checkpoint-"
 STATE_FILE = "training.json"
 TENSORS_FILE = "training.safetensors"
@@ -312,6 +314,21 @@ def set_random_state(state: Mapping[str, Tensor]) -> None:
         torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def read_fields(kind: type[Written], path: Path) -> Written:
+    """An instance of a dataclass, which `write_json` wrote into a run's folder.
+
+    Raises:
+        GmaskError: a damaged file, or one without these fields.
+    """
+    remedy = "delete it, and it is written anew"
+    values = read_object(path, remedy=remedy)
+    try:
+        return build_settings(kind, values, title=str(path))
+    except GmaskError as error:
+        where = "" if str(path) in str(error) else f"{path}: "
+        raise GmaskError(f"{where}{error}; {remedy}") from error
 
 
 # The log

@@ -24,7 +24,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
 from gmask.evaluation.harness import Evaluation, evaluate
-from gmask.files import read_object
 from gmask.generation.padding import batches_by_length
 from gmask.generation.predict import predict
 from gmask.generation.settings import Sampling
@@ -38,6 +37,7 @@ from gmask.tasks.records import Prediction, Record, Sample, Source, TaskKind, fi
 from gmask.tasks.task import Task
 from gmask.training.loop import unsharded
 from gmask.training.losses import TaskObjective, count_items
+from gmask.training.run_folder import read_fields
 
 EVALUATION_SHARE = 0.25
 """The part of the work of training that the evaluations of a run are worth, where the recipe does not say."""
@@ -275,7 +275,7 @@ class GeneralScores:
 
     text_loss: float | None
     reply_loss: float | None
-    answers: Sequence[str]  # to the first prompts
+    answers: list[str]  # to the first prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,7 +353,7 @@ def score_general_set(general: GeneralSet, validator: Validator, *, answers: int
 
 def read_general_scores(path: Path) -> GeneralScores:
     """The scores that an earlier start of a run wrote. Raises `GmaskError` for a damaged file."""
-    return GeneralScores(**read_object(path, remedy="delete it, and it is written anew"))
+    return read_fields(GeneralScores, path)
 
 
 def _holds(record: Record, *columns: str) -> bool:
