@@ -76,7 +76,7 @@ def test_a_recipe_that_travels_names_no_place(recipe_path: Path) -> None:
         ("optimization.steps=0", "optimization.steps is 0"),
         ("optimization.rows_per_pass=0", "optimization.rows_per_pass is 0"),
         ("optimization.learning_rate=.inf", "optimization.learning_rate is inf"),
-        ("optimization.final_learning_rate=-1", "it must be at least 0"),
+        ("optimization.final_learning_rate=-1", "it must be from 0 to 100"),
         ("optimization.warmup_steps=-1", "optimization.warmup_steps is -1"),
         ("optimization.weight_decay=-1", "optimization.weight_decay is -1"),
         ("optimization.clip_norm=0", "optimization.clip_norm is 0.0: it must be above 0"),

@@ -164,7 +164,7 @@ def test_the_adgen_recipe_has_the_published_hyperparameters() -> None:
     ("override", "message"),
     [
         ("optimization.epochs=1.0e+300", "must be at most 1000000"),
-        ("optimization.batch_size=1000000000", "must be at most 100000000"),
+        ("optimization.batch_size=1000000000", "must be at most 16384"),
         ("optimization.learning_rate=.nan", "expected a finite number"),
         ("optimization.learning_rate=-1", "must be above 0"),
         ("optimization.learning_rate=1.0e+9", "must be at most 100"),

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
@@ -25,7 +26,7 @@ from gmask.serving import webui  # noqa: E402
 from gmask.serving.app import create_app  # noqa: E402
 from gmask.serving.backend import Backend, make_backend  # noqa: E402
 from gmask.serving.settings import ServerSettings  # noqa: E402
-from gmask.serving.webui import LOGIN, create_page, launch_options, mount_page  # noqa: E402
+from gmask.serving.webui import LOGIN, create_page, launch_page, mount_page  # noqa: E402
 from gmask.serving.webui_parts import (  # noqa: E402
     LABELS,
     MAX_CHARACTERS,
@@ -345,11 +346,32 @@ def test_the_command_refuses_an_unknown_language(
 def test_the_page_answers_to_its_own_names(model: Backend) -> None:
     """A page of another site could else give itself this machine's address, and talk to the model."""
     page = webui.draw_page(model)
-    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, **launch_options(own_names("127.0.0.1")))
+    address, _ = launch_page(page, own_names("127.0.0.1"))
     try:
         for path in ("", "config"):
             for name, status in (("127.0.0.1:7860", 200), ("localhost", 200), ("evil.example", 400)):
                 assert httpx.get(f"{address}{path}", headers={"Host": name}).status_code == status, (path, name)
+    finally:
+        page.close(verbose=False)
+
+
+HALVES = {
+    "headers": b"GET /config HTTP/1.1\r\nHost: 127.0.0.1\r\nX-A: b",
+    "a body": b"POST /gradio_api/queue/join HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n"
+    b"Content-Type: application/json\r\n\r\n{",
+}
+
+
+def test_the_page_does_not_wait_for_ever_for_half_a_request(model: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webui, "ServerSettings", lambda: ServerSettings(body_seconds=0.5))
+    page = webui.draw_page(model)
+    address, _ = launch_page(page, own_names("127.0.0.1"))
+    try:
+        for half in HALVES.values():
+            with socket.create_connection(("127.0.0.1", int(address.rstrip("/").rpartition(":")[2])), 60) as client:
+                client.sendall(half)
+                assert client.recv(1 << 16).startswith(b"HTTP/1.1 408 ")
+        assert httpx.get(f"{address}config", timeout=60).status_code == 200
     finally:
         page.close(verbose=False)
 
@@ -365,7 +387,7 @@ def test_the_page_answers_to_its_own_names(model: Backend) -> None:
 def test_the_command_says_by_which_names_the_page_is_called(host: str, share: bool, names: tuple[str, ...]) -> None:
     class Page:
         def launch(self, **options: Any) -> None:
-            (middleware,) = options["app_kwargs"]["middleware"]
+            middleware, _ = options["app_kwargs"]["middleware"]
             assert middleware.kwargs["hosts"] == names
             raise OSError("it is taken")
 

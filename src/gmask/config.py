@@ -99,15 +99,23 @@ MOST = 10**12
 
 Count = Annotated[int, Range(above=0), Range(most=MOST)]
 Steps = Annotated[int, Range(above=0), Range(most=10**8)]
-"""Steps of a run, or samples or rows of a step."""
+"""Steps of a run."""
 
-Whole = Annotated[int, Range(0)]
+Rows = Annotated[int, Range(above=0), Range(most=10**6)]
+"""Samples or rows of a step, or tokens of a row."""
+
+Batch = Annotated[int, Range(above=0), Range(most=1 << 14)]
+"""Samples or rows of one forward and backward pass, which are in memory together."""
+
+Threads = Annotated[int, Range(above=0), Range(most=1024)]
+Whole = Annotated[int, Range(0), Range(most=MOST)]
 Fraction = Annotated[float, Range(0, below=1)]
 Part = Annotated[float, Range(above=0, below=1)]
 Positive = Annotated[float, Range(above=0), Range(most=MOST)]
 NotNegative = Annotated[float, Range(0), Range(most=MOST)]
 Rate = Annotated[float, Range(above=0), Range(most=100)]
 """A learning rate."""
+Weight = Annotated[float, Range(-MOST, MOST)]
 RunSeed = Annotated[int, Range(0, 2**32 - 1)]
 """Up to the highest seed that NumPy's global generator takes."""
 
@@ -225,6 +233,8 @@ def _convert(value: Any, hint: Any, where: str, *, exact: bool) -> Any:
         return _convert_union(value, arguments, where, exact=exact)
     if origin is tuple:
         return _convert_tuple(value, arguments, where, exact=exact)
+    if origin is list:
+        return list(_convert_tuple(value, (*arguments, Ellipsis), where, exact=exact))
     if _is_mapping(hint):
         check_mapping(value, where)
         key_kind, value_kind = arguments or (Any, Any)
@@ -309,7 +319,7 @@ def _describe(hint: Any) -> str:
         return f"{_describe(kind).replace('finite ', '')} {rule}" if isinstance(rule, Range) else _describe(kind)
     if get_origin(hint) is Literal:
         return _list(get_args(hint))
-    if get_origin(hint) is tuple:
+    if get_origin(hint) in (tuple, list):
         return "a list"
     return "key: value pairs" if _is_mapping(hint) else TYPE_NAMES.get(hint, "something else")
 

@@ -361,8 +361,23 @@ def check_characters(text: str, most: int, tokenizer: Vocabulary, *, name: str =
 
     Tokenizing takes seconds a megabyte, only to find too many tokens.
     """
-    if len(text) > most * LONGEST_TOKEN and len(text) > most * max(map(len, tokenizer.get_vocab())):
+    if len(text) > most * LONGEST_TOKEN and len(text) > most * _longest_token(tokenizer):
         raise GmaskError(f"{name} has {len(text)} characters, and there is room for {most} tokens: shorten it")
+
+
+def cut_characters(text: str, most: int, tokenizer: Vocabulary, *, keep_end: bool = False) -> str:
+    """The start, or the end, of a text of which ``most`` tokens are kept: twice as many characters as they can have.
+
+    It is cut before it is tokenized, for the reason of `check_characters`. What is left has more than ``most`` tokens.
+    """
+    if len(text) <= 2 * most * LONGEST_TOKEN or len(text) <= (kept := 2 * most * _longest_token(tokenizer)):
+        return text
+    return text[-kept:] if keep_end else text[:kept]
+
+
+def _longest_token(tokenizer: Vocabulary) -> int:
+    """The characters of the longest token, at least `LONGEST_TOKEN`."""
+    return max(LONGEST_TOKEN, *map(len, tokenizer.get_vocab()))
 
 
 def refuse_device(path: Path) -> None:

@@ -12,6 +12,7 @@ the precision of the model.
 
 import copy
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gmask.architectures import architecture_of
 from gmask.checkpoints.formats import PREFIX_ENCODER, Checkpoint, open_checkpoint
 from gmask.checkpoints.tensor_files import PickledFile, SafetensorsFile, TensorFile
+from gmask.config import show
 from gmask.errors import GmaskError, one_line
-from gmask.files import read_object, write_json, written
+from gmask.files import COPY_AGAIN, read_object, write_json, written
 from gmask.models.base import Mismatch, attach_prefix
 from gmask.models.glm import GLMConfig, Network, attach_prompts, has_prompts
 from gmask.quantization.linear import QuantizedLayer
@@ -359,7 +361,7 @@ def read_adapter(folder: Path) -> Adapter:
     values = read_object(folder / ADAPTER_CONFIG)
     kind = values.get("peft_type")
     if kind not in (*LAYERS, PREFIX_TUNING, PROMPTS):
-        said = f"peft_type {kind!r} is" if kind else "names no peft_type, so it is"
+        said = f"peft_type {show(kind)} is" if kind else "names no peft_type, so it is"
         raise GmaskError(
             f"{folder / ADAPTER_CONFIG}: {said} none of {', '.join(LAYERS)} and {PREFIX_TUNING}, which gmask reads"
         )
@@ -469,6 +471,7 @@ def fill_layers(model: PreTrainedModel, adapter: Adapter, tensors: Mapping[str, 
         GmaskError: peft is not installed; a folder that does not belong to this model, or lacks a tensor.
     """
     peft = require_peft()
+    _check_layer_values(adapter)
     try:
         config = peft.PeftConfig.from_peft_type(**adapter.values)
         config.inference_mode, config.modules_to_save = not trainable, None  # these modules are read by `read_parts`
@@ -480,12 +483,46 @@ def fill_layers(model: PreTrainedModel, adapter: Adapter, tensors: Mapping[str, 
             tuner.resize_modules_by_rank_pattern(pattern, NAME)
     except GmaskError:
         raise
-    except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, RecursionError) as error:
+    except (
+        ValueError, TypeError, LookupError, AttributeError, NotImplementedError, RecursionError, ImportError, re.error,
+    ) as error:  # fmt: skip
         raise GmaskError(f"{adapter.folder}: cannot be put into this model ({one_line(error)})") from error
     parts = adapter.whole_parts()
     own = {name.removeprefix(WRAPPER): tensor for name, tensor in tensors.items() if name not in parts}
     _compare(adapter, own, layer_tensors(model))
     peft.set_peft_model_state_dict(model, own, adapter_name=NAME)
+
+
+MOST_KEYS = 1000
+HIGHEST_RANK = 1 << 13
+REPEATED_GROUP = re.compile(r"\)[*+{]")
+REPETITION = re.compile(r"(?<!\\)[*+{]")
+MOST_REPETITIONS = 4
+
+
+def _check_layer_values(adapter: Adapter) -> None:
+    """Raises `GmaskError` for values that would take PEFT minutes or gigabytes.
+
+    Patterns of names are regular expressions, in which repetitions of repetitions take for ever.
+    """
+    where, values = adapter.folder / ADAPTER_CONFIG, adapter.values
+    if len(values) > MOST_KEYS:
+        raise GmaskError(f"{where}: has {len(values)} keys, and no such file has as many; {COPY_AGAIN}")
+    tables = {name: values[name] for name in ("rank_pattern", "alpha_pattern") if isinstance(values.get(name), dict)}
+    ranks = [values.get("r"), values.get("init_r"), values.get("target_r"), *tables.get("rank_pattern", {}).values()]
+    for rank in ranks:
+        if isinstance(rank, int | float) and not rank <= HIGHEST_RANK:
+            raise GmaskError(f"{where}: a rank is {show(rank)}, and at most {HIGHEST_RANK} is read")
+    patterns = [values.get(name) for name in ("target_modules", "exclude_modules", "layers_pattern")]
+    patterns = [text for one in patterns for text in (one if isinstance(one, list) else [one])]
+    for pattern in [*patterns, *(key for table in tables.values() for key in table)]:
+        if not isinstance(pattern, str):
+            continue
+        if REPEATED_GROUP.search(pattern) or len(REPETITION.findall(pattern)) > MOST_REPETITIONS:
+            raise GmaskError(
+                f"{where}: the pattern {show(pattern)} of names repeats a group, or has more than {MOST_REPETITIONS} "
+                "repetitions, and would be searched for ever: list the names"
+            )
 
 
 def layer_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gmask.checkpoints.tensor_files import WEIGHTS_ENTRY, PickledFile, SafetensorsFile, TensorFile
+from gmask.config import show
 from gmask.errors import GmaskError
 from gmask.files import read_object, read_text, refuse_placeholder
 from gmask.models.glm_heads import THUDM_CLASSIFIER_NAMES
@@ -196,7 +197,7 @@ def _read_index(path: Path) -> dict[str, str]:
     suffix = Path(path.name.removesuffix(".index.json")).suffix
     for name in set(map(str, index.values())):
         if Path(name).name != name or "\\" in name or Path(name).suffix != suffix:
-            raise GmaskError(f"{path}: names {name!r}, which is no {suffix} file of this folder: refused")
+            raise GmaskError(f"{path}: names {show(name)}, which is no {suffix} file of this folder: refused")
         if not _lies_inside(folder, name):
             raise GmaskError(f"{folder / name}: links to a file outside its folder: refused; copy the file there")
         if not (folder / name).exists():

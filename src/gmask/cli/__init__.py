@@ -9,8 +9,11 @@ import io
 import os
 import re
 import sys
+import threading
 import warnings
-from typing import Annotated, NoReturn
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -62,6 +65,8 @@ def main() -> None:
     """
     _prepare_streams()
     _quiet_libraries()
+    reported = threading.excepthook
+    threading.excepthook = partial(_report_thread, reported)
     try:
         status = app(prog_name=app.info.name, standalone_mode=False)
         sys.stdout.flush()
@@ -91,6 +96,8 @@ def main() -> None:
         _fail("not enough memory: shorter or fewer texts at a time, or --quantize int4 if it is an option, need less")
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        threading.excepthook = reported
 
 
 def _fail(message: str) -> NoReturn:
@@ -145,6 +152,12 @@ def _prepare_streams() -> None:
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """What the system says when a file cannot grow."""
+
+
+def _report_thread(report: Callable[[threading.ExceptHookArgs], Any], failed: threading.ExceptHookArgs) -> None:
+    """Reports the error of a thread, unless a file could not grow: the next one who writes to it is told."""
+    if not (isinstance(failed.exc_value, OSError) and failed.exc_value.errno in FULL):
+        report(failed)
 
 
 def _discard_output() -> None:

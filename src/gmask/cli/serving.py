@@ -253,16 +253,11 @@ def serve_page(page: "gr.Blocks", host: str, port: int, *, share: bool) -> None:
     Raises:
         GmaskError: the port is taken.
     """
-    from gmask.serving.webui import launch_options
+    from gmask.serving.webui import launch_page
 
     try:
-        _, address, public = page.launch(
-            server_name=host,
-            server_port=port,
-            share=share,
-            quiet=True,
-            prevent_thread_lock=True,
-            **launch_options(("*",) if share else own_names(host)),
+        address, public = launch_page(
+            page, ("*",) if share else own_names(host), server_name=host, server_port=port, share=share
         )
     except OSError as error:
         raise GmaskError(f"port {port} of {host} cannot be used: it is taken, or is not this machine's") from error

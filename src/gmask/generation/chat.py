@@ -17,6 +17,7 @@ from gmask.generation.encoding import Prompt, PromptFormat, find_format, fit_pro
 from gmask.generation.engine import Request, Stepper
 from gmask.generation.sampling import Sampler
 from gmask.generation.settings import make_sampling
+from gmask.models.chatglm_chat import most_tokens
 
 DEFAULTS = {"temperature": 0.95, "top_p": 0.7, "top_k": 50}
 """The defaults of the published ``chat``. Its top-k of 50 was transformers' default."""
@@ -51,6 +52,8 @@ class Chatter:
         self.context_length = trained if context_length is None else context_length
         if not isinstance(self.context_length, int) or self.context_length < 2:
             raise GmaskError(f"context_length is {context_length!r}: it must be a whole number from 2")
+        if self.context_length > (most := most_tokens(trained)):
+            raise GmaskError(f"context_length is {self.context_length}: it must be at most {most}")
         self.sampling = make_sampling({**DEFAULTS, "max_tokens": self.context_length // 2, **settings})
         if self.sampling.beams > 1 or self.sampling.n > 1:
             raise GmaskError("a conversation has one reply: leave n and num_beams at 1")

@@ -93,7 +93,10 @@ class Embedder:
     def read(self, text: str) -> Context:
         """Encodes a text, and cuts it if ``truncate`` says so; refuses one that does not fit the model."""
         positions = self.model.config.max_position_embeddings
-        context = self.reader.read_any(text, positions=None if self.truncate else positions).context
+        if self.truncate:
+            context = self.reader.read_any(text, most=positions).context
+        else:
+            context = self.reader.read_any(text, positions=positions).context
         tail = 1  # tokens that stay when the text is cut
         if self.pooling == "mask" and not context.blanks:
             *ids, end = context.ids

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from gmask.conversation import Rounds
 from gmask.errors import GmaskError
-from gmask.files import LONGEST_TOKEN, check_characters, check_text
+from gmask.files import LONGEST_TOKEN, check_characters, check_text, cut_characters
 from gmask.infilling.blanks import BlankTokens
 from gmask.models.chatglm import ChatGLMConfig
 from gmask.models.chatglm_chat import FULL_WIDTH, TRAINING_TIME, build_prompt, clean_reply
@@ -138,8 +138,15 @@ class TextReader:
             )
         return blanked
 
-    def read_any(self, text: str, *, positions: int | None = None) -> BlankedText:
-        """As `read`, but the text need not have a blank."""
+    def read_any(
+        self, text: str, *, positions: int | None = None, most: int | None = None, cut_start: bool = False
+    ) -> BlankedText:
+        """As `read`, but the text need not have a blank.
+
+        Args:
+            most: tokens of the context that its reader keeps. Far longer pieces of the text are cut at their end, or
+                with ``cut_start``, before the first blank, at their start, before they are tokenized.
+        """
         if positions is not None:
             check_characters(text, positions, self.tokenizer)
         pieces: list[str] = [""]
@@ -164,7 +171,7 @@ class TextReader:
         pieces[-1] += text[end:]
         parts[-1] = f"{parts[-1]}{text[end:]}"
         self._check_prompts(parts)
-        context = self._encode(parts)
+        context = self._encode(parts, most=most, cut_start=cut_start)
         if positions is not None:
             context.check_length(positions)
         return BlankedText(tuple(pieces), context)
@@ -187,9 +194,12 @@ class TextReader:
             f"the text {kind} {token}: blanks are {', '.join(known)}; write \\{token} if it is meant as text"
         )
 
-    def read_blank(self, blank: int, before: str = "") -> Context:
-        """Returns a context that ends with a blank of this id, behind a text in which special tokens are plain text."""
-        return self._encode((before, blank, ""))
+    def read_blank(self, blank: int, before: str = "", *, most: int | None = None, cut_start: bool = False) -> Context:
+        """Returns a context that ends with a blank of this id, behind a text in which special tokens are plain text.
+
+        ``most`` and ``cut_start`` are as of `read_any`.
+        """
+        return self._encode((before, blank, ""), most=most, cut_start=cut_start)
 
     def encode_plain(self, text: str) -> list[int]:
         """Returns the ids of a text. Special tokens in it are read as plain text."""
@@ -200,15 +210,18 @@ class TextReader:
         space = text.space_before(blank)[-1:]
         return tuple(self.encode_plain(answer if answer[:1].isspace() else space + answer))
 
-    def _encode(self, parts: Sequence[str | int]) -> Context:
+    def _encode(self, parts: Sequence[str | int], *, most: int | None = None, cut_start: bool = False) -> Context:
         """Encodes texts and the ids between them; white space before an id is left out."""
         blanks = set(self.blank_ids.values())
         if not any(part in self.prompt_ids for part in parts):
             parts = [*self.prompt_ids, *parts]
-        ids, positions = [self.special.cls], []
+        ids, positions = [self.special.cls], list[int]()
         for index, part in enumerate(parts):
             if isinstance(part, str):
-                ids += self.encode_plain(part if index == len(parts) - 1 else part.rstrip())
+                plain = part if index == len(parts) - 1 else part.rstrip()
+                if most is not None:
+                    plain = cut_characters(plain, most, self.tokenizer, keep_end=cut_start and not positions)
+                ids += self.encode_plain(plain)
                 continue
             if part in blanks:
                 positions.append(len(ids))

@@ -294,6 +294,8 @@ class Stepper:
             for context, seed in zip(contexts, seeds, strict=True)
         ]
         for submission in submissions:
+            self.scheduler.budget.check(submission)  # one that never fits would wait for ever
+        for submission in submissions:
             self.scheduler.push(submission)
         try:
             while self.has_work:
@@ -309,7 +311,9 @@ class Stepper:
         The model computes only as far as the iterator is read.
         """
         unread: deque[SampleProgress] = deque()
-        self.scheduler.push(self.prepare(request, unread.append, seed=seed))
+        submission = self.prepare(request, unread.append, seed=seed)
+        self.scheduler.budget.check(submission)
+        self.scheduler.push(submission)
         try:
             while self.has_work:
                 self.step()

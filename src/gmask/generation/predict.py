@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
+from gmask.files import check_characters, cut_characters
 from gmask.generation.answers import Answer, answer_text, rank_scores
 from gmask.generation.decode import make_decoder
 from gmask.generation.encoding import BLANKS, BlankedText, Context, TextReader, encode_plain, fit_prompt, format_of
@@ -181,8 +182,8 @@ class SampleReader:
         return self.blanks.read_blank(question.context.ids[question.context.blanks[0]])
 
     def _read_chat(self, sample: Sample) -> ReadSample:
-        answers = tuple(tuple(encode_plain(self.tokenizer, answer)) for answer in sample.answers)
-        bare = self.format.encode(sample.text, ())
+        answers = tuple(tuple(encode_plain(self.tokenizer, self._shorten(answer))) for answer in sample.answers)
+        bare = self.format.encode(self._shorten_source(sample.text), ())
         if len(bare.ids) > self.max_source:
             context = self._cut(bare, self._frame(bare))
             return ReadSample(context, answers, None, len(bare.ids) - len(context.ids), len(sample.history))
@@ -204,11 +205,13 @@ class SampleReader:
         blanked = None
         if self.blanks is None:
             text = sample.text if self.kind == "language-model" else before_last_blank(sample.text)
-            whole = self.format.encode(text, ())
+            whole = self.format.encode(self._shorten_source(text), ())
         elif self.kind == "language-model":
-            whole = self.blanks.read_blank(self.special.gmask, before=sample.text)
+            whole = self.blanks.read_blank(
+                self.special.gmask, sample.text, most=self.max_source, cut_start=self.truncation == "left"
+            )
         else:
-            blanked = self.blanks.read_any(sample.text)
+            blanked = self.blanks.read_any(sample.text, most=self.max_source, cut_start=self.truncation == "left")
             self._check_blanks(len(blanked.context.blanks), sample)
             whole = blanked.context
         context = self._cut(whole, ())
@@ -230,6 +233,11 @@ class SampleReader:
 
     def _encode_answer(self, sample: Sample, index: int, blanked: BlankedText | None) -> tuple[int, ...]:
         answer = sample.answers[index]
+        if self.kind in CHOICES:
+            positions = self.config.max_position_embeddings
+            check_characters(answer, positions, self.tokenizer, name=f"the answer {answer[:20]!r}")
+        elif self.kind != "language-model":  # of which all pieces of a document are learnt
+            answer = self._shorten(answer)
         if blanked is None or self.blanks is None:
             ids = tuple(encode_plain(self.tokenizer, answer))
         else:
@@ -240,6 +248,14 @@ class SampleReader:
             if len(ids) >= self.config.max_position_embeddings:
                 raise GmaskError(f"the answer {answer[:20]!r} has {len(ids)} tokens, more than the model has positions")
         return ids
+
+    def _shorten_source(self, text: str) -> str:
+        """Returns the side of a text that `_cut` keeps, if it is far longer, before it is tokenized."""
+        return cut_characters(text, self.max_source, self.tokenizer, keep_end=self.truncation == "left")
+
+    def _shorten(self, answer: str) -> str:
+        """Returns the start of an answer, if it is far longer than the positions of the model."""
+        return cut_characters(answer, self.config.max_position_embeddings, self.tokenizer)
 
     def _cut(self, context: Context, kept: Collection[int]) -> Context:
         """Returns the context cut to `max_source` tokens. Control tokens and those at the indices ``kept`` stay."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
-from gmask.files import check_text
+from gmask.files import check_text, cut_characters
 from gmask.generation.answers import rank_scores
 from gmask.generation.encoding import encode_plain, fit_prompt, format_of
 from gmask.generation.padding import batches_by_length, check_numbers
@@ -71,11 +71,14 @@ class AnswerEncoder:
     def encode_answer(self, answer: GivenAnswer) -> tuple[int, ...]:
         """Returns the ids of an answer; that of a text ends with the end token.
 
+        An answer far longer than `max_target` is cut before it is tokenized, and is still longer.
+
         Raises:
             GmaskError: no ids, or ids with a ``<sop>``, behind which a second answer would begin.
         """
         if isinstance(answer, str):
-            return (*encode_plain(self.tokenizer, answer.strip()), self.special.eop)
+            text = cut_characters(answer.strip(), self.max_target, self.tokenizer)
+            return (*encode_plain(self.tokenizer, text), self.special.eop)
         if not answer or self.special.sop in answer:
             what = "is empty" if not answer else "holds <sop>, behind which a second answer would begin"
             raise GmaskError(f"the ids of an answer: it {what}")

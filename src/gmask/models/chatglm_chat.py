@@ -52,6 +52,10 @@ def clean_reply(text: str) -> str:
 
 
 TOP_K = 50
+MOST_TOKENS = 1 << 15
+"""The limit of a conversation's tokens for models that were trained on fewer: 16 times what ChatGLM-6B was trained on.
+Rotary positions have no end."""
+
 MORE_THAN_A_REPLY = (
     "num_return_sequences", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions",
     "output_hidden_states", "n", "best_of",
@@ -60,6 +64,11 @@ MORE_THAN_A_REPLY = (
 
 UNFINISHED = "\ufffd"
 """The decoded text of a character whose bytes are not complete yet."""
+
+
+def most_tokens(trained: int) -> int:
+    """The limit of a conversation's tokens for a model that was trained on so many."""
+    return max(trained, MOST_TOKENS)
 
 
 class FiniteScores(LogitsProcessor):
@@ -221,8 +230,9 @@ class ChatMixin(GenerationMixin):
                 "they are of two revisions; take all files from one"
             )
         prompt = build_prompt(conversation.require_query(), conversation.rounds)
-        if max_length is not None:
-            check_characters(prompt, max_length, tokenizer, name="the conversation")
+        most = most_tokens(self.config.max_position_embeddings)
+        most = most if max_length is None else min(most, max_length)
+        check_characters(prompt, most, tokenizer, name="the conversation")
         encoded = tokenizer(prompt, return_tensors="pt", split_special_tokens=True)
         length = encoded["input_ids"].shape[1]
         if max_length is not None and length >= max_length:
@@ -281,8 +291,12 @@ class ChatMixin(GenerationMixin):
                 raise GmaskError(f"a chat returns one reply and no more: leave out {name}={value}, or use generate")
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        """Puts `FiniteScores` before the processors of transformers, some of which set scores to -inf."""
-        return LogitsProcessorList([FiniteScores(), *super()._get_logits_processor(*args, **kwargs)])
+        """Puts `FiniteScores` before the processors of transformers, some of which set scores to -inf.
+
+        An assistant gets the processors of the model that it assists, with theirs among them.
+        """
+        others = super()._get_logits_processor(*args, **kwargs)
+        return LogitsProcessorList([FiniteScores(), *(one for one in others if not isinstance(one, FiniteScores))])
 
     def _read_reply(self, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
         return clean_reply(str(tokenizer.decode(ids, skip_special_tokens=True)))

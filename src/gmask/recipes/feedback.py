@@ -9,6 +9,7 @@ from gmask.config import (
     Count,
     NotNegative,
     Part,
+    Rows,
     check_fields,
     field_names,
     load_tree,
@@ -24,7 +25,7 @@ from gmask.recipes.tuning import (
     TuningRecipe,
     TuningRunSettings,
     build_recipe,
-    check_steps,
+    check_run_length,
 )
 from gmask.tasks.preferences import Pairing
 
@@ -47,8 +48,8 @@ class FeedbackDataSettings:
     root: str = "."  # what the paths are relative to
     limit: Count | None = None  # records of each of the two
     validation_limit: Count | None = None  # pairs of the validations during the run
-    max_source: Count = 384  # tokens of a prompt
-    max_target: Count = 128  # tokens of an answer, with its end
+    max_source: Rows = 384  # tokens of a prompt
+    max_target: Rows = 128  # tokens of an answer, with its end
     long_answers: Literal["drop", "cut"] = "drop"  # beyond max_target; one that is cut has no end
     pairs: Pairing = "all"  # of ranking lists
     margins: bool = False  # whether a pair's rewards have to differ by its margin
@@ -124,7 +125,7 @@ def load_feedback_recipe(path: Path | str, stage: Stage, overrides: Sequence[str
     optimization, method = recipe.optimization, recipe.method.name
     if method not in METHODS_OF_STAGES[stage]:
         raise GmaskError(f"method.name is {method}: {stage} takes {', '.join(METHODS_OF_STAGES[stage])}")
-    check_steps(optimization, validates=recipe.data.validation is not None)
+    check_run_length(optimization, validates=recipe.data.validation is not None)
     if recipe.model.initialization == "random":
         raise GmaskError("model.initialization is random: there is nothing that preferences could improve")
     if stage == "reward" and recipe.trl:

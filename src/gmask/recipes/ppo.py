@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from gmask.config import (
+    Batch,
     Count,
     NotNegative,
     Part,
     Positive,
     Range,
+    Rate,
+    Steps,
+    Weight,
     field_names,
     load_tree,
 )
@@ -29,6 +33,9 @@ from gmask.recipes.tuning import (
     build_recipe,
 )
 
+MOST_ANSWERS = 10**5
+"""The limit of the answers of a rollout."""
+
 UpToOne = Annotated[float, Range(0, 1)]
 
 
@@ -37,11 +44,11 @@ class PPORewardSettings:
     """What an answer is worth: a function of texts, a reward model, or the weighted sum of both."""
 
     function: str | None = None  # module:function, beside the recipe or where Python finds it
-    function_weight: float = 1.0
+    function_weight: Weight = 1.0
     model: str | None = None  # the folder or name of a reward model
-    model_weight: float = 1.0
+    model_weight: Weight = 1.0
     clip: Positive | None = 5.0  # scores are cut to this range on both sides, as published
-    cut: float | None = None  # the score of an answer that was cut at data.max_target; by default its own
+    cut: Weight | None = None  # the score of an answer that was cut at data.max_target; by default its own
 
     def portable(self) -> Self:
         """The settings without the folder of one machine."""
@@ -52,10 +59,10 @@ class PPORewardSettings:
 class RolloutSettings:
     """The answers that are sampled before each update. They are drawn from the whole distribution that is scored."""
 
-    prompts: Count = 64
-    answers: Count = 4  # to each prompt
+    prompts: Annotated[int, Range(1, 10**4)] = 64
+    answers: Annotated[int, Range(1, 1000)] = 4  # to each prompt
     temperature: Positive = 1.0
-    rows: Count = 256  # answers that are written side by side
+    rows: Annotated[int, Range(1, 10**4)] = 256  # answers that are written side by side
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +81,7 @@ class KLSettings:
 class UpdateSettings:
     """The updates after each rollout."""
 
-    epochs: Count = 2  # passes over the answers
+    epochs: Annotated[int, Range(1, 1000)] = 2  # passes over the answers
     minibatches: Count = 4  # steps of the optimizer in each of them
     discount: UpToOne = 1.0  # gamma
     trace: UpToOne = 0.95  # lambda of the generalized advantage estimate
@@ -106,16 +113,16 @@ class MixSettings:
     train: str  # files, under data.root
     task: str | dict[str, Any] | None = None  # by default that of the prompts
     weight: Positive = 1.0
-    batch_size: Count = 8  # samples of a step
+    batch_size: Batch = 8  # samples of a step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PPOOptimizationSettings:
     """The optimizer and the length of the run, in rollouts."""
 
-    rollouts: Count
-    batch_size: Count = 16  # answers of one forward and backward pass
-    learning_rate: Positive = 1e-5
+    rollouts: Steps
+    batch_size: Batch = 16  # answers of one forward and backward pass
+    learning_rate: Rate = 1e-5
     schedule: Literal["linear", "cosine", "constant"] = "constant"
     warmup: NotNegative = 0.0  # rollouts, or below 1 a share of them
     weight_decay: NotNegative = 0.0
@@ -179,6 +186,16 @@ def read_ppo_recipe(tree: Mapping[str, Any]) -> PPORecipe:
         raise GmaskError(f"critic.kind {recipe.critic.kind} is made of reward.model, which is not set: take shared")
     if recipe.critic.method is not None and recipe.critic.kind not in ("own", "joint"):
         raise GmaskError(f"critic.method is of a critic of its own: with {recipe.critic.kind} leave it out")
+    if recipe.answers > MOST_ANSWERS:
+        raise GmaskError(
+            f"a rollout has {recipe.answers} answers (rollout.prompts x rollout.answers): at most {MOST_ANSWERS} are "
+            "held in memory"
+        )
+    if recipe.rollout.rows < recipe.rollout.answers:
+        raise GmaskError(
+            f"rollout.rows is {recipe.rollout.rows}: the {recipe.rollout.answers} answers to a prompt are written side "
+            "by side, so give at least as many"
+        )
     if recipe.answers % recipe.ppo.minibatches:
         raise GmaskError(
             f"a rollout has {recipe.answers} answers (rollout.prompts x rollout.answers), which "

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from gmask.config import (
+    Batch,
     Count,
     Fraction,
     NotEmpty,
@@ -17,8 +18,10 @@ from gmask.config import (
     Positive,
     Range,
     Rate,
+    Rows,
     RunSeed,
     Steps,
+    Threads,
     Whole,
     build_settings,
     field_names,
@@ -57,8 +60,8 @@ class DataSettings:
     sources: Annotated[tuple[Source, ...], NotEmpty()]
     root: str = "."  # what the sources' paths are relative to
     cache: str = ".cache/pretrain"  # tokenised texts
-    row_length: Count = 512  # tokens
-    max_piece: Count | None = None  # tokens of one context; at most the model's positions
+    row_length: Rows = 512  # tokens
+    max_piece: Rows | None = None  # tokens of one context; at most the model's positions
     skip_bad_lines: bool = False
 
     @property
@@ -79,10 +82,10 @@ class OptimizationSettings:
     """The optimizer, and the schedule of its learning rate."""
 
     steps: Steps
-    rows_per_step: Steps = 16
-    rows_per_pass: Steps = 8  # of one forward and backward pass; the gradients of a step's passes are summed
+    rows_per_step: Rows = 16
+    rows_per_pass: Batch = 8  # of one forward and backward pass; the gradients of a step's passes are summed
     learning_rate: Rate = 1e-3  # at its peak
-    final_learning_rate: NotNegative = 1e-4
+    final_learning_rate: Annotated[float, Range(0, 100)] = 1e-4
     warmup_steps: Whole = 100
     schedule: Literal["cosine", "constant"] = "cosine"  # cosine falls to the final rate; constant lasts until `decay`
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the layers' matrices, with adamw for the rest
@@ -101,7 +104,7 @@ class DecaySettings:
     """The last part of a run with a constant learning rate: the rate falls linearly to the final one."""
 
     share: Annotated[float, Range(0, 1)] = 0.2  # of the steps
-    row_length: Count | None = None  # tokens; as before the decay if not given
+    row_length: Rows | None = None  # tokens; as before the decay if not given
     objective: dict[str, Any] = dataclasses.field(default_factory=dict)  # the keys that change
 
 
@@ -112,10 +115,10 @@ class RunSettings:
     out: str
     seed: RunSeed = 0
     device: str | None = None  # by default the best one
-    threads: Count | None = None  # by default as many as torch finds
+    threads: Threads | None = None  # by default as many as torch finds
     log_every: Count = 10  # steps
     validate_every: Count = 500
-    validation_rows: Count = 2  # of each source and objective
+    validation_rows: Rows = 2  # of each source and objective
     validation_sentences: Whole = 0  # of each language, in which one word or character is hidden
     save_every: Count = 100
     keep_last: Count = 2  # checkpoints
@@ -166,29 +169,51 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> PretrainingR
 def read_recipe(tree: Mapping[str, Any]) -> PretrainingRecipe:
     """The recipe of a tree of plain values, checked."""
     recipe = build_settings(PretrainingRecipe, tree, title="the recipe")
+    objective = _read_objective(recipe.objective, "objective")
     decay = dataclasses.replace(
-        recipe.decay, objective=read_values(recipe.decay.objective, _objective_hints(), "decay.objective")
+        recipe.decay, objective=_read_objective(recipe.decay.objective, "decay.objective", objective)
     )
     if recipe.optimization.schedule != "constant" and decay != DecaySettings():
         raise GmaskError("decay: has no effect on a cosine; set optimization.schedule to constant, or leave it out")
     return dataclasses.replace(
         recipe,
         model=_read_model(recipe.model),
-        objective=read_values(recipe.objective, _objective_hints(), "objective"),
+        objective=objective,
         decay=decay,
     )
 
 
 def _objective_hints() -> dict[str, Any]:
-    """The types of a mixture's settings; its other fields are made from the tokenizer."""
+    """The types and ranges of a mixture's settings; its other fields are made from the tokenizer."""
     made = ("special", "sentence_ends", "word_edges")
-    return {name: hint for name, hint in hints_of(Mixture).items() if name not in made}
+    hints = {name: hint for name, hint in hints_of(Mixture).items() if name not in made}
+    hints |= dict.fromkeys(SHARES, NotNegative)
+    hints |= {name: Annotated[float, Range(0, 1)] for name in hints if name.endswith(("_prob", "_ratio"))}
+    return hints | {"mean_span_length": Annotated[float, Range(above=0), Range(most=1000)]}
+
+
+SHARES = ("token", "sentence", "document")
+"""The objectives, by the names of their shares of a mixture."""
+
+
+def _read_objective(values: Mapping[str, Any], where: str, before: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The settings of a mixture that has those of ``before``, too."""
+    found = read_values(values, _objective_hints(), where)
+    mixed = {name: Mixture.__dataclass_fields__[name].default for name in SHARES} | dict(before or {}) | found
+    if not any(mixed[name] for name in SHARES):
+        raise GmaskError(f"{where}: the shares of {', '.join(SHARES)} are all 0")
+    return found
 
 
 def _read_model(values: Mapping[str, Any]) -> dict[str, Any]:
-    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
     dropouts = ("embedding_dropout", "attention_dropout", "hidden_dropout")
     hints = hints_of(GLMConfig) | dict.fromkeys(sizes, Count) | dict.fromkeys(dropouts, Fraction)
+    # Not those that the tokenizer says, nor those of every class of transformers
+    own = [
+        name for name in GLMConfig.__annotations__ if name in hints and not name.endswith(("_token_id", "vocab_size"))
+    ]
+    hints = {name: hints[name] for name in own}
     model = read_values(values, hints, "model")
     try:
         GLMConfig(**model)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from gmask.config import (
+    Batch,
     Count,
     Fraction,
     NotEmpty,
@@ -16,8 +17,10 @@ from gmask.config import (
     Positive,
     Range,
     Rate,
+    Rows,
     RunSeed,
     Steps,
+    Threads,
     Whole,
     build_settings,
     check_fields,
@@ -46,7 +49,7 @@ class TuningRunSettings:
     out: str
     seed: RunSeed = 0
     device: str | None = None  # by default the best one
-    threads: Count | None = None  # by default as many as torch finds
+    threads: Threads | None = None  # by default as many as torch finds
     log_every: Count = 1  # steps
     deterministic: bool = False  # slower kernels on a GPU, which give the same bits each time
 
@@ -71,13 +74,13 @@ class TuningDataSettings:
     test: str | None = None
     root: str = "."  # what the paths are relative to
     limit: Count | None = None  # samples of each of the three
-    validation_limit: Count | None = None  # samples of the validations during the run
-    max_source: Count = 384  # tokens of a question
-    max_target: Count = 128  # tokens of an answer
+    validation_limit: Count | None = None  # samples of the validations during the run; see evaluate_every
+    max_source: Rows = 384  # tokens of a question
+    max_target: Rows = 128  # tokens of an answer
     truncation: Truncation = "left"  # of a question that is too long: before its blank, or at its end
     skip_bad_lines: bool = False  # count and leave out records that cannot be used; by default they are errors
-    packing: Count | None = None  # tokens of a row that several samples share; by default each has its own
-    folds: Annotated[int, Range(2)] | None = None  # k-fold cross-validation on `train`
+    packing: Rows | None = None  # tokens of a row that several samples share; by default each has its own
+    folds: Annotated[int, Range(2, 10**6)] | None = None  # k-fold cross-validation on `train`
     fold: Count | None = None  # one of them, from 1; by default all, one after the other
 
     def resolve(self, pattern: str) -> str:
@@ -91,8 +94,8 @@ class TuningOptimizationSettings:
 
     epochs: Annotated[float, Range(above=0), Range(most=10**6)] | None = None  # passes over the samples; or:
     steps: Steps | None = None
-    batch_size: Steps = 8  # samples of one forward and backward pass
-    accumulation: Steps = 1  # passes of a step, in all processes together
+    batch_size: Batch = 8  # samples of one forward and backward pass
+    accumulation: Rows = 1  # passes of a step, in all processes together
     learning_rate: Rate | None = None  # at its peak; by default the usual one of the method
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # of the learning rate, to 0
     warmup: NotNegative = 0.0  # steps, or below 1 a share of them
@@ -101,7 +104,7 @@ class TuningOptimizationSettings:
     dtype: Precision | None = None  # of a pass; auto: bfloat16 if the device has it; the default on a GPU
     gradient_checkpointing: bool = False
     length_grouped: bool = False  # samples of similar length in a step
-    evaluate_every: Count | None = None  # steps; by default a tenth of the run
+    evaluate_every: Count | None = None  # steps; by default a tenth of the run; with few samples, seldom in a short run
     save_every: Count | None = None  # steps; by default a tenth of the run, and 100 at the most
     keep_last: Count = 2  # checkpoints
     early_stop: Count | None = None  # evaluations in a row without a new best
@@ -134,6 +137,9 @@ Target = Annotated[str, OneOf((*LINEARS, "all-linear"))]
 Targets = Annotated[tuple[Target, ...], NotEmpty()]
 
 
+Rank = Annotated[int, Range(above=0), Range(most=1 << 13)]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodSettings:
     """The method of tuning: which weights train, or which are added.
@@ -143,13 +149,13 @@ class MethodSettings:
     """
 
     name: Method = "lora"
-    rank: Count = 8  # of the change of a weight; for adalora, the mean rank at the end
+    rank: Rank = 8  # of the change of a weight; for adalora, the mean rank at the end
     alpha: Positive | None = None  # the change is scaled by alpha / rank; by default twice the rank
     dropout: Fraction = 0.0  # of the input of the change
     targets: Target | Targets = "query_key_value"  # linear layers of a block, or all-linear
-    prefix_length: Count = 128  # keys and values before each layer, as published
+    prefix_length: Rank = 128  # keys and values before each layer, as published
     projection: bool = False  # whether a network computes the prefix
-    prompt_tokens: Count = 8  # trained vectors in the text
+    prompt_tokens: Rank = 8  # trained vectors in the text
     prompt_encoder: PromptNetwork = "lstm"  # the network that computes them
 
     def __post_init__(self) -> None:
@@ -190,7 +196,7 @@ class MethodSettings:
         return self.name not in ("full", "frozen-embeddings")
 
 
-AnyRecipe = TypeVar("AnyRecipe", bound="Recipe")
+AnyRecipe = TypeVar("AnyRecipe", bound="RunRecipe")
 
 
 class Recipe:
@@ -286,11 +292,11 @@ def read_tuning_recipe(tree: Mapping[str, Any]) -> TuningRecipe:
         raise GmaskError("data.folds validates on parts of data.train: leave data.validation out")
     if data.folds is not None and (data.fold or 1) > data.folds:
         raise GmaskError(f"data.folds is {data.folds} and data.fold {data.fold}: folds are counted from 1")
-    check_steps(optimization, validates=data.validation is not None or data.folds is not None)
+    check_run_length(optimization, validates=data.validation is not None or data.folds is not None)
     return recipe
 
 
-def check_steps(optimization: TuningOptimizationSettings, *, validates: bool) -> None:
+def check_run_length(optimization: TuningOptimizationSettings, *, validates: bool) -> None:
     """Raises `GmaskError` unless a run ends: by steps or by epochs, or early by a validation."""
     if (optimization.epochs is None) == (optimization.steps is None):
         if optimization.steps is None:

@@ -95,7 +95,7 @@ def create_app(
         lifespan=lifespan,
         responses={"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}},
     )
-    app.state.backend, app.state.backends = backend, backends
+    app.state.backend, app.state.backends, app.state.settings = backend, backends, settings
     for router in (openai.openai_router, blanks.blanks_router, openai.published_router):
         app.include_router(router)
     _add_probes(app, backends, metrics)
@@ -162,8 +162,8 @@ class TimedProtocol(H11Protocol):
         if is_answering or self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
             self._clear_deadline()
         elif self.deadline is None:
-            backend: Backend = self.config.app.state.backend  # type: ignore[union-attr]
-            seconds = backend.settings.body_seconds
+            settings: ServerSettings = self.config.app.state.settings  # type: ignore[union-attr]
+            seconds = settings.body_seconds
             late = ApiError(408, f"the request took more than {seconds:g} s to arrive")
             self.deadline = self.loop.call_later(seconds, self._refuse, late)
 

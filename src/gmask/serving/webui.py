@@ -21,8 +21,10 @@ from gmask.conversation import Conversation, read_content, read_conversation
 from gmask.errors import GmaskError
 from gmask.generation.answers import Choices, Infilling
 from gmask.generation.chat import DEFAULTS, Reply
+from gmask.serving.app import TimedProtocol
 from gmask.serving.backend import Backend, make_backend
-from gmask.serving.middleware import PAGE_PATH, HostMiddleware, is_key
+from gmask.serving.middleware import PAGE_PATH, AuthMiddleware, HostMiddleware, is_key
+from gmask.serving.settings import ServerSettings
 from gmask.serving.webui_parts import (
     MAX_CHARACTERS,
     PAGE_LANGUAGES,
@@ -81,9 +83,24 @@ def page_options() -> dict[str, Any]:
     }
 
 
-def launch_options(hosts: Sequence[str]) -> dict[str, Any]:
-    """`page_options` for ``launch``; ``hosts`` as of `HostMiddleware`."""
-    return {**page_options(), "app_kwargs": {"middleware": [Middleware(HostMiddleware, hosts=hosts)]}}
+def launch_page(page: gr.Blocks, hosts: Sequence[str], **options: Any) -> tuple[str, str | None]:
+    """Serves a page by Gradio's own server, in a thread, with the limits of requests that `gmask serve` has.
+
+    Args:
+        hosts: as of `HostMiddleware`.
+        options: of ``launch``.
+
+    Returns:
+        The address on this machine, and that of the public link, if one is made.
+    """
+    settings = ServerSettings()
+    limits = [Middleware(HostMiddleware, hosts=hosts), Middleware(AuthMiddleware, settings=settings)]
+    app, address, public = page.launch(
+        quiet=True, prevent_thread_lock=True, app_kwargs={"middleware": limits}, **options, **page_options()
+    )
+    app.state.settings = settings
+    page.server.config.http_protocol_class = TimedProtocol  # uvicorn asks for it at each connection
+    return address, public
 
 
 def create_page(

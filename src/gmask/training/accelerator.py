@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer, get_parameter_names
 
-from gmask.config import check_keys
+from gmask.config import check_keys, hints_of, read_values
 from gmask.errors import GmaskError, one_line
 from gmask.hardware import best_device, training_dtype
 from gmask.recipes.tuning import TuningRecipe
@@ -65,6 +65,7 @@ def check_trainer_keys(values: dict[str, Any]) -> None:
             raise GmaskError(f"optimization.trainer.{key}: set {RECIPE_KEYS[key]} instead")
         if key not in APPLIED:
             raise GmaskError(f"optimization.trainer.{key} has no effect on a run: leave it out")
+    read_values(values, hints_of(TrainingArguments), "optimization.trainer")
 
 
 def training_arguments(recipe: TuningRecipe) -> TrainingArguments:

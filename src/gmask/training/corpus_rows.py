@@ -281,6 +281,11 @@ class RowStream:
     ) -> None:
         if row_length < 2 * MIN_PIECE:
             raise GmaskError(f"row_length must be at least {2 * MIN_PIECE}, not {row_length}")
+        if max_piece is not None and max_piece < MIN_PIECE:
+            raise GmaskError(
+                f"a context has at most {max_piece} tokens (data.max_piece, or the model's positions): give at least "
+                f"{MIN_PIECE}"
+            )
         if len({source.name for source in sources}) < max(len(sources), 1):
             raise GmaskError("give one source or more, each with its own name")
         self.mixture = mixture

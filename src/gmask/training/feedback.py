@@ -1,5 +1,6 @@
 """What the runs that learn from preferences share: the data in ids, the table of a start, the folder of a run."""
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
+from gmask.files import write_text
 from gmask.generation.reward import AnswerEncoder, TooLongError
 from gmask.models.base import SelfAttention
 from gmask.recipes.feedback import FeedbackRecipe, Stage, load_feedback_recipe
@@ -169,15 +171,16 @@ class FeedbackRun(TuningRun):
         """Prints and writes what was read, dropped and cut; and the recipe and the hashes of the data."""
         noun = "answers" if self.stage == "kto" else "pairs"
         self.out.mkdir(parents=True, exist_ok=True)
-        with (self.out / START_FILE).open("w", encoding="utf-8") as file:
-            for target in (console, Console(file=file, width=160)):
-                tables = [
-                    line
-                    for split, intake in self.splits.intakes.items()
-                    for line in (f"{self.stage}, {split}:", *intake.lines(noun))
-                ]
-                for line in (*tables, *lines):
-                    target.print(line, highlight=False, markup=False, soft_wrap=True)
+        file = io.StringIO()
+        for target in (console, Console(file=file, width=160)):
+            tables = [
+                line
+                for split, intake in self.splits.intakes.items()
+                for line in (f"{self.stage}, {split}:", *intake.lines(noun))
+            ]
+            for line in (*tables, *lines):
+                target.print(line, highlight=False, markup=False, soft_wrap=True)
+        write_text(self.out / START_FILE, file.getvalue())
         self._write_start_files()
 
 

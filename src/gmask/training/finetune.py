@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,6 +49,7 @@ from gmask.training.run_folder import (
 )
 from gmask.training.tuning_run import TuningRun
 from gmask.training.validation import (
+    COSTS,
     Forgetting,
     GeneralScores,
     Validator,
@@ -130,7 +132,9 @@ class Finetuning(TuningRun):
         began = time.monotonic()
         before = self._score_before()
         self.measured_seconds = time.monotonic() - began
-        self.loop = self._make_loop(self.model, steps=steps, validates=bool(self.validation))
+        self.loop = self._make_loop(
+            self.model, steps=steps, validate_every=self.evaluate_every if self.validation else steps
+        )
         self.loop.restore()
         self.loop.fit()
         self.loop.load_best()
@@ -178,7 +182,10 @@ class Finetuning(TuningRun):
         )
         self._show_start(self.objective, self.encoded, steps)
         self.order = self._make_order(self.encoded.lengths, steps=steps)
-        self.validation = self.splits.validation[: recipe.data.validation_limit]
+        self.evaluate_every, scored = self._plan_evaluations(
+            len(self.splits.validation), steps=steps, cost=COSTS.get(self.task.kind, 1)
+        )
+        self.validation = self.splits.validation[:scored]
         self._seed()
         return steps
 
@@ -280,8 +287,9 @@ class Finetuning(TuningRun):
 
     def _write_start(self) -> None:
         self._write_start_files()
-        with (self.out / START_FILE).open("w", encoding="utf-8") as file:
-            self.summary.show(Console(file=file, width=120), self.tokenizer)
+        file = io.StringIO()
+        self.summary.show(Console(file=file, width=120), self.tokenizer)
+        write_text(self.out / START_FILE, file.getvalue())
 
     # What a chat model forgets
 

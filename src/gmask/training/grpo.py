@@ -311,9 +311,8 @@ class RolloutLog(LogCallback):
         self.last = state.max_steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        settings, steps = self.run.recipe.optimization, self.run.steps_per_rollout
-        every = settings.evaluate_every or max(1, settings.rollouts // 10)
-        if self.run.validation and state.global_step % (every * steps) == 0:
+        steps = self.run.steps_per_rollout
+        if self.run.validation and state.global_step % (self.run.evaluate_every * steps) == 0:
             answered = self.run.answer_validation()
             self.validation = {"validation": {"reward": answered.reward, "length": answered.length}}
 

@@ -28,6 +28,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from gmask.errors import GmaskError, StoppedError
+from gmask.files import written
 from gmask.training.accelerator import is_sharded
 from gmask.training.examples import Batch
 from gmask.training.methods import RankSchedule
@@ -329,12 +330,16 @@ class Loop:
         step = self.progress.step + 1
         rank = f"-process-{self.accelerator.process_index}" if self.accelerator.num_processes > 1 else ""
         path = self.out / f"bad-batch-{step:08d}{rank}.pt"
-        torch.save(
-            [{self.run.unit: list(n), **batch} for n, batch in zip(data.numbers, data.batches, strict=True)], path
-        )
+        batches = [{self.run.unit: list(n), **batch} for n, batch in zip(data.numbers, data.batches, strict=True)]
+        kept = f"are kept in {path}"
+        try:
+            with written(path) as draft:
+                torch.save(batches, draft)
+        except GmaskError as error:
+            kept = f"are not kept ({error})"
         raise GmaskError(
             f"step {step}: the loss is {loss} and the gradient's norm {norm}; its {self.run.unit} "
-            f"{self.run.describe(data)} are kept in {path}; {self.run.advice}"
+            f"{self.run.describe(data)} {kept}; {self.run.advice}"
         )
 
     # Checkpoints

@@ -189,12 +189,12 @@ class PPO(PPOSetup):
         decay = recipe.optimization.average
         self.average = AveragedModel(self.module, multi_avg_fn=moving_average(decay)) if decay else None
         self.rate = make_learning_rate(self.args, steps=recipe.optimization.rollouts)
-        every = recipe.optimization.evaluate_every or max(1, recipe.optimization.rollouts // 10)
         self.loop = Loop(
             self, self.module, [self._set_rates(make_optimizer(self.module, self.args, steps=steps))],
             accelerator=self.accelerator, out=self.out, clip_norm=recipe.optimization.clip_norm, average=self.average,
             schedule=Schedule(
-                steps=steps, validate_every=every * self.steps_per_rollout if self.prompts.validation else steps,
+                steps=steps,
+                validate_every=self.evaluate_every * self.steps_per_rollout if self.validation else steps,
                 log_every=recipe.run.log_every, save_every=None, keep_last=recipe.optimization.keep_last,
             ),
         )  # fmt: skip

@@ -24,8 +24,9 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from gmask.errors import GmaskError
+from gmask.estimation.inference import weight_bytes
 from gmask.files import write_text, written_folder
-from gmask.hardware import bound_primitive_cache, cpu_instructions, describe_training_dtype, training_dtype
+from gmask.hardware import bound_primitive_cache, check_room, cpu_instructions, describe_training_dtype, training_dtype
 from gmask.infilling.blanks import InfillingExample
 from gmask.infilling.collator import collate
 from gmask.infilling.objectives import OBJECTIVES, Objective
@@ -54,6 +55,10 @@ def run_pretraining(recipe_path: str, overrides: Sequence[str] = (), *, resume: 
     return Pretraining(load_recipe(recipe_path, overrides)).train(resume=resume)
 
 
+STATES = 4
+"""Numbers in memory for each weight: itself, its gradient, and two moments of the optimizer."""
+
+
 class Pretraining:
     """One run of a recipe. Whatever process makes it, a recipe gives the same model, rows and optimizers."""
 
@@ -78,7 +83,7 @@ class Pretraining:
         self.mixture = make_mixture(tokenizer, self.recipe.objective)
         self.decay_mixture = make_mixture(tokenizer, self.recipe.objective | self.recipe.decay.objective)
         self.special = self.mixture.special
-        self.model = GLMForConditionalGeneration(self._model_config(tokenizer))
+        self.model = self._make_model(self._model_config(tokenizer))
         if self.recipe.optimization.initialization == "neighbours":
             start_with_neighbours(self.model)
         if self.recipe.optimization.gradient_checkpointing:
@@ -144,6 +149,13 @@ class Pretraining:
                 out=self.tokenizer_folder,
             )
         return Tokenizer.from_file(str(path))
+
+    def _make_model(self, config: GLMConfig) -> GLMForConditionalGeneration:
+        """A new model. Raises `GmaskError` if it, its gradients and the optimizer's moments do not fit into memory."""
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            needed = STATES * weight_bytes(GLMForConditionalGeneration(config))
+        check_room(self.out, needed, torch.device("cpu"), advice="make the model smaller (the section model)")
+        return GLMForConditionalGeneration(config)
 
     def _model_config(self, tokenizer: Tokenizer) -> GLMConfig:
         """The config of the model: the recipe's keys, and what follows from the tokenizer."""

@@ -159,7 +159,8 @@ class RewardTraining(FeedbackRun):
             self.write_start(self.console, lines)
         self.order = self._make_order([pair.length for pair in self.pairs], steps=steps)
         self._seed()
-        self.loop = self._make_loop(self.model, steps=steps, validates=bool(self.validation))
+        every, self.scored = self._plan_evaluations(len(self.validation), steps=steps)
+        self.loop = self._make_loop(self.model, steps=steps, validate_every=every if self.validation else steps)
         self.loop.restore()
         self.loop.fit()
         self.loop.load_best()
@@ -196,7 +197,7 @@ class RewardTraining(FeedbackRun):
         """Loss and accuracy on validation pairs. Keeps the weights of the lowest loss."""
         if not self.validation:
             return {}
-        pairs = self.validation[: self.recipe.data.validation_limit]
+        pairs = self.validation[: self.scored]
         chosen, rejected = self._rewards(pairs)
         differences = torch.tensor(chosen) - torch.tensor(rejected)
         scores = {

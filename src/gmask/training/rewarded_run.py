@@ -40,6 +40,7 @@ from gmask.training.rollouts import (
 )
 from gmask.training.run_folder import LOG_FILE, RESULTS_FILE, START_FILE, read_metrics
 from gmask.training.tuning_run import TuningRun
+from gmask.training.validation import plan_evaluations
 
 BEFORE_FILE = "before.json"
 SAMPLES_FILE = "samples.md"
@@ -113,6 +114,20 @@ class RewardedRun(TuningRun):
         self.contexts = self.writer.read(self.prompts.train)
         self.validation = self.prompts.validation[: data.validation_limit]
         self.validation_contexts = self.writer.read(self.validation)
+
+    @property
+    def evaluate_every(self) -> int:
+        """The rollouts between two validations."""
+        recipe, count = self.recipe, len(self.validation)
+        every, _ = plan_evaluations(
+            recipe.optimization.evaluate_every,
+            count,
+            samples=count,
+            steps=recipe.optimization.rollouts,
+            samples_per_step=recipe.answers,
+            cost=1,
+        )
+        return every
 
     def _show_start(self, steps: int, *more: str) -> None:
         """Prints the summary of the run, and writes its first files.

@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError, nearest, one_line
-from gmask.files import at_line
+from gmask.files import at_line, cut_characters
 from gmask.generation.answers import Answer, answer_text
-from gmask.generation.encoding import Context, format_of
+from gmask.generation.encoding import Context, encode_plain, format_of
 from gmask.generation.engine import Budget, Stepper
 from gmask.generation.padding import batches_by_length
 from gmask.generation.predict import SampleReader
@@ -38,6 +38,9 @@ from gmask.training.examples import Batch, DataFile, Example, collate_tokens, ha
 
 WRITTEN = ("chat", "seq2seq", "infill")
 """The kinds of task whose answers a policy writes."""
+
+MIN_PROMPT = 16
+"""Tokens of a prompt that a reward model has room for, beside the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,10 +347,16 @@ class ModelReward:
         )
 
     def _encode(self, sample: Sample, one: Rollout) -> Rollout:
-        context = self.format.encode(sample.text, sample.history)
-        ids = self.own_tokenizer(one.text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        config, own = self.model.config, self.own_tokenizer
+        positions: int = config.max_position_embeddings
+        ids = encode_plain(own, cut_characters(one.text, positions, own))
         end = (self.format.special.eop,) if one.is_finished else ()
-        return Rollout(context, (*ids, *end) or (self.format.special.eop,), one.is_finished, one.text, ())
+        answer = (*ids, *end) or (self.format.special.eop,)
+        room = positions if isinstance(config, GLMConfig) else positions - len(answer) - 1
+        if len(answer) >= positions or room < MIN_PROMPT:
+            raise GmaskError(f"reward.model has {positions} positions, and an answer {len(answer)} tokens of its own")
+        reader = SampleReader(own, config, "chat", max_source=room)  # which cuts a prompt that is longer
+        return Rollout(reader.read(sample).context, answer, one.is_finished, one.text, ())
 
 
 def score_in_batches(

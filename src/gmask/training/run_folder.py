@@ -25,7 +25,15 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from gmask.errors import GmaskError
-from gmask.files import read_json_lines, read_object, remove_drafts, write_json_lines, written, written_folder
+from gmask.files import (
+    read_json_lines,
+    read_object,
+    remove_drafts,
+    write_json_lines,
+    writing,
+    written,
+    written_folder,
+)
 
 logger = logging.getLogger(__name__)
 CHECKPOINT_PREFIX = "checkpoint-"
@@ -331,19 +339,25 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
+        try:
+            with writing(self.path, self.path, kept=KEPT_ON_ERROR), self.file:
+                if self.board is not None:
+                    self.board.close()
+        except GmaskError:
+            if error is None:  # else it is the same full disk again
+                raise
         for tracker in self.trackers:
             tracker.finish()
 
     def add(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        """Raises `GmaskError` if the record cannot be written."""
         scalars, step = dict(flatten_record(record)), record["step"]
-        if self.board is not None:
-            for name, value in scalars.items():
-                self.board.add_scalar(name, value, step)
+        with writing(self.path, self.path, kept=KEPT_ON_ERROR):
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+            if self.board is not None:
+                for name, value in scalars.items():
+                    self.board.add_scalar(name, value, step)
         for tracker in self.trackers:
             tracker.log(scalars, step=step)
 

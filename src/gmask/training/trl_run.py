@@ -17,12 +17,12 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from gmask.checkpoints.adapters import has_layers
 from gmask.checkpoints.save import write_tokenizer
-from gmask.config import check_keys
+from gmask.config import hints_of, read_values
 from gmask.errors import GmaskError, one_line
-from gmask.files import read_object, write_json
+from gmask.files import read_object, write_json, writing
 from gmask.training.accelerator import RECIPE_KEYS, find_device, forward_dtype
 from gmask.training.methods import make_peft_config, save_tuned_model
-from gmask.training.run_folder import MetricsLog
+from gmask.training.run_folder import KEPT_ON_ERROR, MetricsLog
 from gmask.training.tuning_run import TuningRun
 
 
@@ -55,7 +55,9 @@ class TRLRun(TuningRun):
         kind = getattr(trl, name)
         run, optimization, processes = self.recipe.run, self.recipe.optimization, int(os.environ.get("WORLD_SIZE", "1"))
         own = {**optimization.trainer, **self.recipe.trl}
-        check_keys(own, list(kind.__dataclass_fields__), "trl")
+        if name == "DPOConfig" and isinstance(own.get("loss_type"), str):
+            own["loss_type"] = [own["loss_type"]]  # TRL reads both
+        own = read_values(own, hints_of(kind), "trl")
         for key in own:
             if key in self.recipe_keys:
                 raise GmaskError(f"trl.{key}: set {self.recipe_keys[key]} instead")
@@ -100,13 +102,20 @@ class TRLRun(TuningRun):
         """Makes the steps that are left."""
         last = last_trainer_checkpoint(self.out)
         try:
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            with writing(self.out / "checkpoint", self.out, kept=KEPT_ON_ERROR):  # by transformers' Trainer
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
         except AllStepsMade:
             pass
         except ValueError as error:  # such as an unknown loss_type, which TRL finds at the first step
             if isinstance(error, GmaskError):
+                last_trainer_checkpoint(self.out)  # removes what Trainer left half-written
                 raise
             raise GmaskError(f"trl: {one_line(error)}") from error
+        except (TypeError, ArithmeticError) as error:
+            options = [*self.recipe.optimization.trainer, *self.recipe.trl]
+            if not options or isinstance(error, FloatingPointError):
+                raise
+            raise GmaskError(f"trl: {one_line(error)}; check {', '.join(options)}") from error
         finally:
             log.close()
 
@@ -182,8 +191,16 @@ def refuse_adapter_in_place(model: PreTrainedModel) -> None:
 def last_trainer_checkpoint(out: Path) -> Path | None:
     """The newest complete checkpoint of transformers' Trainer; drafts that a killed run left are removed."""
     found = sorted(out.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
-    complete = [folder for folder in found if (folder / "trainer_state.json").is_file()]
+    complete = [folder for folder in found if _is_complete(folder)]
     for folder in found:
         if folder not in complete:
             shutil.rmtree(folder, ignore_errors=True)
     return complete[-1] if complete else None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether the file that Trainer writes last is whole."""
+    try:
+        return "global_step" in read_object(checkpoint / "trainer_state.json")
+    except GmaskError:
+        return False

@@ -27,6 +27,7 @@ from gmask.training.examples import BatchOrder, steps_of
 from gmask.training.loop import Loop, Schedule
 from gmask.training.report import CURVES_FILE
 from gmask.training.run_folder import FILES_FILE, LOG_FILE, RECIPE_FILE, RESULTS_FILE, last_checkpoint
+from gmask.training.validation import plan_evaluations
 
 TASK_FILE = "task.yaml"
 
@@ -155,8 +156,20 @@ class TuningRun:
             process=self.accelerator.process_index,
         )
 
-    def _make_loop(self, model: Any, *, steps: int, validates: bool) -> Loop:
-        """The loop of a run that validates and saves as its recipe says, each tenth of it by default."""
+    def _plan_evaluations(self, samples: int, *, steps: int, cost: float = 1) -> tuple[int, int]:
+        """The steps between two validations, and how many of so many samples each of them scores."""
+        settings = self.recipe.optimization
+        return plan_evaluations(
+            settings.evaluate_every,
+            self.recipe.data.validation_limit,
+            samples=samples,
+            steps=steps,
+            samples_per_step=settings.batch_size * settings.accumulation,
+            cost=cost,
+        )
+
+    def _make_loop(self, model: Any, *, steps: int, validate_every: int) -> Loop:
+        """The loop of a run that saves as its recipe says, each tenth of it by default."""
         settings = self.recipe.optimization
         if self.args.report_to:
             self.accelerator.init_trackers("gmask", config=self.recipe.to_dict())
@@ -170,7 +183,7 @@ class TuningRun:
             out=self.out,
             schedule=Schedule(
                 steps=steps,
-                validate_every=(settings.evaluate_every or max(1, steps // 10)) if validates else steps,
+                validate_every=validate_every,
                 log_every=self.recipe.run.log_every,
                 save_every=settings.save_every or max(1, min(100, steps // 10)),
                 keep_last=settings.keep_last,

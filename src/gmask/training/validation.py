@@ -5,6 +5,7 @@ losses on held-out texts are in `gmask.training.pretrain`.
 """
 
 import contextlib
+import math
 import re
 import warnings
 from collections import defaultdict
@@ -37,6 +38,36 @@ from gmask.tasks.records import Prediction, Record, Sample, Source, TaskKind, fi
 from gmask.tasks.task import Task
 from gmask.training.loop import unsharded
 from gmask.training.losses import TaskObjective, count_items
+
+EVALUATION_SHARE = 0.25
+"""The part of the work of training that the evaluations of a run are worth, where the recipe does not say."""
+
+FEWEST = 16
+"""Samples of a validation that says anything."""
+
+COSTS = {"seq2seq": 8, "infill": 8, "chat": 8}
+"""What a sample costs in a validation, in samples of training, by the kind of task: 1 if no text is written."""
+
+
+def plan_evaluations(
+    every: int | None, limit: int | None, *, samples: int, steps: int, samples_per_step: int, cost: float
+) -> tuple[int, int]:
+    """The steps between two validations and the samples of each, for the values of a recipe, or None where it has none.
+
+    Without either, it is a tenth of the steps, and as many samples as cost `EVALUATION_SHARE` of them, but at least
+    `FEWEST`; those are scored more seldom in a run that is so short that they would cost more.
+
+    Args:
+        samples: of the whole validation.
+        cost: of a sample, in samples of training.
+    """
+    if every is not None:
+        return every, samples if limit is None else min(limit, samples)
+    tenth = max(1, steps // 10)
+    room = EVALUATION_SHARE * samples_per_step / cost  # samples for each step between two validations
+    scored = min(samples, max(FEWEST, int(room * tenth)) if limit is None else limit)
+    return min(steps, max(tenth, math.ceil(scored / room))), scored
+
 
 # A task
 
