@@ -19,7 +19,7 @@ from gmask.recipes.tuning import (
     ForgettingSettings,
     MethodSettings,
     ModelSettings,
-    Recipe,
+    RunRecipe,
     TuningDataSettings,
     TuningOptimizationSettings,
     TuningRecipe,
@@ -68,7 +68,7 @@ class RewardSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FeedbackRecipe(Recipe):
+class FeedbackRecipe(RunRecipe):
     """A run that learns from preferences, as data."""
 
     run: TuningRunSettings

@@ -24,7 +24,7 @@ from gmask.recipes.tuning import (
     ForgettingSettings,
     MethodSettings,
     ModelSettings,
-    Recipe,
+    RunRecipe,
     TuningDataSettings,
     TuningOptimizationSettings,
     TuningRecipe,
@@ -137,7 +137,7 @@ class PPOOptimizationSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PPORecipe(Recipe):
+class PPORecipe(RunRecipe):
     """A PPO run. ``data.max_target`` is the most tokens of a sampled answer."""
 
     run: TuningRunSettings

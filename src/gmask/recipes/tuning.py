@@ -199,7 +199,7 @@ class MethodSettings:
 AnyRecipe = TypeVar("AnyRecipe", bound="RunRecipe")
 
 
-class Recipe:
+class RunRecipe:
     """What the recipes of all runs that tune a model have in common; a base of dataclasses."""
 
     run: TuningRunSettings
@@ -228,7 +228,7 @@ class Recipe:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TuningRecipe(Recipe):
+class TuningRecipe(RunRecipe):
     """A fine-tuning run. ``decoding`` holds keywords of `gmask.generation.settings.Sampling`."""
 
     run: TuningRunSettings
@@ -324,7 +324,7 @@ def with_usual_rate(recipe: AnyRecipe) -> AnyRecipe:
     return dataclasses.replace(settings, optimization=optimization)  # type: ignore[no-any-return]
 
 
-def differing_keys(one: Recipe, other: Recipe) -> list[str]:
+def differing_keys(one: RunRecipe, other: RunRecipe) -> list[str]:
     """The dotted keys in which two recipes differ, without `FREE_KEYS`."""
     left, right = dict(_flatten(one.to_dict())), dict(_flatten(other.to_dict()))
     keys = [key for key in (*left, *(key for key in right if key not in left)) if left.get(key) != right.get(key)]
