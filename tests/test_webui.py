@@ -371,7 +371,7 @@ def test_the_page_does_not_wait_for_ever_for_half_a_request(model: Backend, monk
             with socket.create_connection(("127.0.0.1", int(address.rstrip("/").rpartition(":")[2])), 60) as client:
                 client.sendall(half)
                 assert client.recv(1 << 16).startswith(b"HTTP/1.1 408 ")
-        assert httpx.get(f"{address}config", timeout=60).status_code == 200
+        assert httpx.get(f"{address}config", timeout=300).status_code == 200
     finally:
         page.close(verbose=False)
 

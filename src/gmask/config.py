@@ -101,10 +101,10 @@ Count = Annotated[int, Range(above=0), Range(most=MOST)]
 Steps = Annotated[int, Range(above=0), Range(most=10**8)]
 """Steps of a run."""
 
-Rows = Annotated[int, Range(above=0), Range(most=10**6)]
+Size = Annotated[int, Range(above=0), Range(most=10**6)]
 """Samples or rows of a step, or tokens of a row."""
 
-Batch = Annotated[int, Range(above=0), Range(most=1 << 14)]
+PassSize = Annotated[int, Range(above=0), Range(most=1 << 14)]
 """Samples or rows of one forward and backward pass, which are in memory together."""
 
 Threads = Annotated[int, Range(above=0), Range(most=1024)]

@@ -9,7 +9,7 @@ from gmask.config import (
     Count,
     NotNegative,
     Part,
-    Rows,
+    Size,
     check_fields,
     field_names,
     load_tree,
@@ -48,8 +48,8 @@ class FeedbackDataSettings:
     root: str = "."  # what the paths are relative to
     limit: Count | None = None  # records of each of the two
     validation_limit: Count | None = None  # pairs of the validations during the run
-    max_source: Rows = 384  # tokens of a prompt
-    max_target: Rows = 128  # tokens of an answer, with its end
+    max_source: Size = 384  # tokens of a prompt
+    max_target: Size = 128  # tokens of an answer, with its end
     long_answers: Literal["drop", "cut"] = "drop"  # beyond max_target; one that is cut has no end
     pairs: Pairing = "all"  # of ranking lists
     margins: bool = False  # whether a pair's rewards have to differ by its margin

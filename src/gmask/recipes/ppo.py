@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from gmask.config import (
-    Batch,
     Count,
     NotNegative,
     Part,
+    PassSize,
     Positive,
     Range,
     Rate,
@@ -113,7 +113,7 @@ class MixSettings:
     train: str  # files, under data.root
     task: str | dict[str, Any] | None = None  # by default that of the prompts
     weight: Positive = 1.0
-    batch_size: Batch = 8  # samples of a step
+    batch_size: PassSize = 8  # samples of a step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ class PPOOptimizationSettings:
     """The optimizer and the length of the run, in rollouts."""
 
     rollouts: Steps
-    batch_size: Batch = 16  # answers of one forward and backward pass
+    batch_size: PassSize = 16  # answers of one forward and backward pass
     learning_rate: Rate = 1e-5
     schedule: Literal["linear", "cosine", "constant"] = "constant"
     warmup: NotNegative = 0.0  # rollouts, or below 1 a share of them

@@ -9,17 +9,17 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from gmask.config import (
-    Batch,
     Count,
     Fraction,
     NotEmpty,
     NotNegative,
     Part,
+    PassSize,
     Positive,
     Range,
     Rate,
-    Rows,
     RunSeed,
+    Size,
     Steps,
     Threads,
     Whole,
@@ -60,8 +60,8 @@ class DataSettings:
     sources: Annotated[tuple[Source, ...], NotEmpty()]
     root: str = "."  # what the sources' paths are relative to
     cache: str = ".cache/pretrain"  # tokenised texts
-    row_length: Rows = 512  # tokens
-    max_piece: Rows | None = None  # tokens of one context; at most the model's positions
+    row_length: Size = 512  # tokens
+    max_piece: Size | None = None  # tokens of one context; at most the model's positions
     skip_bad_lines: bool = False
 
     @property
@@ -82,8 +82,8 @@ class OptimizationSettings:
     """The optimizer, and the schedule of its learning rate."""
 
     steps: Steps
-    rows_per_step: Rows = 16
-    rows_per_pass: Batch = 8  # of one forward and backward pass; the gradients of a step's passes are summed
+    rows_per_step: Size = 16
+    rows_per_pass: PassSize = 8  # of one forward and backward pass; the gradients of a step's passes are summed
     learning_rate: Rate = 1e-3  # at its peak
     final_learning_rate: Annotated[float, Range(0, 100)] = 1e-4
     warmup_steps: Whole = 100
@@ -104,7 +104,7 @@ class DecaySettings:
     """The last part of a run with a constant learning rate: the rate falls linearly to the final one."""
 
     share: Annotated[float, Range(0, 1)] = 0.2  # of the steps
-    row_length: Rows | None = None  # tokens; as before the decay if not given
+    row_length: Size | None = None  # tokens; as before the decay if not given
     objective: dict[str, Any] = dataclasses.field(default_factory=dict)  # the keys that change
 
 
@@ -118,7 +118,7 @@ class RunSettings:
     threads: Threads | None = None  # by default as many as torch finds
     log_every: Count = 10  # steps
     validate_every: Count = 500
-    validation_rows: Rows = 2  # of each source and objective
+    validation_rows: Size = 2  # of each source and objective
     validation_sentences: Whole = 0  # of each language, in which one word or character is hidden
     save_every: Count = 100
     keep_last: Count = 2  # checkpoints
@@ -187,21 +187,21 @@ def _objective_hints() -> dict[str, Any]:
     """The types and ranges of a mixture's settings; its other fields are made from the tokenizer."""
     made = ("special", "sentence_ends", "word_edges")
     hints = {name: hint for name, hint in hints_of(Mixture).items() if name not in made}
-    hints |= dict.fromkeys(SHARES, NotNegative)
+    hints |= dict.fromkeys(OBJECTIVE_SHARES, NotNegative)
     hints |= {name: Annotated[float, Range(0, 1)] for name in hints if name.endswith(("_prob", "_ratio"))}
     return hints | {"mean_span_length": Annotated[float, Range(above=0), Range(most=1000)]}
 
 
-SHARES = ("token", "sentence", "document")
+OBJECTIVE_SHARES = ("token", "sentence", "document")
 """The objectives, by the names of their shares of a mixture."""
 
 
 def _read_objective(values: Mapping[str, Any], where: str, before: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The settings of a mixture that has those of ``before``, too."""
     found = read_values(values, _objective_hints(), where)
-    mixed = {name: Mixture.__dataclass_fields__[name].default for name in SHARES} | dict(before or {}) | found
-    if not any(mixed[name] for name in SHARES):
-        raise GmaskError(f"{where}: the shares of {', '.join(SHARES)} are all 0")
+    mixed = {name: Mixture.__dataclass_fields__[name].default for name in OBJECTIVE_SHARES} | dict(before or {}) | found
+    if not any(mixed[name] for name in OBJECTIVE_SHARES):
+        raise GmaskError(f"{where}: the shares of {', '.join(OBJECTIVE_SHARES)} are all 0")
     return found
 
 

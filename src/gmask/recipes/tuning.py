@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from gmask.config import (
-    Batch,
     Count,
     Fraction,
     NotEmpty,
     NotNegative,
     OneOf,
     Part,
+    PassSize,
     Positive,
     Range,
     Rate,
-    Rows,
     RunSeed,
+    Size,
     Steps,
     Threads,
     Whole,
@@ -75,11 +75,11 @@ class TuningDataSettings:
     root: str = "."  # what the paths are relative to
     limit: Count | None = None  # samples of each of the three
     validation_limit: Count | None = None  # samples of the validations during the run; see evaluate_every
-    max_source: Rows = 384  # tokens of a question
-    max_target: Rows = 128  # tokens of an answer
+    max_source: Size = 384  # tokens of a question
+    max_target: Size = 128  # tokens of an answer
     truncation: Truncation = "left"  # of a question that is too long: before its blank, or at its end
     skip_bad_lines: bool = False  # count and leave out records that cannot be used; by default they are errors
-    packing: Rows | None = None  # tokens of a row that several samples share; by default each has its own
+    packing: Size | None = None  # tokens of a row that several samples share; by default each has its own
     folds: Annotated[int, Range(2, 10**6)] | None = None  # k-fold cross-validation on `train`
     fold: Count | None = None  # one of them, from 1; by default all, one after the other
 
@@ -94,8 +94,8 @@ class TuningOptimizationSettings:
 
     epochs: Annotated[float, Range(above=0), Range(most=10**6)] | None = None  # passes over the samples; or:
     steps: Steps | None = None
-    batch_size: Batch = 8  # samples of one forward and backward pass
-    accumulation: Rows = 1  # passes of a step, in all processes together
+    batch_size: PassSize = 8  # samples of one forward and backward pass
+    accumulation: Size = 1  # passes of a step, in all processes together
     learning_rate: Rate | None = None  # at its peak; by default the usual one of the method
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # of the learning rate, to 0
     warmup: NotNegative = 0.0  # steps, or below 1 a share of them

@@ -37,7 +37,7 @@ from gmask.files import (
 )
 
 logger = logging.getLogger(__name__)
-Written = TypeVar("Written")
+_Fields = TypeVar("_Fields")
 CHECKPOINT_PREFIX = "checkpoint-"
 STATE_FILE = "training.json"
 TENSORS_FILE = "training.safetensors"
@@ -316,7 +316,7 @@ def set_random_state(state: Mapping[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def read_fields(kind: type[Written], path: Path) -> Written:
+def read_fields(kind: type[_Fields], path: Path) -> _Fields:
     """An instance of a dataclass, which `write_json` wrote into a run's folder.
 
     Raises:
