@@ -1,4 +1,4 @@
-"""``gmask sft``, ``reward``, ``dpo`` and ``kto``."""
+"""``gmask sft``, ``reward``, ``dpo``, ``kto`` and ``pipeline``."""
 
 import os
 from collections.abc import Callable
@@ -53,6 +53,26 @@ def kto(
     from gmask.training.preference_tuning import run_preference_tuning
 
     _run(lambda: run_preference_tuning(recipe, "kto", overrides or [], resume=resume), as_json)
+
+
+def pipeline(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file: run, stages, report.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Values to change, such as stages.dpo.optimization.steps=50.", show_default=False
+        ),
+    ] = None,
+    resume: Resume = True,
+    as_json: AsJson = False,
+) -> None:
+    """Run stages one after the other (sft, reward, dpo, kto, ppo), and compare the models that they make.
+
+    A pipeline that was stopped goes on with the same command.
+    """
+    from gmask.training.pipeline import run_pipeline
+
+    _run(lambda: run_pipeline(recipe, overrides or [], resume=resume), as_json)
 
 
 def _run(train: Callable[[], Path], as_json: bool) -> None:
