@@ -137,7 +137,7 @@ def test_a_comparison_warns_by_stage_and_comes_back_from_json() -> None:
     assert [line.split(":")[0] for line in warnings] == ["ppo, greedy answers, by judge"] * 2
     assert "grew with the reward" in warnings[0] and "only 50.0 %" in warnings[1]
     assert StageComparison.from_dict(comparison.to_dict()) == comparison
-    assert "| ppo | 0.900 | 80.0 [71.1, 86.7], of 100 | 50.0 [" in comparison.summary()
+    assert "| ppo | judge | 0.900 | 80.0 [71.1, 86.7] | 50.0 [40.4, 59.6] | 100 |" in comparison.summary()
 
 
 @pytest.mark.parametrize("kind", BUILDERS)

@@ -282,7 +282,9 @@ class Pipeline:
         write_text(self.out / "README.md", self._render_card(stages, comparison))
         write_json(self.out / RESULTS_FILE, results)
         if comparison is not None:
-            self.console.print(comparison.rows("greedy").to_rich("Greedy answers"))
+            self.console.print(comparison.win_rows("greedy").to_rich("Greedy answers"))
+            self.console.print(comparison.figure_rows("greedy").to_rich(""))
+            self.console.print(comparison.general_rows().to_rich("Nats a token on the general set"))
             for line in comparison.warnings():
                 self._say(f"warning: {line}")
 

@@ -133,25 +133,27 @@ class StageComparison:
                     found += [f"{stage.name}, {way} answers, by {judge}: {line}" for line in lines]
         return found
 
-    def rows(self, way: str) -> Rows:
-        """A table of the answers that were written in one way, a row for each model."""
-        by = [f" by {judge}" for judge in self.judges] if len(self.judges) > 1 else [""]
-        columns = ["stage"]
-        for name in by:
-            columns += [f"reward{name}", f"wins{name} (95 % interval), %", f"of like length{name}, %"]
-        columns += ["tokens", "cut, %", "repeated, %", "entropy", "KL"]  # fmt: skip
+    def win_rows(self, way: str) -> Rows:
+        """A table of rewards and wins, a row for each model and judge."""
         rows = []
-        for stage in self.ways[way]:
-            cells = [stage.name]
-            for judge in self.judges:
+        for judge in self.judges:
+            for stage in self.ways[way]:
                 lead = stage.leads.get(judge)
-                cells += [f"{stage.rewards[judge]:.3f}", *map(_show_rate, _rates_of(lead))]
-            cells += [
-                f"{stage.length:.1f}", f"{100 * stage.truncated:.1f}", f"{100 * stage.repetition:.1f}",
+                wins, alike = map(_show_rate, _rates_of(lead))
+                pairs = "-" if lead is None or lead.like_length is None else f"{lead.like_length.count}"
+                rows.append((stage.name, judge, f"{stage.rewards[judge]:.3f}", wins, alike, pairs))
+        return Rows(("stage", "judge", "reward", "wins, %", "of like length, %", "prompts"), rows, n_labels=2)
+
+    def figure_rows(self, way: str) -> Rows:
+        """A table of what the answers are like, a row for each model."""
+        rows = [
+            (
+                stage.name, f"{stage.length:.1f}", f"{100 * stage.truncated:.1f}", f"{100 * stage.repetition:.1f}",
                 f"{stage.entropy:.3f}", "-" if stage.kl is None else f"{stage.kl:.2f}",
-            ]  # fmt: skip
-            rows.append(cells)
-        return Rows(columns, rows)
+            )
+            for stage in self.ways[way]
+        ]  # fmt: skip
+        return Rows(("stage", "tokens", "cut, %", "repeated, %", "entropy", "KL"), rows)
 
     def general_rows(self) -> Rows:
         """A table of the losses on the general set, and their changes from the baseline."""
@@ -169,12 +171,16 @@ class StageComparison:
         """The tables and the warnings, as markdown."""
         parts = [
             f"## Answers to {len(self.prompts)} held-out prompts",
-            f"Wins are against {self.baseline}, ties count half, intervals are Wilson's over the prompts. Of like "
-            "length: pairs that differ by a tenth of the longer at most, or by one token. Repeated: 3-grams that stood "
-            f"in the answer before. Entropy in nats a token; KL from {self.baseline}, in nats an answer.",
+            f"Wins are against {self.baseline}, ties count half, intervals (95 %) are Wilson's over the prompts. Of "
+            "like length: pairs that differ by a tenth of the longer at most, or by one token. Repeated: 3-grams that "
+            f"stood in the answer before. Entropy in nats a token; KL from {self.baseline}, in nats an answer.",
         ]
         for way in self.ways:
-            parts += [f"### {way.capitalize()} answers", self.rows(way).to_markdown()]
+            parts += [
+                f"### {way.capitalize()} answers",
+                self.win_rows(way).to_markdown(),
+                self.figure_rows(way).to_markdown(),
+            ]
         parts += ["## What was forgotten", "Nats a token on a general set; a rise is what was forgotten."]
         parts.append(self.general_rows().to_markdown())
         warnings = self.warnings()
@@ -463,4 +469,4 @@ def _rates_of(lead: Lead | None) -> tuple[WinRate | None, WinRate | None]:
 def _show_rate(rate: WinRate | None) -> str:
     if rate is None:
         return "-"
-    return f"{100 * rate.share:.1f} [{100 * rate.low:.1f}, {100 * rate.high:.1f}], of {rate.count}"
+    return f"{100 * rate.share:.1f} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
