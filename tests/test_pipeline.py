@@ -217,6 +217,23 @@ def test_a_pipeline_that_is_killed_ends_as_one_that_is_not(tmp_path: Path, last:
     assert without_times(read(resumed / "results.json")) == without_times(read(whole / "results.json"))
 
 
+@pytest.mark.slow
+def test_two_processes_make_the_stages_of_one(finished: Path, tmp_path: Path) -> None:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gmask"]
+    done = subprocess.run(
+        [*start, "pipeline", str(finished / "pipeline.yaml"), f"run.out={tmp_path / 'two'}", "--json"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert len(done.stdout.splitlines()) == 1  # the first process alone prints
+    one, two = (read(folder / "results.json")["report"] for folder in (finished / "out", tmp_path / "two"))
+    for ours, theirs in zip(one["ways"]["greedy"], two["ways"]["greedy"], strict=True):
+        assert ours["texts"] == theirs["texts"]
+        assert ours["entropy"] == pytest.approx(theirs["entropy"], rel=1e-2)
+    assert one["general"]["ppo"]["text_loss"] == pytest.approx(two["general"]["ppo"]["text_loss"], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

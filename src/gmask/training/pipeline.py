@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from accelerate import PartialState  # type: ignore[import-untyped]
 from rich.console import Console
 
 from gmask.checkpoints.convert import merge_folder
@@ -24,6 +24,7 @@ from gmask.recipes.tuning import base_name, differing_values
 from gmask.tasks.metrics import Rows
 from gmask.tasks.records import read_records
 from gmask.tasks.task import read_task
+from gmask.training.accelerator import find_device, make_arguments
 from gmask.training.examples import hash_file
 from gmask.training.finetune import read_results, run_finetuning
 from gmask.training.pipeline_report import (
@@ -53,6 +54,9 @@ RUNS: Mapping[Verb, Callable[[str], Path]] = {
     "ppo": run_ppo,
 }
 """Each makes the run of a recipe, or goes on with it; returns the folder of the weights."""
+
+KEPT_NUMBERS = ("method", "steps", "trainable_parameters")
+"""The numbers of a stage's results.json that those of the pipeline repeat."""
 
 PASSES: Mapping[Verb, int] = {"sft": 3, "reward": 6, "dpo": 8, "kto": 5, "ppo": 6}
 """Roughly the passes of a sequence through a model for each sample or answer, one backwards counted as two."""
@@ -92,6 +96,10 @@ class Pipeline:
             self._check_kept(stage)
 
     def run(self) -> Path:
+        """Makes the stages that are left, and the report; returns the folder."""
+        device = find_device(self.recipe.run.device)
+        backend = "gloo" if device == "cpu" and os.environ.get("WORLD_SIZE", "1") != "1" else None
+        make_arguments(str(self.out), device=device, dtype=torch.float32, ddp_backend=backend)  # joins the processes
         if self.is_main:
             write_text(self.out / PIPELINE_FILE, self.recipe.to_yaml())
         with importing_from(self.folders):
@@ -201,10 +209,9 @@ class Pipeline:
         folder = self._folder(stage)
         if not stage.makes_adapter:
             return folder / str(self._state_of(name)["result"])
-        merged = folder / "merged"
+        merged, base = folder / "merged", self._base_of(stage)
         if self.is_main and not merged.is_dir():
-            base, adapter = self._base_of(stage), folder / str(self._state_of(name)["result"])
-            merge_folder(find_folder(str(base)), adapter, merged)
+            merge_folder(find_folder(str(base)), folder / str(self._state_of(name)["result"]), merged)
             self._say(f"the adapter of {name} is merged into {base_name(str(base))}, for the stages that begin with it")
         self._wait()
         return merged
@@ -268,7 +275,7 @@ class Pipeline:
         return Contestant(name, str(folder))
 
     def _write(self, comparison: StageComparison | None) -> None:
-        stages = {}
+        stages: dict[str, dict[str, Any]] = {}
         for stage in self.stages:
             state, numbers = self._state(stage), read_results(self._folder(stage))
             stages[stage.name] = {
@@ -276,8 +283,8 @@ class Pipeline:
                 "from": stage.sources([one.name for one in self.stages]),
                 "folder": str(self._folder(stage) / state["result"]),
                 "seconds": state["seconds"],
-                **{key: numbers[key] for key in ("method", "steps", "trainable_parameters") if key in numbers},
             }
+            stages[stage.name] |= {key: numbers[key] for key in KEPT_NUMBERS if key in numbers}
         results = {"stages": stages, "report": None if comparison is None else comparison.to_dict()}
         write_text(self.out / "README.md", self._render_card(stages, comparison))
         write_json(self.out / RESULTS_FILE, results)
@@ -326,8 +333,8 @@ class Pipeline:
 
     def _wait(self) -> None:
         """Waits for the other processes."""
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            PartialState().wait_for_everyone()
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
 
 
 def count_samples(recipe: Any, records: int) -> float:
