@@ -1,6 +1,8 @@
 """``gmask sft``, ``reward``, ``dpo``, ``kto`` and ``pipeline``."""
 
+import contextlib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -78,7 +80,8 @@ def pipeline(
 def _run(train: Callable[[], Path], as_json: bool) -> None:
     from gmask.training.finetune import read_results
 
-    folder = train()
+    with contextlib.redirect_stdout(sys.stderr):  # transformers' Trainer prints its log on standard output
+        folder = train()
     if os.environ.get("RANK", "0") != "0":  # of several processes only the first one prints
         return
     if as_json:
