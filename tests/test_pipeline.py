@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -291,3 +292,18 @@ def test_without_tuning_the_first_model_is_what_is_beaten(
     report = read(Path(printed["folder"]) / "report.json")
     assert [one["name"] for one in report["ways"]["greedy"]] == [str(tmp_path / "base"), "pairs"]
     assert list(report["ways"]) == ["greedy"] and len(report["prompts"]) == 3
+
+
+def test_the_recipe_of_the_tutorial_is_valid_and_its_wrong_answers_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = Path(__file__).parents[1] / "recipes"
+    stages = load_pipeline_recipe(recipes / "pipeline-sums.yaml").read_stages()
+    assert [stage.name for stage in stages] == ["sft", "reward", "dpo", "ppo"]
+    assert stages[3].recipe.critic.rate == 10.0 and stages[3].recipe.data.validation is None  # of ppo-sums.yaml; ours
+    monkeypatch.syspath_prepend(str(recipes))
+    import pipeline_data
+    import sums
+
+    rng = random.Random(0)
+    for record in sums.draw(50, set(), rng).values():
+        pair = pipeline_data.pair_of(record, rng)
+        assert sums.grade([pair["prompt"]] * 2, [pair["chosen"], pair["rejected"]]) == [1.0, sums.IN_FORM]
