@@ -167,6 +167,8 @@ def test_a_changed_recipe_of_a_finished_stage_is_refused(finished: Path) -> None
         GmaskError, match=r"stages\.reward: .* optimization\.steps differs; set it back, remove .*: ppo"
     ):
         run_pipeline(path, ["stages.reward.optimization.steps=3"])
+    with pytest.raises(GmaskError, match=r"stages\.pairs: .*: verb differs"):
+        run_pipeline(path, ["stages.pairs.verb=kto"])
     with pytest.raises(GmaskError, match=r"stages\.sft: .*method\.rank differs.*made of it: reward, pairs, ppo"):
         run_pipeline(path, ["stages.sft.method.rank=3"])
 

@@ -25,7 +25,7 @@ from gmask.config import (
 from gmask.errors import GmaskError, nearest
 from gmask.recipes.feedback import load_feedback_recipe
 from gmask.recipes.ppo import load_ppo_recipe
-from gmask.recipes.tuning import load_tuning_recipe
+from gmask.recipes.tuning import differing_keys, load_tuning_recipe
 
 Verb = Literal["sft", "reward", "dpo", "kto", "ppo"]
 VERBS: tuple[Verb, ...] = get_args(Verb)
@@ -105,6 +105,13 @@ class PipelineStage:
         """The plain values that decide its result, with the names of stages in them."""
         return {"verb": self.verb, **self.recipe.to_dict()}
 
+    def differing_keys(self, values: Mapping[str, Any]) -> list[str]:
+        """The keys in which its recipe differs from that of the `values` of another run, as far as results depend."""
+        if values["verb"] != self.verb:
+            return ["verb"]
+        kept = _read_recipe(self.name, self.verb, {key: value for key, value in values.items() if key != "verb"})
+        return differing_keys(kept, self.recipe)
+
     def sources(self, names: Sequence[str]) -> list[str]:
         """The stages among ``names`` whose results it takes."""
         return list(dict.fromkeys(value for _, value in models_in(self.tree) if value in names))
@@ -142,7 +149,8 @@ class PipelineRecipe:
         found = list[PipelineStage]()
         for name, values in self.stages.items():
             tree = {key: value for key, value in values.items() if key != "verb"}
-            stage = PipelineStage(name, values["verb"], tree, _check_recipe(name, values["verb"], tree, self.run))
+            whole = {**tree, "run": {**tree.get("run", {}), "out": str(Path(self.run.out) / name)}}
+            stage = PipelineStage(name, values["verb"], tree, _read_recipe(name, values["verb"], whole))
             _check_stage(stage, found, list(self.stages))
             found.append(stage)
         self._check_report(found)
@@ -231,12 +239,11 @@ def _lay_over(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, A
     return found
 
 
-def _check_recipe(name: str, verb: Verb, tree: Mapping[str, Any], run: PipelineRunSettings) -> Any:
-    """The recipe of a stage, as its verb reads it."""
-    whole = {**tree, "run": {**tree.get("run", {}), "out": str(Path(run.out) / name)}}
+def _read_recipe(name: str, verb: Verb, tree: Mapping[str, Any]) -> Any:
+    """The recipe of a stage, as its verb reads and checks it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "stage.yaml"
-        path.write_text(yaml.safe_dump(whole, allow_unicode=True), encoding="utf-8")
+        path.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
         try:
             return RECIPE_LOADERS[verb](path)
         except GmaskError as error:

@@ -20,7 +20,7 @@ from gmask.config import to_yaml
 from gmask.errors import GmaskError
 from gmask.files import read_object, write_json, write_text
 from gmask.recipes.pipeline import PipelineRecipe, PipelineStage, Verb, load_pipeline_recipe
-from gmask.recipes.tuning import base_name, differing_values
+from gmask.recipes.tuning import base_name
 from gmask.tasks.metrics import Rows
 from gmask.tasks.records import read_records
 from gmask.tasks.task import read_task
@@ -151,7 +151,7 @@ class Pipeline:
             return
         later = [one.name for one in self.stages if stage.name in self._all_sources(one)]
         remedy = f"remove {folder} to make it anew" + (f" (and those made of it: {', '.join(later)})" if later else "")
-        if keys := differing_values(state["recipe"], stage.values()):
+        if keys := stage.differing_keys(state["recipe"]):
             raise GmaskError(
                 f"stages.{stage.name}: {folder} holds this stage by another recipe: {', '.join(keys)} "
                 f"{'differ' if keys[1:] else 'differs'}; set it back, {remedy}, or choose another run.out"
