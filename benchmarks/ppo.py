@@ -154,7 +154,7 @@ def train_once(name: str, folder: Path, width: int, layers: int) -> int:
     from gmask.checkpoints.folder import read_config
     from gmask.checkpoints.load import find_folder, load_tokenizer
     from gmask.models.glm import GLMConfig, GLMForConditionalGeneration, GLMModel, GLMPreTrainedModel
-    from gmask.training import ppo_setup
+    from gmask.training import rewarded_run
 
     class Scorer(GLMPreTrainedModel):
         def __init__(self, config: GLMConfig) -> None:
@@ -169,7 +169,7 @@ def train_once(name: str, folder: Path, width: int, layers: int) -> int:
         scorer.glm, scorer.score = loaded.glm, nn.Linear(width, 1)
         return scorer, tokenizer
 
-    ppo_setup.load = load_scorer
+    rewarded_run.load = load_scorer
     config = read_config(find_folder("bundled-chat"))
     config.update({"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // 64})
     if not (folder / "model").is_dir():

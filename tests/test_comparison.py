@@ -22,7 +22,7 @@ from gmask.generation.encoding import Context
 from gmask.generation.sampling import find_repeats
 from gmask.recipes.ppo import read_ppo_recipe
 from gmask.training.pipeline_report import StageComparison, StageFigures, score_tokens
-from gmask.training.ppo_report import PPOResults, render_ppo_card
+from gmask.training.rollout_report import RolloutResults, render_rollout_card
 from gmask.training.rollouts import Rollout
 from tuning import BUILDERS
 
@@ -183,8 +183,8 @@ def test_a_ppo_run_warns_in_its_card_and_says_how_many_groups_have_no_spread(
          "reward": {"function": "rewards:grade"}, "optimization": {"rollouts": 2}}
     )  # fmt: skip
     last = {**FIRST, "step": 2, "rollout": 2, **changed}
-    results = PPOResults(recipe, "task", [FIRST, last], None, None, 1, 1, 1)
-    card = render_ppo_card(results)
+    results = RolloutResults("PPO", recipe, "task", [FIRST, last], None, None, 1, 1, 1)
+    card = render_rollout_card(results)
     assert card.count("- warning: ") == len(words)
     assert all(word in card for word in words)
     share = 100 * last["groups_without_spread"]

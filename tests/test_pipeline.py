@@ -279,6 +279,19 @@ def test_a_stage_takes_its_recipe_from_a_file_and_lays_its_own_keys_over_it(tmp_
     assert tuned.task == "chat/trl" and count_samples(tuned, 8) == 8
 
 
+def test_grpo_is_a_stage_like_ppo(tmp_path: Path) -> None:
+    path = write_pipeline(tmp_path)
+    tree = yaml.safe_load(Path(path).read_text("utf-8"))
+    stage = yaml.safe_load((tmp_path / "ppo.yaml").read_text("utf-8")) | {"model": "sft", "trl": {"beta": 0.1}}
+    del stage["ppo"], stage["run"]
+    tree["stages"] = {"sft": tree["stages"]["sft"], "grpo": stage}
+    tree["report"] |= {"reward": {"function": tree["report"]["reward"]["function"]}, "samples": 0, "limit": 3}
+    out = run_pipeline(write_yaml(tmp_path / "short.yaml", tree))
+    report = read(out / "report.json")
+    assert [one["name"] for one in report["ways"]["greedy"]] == ["sft", "grpo"]
+    assert report["ways"]["greedy"][1]["kl"] > 0
+
+
 def test_without_tuning_the_first_model_is_what_is_beaten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,7 @@ from gmask.errors import GmaskError
 from gmask.generation.encoding import QuestionAnswerFormat
 from gmask.models.glm import GLMConfig, GLMModel, GLMPreTrainedModel
 from gmask.recipes.ppo import load_ppo_recipe, read_ppo_recipe
-from gmask.training import ppo_setup
+from gmask.training import ppo_setup, rewarded_run
 from gmask.training.policies import Reference
 from gmask.training.ppo import PPO, run_ppo
 from gmask.training.rollouts import RolloutWriter, load_function
@@ -320,7 +320,7 @@ def reward_model(monkeypatch: pytest.MonkeyPatch) -> None:
         scorer.glm.load_state_dict(model.glm.state_dict())
         return scorer.eval(), tokenizer
 
-    monkeypatch.setattr(ppo_setup, "load", load)
+    monkeypatch.setattr(rewarded_run, "load", load)
 
 
 @pytest.mark.usefixtures("reward_model")

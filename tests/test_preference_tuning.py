@@ -23,7 +23,7 @@ from gmask.recipes.tuning import MethodSettings, TuningDataSettings
 from gmask.tasks.preferences import Question
 from gmask.tasks.records import Record
 from gmask.tasks.task import load_task
-from gmask.training import preference_tuning
+from gmask.training import preference_tuning, trl_run
 from gmask.training.losses import TaskObjective
 from gmask.training.methods import make_peft_config
 from gmask.training.preference_tuning import PreferenceTuning, check_first_batch, kto_rows, run_preference_tuning
@@ -330,7 +330,7 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> No
         (tmp_path / f"checkpoint-{step}").mkdir()
         if step < 12:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}", "utf-8")
-    assert preference_tuning.last_trainer_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert trl_run.last_trainer_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     assert not (tmp_path / "checkpoint-12").exists()
 
 

@@ -1,4 +1,4 @@
-"""``gmask sft``, ``reward``, ``dpo``, ``kto`` and ``pipeline``."""
+"""``gmask sft``, ``reward``, ``dpo``, ``kto``, ``grpo`` and ``pipeline``."""
 
 import contextlib
 import os
@@ -57,6 +57,21 @@ def kto(
     _run(lambda: run_preference_tuning(recipe, "kto", overrides or [], resume=resume), as_json)
 
 
+def grpo(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file: model, task, data, reward.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Values to change, such as grpo.algorithm=rloo.", show_default=False),
+    ] = None,
+    resume: Resume = True,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model by rewards of groups of its answers (GRPO, RLOO). A stopped run goes on with the same command."""
+    from gmask.training.grpo import run_grpo
+
+    _run(lambda: run_grpo(recipe, overrides or [], resume=resume), as_json)
+
+
 def pipeline(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file: run, stages, report.")],
     overrides: Annotated[
@@ -68,7 +83,7 @@ def pipeline(
     resume: Resume = True,
     as_json: AsJson = False,
 ) -> None:
-    """Run stages one after the other (sft, reward, dpo, kto, ppo), and compare the models that they make.
+    """Run stages one after the other (sft, reward, dpo, kto, grpo, ppo), and compare the models that they make.
 
     A pipeline that was stopped goes on with the same command.
     """

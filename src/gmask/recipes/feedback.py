@@ -9,23 +9,22 @@ from gmask.config import (
     Count,
     NotNegative,
     Part,
-    build_settings,
     check_fields,
     field_names,
     load_tree,
-    plain_values,
-    to_yaml,
 )
 from gmask.errors import GmaskError
 from gmask.recipes.tuning import (
     ForgettingSettings,
     MethodSettings,
     ModelSettings,
+    RunRecipe,
     TuningDataSettings,
     TuningOptimizationSettings,
     TuningRecipe,
     TuningRunSettings,
-    base_name,
+    build_recipe,
+    check_run_length,
 )
 from gmask.tasks.preferences import Pairing
 
@@ -68,7 +67,7 @@ class RewardSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FeedbackRecipe:
+class FeedbackRecipe(RunRecipe):
     """A run that learns from preferences, as data."""
 
     run: TuningRunSettings
@@ -82,14 +81,8 @@ class FeedbackRecipe:
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def to_dict(self) -> dict[str, Any]:
-        return plain_values(self)
-
-    def to_yaml(self) -> str:
-        return to_yaml(self)
-
-    def as_tuning(self) -> TuningRecipe:
-        """The same settings as a recipe of fine-tuning, for what both have in common: model, method, optimizer."""
+    @property
+    def tuning(self) -> TuningRecipe:
         data = self.data
         return TuningRecipe(
             run=self.run,
@@ -100,13 +93,6 @@ class FeedbackRecipe:
             optimization=self.optimization,
             forgetting=ForgettingSettings(skip=True),
         )
-
-    def portable(self) -> "FeedbackRecipe":
-        """The recipe without the settings of one machine: folders, device, threads."""
-        run = dataclasses.replace(self.run, out=Path(self.run.out).name, device=None, threads=None)
-        data = dataclasses.replace(self.data, root=FeedbackDataSettings.root)
-        model = dataclasses.replace(self.model, name=base_name(self.model.name))
-        return dataclasses.replace(self, run=run, data=data, model=model)
 
 
 METHODS_OF_STAGES: Mapping[Stage, tuple[str, ...]] = {
@@ -134,13 +120,11 @@ def load_feedback_recipe(path: Path | str, stage: Stage, overrides: Sequence[str
         GmaskError: no such file, not YAML, an unknown key (the nearest one is named), settings that exclude each other
             or do not belong to the stage.
     """
-    tree = load_tree(path, overrides, field_names(FeedbackRecipe))
-    recipe = build_settings(FeedbackRecipe, tree, title="the recipe")
+    recipe = build_recipe(FeedbackRecipe, load_tree(path, overrides, field_names(FeedbackRecipe)))
     optimization, method = recipe.optimization, recipe.method.name
     if method not in METHODS_OF_STAGES[stage]:
         raise GmaskError(f"method.name is {method}: {stage} takes {', '.join(METHODS_OF_STAGES[stage])}")
-    if (optimization.epochs is None) == (optimization.steps is None):
-        raise GmaskError("optimization: give one of epochs and steps")
+    check_run_length(optimization, validates=recipe.data.validation is not None)
     if recipe.model.initialization == "random":
         raise GmaskError("model.initialization is random: there is nothing that preferences could improve")
     if stage == "reward" and recipe.trl:
@@ -152,8 +136,6 @@ def load_feedback_recipe(path: Path | str, stage: Stage, overrides: Sequence[str
             "model.adapter: the reference would be the model without it; merge it first (gmask merge), and name the "
             "merged folder"
         )
-    if optimization.early_stop is not None and recipe.data.validation is None:
-        raise GmaskError("optimization.early_stop needs data.validation (a file, or a share of data.train)")
     alone = {
         "data.margins": recipe.data.margins,
         "optimization.early_stop": optimization.early_stop,

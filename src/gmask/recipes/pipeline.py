@@ -24,10 +24,11 @@ from gmask.config import (
 )
 from gmask.errors import GmaskError, nearest
 from gmask.recipes.feedback import load_feedback_recipe
+from gmask.recipes.grpo import load_grpo_recipe
 from gmask.recipes.ppo import load_ppo_recipe
 from gmask.recipes.tuning import differing_keys, load_tuning_recipe
 
-Verb = Literal["sft", "reward", "dpo", "kto", "ppo"]
+Verb = Literal["sft", "reward", "dpo", "kto", "grpo", "ppo"]
 VERBS: tuple[Verb, ...] = get_args(Verb)
 
 RECIPE_LOADERS: Mapping[Verb, Callable[[Path], Any]] = {
@@ -35,6 +36,7 @@ RECIPE_LOADERS: Mapping[Verb, Callable[[Path], Any]] = {
     "reward": lambda path: load_feedback_recipe(path, "reward"),
     "dpo": lambda path: load_feedback_recipe(path, "dpo"),
     "kto": lambda path: load_feedback_recipe(path, "kto"),
+    "grpo": load_grpo_recipe,
     "ppo": load_ppo_recipe,
 }
 """Each reads and checks the recipe of its verb."""

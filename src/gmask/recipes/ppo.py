@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from gmask.config import (
     Count,
@@ -11,11 +11,8 @@ from gmask.config import (
     Part,
     Positive,
     Range,
-    build_settings,
     field_names,
     load_tree,
-    plain_values,
-    to_yaml,
 )
 from gmask.errors import GmaskError
 from gmask.recipes.pretraining import Precision
@@ -23,11 +20,13 @@ from gmask.recipes.tuning import (
     ForgettingSettings,
     MethodSettings,
     ModelSettings,
+    RunRecipe,
     TuningDataSettings,
     TuningOptimizationSettings,
     TuningRecipe,
     TuningRunSettings,
     base_name,
+    build_recipe,
 )
 
 UpToOne = Annotated[float, Range(0, 1)]
@@ -43,6 +42,10 @@ class PPORewardSettings:
     model_weight: float = 1.0
     clip: Positive | None = 5.0  # scores are cut to this range on both sides, as published
     cut: float | None = None  # the score of an answer that was cut at data.max_target; by default its own
+
+    def portable(self) -> Self:
+        """The settings without the folder of one machine."""
+        return self if self.model is None else dataclasses.replace(self, model=base_name(self.model))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +130,7 @@ class PPOOptimizationSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PPORecipe:
+class PPORecipe(RunRecipe):
     """A PPO run. ``data.max_target`` is the most tokens of a sampled answer."""
 
     run: TuningRunSettings
@@ -151,34 +154,10 @@ class PPORecipe:
     @property
     def tuning(self) -> TuningRecipe:
         """The recipe of a fine-tuning run with the same model, method and optimizer; its steps are the rollouts."""
-        shared = {field.name for field in dataclasses.fields(TuningOptimizationSettings)}
-        values = {name: value for name, value in vars(self.optimization).items() if name in shared}
-        minibatch = self.answers // self.ppo.minibatches
-        values["accumulation"] = -(-minibatch // self.optimization.batch_size)
-        return TuningRecipe(
-            run=self.run,
-            model=self.model,
-            task=self.task,
-            data=self.data,
-            method=self.method,
-            optimization=TuningOptimizationSettings(steps=self.optimization.rollouts, **values),
-            forgetting=ForgettingSettings(skip=True),
-        )
+        return as_tuning(self, minibatches=self.ppo.minibatches)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, which `read_ppo_recipe` turns into the same recipe."""
-        return plain_values(self)
-
-    def to_yaml(self) -> str:
-        return to_yaml(self)
-
-    def portable(self) -> "PPORecipe":
-        """The recipe without the settings of one machine: folders, device, threads."""
-        shared = self.tuning.portable()
-        reward = self.reward
-        if reward.model is not None:
-            reward = dataclasses.replace(reward, model=base_name(reward.model))
-        return dataclasses.replace(self, run=shared.run, data=shared.data, model=shared.model, reward=reward)
+    def portable(self) -> Self:
+        return dataclasses.replace(super().portable(), reward=self.reward.portable())
 
 
 def load_ppo_recipe(path: Path | str, overrides: Sequence[str] = ()) -> PPORecipe:
@@ -193,12 +172,9 @@ def load_ppo_recipe(path: Path | str, overrides: Sequence[str] = ()) -> PPORecip
 
 def read_ppo_recipe(tree: Mapping[str, Any]) -> PPORecipe:
     """The recipe of a tree of plain values, checked."""
-    if tree.get("task") is None:
-        raise GmaskError("task is missing: name one that writes answers, such as chat/alpaca")
-    recipe = build_settings(PPORecipe, tree, title="the recipe")
+    recipe = build_recipe(PPORecipe, tree)
     reward, data, method = recipe.reward, recipe.data, recipe.method
-    if reward.function is None and reward.model is None:
-        raise GmaskError("reward: name a function (module:function), or a reward model")
+    check_prompts(reward, data)
     if reward.model is None and recipe.critic.kind in ("joint", "frozen"):
         raise GmaskError(f"critic.kind {recipe.critic.kind} is made of reward.model, which is not set: take shared")
     if recipe.critic.method is not None and recipe.critic.kind not in ("own", "joint"):
@@ -208,10 +184,32 @@ def read_ppo_recipe(tree: Mapping[str, Any]) -> PPORecipe:
             f"a rollout has {recipe.answers} answers (rollout.prompts x rollout.answers), which "
             f"{recipe.ppo.minibatches} minibatches cannot share evenly: change one of them"
         )
-    for key in ("packing", "folds", "fold", "test"):
-        if getattr(data, key) is not None:
-            raise GmaskError(f"data.{key} is for fine-tuning: leave it out")
     if method.name in ("adalora", "p-tuning") or (recipe.critic.method and recipe.critic.method.name != "lora"):
         wrong = "adalora and p-tuning" if recipe.critic.method is None else "methods other than lora in critic.method"
         raise GmaskError(f"{wrong} are not for ppo: take lora, or full")
     return recipe
+
+
+def check_prompts(reward: PPORewardSettings, data: TuningDataSettings) -> None:
+    """Raises `GmaskError` if nothing is rewarded, or for settings of samples with answers."""
+    if reward.function is None and reward.model is None:
+        raise GmaskError("reward: name a function (module:function), or a reward model")
+    for key in ("packing", "folds", "fold", "test"):
+        if getattr(data, key) is not None:
+            raise GmaskError(f"data.{key} is for fine-tuning: leave it out")
+
+
+def as_tuning(recipe: Any, *, minibatches: int) -> TuningRecipe:
+    """The recipe of a fine-tuning run with the model, method and optimizer of PPO or GRPO; its steps are rollouts."""
+    shared = {field.name for field in dataclasses.fields(TuningOptimizationSettings)}
+    values = {name: value for name, value in vars(recipe.optimization).items() if name in shared}
+    values["accumulation"] = -(-(recipe.answers // minibatches) // recipe.optimization.batch_size)
+    return TuningRecipe(
+        run=recipe.run,
+        model=recipe.model,
+        task=recipe.task,
+        data=recipe.data,
+        method=recipe.method,
+        optimization=TuningOptimizationSettings(steps=recipe.optimization.rollouts, **values),
+        forgetting=ForgettingSettings(skip=True),
+    )

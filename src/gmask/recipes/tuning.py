@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from gmask.config import (
     Count,
@@ -190,8 +190,39 @@ class MethodSettings:
         return self.name not in ("full", "frozen-embeddings")
 
 
+AnyRecipe = TypeVar("AnyRecipe", bound="RunRecipe")
+
+
+class RunRecipe:
+    """What the recipes of all runs that tune a model have in common; a base of dataclasses."""
+
+    run: TuningRunSettings
+    model: ModelSettings
+    data: Any  # with the key ``root``
+    method: MethodSettings
+
+    @property
+    def tuning(self) -> "TuningRecipe":
+        """The recipe of a fine-tuning run with the same model, method and optimizer."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, of which the same recipe can be read."""
+        return plain_values(self)
+
+    def to_yaml(self) -> str:
+        return to_yaml(self)
+
+    def portable(self) -> Self:
+        """The recipe without the settings of one machine: folders, device, threads."""
+        run = dataclasses.replace(self.run, out=Path(self.run.out).name, device=None, threads=None)
+        data = dataclasses.replace(self.data, root=TuningDataSettings.root)
+        model = dataclasses.replace(self.model, name=base_name(self.model.name))
+        return dataclasses.replace(self, run=run, data=data, model=model)  # type: ignore[type-var]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TuningRecipe:
+class TuningRecipe(RunRecipe):
     """A fine-tuning run. ``decoding`` holds keywords of `gmask.generation.settings.Sampling`."""
 
     run: TuningRunSettings
@@ -208,19 +239,9 @@ class TuningRecipe:
         """The keywords of ``decoding``. By default a text may be as long as those that are learnt."""
         return {"max_tokens": self.data.max_target, **self.decoding}
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, which `read_tuning_recipe` turns into the same recipe."""
-        return plain_values(self)
-
-    def to_yaml(self) -> str:
-        return to_yaml(self)
-
-    def portable(self) -> "TuningRecipe":
-        """The recipe without the settings of one machine: folders, device, threads."""
-        run = dataclasses.replace(self.run, out=Path(self.run.out).name, device=None, threads=None)
-        data = dataclasses.replace(self.data, root=TuningDataSettings.root)
-        model = dataclasses.replace(self.model, name=base_name(self.model.name))
-        return dataclasses.replace(self, run=run, data=data, model=model)
+    @property
+    def tuning(self) -> "TuningRecipe":
+        return self
 
     def for_fold(self, fold: int) -> "TuningRecipe":
         """The recipe of the run of one fold, in a folder of its own."""
@@ -253,9 +274,7 @@ def find_tuning_recipe(folder: Path) -> TuningRecipe | None:
 
 def read_tuning_recipe(tree: Mapping[str, Any]) -> TuningRecipe:
     """The recipe of a tree of plain values, checked."""
-    if tree.get("task") is None:
-        raise GmaskError("task is missing: name one, such as chat/alpaca, or write it into the recipe")
-    recipe = build_settings(TuningRecipe, tree, title="the recipe")
+    recipe = build_recipe(TuningRecipe, tree)
     data, optimization = recipe.data, recipe.optimization
     if recipe.model.adapter is not None and not recipe.method.makes_adapter:
         raise GmaskError(
@@ -267,6 +286,12 @@ def read_tuning_recipe(tree: Mapping[str, Any]) -> TuningRecipe:
         raise GmaskError("data.folds validates on parts of data.train: leave data.validation out")
     if data.folds is not None and (data.fold or 1) > data.folds:
         raise GmaskError(f"data.folds is {data.folds} and data.fold {data.fold}: folds are counted from 1")
+    check_run_length(optimization, validates=data.validation is not None or data.folds is not None)
+    return recipe
+
+
+def check_run_length(optimization: TuningOptimizationSettings, *, validates: bool) -> None:
+    """Raises `GmaskError` unless a run ends: by steps or by epochs, or early by a validation."""
     if (optimization.epochs is None) == (optimization.steps is None):
         if optimization.steps is None:
             raise GmaskError("optimization: give epochs or steps")
@@ -274,25 +299,28 @@ def read_tuning_recipe(tree: Mapping[str, Any]) -> TuningRecipe:
             "optimization: give epochs or steps, not both: optimization.epochs=null counts by steps, "
             "optimization.steps=null by epochs"
         )
-    if optimization.early_stop is not None and data.validation is None and data.folds is None:
+    if optimization.early_stop is not None and not validates:
         raise GmaskError("optimization.early_stop needs data.validation (a file, or a share of data.train)")
-    return recipe
 
 
-class PlainRecipe(Protocol):
-    """A recipe that can be written as plain values."""
+def build_recipe(kind: type[AnyRecipe], tree: Mapping[str, Any]) -> AnyRecipe:
+    """The recipe of a tree of plain values. Raises `GmaskError` as `build_settings`, and for one without its task."""
+    if "task" in field_names(kind) and tree.get("task") is None:
+        raise GmaskError("task is missing: name one, such as chat/alpaca, or write it into the recipe")
+    return build_settings(kind, tree, title="the recipe")
 
-    def to_dict(self) -> dict[str, Any]: ...
+
+def with_usual_rate(recipe: AnyRecipe) -> AnyRecipe:
+    """The recipe, with the usual learning rate of its method if it names none."""
+    settings: Any = recipe
+    rate = settings.optimization.learning_rate or USUAL_RATES[recipe.method.name]
+    optimization = dataclasses.replace(settings.optimization, learning_rate=rate)
+    return dataclasses.replace(settings, optimization=optimization)  # type: ignore[no-any-return]
 
 
-def differing_keys(one: PlainRecipe, other: PlainRecipe) -> list[str]:
+def differing_keys(one: RunRecipe, other: RunRecipe) -> list[str]:
     """The dotted keys in which two recipes differ, without `FREE_KEYS`."""
-    return differing_values(one.to_dict(), other.to_dict())
-
-
-def differing_values(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """As `differing_keys`, of the plain values of two recipes."""
-    left, right = dict(_flatten(one)), dict(_flatten(other))
+    left, right = dict(_flatten(one.to_dict())), dict(_flatten(other.to_dict()))
     keys = [key for key in (*left, *(key for key in right if key not in left)) if left.get(key) != right.get(key)]
     return [key for key in keys if key not in FREE_KEYS]
 

@@ -1,6 +1,5 @@
 """What the runs that learn from preferences share: the data in ids, the table of a start, the folder of a run."""
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,21 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
-from gmask.files import write_json, write_text
 from gmask.generation.reward import AnswerEncoder, TooLongError
 from gmask.models.base import SelfAttention
 from gmask.recipes.feedback import FeedbackRecipe, Stage, load_feedback_recipe
-from gmask.recipes.tuning import USUAL_RATES, differing_values
+from gmask.recipes.tuning import with_usual_rate
 from gmask.tasks.preferences import AnswerPair, Intake, Judgement, Question, read_judgements, read_preferences
 from gmask.tasks.records import find_files
 from gmask.training.examples import hash_file
-from gmask.training.run_folder import FILES_FILE, RECIPE_FILE, START_FILE, TuningRun
+from gmask.training.run_folder import START_FILE
+from gmask.training.tuning_run import TuningRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +132,7 @@ class FeedbackRun(TuningRun):
 
     def __init__(self, recipe: FeedbackRecipe, *, resume: bool = True) -> None:
         """Raises `GmaskError` for a folder that holds another run, and for data that cannot be read."""
-        rate = recipe.optimization.learning_rate or USUAL_RATES[recipe.method.name]
-        self.recipe = dataclasses.replace(
-            recipe, optimization=dataclasses.replace(recipe.optimization, learning_rate=rate)
-        )
-        self.out = Path(recipe.run.out)
-        if recipe.run.threads:
-            torch.set_num_threads(recipe.run.threads)
+        super().__init__(with_usual_rate(recipe))
         self.splits = self._read()
         self._check_folder(resume=resume)
 
@@ -166,8 +158,8 @@ class FeedbackRun(TuningRun):
         patterns = [data.train, *([data.validation] if isinstance(data.validation, str) else [])]
         return {path.name: hash_file(path) for name in patterns for path in find_files(data.resolve(name))}
 
-    def _differing_keys(self, written: Path) -> list[str]:
-        return differing_values(load_feedback_recipe(written, self.stage).to_dict(), self.recipe.to_dict())
+    def _read_recipe(self, written: Path) -> FeedbackRecipe:
+        return load_feedback_recipe(written, self.stage)
 
     def intake_of(self, split: str) -> Intake:
         """The counts of a split; those of train for a validation that was held out of it."""
@@ -186,8 +178,7 @@ class FeedbackRun(TuningRun):
                 ]
                 for line in (*tables, *lines):
                     target.print(line, highlight=False, markup=False, soft_wrap=True)
-        write_text(self.out / RECIPE_FILE, self.recipe.to_yaml())
-        write_json(self.out / FILES_FILE, self._hashes())
+        self._write_start_files()
 
 
 def hold_out_prompts(items: Sequence[Any], share: float, *, seed: int) -> tuple[list[Any], list[Any]]:

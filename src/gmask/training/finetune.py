@@ -9,35 +9,24 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import enable_full_determinism, logging, set_seed
 
 from gmask.config import to_yaml
 from gmask.errors import GmaskError
 from gmask.estimation.training import describe_memory
 from gmask.evaluation.harness import Evaluation
-from gmask.files import read_object, write_json, write_text, written_folder
+from gmask.files import read_object, write_json, write_text
 from gmask.generation.encoding import PROMPT
 from gmask.generation.settings import make_sampling
-from gmask.hardware import describe_training_dtype
-from gmask.recipes.tuning import USUAL_RATES, TuningRecipe, differing_keys, hint_learning_rate, load_tuning_recipe
+from gmask.recipes.tuning import TuningRecipe, hint_learning_rate, load_tuning_recipe, with_usual_rate
 from gmask.tasks.metrics import Rows
 from gmask.tasks.records import Sample, write_predictions
 from gmask.tasks.task import Task, read_task
-from gmask.training.accelerator import (
-    forward_dtype,
-    make_accelerator,
-    make_learning_rate,
-    make_optimizer,
-    named_dtype,
-    training_arguments,
-)
-from gmask.training.examples import Batch, BatchOrder, Splits, hash_file, read_splits, steps_of
-from gmask.training.loop import Loop, Schedule, StepData, StepResult, unsharded
+from gmask.training.examples import Batch, Splits, hash_file, read_splits
+from gmask.training.loop import StepData, StepResult, unsharded
 from gmask.training.losses import EncodedSamples, TaskObjective, count_items, examples_of
 from gmask.training.methods import choose_trainable, load_tuned_model, peak_memory, save_tuned_model
 from gmask.training.report import (
@@ -50,16 +39,14 @@ from gmask.training.report import (
     render_tuning_card,
 )
 from gmask.training.run_folder import (
-    FILES_FILE,
     LOG_FILE,
-    RECIPE_FILE,
     RESULTS_FILE,
     START_FILE,
     TRAINED_FILE,
-    TuningRun,
     last_checkpoint,
     read_metrics,
 )
+from gmask.training.tuning_run import TuningRun
 from gmask.training.validation import (
     Forgetting,
     GeneralScores,
@@ -69,7 +56,6 @@ from gmask.training.validation import (
     score_general_set,
 )
 
-TASK_FILE = "task.yaml"
 GENERAL_BEFORE_FILE = "general-before.json"
 
 
@@ -121,37 +107,22 @@ class Finetuning(TuningRun):
     recipe: TuningRecipe
 
     name, unit = "tuning", "samples"
-    advice = "start again in another run.out, with a lower optimization.learning_rate"
+
+    task: Task
 
     def __init__(self, recipe: TuningRecipe, *, resume: bool = True) -> None:
-        """Reads recipe, task and samples, and checks the folder: mistakes are reported before a model is loaded."""
-        rate = recipe.optimization.learning_rate or USUAL_RATES[recipe.method.name]
-        optimization = dataclasses.replace(recipe.optimization, learning_rate=rate)
-        self.recipe = dataclasses.replace(recipe, optimization=optimization)
-        self.out = Path(recipe.run.out)
-        if recipe.run.threads:
-            torch.set_num_threads(recipe.run.threads)
-        self.task: Task = read_task({"use": recipe.task} if isinstance(recipe.task, str) else recipe.task)
+        """Reads recipe, task and samples, and checks the folder."""
+        super().__init__(with_usual_rate(recipe))
+        self.task = read_task({"use": recipe.task} if isinstance(recipe.task, str) else recipe.task)
         self._check_prompts()
         self.settings = make_sampling(recipe.decoding_settings)
         self.splits: Splits = read_splits(self.task, recipe.data, seed=recipe.run.seed)
         self._check_folder(resume=resume)
-        self.args = training_arguments(self.recipe)
-        self.accelerator = make_accelerator(self.args)
-        self.device = self.args.device
-        self.is_main = self.accelerator.is_main_process
-        self.console = Console(stderr=True, quiet=not self.is_main)
+        self._join_processes()
 
-    def train(self) -> Path:
+    def _train(self) -> None:
         """Makes the steps that are left; writes weights, metrics, predictions and the model card."""
-        if self.is_finished:
-            self.console.print(f"{self.out} holds this run, finished", highlight=False)
-            return self.export
-        self.console.print(
-            describe_training_dtype(named_dtype(self.recipe, self.device.type), self.device),
-            highlight=False,
-            markup=False,
-        )
+        self._show_dtype()
         self.model, self.tokenizer = load_tuned_model(self.recipe, self.task, self.device)
         steps = self._prepare()
         if self.is_main:
@@ -159,12 +130,11 @@ class Finetuning(TuningRun):
         began = time.monotonic()
         before = self._score_before()
         self.measured_seconds = time.monotonic() - began
-        self.loop = self._make_loop(steps)
+        self.loop = self._make_loop(self.model, steps=steps, validates=bool(self.validation))
         self.loop.restore()
         self.loop.fit()
         self.loop.load_best()
         self._report(before)
-        return self.export
 
     def _check_prompts(self) -> None:
         """Raises `GmaskError` for a template with trained vectors if the method has none: it would be read as text."""
@@ -175,8 +145,8 @@ class Finetuning(TuningRun):
                 f"p-tuning, not {self.recipe.method.name}, or take it out"
             )
 
-    def _differing_keys(self, written: Path) -> list[str]:
-        return differing_keys(load_tuning_recipe(written), self.recipe)
+    def _read_recipe(self, written: Path) -> TuningRecipe:
+        return load_tuning_recipe(written)
 
     def _hashes(self) -> dict[str, str]:
         """SHA-256 of all that the numbers of the run depend on beside the recipe, by its name in errors."""
@@ -190,15 +160,11 @@ class Finetuning(TuningRun):
     def _prepare(self) -> int:
         """Prepares model, samples and schedule, and prints the summary of the run; returns the number of steps."""
         recipe, optimization = self.recipe, self.recipe.optimization
-        per_step = optimization.batch_size * optimization.accumulation
-        steps = optimization.steps or steps_of(
-            optimization.epochs or 0, len(self.splits.train), samples_per_step=per_step
-        )
+        steps = self._count_steps(len(self.splits.train))
         self.trainable = choose_trainable(self.model, recipe, steps=steps)
         self.objective = TaskObjective(self.tokenizer, self.model.config, self.task.kind, recipe.data)
         self.encoded = self.objective.encode(self.splits.train)
-        if optimization.steps is None:  # now that it is known how many rows the samples make
-            steps = steps_of(optimization.epochs or 0, len(self.encoded.items), samples_per_step=per_step)
+        steps = self._count_steps(len(self.encoded.items))  # now that it is known how many rows the samples make
         self.truncated = self.objective.encoder.truncated
         self.validator = Validator(
             self.model,
@@ -208,46 +174,13 @@ class Finetuning(TuningRun):
             settings=self.settings,
             batch_size=optimization.batch_size,
             accelerator=self.accelerator,
-            dtype=forward_dtype(recipe, self.device.type),
+            dtype=self.dtype,
         )
         self._show_start(self.objective, self.encoded, steps)
-        self.order = BatchOrder(
-            self.encoded.lengths,
-            steps=steps,
-            batch_size=optimization.batch_size,
-            accumulation=optimization.accumulation,
-            seed=recipe.run.seed,
-            length_grouped=optimization.length_grouped,
-            processes=self.accelerator.num_processes,
-            process=self.accelerator.process_index,
-        )
-        self.learning_rate = make_learning_rate(self.args, steps=steps)
+        self.order = self._make_order(self.encoded.lengths, steps=steps)
         self.validation = self.splits.validation[: recipe.data.validation_limit]
-        self.evaluate_every = optimization.evaluate_every or max(1, steps // 10)
-        logging.set_verbosity(self.args.get_process_log_level())
-        (enable_full_determinism if recipe.run.deterministic else set_seed)(recipe.run.seed)
+        self._seed()
         return steps
-
-    def _make_loop(self, steps: int) -> Loop:
-        optimization = self.recipe.optimization
-        if self.args.report_to:
-            self.accelerator.init_trackers("gmask", config=self.recipe.to_dict())
-        return Loop(
-            self,
-            self.model,
-            [make_optimizer(self.model, self.args, steps=steps)],
-            accelerator=self.accelerator,
-            out=self.out,
-            schedule=Schedule(
-                steps=steps,
-                validate_every=self.evaluate_every if self.validation else steps,
-                log_every=self.recipe.run.log_every,
-                save_every=optimization.save_every or max(1, min(100, steps // 10)),
-                keep_last=optimization.keep_last,
-            ),
-            clip_norm=optimization.clip_norm,
-            empty_cache_every=self.args.torch_empty_cache_steps,
-        )
 
     # The protocol `Run` of the loop
 
@@ -300,7 +233,7 @@ class Finetuning(TuningRun):
         sign = -1 if self.task.best == "loss" else 1
         if now.best_value is None or sign * value > sign * now.best_value:
             self.loop.save_best(value)
-        evaluations = (now.step - (now.best_step or 0)) / self.evaluate_every
+        evaluations = (now.step - (now.best_step or 0)) / self.loop.schedule.validate_every
         now.stopped = early_stop is not None and evaluations >= early_stop
         return {"validation": {"validation": dict(scores)}}
 
@@ -346,9 +279,7 @@ class Finetuning(TuningRun):
         self.summary.show(self.console, self.tokenizer)
 
     def _write_start(self) -> None:
-        write_text(self.out / RECIPE_FILE, self.recipe.to_yaml())
-        write_text(self.out / TASK_FILE, to_yaml(self.task))
-        write_json(self.out / FILES_FILE, self._hashes())
+        self._write_start_files()
         with (self.out / START_FILE).open("w", encoding="utf-8") as file:
             self.summary.show(Console(file=file, width=120), self.tokenizer)
 
@@ -425,21 +356,13 @@ class Finetuning(TuningRun):
             write_text(self.out / "forgetting.md", forgetting.to_markdown())
         draw_curves(results.records, self.out / CURVES_FILE)
         write_text(self.out / "README.md", render_tuning_card(results))
-        with written_folder(self.export, kept="the run, to be resumed,") as folder:
-            self._fill_export(folder)
+        with self._written_export() as folder:
+            save_tuned_model(self.model, self.tokenizer, self.recipe, folder, dtype=self.dtype)
         write_json(self.out / RESULTS_FILE, results.to_dict())
         if found:
             self.console.print(metric_rows(results).to_rich(f"{self.task.name}, {self.recipe.method.name}"))
         if advice := results.advise_evaluations(now.validation_seconds):
             self.console.print(advice, highlight=False, markup=False, soft_wrap=True)
-
-    def _fill_export(self, folder: Path) -> None:
-        dtype = forward_dtype(self.recipe, self.device.type)
-        save_tuned_model(self.model, self.tokenizer, self.recipe, folder, dtype=dtype)
-        for name in ("README.md", CURVES_FILE, LOG_FILE):
-            (folder / name).write_bytes((self.out / name).read_bytes())
-        (folder / TASK_FILE).write_text(to_yaml(self.task), "utf-8")
-        (folder / RECIPE_FILE).write_text(self.recipe.portable().to_yaml(), "utf-8")
 
 
 SAME_IN_FOLDS = ("task", "method", "seed", "trainable_parameters", "parameters")

@@ -27,6 +27,7 @@ from gmask.tasks.task import read_task
 from gmask.training.accelerator import find_device, make_arguments
 from gmask.training.examples import hash_file
 from gmask.training.finetune import read_results, run_finetuning
+from gmask.training.grpo import run_grpo
 from gmask.training.pipeline_report import (
     STAGES_FILE,
     Contestant,
@@ -51,6 +52,7 @@ RUNS: Mapping[Verb, Callable[[str], Path]] = {
     "reward": run_reward,
     "dpo": lambda path: run_preference_tuning(path, "dpo"),
     "kto": lambda path: run_preference_tuning(path, "kto"),
+    "grpo": run_grpo,
     "ppo": run_ppo,
 }
 """Each makes the run of a recipe, or goes on with it; returns the folder of the weights."""
@@ -58,7 +60,7 @@ RUNS: Mapping[Verb, Callable[[str], Path]] = {
 KEPT_NUMBERS = ("method", "steps", "trainable_parameters")
 """The numbers of a stage's results.json that those of the pipeline repeat."""
 
-PASSES: Mapping[Verb, int] = {"sft": 3, "reward": 6, "dpo": 8, "kto": 5, "ppo": 6}
+PASSES: Mapping[Verb, int] = {"sft": 3, "reward": 6, "dpo": 8, "kto": 5, "grpo": 6, "ppo": 6}
 """Roughly the passes of a sequence through a model for each sample or answer, one backwards counted as two."""
 
 

@@ -172,13 +172,9 @@ class PPO(PPOSetup):
     """
 
     name, unit = "ppo", "answers"
-    advice = "start again in another run.out, with a lower optimization.learning_rate"
 
-    def train(self) -> Path:
+    def _train(self) -> None:
         """Makes the steps that are left; writes weights, samples and report."""
-        if self.is_finished:
-            self.console.print(f"{self.out} holds this run, finished", highlight=False)
-            return self.export
         recipe, steps = self.recipe, self.steps_per_rollout * self.recipe.optimization.rollouts
         self.prepare()
         if is_sharded(self.accelerator):
@@ -207,7 +203,6 @@ class PPO(PPOSetup):
         self.rollout, self.kl_weight.value = state.get("rollout", 0), state.get("kl_weight", recipe.kl.weight)
         self.loop.fit()
         self.report(before)
-        return self.export
 
     def _set_rates(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Gives the weights of the critic groups of their own, of which the loop multiplies the learning rate."""

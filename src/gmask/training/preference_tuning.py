@@ -1,7 +1,7 @@
 """DPO and KTO: TRL's trainers as they are, on ids that gmask made, with checks of the first step.
 
 TRL makes ids of texts by the chat template, which refuses control words. gmask's own ids have no such limits, and are
-put in the place of TRL's dataset before the training begins. A checkpoint is that of transformers' Trainer.
+put in the place of TRL's dataset before the training begins.
 """
 
 import copy
@@ -9,30 +9,24 @@ import importlib
 import json
 import math
 import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset  # type: ignore[import-untyped]
-from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 
-from gmask.checkpoints.adapters import has_layers
 from gmask.checkpoints.load import load
-from gmask.checkpoints.save import write_tokenizer
-from gmask.config import check_keys
 from gmask.errors import GmaskError, one_line
-from gmask.files import read_object, write_json, write_text, written_folder
+from gmask.files import write_json, write_text
 from gmask.generation.padding import check_numbers
 from gmask.models.glm import GLMConfig
 from gmask.recipes.feedback import FeedbackRecipe, Stage, load_feedback_recipe
 from gmask.recipes.tuning import check_model
-from gmask.training.accelerator import RECIPE_KEYS, find_device, forward_dtype
 from gmask.training.feedback import (
     EncodedJudgement,
     EncodedPair,
@@ -41,9 +35,10 @@ from gmask.training.feedback import (
     disable_dropout,
     show_pair,
 )
-from gmask.training.methods import apply_method, make_peft_config, peak_memory, save_tuned_model
+from gmask.training.methods import apply_method, peak_memory
 from gmask.training.report import CURVES_FILE, draw_curves
-from gmask.training.run_folder import LOG_FILE, RECIPE_FILE, RESULTS_FILE, MetricsLog, read_metrics
+from gmask.training.run_folder import LOG_FILE, RESULTS_FILE, read_metrics
+from gmask.training.trl_run import LogCallback, TRLRun, refuse_adapter_in_place
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """By how much the log-probability of an answer may differ, as a share of it and at least in nats."""
@@ -64,25 +59,17 @@ def run_preference_tuning(
     return PreferenceTuning(load_feedback_recipe(recipe_path, stage, overrides), stage, resume=resume).train()
 
 
-class PreferenceTuning(FeedbackRun):
+class PreferenceTuning(TRLRun, FeedbackRun):
     """One run of DPO or KTO."""
 
     def __init__(self, recipe: FeedbackRecipe, stage: Stage, *, resume: bool = True) -> None:
         self.stage = stage
         super().__init__(recipe, resume=resume)
-        self.tuning = self.recipe.as_tuning()
-        self.device = find_device(self.recipe.run.device)
-        self.dtype = forward_dtype(self.tuning, self.device)
-        self.args = self._make_arguments()
-        self.is_main = self.args.process_index == 0
-        self.console = Console(stderr=True, quiet=not self.is_main)
+        self._join_processes()
         self.callback = RunCallback(self)
 
-    def train(self) -> Path:
+    def _train(self) -> None:
         """Makes the steps that are left; writes weights and results."""
-        if self.is_finished:
-            self.console.print(f"{self.out} holds this run, finished", highlight=False)
-            return self.export
         settings = self.recipe.model
         model, self.tokenizer = load(
             settings.name, dtype=settings.dtype, device=self.args.device, quantize=settings.quantize
@@ -100,87 +87,39 @@ class PreferenceTuning(FeedbackRun):
             shown = [show_pair(items[0], self.tokenizer)] if self.stage == "dpo" else []
             self.write_start(self.console, [f"{len(items)} samples, method {self.recipe.method.name}", *shown])
         trainer = self._make_trainer(model, items, held)
-        last = last_trainer_checkpoint(self.out)
-        if last is None:
+        if not self._has_checkpoint():
             check_first_batch(trainer, items, pad=encoder.answers.special.pad, tolerance=TOLERANCE[self.dtype])
-        try:
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        except _AllStepsMade:
-            pass
-        except ValueError as error:  # such as an unknown loss_type, which TRL finds at the first step
-            if isinstance(error, GmaskError):
-                raise
-            raise GmaskError(f"trl: {one_line(error)}") from error
-        finally:
-            self.callback.close()
+        self._fit(trainer, self.callback)
         scores = (find_scores(trainer) or trainer.evaluate()) if held else {}
         if self.is_main:
             self._write_results(trainer, scores)
         trainer.accelerator.wait_for_everyone()
-        return self.export
-
-    def _has_checkpoint(self) -> bool:
-        return last_trainer_checkpoint(self.out) is not None
 
     def _make_arguments(self) -> Any:
-        """The arguments of TRL's trainer, with the keys of the recipe and those of ``trl``."""
-        trl: Any = importlib.import_module("trl")
-        kind = trl.KTOConfig if self.stage == "kto" else trl.DPOConfig
-        run, optimization = self.recipe.run, self.recipe.optimization
-        own = {**optimization.trainer, **self.recipe.trl}
-        check_keys(own, list(kind.__dataclass_fields__), "trl")
-        if self.stage == "kto" and own.get("precompute_ref_log_probs"):
+        optimization, processes = self.recipe.optimization, int(os.environ.get("WORLD_SIZE", "1"))
+        if self.stage == "kto" and self.recipe.trl.get("precompute_ref_log_probs"):
             raise GmaskError("trl.precompute_ref_log_probs is for dpo: leave it out")
-        for key in own:
-            if key in RECIPE_KEYS:
-                raise GmaskError(f"trl.{key}: set {RECIPE_KEYS[key]} instead")
-        evaluates = bool(self.splits.validation)
-        processes = int(os.environ.get("WORLD_SIZE", "1"))  # they share the passes of a step
-        values: dict[str, Any] = {
-            "output_dir": str(self.out),
-            "use_cpu": self.device == "cpu",
-            "bf16": self.dtype == torch.bfloat16,
-            "seed": run.seed,
-            "full_determinism": run.deterministic,
-            "per_device_train_batch_size": optimization.batch_size,
-            "per_device_eval_batch_size": optimization.batch_size,
-            "gradient_accumulation_steps": -(-optimization.accumulation // processes),
-            "ddp_backend": "gloo" if self.device == "cpu" and processes > 1 else None,
-            "ddp_find_unused_parameters": False,
-            "learning_rate": optimization.learning_rate,
-            "lr_scheduler_type": optimization.schedule,
-            "warmup_steps": optimization.warmup,
-            "weight_decay": optimization.weight_decay,
-            "max_grad_norm": optimization.clip_norm,
-            "gradient_checkpointing": optimization.gradient_checkpointing,
-            "num_train_epochs": optimization.epochs or 1,
-            "max_steps": optimization.steps or -1,
-            "logging_steps": run.log_every,
-            "logging_first_step": True,
-            "save_steps": optimization.save_every or 100,
-            "save_total_limit": optimization.keep_last,
-            "eval_strategy": "steps" if evaluates else "no",
-            "eval_steps": optimization.evaluate_every or 100,
-            "max_length": None,
-            "report_to": "none",
-            "disable_tqdm": False,
+        return self._arguments(
+            "KTOConfig" if self.stage == "kto" else "DPOConfig",
+            left_out=("precompute_ref_log_probs",),
+            gradient_accumulation_steps=-(-optimization.accumulation // processes),  # they share the passes of a step
+            warmup_steps=optimization.warmup,
+            num_train_epochs=optimization.epochs or 1,
+            max_steps=optimization.steps or -1,
+            logging_steps=self.recipe.run.log_every,
+            save_steps=optimization.save_every or 100,
+            eval_strategy="steps" if self.splits.validation else "no",
+            eval_steps=optimization.evaluate_every or 100,
+            max_length=None,
             **({"train_sampling_strategy": "sequential"} if self.stage == "kto" else {}),
-            **{key: value for key, value in own.items() if key != "precompute_ref_log_probs"},
-        }
-        try:
-            return kind(**values)
-        except (ValueError, TypeError) as error:
-            raise GmaskError(f"trl: {one_line(error)}") from error
+        )
 
     def _make_trainer(self, model: PreTrainedModel, items: Sequence[Any], held: Sequence[Any]) -> Any:
         trl: Any = importlib.import_module("trl")
         refuse_adapter_in_place(model)
         method = self.recipe.method
-        reference, adapter = None, None
-        if method.makes_adapter:
-            adapter = make_peft_config(method)
-            adapter.task_type = "CAUSAL_LM"
-        else:
+        reference = None
+        if not method.makes_adapter:
             apply_method(model, method)
             reference = copy.deepcopy(model).requires_grad_(False).eval()
         said = [{"role": "user", "content": "a"}]
@@ -197,7 +136,7 @@ class PreferenceTuning(FeedbackRun):
                 train_dataset=Dataset.from_dict(stand_in),
                 eval_dataset=Dataset.from_dict(stand_in) if held else None,
                 processing_class=self.tokenizer,
-                peft_config=adapter,
+                peft_config=self._adapter_config(),
                 callbacks=[self.callback],
             )
         except (ValueError, NotImplementedError) as error:
@@ -240,20 +179,10 @@ class PreferenceTuning(FeedbackRun):
             "first_loss": next((one["loss"] for one in records if "loss" in one), None),
             "last_loss": next((one["loss"] for one in reversed(records) if "loss" in one), None),
             "trainable_parameters": sum(one.numel() for one in trained),
-            "peak_memory_bytes": peak_memory(torch.device(self.device)),
+            "peak_memory_bytes": peak_memory(self.device),
         }
         write_text(self.out / "README.md", self._card(results))
-        with written_folder(self.export, kept="the run, to be resumed,") as folder:
-            if self.recipe.method.makes_adapter:
-                trainer.model.save_pretrained(folder)
-                path = folder / "adapter_config.json"
-                write_json(path, {**read_object(path), "base_model_name_or_path": self.recipe.model.name})
-                write_tokenizer(self.tokenizer, folder, published=False)
-            else:
-                save_tuned_model(trainer.model, self.tokenizer, self.tuning, folder, dtype=self.dtype)
-            for name in ("README.md", CURVES_FILE, LOG_FILE):
-                (folder / name).write_bytes((self.out / name).read_bytes())
-            (folder / RECIPE_FILE).write_text(self.recipe.portable().to_yaml(), "utf-8")
+        self._export_trainer(trainer.model)
         write_json(self.out / RESULTS_FILE, results)
 
     def _card(self, results: dict[str, Any]) -> str:
@@ -299,24 +228,6 @@ def kto_rows(items: Sequence[EncodedJudgement], batch_size: int) -> list[dict[st
                 }
             )
     return rows
-
-
-def refuse_adapter_in_place(model: PreTrainedModel) -> None:
-    """Raises `GmaskError` for a model whose adapter gmask put in place: TRL's reference would be without it."""
-    if has_layers(model):
-        raise GmaskError(
-            "the model has an adapter, and the reference would be reloaded without it: merge it first (gmask merge)"
-        )
-
-
-def last_trainer_checkpoint(out: Path) -> Path | None:
-    """The newest complete checkpoint of transformers' Trainer; drafts that a killed run left are removed."""
-    found = sorted(out.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
-    complete = [folder for folder in found if (folder / "trainer_state.json").is_file()]
-    for folder in found:
-        if folder not in complete:
-            shutil.rmtree(folder, ignore_errors=True)
-    return complete[-1] if complete else None
 
 
 def precompute_reference(trainer: Any, batch_size: int) -> None:
@@ -381,49 +292,25 @@ def check_first_batch(trainer: Any, items: Sequence[Any], *, pad: int, tolerance
             )
 
 
-class _AllStepsMade(Exception):
-    """A run that was killed behind its last step is resumed: transformers would make one more."""
-
-
-class RunCallback(TrainerCallback):
-    """Writes metrics.jsonl and TensorBoard's events, and checks the first loss."""
+class RunCallback(LogCallback):
+    """The log of DPO and KTO, with a check of the first loss."""
 
     def __init__(self, run: PreferenceTuning) -> None:
+        super().__init__(run.out)
         self.run = run
-        self.log: MetricsLog | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.log = MetricsLog(self.run.out, after_step=state.global_step)
+    def read(self, logs: Mapping[str, Any]) -> dict[str, Any]:
+        return read_log_entry(logs)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            raise _AllStepsMade
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        record = {"step": state.global_step, **read_log_entry(logs or {})}
-        if "loss" in record:
-            self._check(record["loss"], state.global_step)
-        if self.log is not None and len(record) > 1:
-            self.log.add(record)
-
-    def close(self) -> None:
-        """Closes the log, also of a run that was stopped."""
-        if self.log is not None:
-            self.log.__exit__(None, None, None)
-            self.log = None
-
-    def _check(self, loss: float, step: int) -> None:
-        """Raises `GmaskError` for a loss that is no number, and for a first loss of DPO that is not ln 2."""
-        if not math.isfinite(loss):
-            raise GmaskError(
-                f"step {step}: the loss is {loss}: start again in another run.out, with a lower learning rate; the "
-                "last checkpoint is kept"
-            )
-        options = self.run.recipe.trl
+    def check(self, record: Mapping[str, Any]) -> None:
+        """Raises `GmaskError` as well for a first loss of DPO that is not ln 2."""
+        super().check(record)
+        if record["step"] != 1 or "loss" not in record:
+            return
+        loss, options = record["loss"], self.run.recipe.trl
         is_plain = self.run.stage == "dpo" and options.get("loss_type", "sigmoid") in ("sigmoid", ["sigmoid"])
         bound = 1e-3 if self.run.dtype == torch.float32 else 0.05
-        if step == 1 and is_plain and not options.get("label_smoothing") and abs(loss - math.log(2)) > bound:
+        if is_plain and not options.get("label_smoothing") and abs(loss - math.log(2)) > bound:
             raise GmaskError(
                 f"the first loss is {loss:.4f}, and has to be ln 2 = 0.6931: the reference is not the model as it began"
             )
@@ -444,7 +331,7 @@ def join_records(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [record for record in steps.values() if {"loss", "gradient_norm", "learning_rate"} <= record.keys()]
 
 
-def read_log_entry(logs: dict[str, Any]) -> dict[str, Any]:
+def read_log_entry(logs: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of an entry of transformers' log by the names of gmask's logs."""
     numbers = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
     held = {name.removeprefix("eval_"): value for name, value in numbers.items() if name.startswith("eval_")}

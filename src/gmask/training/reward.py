@@ -10,32 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, enable_full_determinism, set_seed
+from transformers import PreTrainedModel
 
 from gmask.architectures import architecture_of
 from gmask.checkpoints.load import load
 from gmask.evaluation.rewards import RewardReport, ScoredPair, report_rewards
-from gmask.files import write_json, write_json_lines, write_text, written_folder
+from gmask.files import write_json, write_json_lines, write_text
 from gmask.generation.reward import RewardScorer, pad_rows
 from gmask.models.reward import RewardHead
 from gmask.recipes.feedback import FeedbackRecipe, RewardLoss, RewardSettings, load_feedback_recipe
-from gmask.training.accelerator import (
-    forward_dtype,
-    make_accelerator,
-    make_learning_rate,
-    make_optimizer,
-    training_arguments,
-)
-from gmask.training.examples import Batch, BatchOrder, steps_of
+from gmask.training.examples import Batch
 from gmask.training.feedback import EncodedPair, FeedbackRun, PreferenceEncoder, disable_dropout, show_pair
-from gmask.training.loop import Loop, Schedule, StepData, StepResult, unsharded
+from gmask.training.loop import StepData, StepResult, unsharded
 from gmask.training.methods import choose_trainable, peak_memory, save_tuned_model
 from gmask.training.report import CURVES_FILE, draw_curves
-from gmask.training.run_folder import LOG_FILE, RECIPE_FILE, RESULTS_FILE, TRAINED_FILE, read_metrics
+from gmask.training.run_folder import LOG_FILE, RESULTS_FILE, TRAINED_FILE, read_metrics
 
 PREDICTIONS_FILE = "predictions.jsonl"
 
@@ -136,22 +128,13 @@ class RewardTraining(FeedbackRun):
 
     stage = "reward"
     name, unit = "reward", "pairs"
-    advice = "start again in another run.out, with a lower optimization.learning_rate"
 
     def __init__(self, recipe: FeedbackRecipe, *, resume: bool = True) -> None:
         super().__init__(recipe, resume=resume)
-        self.tuning = self.recipe.as_tuning()
-        self.args = training_arguments(self.tuning)
-        self.accelerator = make_accelerator(self.args)
-        self.device = self.args.device
-        self.is_main = self.accelerator.is_main_process
-        self.console = Console(stderr=True, quiet=not self.is_main)
+        self._join_processes()
 
-    def train(self) -> Path:
+    def _train(self) -> None:
         """Makes the steps that are left; writes weights, report and predictions."""
-        if self.is_finished:
-            self.console.print(f"{self.out} holds this run, finished", highlight=False)
-            return self.export
         settings, optimization = self.recipe.model, self.recipe.optimization
         network, self.tokenizer = load(
             settings.name, dtype=settings.dtype, device=self.device, quantize=settings.quantize
@@ -165,8 +148,7 @@ class RewardTraining(FeedbackRun):
         self.validation = (
             encoder.encode_pairs(self.splits.validation, self.intake_of("validation")) if self.splits.validation else []
         )
-        per_step = optimization.batch_size * optimization.accumulation
-        steps = optimization.steps or steps_of(optimization.epochs or 0, len(self.pairs), samples_per_step=per_step)
+        per_step, steps = optimization.batch_size * optimization.accumulation, self._count_steps(len(self.pairs))
         trainable = choose_trainable(self.model, self.tuning, steps=steps)
         if self.is_main:
             lines = [
@@ -175,34 +157,9 @@ class RewardTraining(FeedbackRun):
                 show_pair(self.pairs[0], self.tokenizer),
             ]
             self.write_start(self.console, lines)
-        self.order = BatchOrder(
-            [pair.length for pair in self.pairs],
-            steps=steps,
-            batch_size=optimization.batch_size,
-            accumulation=optimization.accumulation,
-            seed=self.recipe.run.seed,
-            length_grouped=optimization.length_grouped,
-            processes=self.accelerator.num_processes,
-            process=self.accelerator.process_index,
-        )
-        self.learning_rate = make_learning_rate(self.args, steps=steps)
-        (enable_full_determinism if self.recipe.run.deterministic else set_seed)(self.recipe.run.seed)
-        self.loop = Loop(
-            self,
-            self.model,
-            [make_optimizer(self.model, self.args, steps=steps)],
-            accelerator=self.accelerator,
-            out=self.out,
-            schedule=Schedule(
-                steps=steps,
-                validate_every=(optimization.evaluate_every or max(1, steps // 10)) if self.validation else steps,
-                log_every=self.recipe.run.log_every,
-                save_every=optimization.save_every or max(1, min(100, steps // 10)),
-                keep_last=optimization.keep_last,
-            ),
-            clip_norm=optimization.clip_norm,
-            empty_cache_every=self.args.torch_empty_cache_steps,
-        )
+        self.order = self._make_order([pair.length for pair in self.pairs], steps=steps)
+        self._seed()
+        self.loop = self._make_loop(self.model, steps=steps, validates=bool(self.validation))
         self.loop.restore()
         self.loop.fit()
         self.loop.load_best()
@@ -210,7 +167,6 @@ class RewardTraining(FeedbackRun):
             if self.is_main:
                 self._write_results(trainable.trainable, trainable.total)
         self.accelerator.wait_for_everyone()
-        return self.export
 
     # The protocol `Run` of the loop
 
@@ -278,11 +234,6 @@ class RewardTraining(FeedbackRun):
             found = scorer.score_ids(rows)
         return found[: len(pairs)], found[len(pairs) :]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the forward pass."""
-        return forward_dtype(self.tuning, self.device.type)
-
     def _write_results(self, trainable: int, total: int) -> None:
         """Writes report, predictions and weights, and at the end results.json, which marks the run as finished."""
         records, results = read_metrics(self.out / LOG_FILE), dict[str, Any]()
@@ -306,11 +257,8 @@ class RewardTraining(FeedbackRun):
             "peak_memory_bytes": peak_memory(self.device),
         }
         write_text(self.out / "README.md", render_card(self.recipe, results))
-        with written_folder(self.export, kept="the run, to be resumed,") as folder:
+        with self._written_export() as folder:
             save_tuned_model(self.model, self.tokenizer, self.tuning, folder, dtype=self.dtype)
-            for name in ("README.md", CURVES_FILE, LOG_FILE):
-                (folder / name).write_bytes((self.out / name).read_bytes())
-            (folder / RECIPE_FILE).write_text(self.recipe.portable().to_yaml(), "utf-8")
         write_json(self.out / RESULTS_FILE, results)
 
     def _evaluate(self) -> tuple[RewardReport, list[dict[str, Any]]]:

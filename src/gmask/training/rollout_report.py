@@ -1,4 +1,4 @@
-"""The report of a PPO run: curves, answers before and after, the model card, the numbers of results.json."""
+"""The report of a run that learns from its own answers: curves, answers before and after, card, results.json."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,6 @@ import yaml
 
 from gmask.evaluation.comparison import AnswerFigures, warn_of_change
 from gmask.files import written
-from gmask.recipes.ppo import PPORecipe
 from gmask.recipes.tuning import base_name
 from gmask.tasks.metrics import Rows, as_cell
 
@@ -39,10 +38,11 @@ class Answered:
 
 
 @dataclass(frozen=True, slots=True)
-class PPOResults:
+class RolloutResults:
     """The numbers of a finished run."""
 
-    recipe: PPORecipe
+    algorithm: str  # PPO, GRPO or RLOO
+    recipe: Any  # of `gmask ppo` or `gmask grpo`
     task: str
     records: Sequence[Mapping[str, Any]]  # metrics.jsonl
     before: Answered | None
@@ -80,8 +80,9 @@ class PPOResults:
         """The outcome in a few lines, with warnings."""
         first, last = self.records[0], self.last
         lines = [f"sampled answers: reward {first['reward']:.3f} at first, {last['reward']:.3f} at last"]
-        if "kl" in last:
-            lines[0] += f", {last['kl']:.2f} nats an answer from the reference"
+        divergence = last.get("kl", last.get("kl_k3"))
+        if divergence is not None:
+            lines[0] += f", {divergence:.2f} nats an answer from the reference"
         if self.before is not None and self.after is not None:
             lines.append(f"greedy answers: reward {self.before.reward:.3f} before, {self.after.reward:.3f} after")
         without = [100 * record["groups_without_spread"] for record in (first, last)]
@@ -166,10 +167,14 @@ def render_samples(prompts: Sequence[str], before: Answered, after: Answered) ->
     return f"# Greedy answers before and after\n\n{table}\n"
 
 
-def render_ppo_card(results: PPOResults) -> str:
+def render_rollout_card(results: RolloutResults) -> str:
     """The model card in markdown, with the front matter of model hubs."""
     recipe, base = results.recipe, base_name(results.recipe.model.name)
-    matter = {"base_model": base, "library_name": "gmask", "tags": ["glm", "ppo", recipe.method.name]}
+    matter = {
+        "base_model": base,
+        "library_name": "gmask",
+        "tags": ["glm", results.algorithm.lower(), recipe.method.name],
+    }
     facts = [(name, f"{value}") for name, value in results.to_dict().items() if not isinstance(value, dict)]
     names = [name for name in ROLLOUT_NUMBERS if name in results.last]
     rollouts = [(name, *(f"{record[name]:.4g}" for record in (results.records[0], results.last))) for name in names]
@@ -178,7 +183,7 @@ def render_ppo_card(results: PPOResults) -> str:
     return f"""---
 {yaml.safe_dump(matter, allow_unicode=True, sort_keys=False)}---
 
-# {results.task}: {base} trained with PPO ({recipe.method.name})
+# {results.task}: {base} trained with {results.algorithm} ({recipe.method.name})
 
 ```python
 import gmask
