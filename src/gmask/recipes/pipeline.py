@@ -29,7 +29,7 @@ from gmask.recipes.ppo import load_ppo_recipe
 from gmask.recipes.tuning import differing_keys, load_tuning_recipe
 
 Verb = Literal["sft", "reward", "dpo", "kto", "grpo", "ppo"]
-VERBS: tuple[Verb, ...] = get_args(Verb)
+STAGE_VERBS: tuple[Verb, ...] = get_args(Verb)
 
 RECIPE_LOADERS: Mapping[Verb, Callable[[Path], Any]] = {
     "sft": load_tuning_recipe,
@@ -41,7 +41,7 @@ RECIPE_LOADERS: Mapping[Verb, Callable[[Path], Any]] = {
 }
 """Each reads and checks the recipe of its verb."""
 
-NAME = re.compile(r"\w[\w-]*")  # a folder, and a part of a dotted key
+STAGE_NAME = re.compile(r"\w[\w-]*")  # a folder, and a part of a dotted key
 MODEL_KEYS = (("model", "name"), ("reward", "model"))
 """The keys of a recipe that name a model, or an earlier stage whose result it is."""
 
@@ -203,14 +203,14 @@ def models_in(tree: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:
 def _unfold(name: str, values: Any, folder: Path, run: PipelineRunSettings, names: Sequence[str]) -> dict[str, Any]:
     """A stage with its verb and the whole of its recipe."""
     where = f"stages.{name}"
-    if not NAME.fullmatch(name):
+    if not STAGE_NAME.fullmatch(name):
         raise GmaskError(f"{where}: the name of a stage is that of a folder: letters, digits, - and _")
     values = dict(values or {})
-    verb = values.pop("verb", name if name in VERBS else None)
+    verb = values.pop("verb", name if name in STAGE_VERBS else None)
     if verb is None:
-        others = [one for one in names if one != name] or list(VERBS)
+        others = [one for one in names if one != name] or list(STAGE_VERBS)
         raise GmaskError(f"{where} has no verb: choose {_verbs()}; or is {nearest(name, others)!r} meant?")
-    check_choice(verb, VERBS, f"{where}.verb")
+    check_choice(verb, STAGE_VERBS, f"{where}.verb")
     file = values.pop("recipe", None)
     if isinstance(values.get("model"), str):
         values["model"] = {"name": values["model"]}
@@ -292,4 +292,4 @@ def _check_model(
 
 
 def _verbs() -> str:
-    return f"{', '.join(VERBS[:-1])} or {VERBS[-1]}"
+    return f"{', '.join(STAGE_VERBS[:-1])} or {STAGE_VERBS[-1]}"

@@ -43,7 +43,7 @@ from gmask.training.rollouts import importing_from, load_function
 from gmask.training.run_folder import RESULTS_FILE
 
 PIPELINE_FILE = "pipeline.yaml"
-STATE_FILE = "stage.json"
+STAGE_FILE = "stage.json"
 STAGE_RECIPE_FILE = "stage.yaml"
 REPORT_FILE = "report.json"
 
@@ -193,7 +193,7 @@ class Pipeline:
         models = {name: self._model_of(name) for name in sources}
         if self.is_main:
             made_from = {name: self._state_of(name)["sha256"] for name in sources}
-            write_json(folder / STATE_FILE, {"recipe": stage.values(), "made_from": made_from})
+            write_json(folder / STAGE_FILE, {"recipe": stage.values(), "made_from": made_from})
             write_text(folder / STAGE_RECIPE_FILE, stage.resolve(models, folder))
         self._wait()
         started = time.monotonic()
@@ -201,7 +201,7 @@ class Pipeline:
         seconds = time.monotonic() - started
         if self.is_main:
             state = self._state(stage) | {"result": result.name, "sha256": hash_weights(result), "seconds": seconds}
-            write_json(folder / STATE_FILE, state)
+            write_json(folder / STAGE_FILE, state)
         self._wait()
         self._say(f"{said}: finished in {describe_seconds(seconds)}")
 
@@ -328,7 +328,7 @@ class Pipeline:
 
     def _state_of(self, name: str) -> dict[str, Any]:
         """What is known of a stage's result; empty if it was never begun, without ``sha256`` if it is not finished."""
-        return read_object(self.out / name / STATE_FILE, required=False, remedy=f"remove {self.out / name}")
+        return read_object(self.out / name / STAGE_FILE, required=False, remedy=f"remove {self.out / name}")
 
     def _say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
