@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from gmask.errors import GmaskError
+from gmask.cli import main
+from gmask.errors import GmaskError, StoppedError
 from gmask.training import finetune, loop, run_folder
 from gmask.training.loop import Loop
 from tuning_data import CHAT, CLOZE_TASK, SENTIMENT, read_log, read_losses, write_lines, write_recipe
@@ -52,6 +54,43 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert predictions[0] == predictions[1]
     general = [(tmp_path / name / "forgetting.md").read_text("utf-8") for name in ("whole", "killed")]
     assert general[0] == general[1]
+
+
+def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_recipe(
+        tmp_path, task="chat/alpaca", records=CHAT, method=DROPOUT, forgetting={"skip": True},
+        optimization={"steps": 6, "batch_size": 2, "save_every": 100, "evaluate_every": 4},
+    )  # fmt: skip
+    whole, stopped = ([f"run.out={tmp_path / name}"] for name in ("whole", "stopped"))
+    finetune.run_finetuning(path, whole)
+    step, before = Loop.step, signal.getsignal(signal.SIGTERM)
+
+    def asked_in_step_three(self: Loop, *args: Any, **kwargs: Any) -> Any:
+        if self.progress.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(StoppedError, match="after step 3; the same command goes on from checkpoint-00000003"),
+    ):
+        patch.setattr(Loop, "step", asked_in_step_three)
+        finetune.run_finetuning(path, stopped)
+    assert signal.getsignal(signal.SIGTERM) == before
+    finetune.run_finetuning(path, stopped)
+    assert read_losses(tmp_path / "stopped") == read_losses(tmp_path / "whole")
+
+
+def test_a_run_that_sigterm_stopped_exits_with_0(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*args: object, **kwargs: object) -> None:
+        raise StoppedError("stopped by SIGTERM after step 3; the same command goes on from checkpoint-00000003")
+
+    monkeypatch.setattr("gmask.cli.app", stop)
+    monkeypatch.setattr("gmask.cli.app.info", SimpleNamespace(name="gmask"), raising=False)
+    main()
+    assert "goes on from checkpoint-00000003" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -99,3 +99,16 @@ def test_positions_that_are_not_filled_hold_numbers() -> None:
 def test_rows_take_as_many_positions_as_the_longest() -> None:
     assert total_positions([]) == 0
     assert total_positions([1, ROOM + 1]) == 2 * 2 * ROOM
+
+
+def test_the_first_context_is_not_copied() -> None:
+    generator = torch.Generator().manual_seed(0)
+    cache, _ = read([5], generator)
+    places = [layer.keys.data_ptr() for layer in cache.layers]
+    slots = SlotCache(LAYERS)
+    slots.add(cache, None, copies=[1])
+    assert [slot.keys.data_ptr() for slot in slots.layers] == places
+    larger, _ = read([5], generator)
+    roomy = SlotCache(LAYERS)
+    roomy.add(larger, None, copies=[1], room=ROOM + 1)
+    assert all(slot.keys.shape[2] > ROOM for slot in roomy.layers), "what does not fit is copied"

@@ -7,6 +7,7 @@ are not checked.
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -121,7 +122,7 @@ def build_settings(kind: type[T], values: Any, where: str = "", *, title: str = 
     Raises:
         GmaskError: an unknown key (the nearest one is named), a missing one, a value that does not fit.
     """
-    hints = hints_of(kind)
+    hints = hints_of(kind)  # type: ignore[arg-type]  # mypy does not take a class for hashable
     found = read_values(values, hints, where, title=title)
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     needed = [
@@ -160,13 +161,17 @@ def check_fields(settings: Any, where: str = "") -> None:
     Raises:
         GmaskError: a value that does not fit.
     """
-    for name, hint in hints_of(type(settings)).items():
-        value = getattr(settings, name)
-        converted = _convert(value, hint, _join(where, name), exact=True)
+    hints = hints_of(type(settings))  # type: ignore[arg-type]
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value is field.default:
+            continue
+        converted = _convert(value, hints[field.name], _join(where, field.name), exact=True)
         if converted is not value:
-            object.__setattr__(settings, name, converted)
+            object.__setattr__(settings, field.name, converted)
 
 
+@functools.cache
 def hints_of(kind: Any) -> dict[str, Any]:
     """The types of a dataclass's fields. transformers writes its types as texts: of those, the plain ones are read."""
     return {field.name: _evaluate(field.type) for field in dataclasses.fields(kind)}

@@ -21,7 +21,7 @@ from gmask.cli.generation import chat, embed, infill, score
 from gmask.cli.models import convert, info, merge, quantize
 from gmask.cli.serving import serve, webui
 from gmask.cli.training import evaluate, finetune, ppo, pretrain, train_tokenizer
-from gmask.errors import GmaskError, is_shortage
+from gmask.errors import GmaskError, StoppedError, is_shortage
 
 app = typer.Typer(
     name="gmask",
@@ -57,7 +57,8 @@ def take_options(
 def main() -> None:
     """Runs a verb. A user's mistake is one line on standard error and exit code 2.
 
-    Ctrl-C is exit code 130; output into a pipe that nobody reads any more, as after ``| head -1``, is 1.
+    Ctrl-C is exit code 130; output into a pipe that nobody reads any more, as after ``| head -1``, is 1. A run that
+    SIGTERM stopped has saved its state, and is 0.
     """
     _prepare_streams()
     _quiet_libraries()
@@ -67,6 +68,8 @@ def main() -> None:
         sys.exit(status)
     except GmaskError as error:
         _fail(str(error))
+    except StoppedError as stop:
+        print("gmask:", stop, file=sys.stderr)
     except typer.TyperException as error:
         _fail_usage(error)
     except typer.Abort:

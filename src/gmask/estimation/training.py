@@ -412,7 +412,7 @@ class Tape:
             self.keep(query if keys else fused, State(2 * positions, size))
         else:
             self.keep(fused, *(State(step.rows * step.config.hidden_size, size) for _ in range(2 * keys)))
-        if size == 2 and not step.is_fused and not step.has_dropout and step.length + step.prefix_length <= 512:
+        if size == 2 and not step.is_fused and not step.has_dropout and step.length + step.prefix_length <= 256:
             self.keep(State(weights, size))  # `models.base.MatrixAttention`
         else:  # the sums of the rows, and an additive mask
             self.keep(out, State(step.rows * heads, FLOAT), State(weights // heads, size))

@@ -33,7 +33,7 @@ from gmask.infilling.blanks import NOT_SCORED, BlankTokens, InfillingExample, In
 from gmask.infilling.collator import collate
 from gmask.infilling.objectives import OBJECTIVES, Mixture, Objective
 from gmask.models.glm import GLMForConditionalGeneration
-from gmask.recipes.pretraining import Recipe, load_recipe, make_mixture
+from gmask.recipes.pretraining import PretrainingRecipe, load_recipe, make_mixture
 from gmask.tasks.heldout import HELD_OUT_LANGUAGES, HeldOutBlank, LanguageRules, draw_sentences, hide_span
 from gmask.tasks.metrics import is_exact_match, overlap_f1
 from gmask.tasks.records import Source, find_files, read_texts
@@ -99,7 +99,7 @@ def _read_tokens_seen(path: Path) -> int | None:
 def _measure(
     network: GLMForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
-    plan: Recipe,
+    plan: PretrainingRecipe,
     settings: dict[str, int],
     tokens_seen: int | None,
     on_progress: Callable[[str], None],

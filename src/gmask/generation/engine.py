@@ -361,8 +361,8 @@ class Stepper:
         """Reads contexts of one adapter, and writes the first token of each of their samples."""
         contexts = [submission.request.context for submission in batch]
         copies = [submission.request.sampling.n for submission in batch]
-        cache = GrowingCache(self.model.config, spare=False)
         input_ids, layout, is_real = stack_prompts(contexts, self.special, self.model.device)
+        cache = GrowingCache(self.model.config, spare=not self.rows and is_real is None)  # for the slots to take over
         with self.adapters.only(batch[0].request.adapter):
             outputs = self.model(
                 input_ids=input_ids,

@@ -6,6 +6,7 @@ temperature, top-k, top-p. The log-probabilities that are reported are the model
 Shape letters: R rows, V vocabulary.
 """
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -154,8 +155,10 @@ class Sampler:
             index = torch.tensor(rows, device=scores.device)
             quantiles = torch.tensor([states[row].generator.random() for row in rows], device=scores.device)
             tokens[index] = draw_tokens(scores[index], quantiles, temperature=temperature, top_k=top_k, top_p=top_p)
-        nothing = scores.gather(-1, tokens[:, None])[:, 0] == -torch.inf
-        return torch.where(nothing, self._ends[0].to(tokens.device), tokens)
+        chosen = scores.gather(-1, tokens[:, None])[:, 0]
+        if -math.inf in chosen.tolist():
+            tokens = torch.where(chosen == -torch.inf, self.end_ids[0], tokens)
+        return tokens
 
 
 def find_repeats(ids: Sequence[int], size: int) -> list[int]:

@@ -81,14 +81,14 @@ class MatrixAttention(torch.autograd.Function):
     """Attention without dropout, both ways by matrix products; it keeps queries, keys, values and weights.
 
     For training in bfloat16 on a CPU: the backward pass of torch's fused kernel makes no use of the instructions of
-    bfloat16 there. With rows of 128 tokens both passes take three to four times as long, with 512 a third longer.
+    bfloat16 there. With rows of 128 tokens both passes take three to four times as long, with 256 up to twice as long.
     """
 
     @staticmethod
     def takes(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
-        """Whether this is the faster way to attend: in training, with bfloat16 on a CPU, over at most 512 keys."""
+        """Whether this is the faster way to attend: in training, with bfloat16 on a CPU, over at most 256 keys."""
         is_learnt = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
-        if not is_learnt or query.device.type != "cpu" or key.shape[2] > 512 or torch.compiler.is_compiling():
+        if not is_learnt or query.device.type != "cpu" or key.shape[2] > 256 or torch.compiler.is_compiling():
             return False
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
         return dtype == torch.bfloat16 and not (mask is not None and mask.requires_grad)

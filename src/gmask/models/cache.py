@@ -98,6 +98,17 @@ class GrowingLayer(DynamicLayer):
         self._rooms = None
         self.keys, self.values = self.keys.new_empty(0), self.values.new_empty(0)
 
+    def give_rooms(self) -> tuple[Tensor, Tensor] | None:
+        """Hands over the tensors of which the keys and values are the first positions; None if there is no spare room.
+
+        The layer is empty afterwards.
+        """
+        rooms = self._rooms
+        if rooms is None or not self._lies_in(rooms):
+            return None
+        self.release()
+        return rooms
+
     def reset(self) -> None:
         self._rooms = None
         super().reset()
@@ -128,7 +139,6 @@ class FilledSlots:
     """The filled part of the slots; all layers share this object."""
 
     lengths: list[int] = field(default_factory=list)  # filled positions of each running row
-    row_index: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     positions: Tensor | None = None  # of the next token of each row; None if all are the same
     width: int = 0  # W of the present step
 
@@ -152,13 +162,13 @@ class SlotLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Writes one position a row ``[R, N, 1, D]``; returns ``[R, N, W, D]``."""
-        rows, positions, width = self.filled.row_index, self.filled.positions, self.filled.width
-        count = len(rows)
+        count, positions, width = len(self.filled.lengths), self.filled.positions, self.filled.width
         if positions is None:  # all rows are equally long
             self.keys[:count, :, width - 1] = key_states[:, :, 0]
             self.values[:count, :, width - 1] = value_states[:, :, 0]
         else:
-            rows, positions = rows.to(self.keys.device), positions.to(self.keys.device)  # layers may be on several
+            positions = positions.to(self.keys.device)  # layers may be on several
+            rows = torch.arange(count, device=self.keys.device)
             self.keys[rows, :, positions] = key_states[:, :, 0]
             self.values[rows, :, positions] = value_states[:, :, 0]
         return self.keys[:count, :, :width], self.values[:count, :, :width]
@@ -182,6 +192,15 @@ class SlotLayer(CacheLayerMixin):
         if rows > self.clean_rows or width > self.clean_width:
             self._clean(max(rows, self.clean_rows), max(width, self.clean_width))
 
+    def take_over(self, read: GrowingLayer, room: int) -> bool:
+        """Takes the tensors of a prefill as the slots of its rows; returns False if they have no room for ``room``."""
+        count, length = len(read.keys), read.get_seq_length()
+        if room > capacity_for(length) or (rooms := read.give_rooms()) is None:
+            return False
+        self.keys, self.values = rooms
+        self.clean_rows, self.clean_width, self.is_initialized = count, length, True
+        return True
+
     def _grow(self, rows: int, length: int, like: Tensor) -> None:
         held = (self.keys.shape[0], self.keys.shape[2]) if self.is_initialized else (0, 0)
         _, heads, _, size = like.shape
@@ -199,7 +218,8 @@ class SlotLayer(CacheLayerMixin):
         """Sets new positions to zero: hidden values still enter torch's products, times 0, so they must not be NaN."""
         width = min(-(-width // CLEANED) * CLEANED, self.keys.shape[2])
         for states in (self.keys, self.values):
-            states[self.clean_rows : rows, :, :width] = 0
+            if rows > self.clean_rows:
+                states[self.clean_rows : rows, :, :width] = 0
             states[: self.clean_rows, :, self.clean_width : width] = 0
         self.clean_rows, self.clean_width = rows, width
 
@@ -236,7 +256,10 @@ class SlotCache(Cache):
             columns = (torch.arange(max(lengths)) + skipped).clamp(max=width - 1)  # [R, longest]: index in the prefill
         first, longest = len(self.lengths), max(lengths)
         rows = slice(first, first + len(sources))
+        fits = columns is None and first == 0 and max(copies) == 1  # then a slot is what the prefill wrote
         for slot, layer in zip(self.layers, read.layers, strict=True):
+            if fits and slot.take_over(layer, room):
+                continue
             slot.reserve(rows.stop, max(room, longest, *self.lengths), longest, layer.keys)
             for new, old in ((slot.keys, layer.keys), (slot.values, layer.values)):
                 if columns is not None:
@@ -266,7 +289,6 @@ class SlotCache(Cache):
         filled.width = max(self.lengths) + 1
         for slot in self.layers:
             slot.reserve(count, filled.width, filled.width, slot.keys)
-        filled.row_index = torch.arange(count, device=device)
         if min(self.lengths) + 1 == filled.width:
             filled.positions = None
             return None

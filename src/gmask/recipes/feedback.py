@@ -18,13 +18,13 @@ from gmask.recipes.tuning import (
     ForgettingSettings,
     MethodSettings,
     ModelSettings,
-    RunRecipe,
+    Recipe,
     TuningDataSettings,
     TuningOptimizationSettings,
     TuningRecipe,
     TuningRunSettings,
     build_recipe,
-    check_run_length,
+    check_steps,
 )
 from gmask.tasks.preferences import Pairing
 
@@ -67,7 +67,7 @@ class RewardSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FeedbackRecipe(RunRecipe):
+class FeedbackRecipe(Recipe):
     """A run that learns from preferences, as data."""
 
     run: TuningRunSettings
@@ -124,7 +124,7 @@ def load_feedback_recipe(path: Path | str, stage: Stage, overrides: Sequence[str
     optimization, method = recipe.optimization, recipe.method.name
     if method not in METHODS_OF_STAGES[stage]:
         raise GmaskError(f"method.name is {method}: {stage} takes {', '.join(METHODS_OF_STAGES[stage])}")
-    check_run_length(optimization, validates=recipe.data.validation is not None)
+    check_steps(optimization, validates=recipe.data.validation is not None)
     if recipe.model.initialization == "random":
         raise GmaskError("model.initialization is random: there is nothing that preferences could improve")
     if stage == "reward" and recipe.trl:

@@ -12,7 +12,7 @@ from gmask.recipes.ppo import PPOOptimizationSettings, PPORewardSettings, Rollou
 from gmask.recipes.tuning import (
     MethodSettings,
     ModelSettings,
-    RunRecipe,
+    Recipe,
     TuningDataSettings,
     TuningRecipe,
     TuningRunSettings,
@@ -34,7 +34,7 @@ class GroupSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GRPORecipe(RunRecipe):
+class GRPORecipe(Recipe):
     """A run of GRPO or RLOO. ``data.max_target`` is the most tokens of a sampled answer."""
 
     run: TuningRunSettings

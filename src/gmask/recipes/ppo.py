@@ -20,7 +20,7 @@ from gmask.recipes.tuning import (
     ForgettingSettings,
     MethodSettings,
     ModelSettings,
-    RunRecipe,
+    Recipe,
     TuningDataSettings,
     TuningOptimizationSettings,
     TuningRecipe,
@@ -130,7 +130,7 @@ class PPOOptimizationSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PPORecipe(RunRecipe):
+class PPORecipe(Recipe):
     """A PPO run. ``data.max_target`` is the most tokens of a sampled answer."""
 
     run: TuningRunSettings

@@ -122,7 +122,7 @@ class RunSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
+class PretrainingRecipe:
     """A pretraining run. ``model`` and ``objective`` hold keywords of `GLMConfig` and `Mixture`."""
 
     run: RunSettings
@@ -146,7 +146,7 @@ class Recipe:
     def to_yaml(self) -> str:
         return to_yaml(self)
 
-    def portable(self) -> "Recipe":
+    def portable(self) -> "PretrainingRecipe":
         """The recipe without the settings of one machine: folders, device, threads."""
         tokenizer = dataclasses.replace(self.tokenizer, path=None)
         data = dataclasses.replace(self.data, root=DataSettings.root, cache=DataSettings.cache)
@@ -154,18 +154,18 @@ class Recipe:
         return dataclasses.replace(self, run=run, data=data, tokenizer=tokenizer)
 
 
-def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> PretrainingRecipe:
     """Reads a recipe; each override is ``section.key=value`` with a YAML value.
 
     Raises:
         GmaskError: no such file, not YAML, an unknown key (the nearest one is named), a missing one.
     """
-    return read_recipe(load_tree(path, overrides, field_names(Recipe)))
+    return read_recipe(load_tree(path, overrides, field_names(PretrainingRecipe)))
 
 
-def read_recipe(tree: Mapping[str, Any]) -> Recipe:
+def read_recipe(tree: Mapping[str, Any]) -> PretrainingRecipe:
     """The recipe of a tree of plain values, checked."""
-    recipe = build_settings(Recipe, tree, title="the recipe")
+    recipe = build_settings(PretrainingRecipe, tree, title="the recipe")
     decay = dataclasses.replace(
         recipe.decay, objective=read_values(recipe.decay.objective, _objective_hints(), "decay.objective")
     )

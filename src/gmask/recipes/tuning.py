@@ -190,10 +190,10 @@ class MethodSettings:
         return self.name not in ("full", "frozen-embeddings")
 
 
-AnyRecipe = TypeVar("AnyRecipe", bound="RunRecipe")
+AnyRecipe = TypeVar("AnyRecipe", bound="Recipe")
 
 
-class RunRecipe:
+class Recipe:
     """What the recipes of all runs that tune a model have in common; a base of dataclasses."""
 
     run: TuningRunSettings
@@ -222,7 +222,7 @@ class RunRecipe:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TuningRecipe(RunRecipe):
+class TuningRecipe(Recipe):
     """A fine-tuning run. ``decoding`` holds keywords of `gmask.generation.settings.Sampling`."""
 
     run: TuningRunSettings
@@ -286,11 +286,11 @@ def read_tuning_recipe(tree: Mapping[str, Any]) -> TuningRecipe:
         raise GmaskError("data.folds validates on parts of data.train: leave data.validation out")
     if data.folds is not None and (data.fold or 1) > data.folds:
         raise GmaskError(f"data.folds is {data.folds} and data.fold {data.fold}: folds are counted from 1")
-    check_run_length(optimization, validates=data.validation is not None or data.folds is not None)
+    check_steps(optimization, validates=data.validation is not None or data.folds is not None)
     return recipe
 
 
-def check_run_length(optimization: TuningOptimizationSettings, *, validates: bool) -> None:
+def check_steps(optimization: TuningOptimizationSettings, *, validates: bool) -> None:
     """Raises `GmaskError` unless a run ends: by steps or by epochs, or early by a validation."""
     if (optimization.epochs is None) == (optimization.steps is None):
         if optimization.steps is None:
@@ -318,7 +318,7 @@ def with_usual_rate(recipe: AnyRecipe) -> AnyRecipe:
     return dataclasses.replace(settings, optimization=optimization)  # type: ignore[no-any-return]
 
 
-def differing_keys(one: RunRecipe, other: RunRecipe) -> list[str]:
+def differing_keys(one: Recipe, other: Recipe) -> list[str]:
     """The dotted keys in which two recipes differ, without `FREE_KEYS`."""
     left, right = dict(_flatten(one.to_dict())), dict(_flatten(other.to_dict()))
     keys = [key for key in (*left, *(key for key in right if key not in left)) if left.get(key) != right.get(key)]

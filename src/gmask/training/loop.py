@@ -7,6 +7,8 @@ are divided once by the number of labelled tokens in all of them.
 
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -25,7 +27,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from gmask.errors import GmaskError
+from gmask.errors import GmaskError, StoppedError
 from gmask.training.accelerator import is_sharded
 from gmask.training.examples import Batch
 from gmask.training.methods import RankSchedule
@@ -75,9 +77,32 @@ class Schedule:
     steps: int
     validate_every: int
     log_every: int
-    save_every: int
+    save_every: int | None  # None: at the end, and where the run itself calls `Loop.save`
     keep_last: int  # checkpoints
     keep: int | None = None  # the step of one more checkpoint that is kept
+
+
+class Termination:
+    """Notes SIGTERM, by which machines that are shared or about to stop ask a run to end, instead of dying of it.
+
+    Python handles signals in the main thread only; elsewhere SIGTERM does what it did before.
+    """
+
+    def __init__(self) -> None:
+        self.is_requested = False
+
+    def __enter__(self) -> "Termination":
+        self._before = None
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, *received: object) -> None:
+        self.is_requested = True
 
 
 class Run(Protocol):
@@ -137,7 +162,7 @@ class Loop:
         """
         self.run, self.accelerator, self.out, self.schedule = run, accelerator, out, schedule
         self.clip_norm, self.average, self.empty_cache_every = clip_norm or math.inf, average, empty_cache_every
-        self.progress = RunProgress()
+        self.progress, self.termination, self.is_stopping = RunProgress(), Termination(), False
         self.bare_model, self.bare_optimizers = model, list(optimizers)  # as they were before accelerate wrapped them
         self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
         self.rank_schedule = RankSchedule.of(model, steps=schedule.steps)  # of adalora
@@ -150,7 +175,11 @@ class Loop:
         return self.progress.stopped or self.progress.step >= self.schedule.steps
 
     def fit(self) -> None:
-        """Makes the steps that are left, with log, validations and checkpoints."""
+        """Makes the steps that are left, with log, validations and checkpoints.
+
+        Raises:
+            StoppedError: SIGTERM came to one of the processes; the step was finished, and a checkpoint written.
+        """
         if self.is_finished:
             return
         now, is_main = self.progress, self.accelerator.is_main_process
@@ -165,6 +194,7 @@ class Loop:
         )  # fmt: skip
         with ExitStack() as stack:
             stack.enter_context(bar)
+            stack.enter_context(self.termination)
             log = None
             if is_main:
                 trackers = self.accelerator.trackers
@@ -173,11 +203,20 @@ class Loop:
                 record = self._advance(data)
                 if log is not None and ("validation" in record or self._is_due(self.schedule.log_every)):
                     log.add(record)
-                if self._is_due(self.schedule.save_every):
+                alone = self.accelerator.num_processes == 1  # and need not agree with others, which a step does
+                stops = (self.is_stopping or (alone and self.termination.is_requested)) and not self.is_finished
+                if self._is_due(self.schedule.save_every) or (stops and self.schedule.save_every):
                     self.save()
                 speed = f", {record['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in record else ""
                 bar.set_postfix_str(f"loss {record['loss']:.3f}{speed}")
                 bar.update()
+                if stops:
+                    raise StoppedError(self._describe_stop())
+
+    def _describe_stop(self) -> str:
+        saved = last_checkpoint(self.out)
+        goes_on = "from its beginning" if saved is None else f"from {saved.name}"
+        return f"stopped by SIGTERM after step {self.progress.step}; the same command goes on {goes_on}"
 
     def _advance(self, data: Iterator[StepData]) -> dict[str, Any]:
         """Makes a step, and a validation if one is due; returns the record of both."""
@@ -196,8 +235,8 @@ class Loop:
             self._train_mode()
         return record
 
-    def _is_due(self, every: int) -> bool:
-        return self.progress.step % every == 0 or self.is_finished
+    def _is_due(self, every: int | None) -> bool:
+        return self.is_finished or (every is not None and self.progress.step % every == 0)
 
     def _train_mode(self) -> None:
         self.model.train()
@@ -213,7 +252,8 @@ class Loop:
             GmaskError: nothing is labelled; a loss or a gradient that is not finite, before a weight has changed.
         """
         number, processes = self.progress.step + 1, self.accelerator.num_processes
-        labelled = self._sum(data.labelled)
+        labelled, tokens, stops = self._sums(data.labelled, data.tokens, int(self.termination.is_requested))
+        self.is_stopping = stops > 0  # all processes stop behind the same step
         if not labelled:
             raise GmaskError(
                 f"step {number}: no token of its {self.run.unit} is supervised, so there is nothing to learn from "
@@ -243,7 +283,7 @@ class Loop:
             learning_rate=rate,
             gradient_norm=gradient_norm,
             labelled=labelled,
-            tokens=self._sum(data.tokens),
+            tokens=tokens,
             seconds=time.monotonic() - started,
         )
 
@@ -277,11 +317,12 @@ class Loop:
         finally:
             self.accelerator.sync_gradients = True
 
-    def _sum(self, count: int) -> int:
-        """The sum of a number over all processes."""
+    def _sums(self, *counts: int) -> list[int]:
+        """The sums of some numbers over all processes."""
         if self.accelerator.num_processes == 1:
-            return count
-        return int(self.accelerator.reduce(torch.tensor(count, device=self.accelerator.device), reduction="sum"))
+            return list(counts)
+        found: Tensor = self.accelerator.reduce(torch.tensor(counts, device=self.accelerator.device), reduction="sum")
+        return [int(count) for count in found]
 
     def _refuse_step(self, data: StepData, loss: float, norm: float) -> None:
         """Saves the batches of a step that is not finite, and raises `GmaskError`."""

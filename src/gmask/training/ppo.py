@@ -195,7 +195,7 @@ class PPO(PPOSetup):
             accelerator=self.accelerator, out=self.out, clip_norm=recipe.optimization.clip_norm, average=self.average,
             schedule=Schedule(
                 steps=steps, validate_every=every * self.steps_per_rollout if self.prompts.validation else steps,
-                log_every=recipe.run.log_every, save_every=steps, keep_last=recipe.optimization.keep_last,
+                log_every=recipe.run.log_every, save_every=None, keep_last=recipe.optimization.keep_last,
             ),
         )  # fmt: skip
         before = self.read_or_write_before()

@@ -53,7 +53,7 @@ class PPOSetup(RewardedRun):
 
     @property
     def steps_per_rollout(self) -> int:
-        return self.recipe.ppo.epochs * self.recipe.ppo.minibatches
+        return int(self.recipe.ppo.epochs * self.recipe.ppo.minibatches)
 
     def _read_recipe(self, written: Path) -> PPORecipe:
         return load_ppo_recipe(written)

@@ -30,7 +30,7 @@ from gmask.infilling.blanks import InfillingExample
 from gmask.infilling.collator import collate
 from gmask.infilling.objectives import OBJECTIVES, Objective
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
-from gmask.recipes.pretraining import OptimizationSettings, Recipe, load_recipe, make_mixture
+from gmask.recipes.pretraining import OptimizationSettings, PretrainingRecipe, load_recipe, make_mixture
 from gmask.tasks.records import Source
 from gmask.training.accelerator import find_device, make_accelerator, make_arguments
 from gmask.training.corpus_rows import RowStream, TokenSource, open_sources, validation_rows
@@ -59,7 +59,7 @@ class Pretraining:
 
     name, unit, advice = "pretraining", "rows", "lower optimization.learning_rate and resume"
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: PretrainingRecipe) -> None:
         self.recipe = recipe
         settings = self.recipe.run
         if settings.threads:
@@ -409,7 +409,7 @@ def moving_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], N
     return update
 
 
-def learning_rate(step: int, recipe: Recipe) -> float:
+def learning_rate(step: int, recipe: PretrainingRecipe) -> float:
     """The learning rate of a step, counted from 0: a linear warm-up to the peak, then one of two schedules.
 
     - cosine: falls to the final rate until the end of the run.

@@ -16,7 +16,7 @@ from gmask.errors import GmaskError
 from gmask.files import read_object, write_json, write_text
 from gmask.generation.predict import SampleReader
 from gmask.generation.settings import Sampling
-from gmask.recipes.tuning import RunRecipe, hint_learning_rate
+from gmask.recipes.tuning import Recipe, hint_learning_rate
 from gmask.tasks.records import Sample
 from gmask.tasks.task import Task, read_task
 from gmask.training.examples import hash_file
@@ -62,7 +62,7 @@ class RewardedRun(TuningRun):
     trainable: TrainableTable
     policy: Any
 
-    def __init__(self, recipe: RunRecipe, *, folders: Sequence[Path] = (), resume: bool = True) -> None:
+    def __init__(self, recipe: Recipe, *, folders: Sequence[Path] = (), resume: bool = True) -> None:
         """Reads prompts and reward function, and checks the folder: mistakes are reported before a model is loaded.
 
         folders: where the module of the reward function is looked for first.

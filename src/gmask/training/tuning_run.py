@@ -13,7 +13,7 @@ from gmask.config import to_yaml
 from gmask.errors import GmaskError
 from gmask.files import read_object, write_json, write_text, written_folder
 from gmask.hardware import describe_training_dtype
-from gmask.recipes.tuning import RunRecipe, differing_keys
+from gmask.recipes.tuning import Recipe, differing_keys
 from gmask.tasks.task import Task
 from gmask.training.accelerator import (
     forward_dtype,
@@ -42,7 +42,7 @@ class TuningRun:
     task: Task | None = None
     args: TrainingArguments
 
-    def __init__(self, recipe: RunRecipe) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         self.recipe: Any = recipe
         self.tuning, self.out = recipe.tuning, Path(recipe.run.out)
         if recipe.run.threads:
@@ -99,7 +99,7 @@ class TuningRun:
     def _has_checkpoint(self) -> bool:
         return last_checkpoint(self.out) is not None
 
-    def _read_recipe(self, written: Path) -> RunRecipe:
+    def _read_recipe(self, written: Path) -> Recipe:
         """The recipe of the run that the folder holds."""
         raise NotImplementedError
 
