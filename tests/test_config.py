@@ -229,6 +229,14 @@ def test_yaml_that_is_none_or_means_no_good_is_one_line(tmp_path: Path, text: st
     assert str(named.value) == f"{path}: {caught.value}"
 
 
+def test_an_override_changes_a_section_where_it_is_named_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("run: &common {steps: 2, sizes: [{a: 1}]}\nother: *common\n", "utf-8")
+    tree = load_tree(path, ["run.steps=3"], ["run"])
+    assert (tree["run"]["steps"], tree["other"]["steps"]) == (3, 2)
+    assert tree["other"] == {"steps": 2, "sizes": [{"a": 1}]}
+
+
 def test_a_mark_and_the_line_ends_of_other_systems_are_no_part_of_a_recipe(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_bytes(b"\xef\xbb\xbfrun:\r\n  out: a\r\n")

@@ -242,6 +242,7 @@ def test_equal_rewards_and_answers_without_text_are_counted() -> None:
         "reward": 0.5,
         "reward_deviation": 0.5,
         "length": 2.0,
+        "repetition": 0.0,
         "truncated": 0.25,
         "without_text": 0.5,
         "groups_without_spread": 1.0,

@@ -365,9 +365,18 @@ def load_tree(path: Path | str, overrides: Sequence[str], sections: Sequence[str
     tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise GmaskError(f"{path}: a recipe is a YAML mapping with the sections {', '.join(sections)}")
+    if overrides:
+        tree = _unfold_anchors(tree)
     for override in overrides:
         _apply(tree, override)
     return tree
+
+
+def _unfold_anchors(value: Any) -> Any:
+    """The same values without common parts: a section that an anchor repeats is overridden where it is named alone."""
+    if isinstance(value, dict):
+        return {key: _unfold_anchors(one) for key, one in value.items()}
+    return [_unfold_anchors(one) for one in value] if isinstance(value, list) else value
 
 
 def read_yaml(path: Path | str) -> Any:

@@ -19,7 +19,7 @@ import typer
 
 from gmask import __version__
 from gmask.cli.estimate import estimate
-from gmask.cli.feedback import dpo, grpo, kto, reward, sft
+from gmask.cli.feedback import dpo, grpo, kto, pipeline, reward, sft
 from gmask.cli.generation import chat, embed, infill, score
 from gmask.cli.models import convert, info, merge, quantize
 from gmask.cli.serving import serve, webui
@@ -35,7 +35,7 @@ app = typer.Typer(
 )
 VERBS = (
     infill, chat, score, embed, serve, webui, convert, quantize, info, estimate, merge, pretrain, finetune, sft,
-    reward, dpo, kto, grpo, ppo, evaluate, train_tokenizer,
+    reward, dpo, kto, grpo, ppo, pipeline, evaluate, train_tokenizer,
 )  # fmt: skip
 for verb in VERBS:
     app.command()(verb)

@@ -1,6 +1,8 @@
-"""``gmask sft``, ``reward``, ``dpo``, ``kto`` and ``grpo``."""
+"""``gmask sft``, ``reward``, ``dpo``, ``kto``, ``grpo`` and ``pipeline``."""
 
+import contextlib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -70,10 +72,31 @@ def grpo(
     _run(lambda: run_grpo(recipe, overrides or [], resume=resume), as_json)
 
 
+def pipeline(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file: run, stages, report.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Values to change, such as stages.dpo.optimization.steps=50.", show_default=False
+        ),
+    ] = None,
+    resume: Resume = True,
+    as_json: AsJson = False,
+) -> None:
+    """Run stages one after the other (sft, reward, dpo, kto, grpo, ppo), and compare the models that they make.
+
+    A pipeline that was stopped goes on with the same command.
+    """
+    from gmask.training.pipeline import run_pipeline
+
+    _run(lambda: run_pipeline(recipe, overrides or [], resume=resume), as_json)
+
+
 def _run(train: Callable[[], Path], as_json: bool) -> None:
     from gmask.training.finetune import read_results
 
-    folder = train()
+    with contextlib.redirect_stdout(sys.stderr):  # transformers' Trainer prints its log on standard output
+        folder = train()
     if os.environ.get("RANK", "0") != "0":  # of several processes only the first one prints
         return
     if as_json:

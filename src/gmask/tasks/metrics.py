@@ -417,6 +417,11 @@ def _drop_marks(text: str) -> str:
     return text.lower().strip().translate(CMRC_LEFT_OUT)
 
 
+def as_cell(text: str) -> str:
+    """A text of a model for a cell of `Rows`: in one line, with its bars escaped."""
+    return " ".join(text.replace("|", "\\|").split()) or "(nothing)"
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """The rows of a table, as texts; the first ``n_labels`` columns are labels, the others numbers."""

@@ -7,9 +7,15 @@ from typing import Any
 
 import yaml
 
+from gmask.evaluation.comparison import AnswerFigures, warn_of_change
 from gmask.files import written
 from gmask.recipes.tuning import base_name
-from gmask.tasks.metrics import Rows
+from gmask.tasks.metrics import Rows, as_cell
+
+ROLLOUT_NUMBERS = (
+    "reward", "kl", "kl_k3", "entropy", "length", "repetition", "truncated", "without_text", "groups_without_spread",
+)  # fmt: skip
+"""The numbers of a rollout that results.json and the card show."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +57,6 @@ class RolloutResults:
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers, for results.json."""
-        names = ("reward", "kl", "kl_k3", "entropy", "length", "truncated", "without_text", "groups_without_spread")
         before, after = (
             None if one is None else {"reward": one.reward, "length": one.length} for one in (self.before, self.after)
         )
@@ -66,8 +71,8 @@ class RolloutResults:
             "answers": self.last["rollout"] * self.recipe.answers,
             "seconds": self.last["seconds"],
             "peak_memory_bytes": self.peak_memory_bytes,
-            "first_rollout": {name: self.records[0][name] for name in names if name in self.records[0]},
-            "last_rollout": {name: self.last[name] for name in names if name in self.last},
+            "first_rollout": numbers_of(self.records[0]),
+            "last_rollout": numbers_of(self.last),
             "validation": {"before": before, "after": after},
         }
 
@@ -80,15 +85,25 @@ class RolloutResults:
             lines[0] += f", {divergence:.2f} nats an answer from the reference"
         if self.before is not None and self.after is not None:
             lines.append(f"greedy answers: reward {self.before.reward:.3f} before, {self.after.reward:.3f} after")
-        if last["reward"] > first["reward"] and last["length"] > 1.5 * first["length"]:
-            lines.append(f"warning: answers grew with the reward, from {first['length']:.0f} to {last['length']:.0f}")
-        if last["entropy"] < 0.1 * first["entropy"]:
-            lines.append("warning: the entropy is nearly gone: the policy always writes the same")
-        if last["groups_without_spread"] > 0.9:
+        without = [100 * record["groups_without_spread"] for record in (first, last)]
+        spread = f"{without[0]:.0f} % at first, {without[1]:.0f} % at last"
+        lines.append(f"prompts whose answers all had the same reward: {spread}")
+        lines += [f"warning: {line}" for line in warn_of_change(*map(figures_of, (first, last)))]
+        if without[1] > 90:
             lines.append("warning: of most prompts all answers had the same reward, which teaches little")
         if last["without_text"] > 0.05:
             lines.append(f"warning: {100 * last['without_text']:.0f} % of the answers had no text")
         return lines
+
+
+def numbers_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of the rollout that a record of the log is of."""
+    return {name: record[name] for name in ROLLOUT_NUMBERS if name in record}
+
+
+def figures_of(record: Mapping[str, Any]) -> AnswerFigures:
+    """The same, as far as warnings need them. A log of an earlier version has no repetition."""
+    return AnswerFigures(record["reward"], record["length"], record.get("repetition", 0.0), record["entropy"])
 
 
 PANELS: Sequence[tuple[str, Sequence[str]]] = (
@@ -96,7 +111,7 @@ PANELS: Sequence[tuple[str, Sequence[str]]] = (
     ("nats an answer from the reference", ("kl", "kl_k3")),
     ("entropy (nats a token)", ("entropy",)),
     ("length (tokens)", ("length",)),
-    ("shares", ("truncated", "groups_without_spread", "clip_fraction")),
+    ("shares", ("truncated", "groups_without_spread", "repetition", "clip_fraction")),
     ("value loss", ("value_loss",)),
 )
 
@@ -140,10 +155,10 @@ def render_samples(prompts: Sequence[str], before: Answered, after: Answered) ->
     order = sorted(range(len(prompts)), key=lambda index: before.rewards[index] == after.rewards[index])[:MOST_SHOWN]
     rows = [
         (
-            _cell(prompts[index]),
-            _cell(before.texts[index]),
+            as_cell(prompts[index]),
+            as_cell(before.texts[index]),
             f"{before.rewards[index]:.2f}",
-            _cell(after.texts[index]),
+            as_cell(after.texts[index]),
             f"{after.rewards[index]:.2f}",
         )
         for index in order
@@ -161,6 +176,8 @@ def render_rollout_card(results: RolloutResults) -> str:
         "tags": ["glm", results.algorithm.lower(), recipe.method.name],
     }
     facts = [(name, f"{value}") for name, value in results.to_dict().items() if not isinstance(value, dict)]
+    names = [name for name in ROLLOUT_NUMBERS if name in results.last]
+    rollouts = [(name, *(f"{record[name]:.4g}" for record in (results.records[0], results.last))) for name in names]
     outcome = "\n".join(f"- {line}" for line in results.summary())
     folder = f"{base!r}, adapter='this folder'" if recipe.method.makes_adapter else "'this folder'"
     return f"""---
@@ -176,6 +193,8 @@ model, tokenizer = gmask.load({folder})
 
 {outcome}
 
+{Rows(("sampled answers", "first rollout", "last rollout"), rollouts).to_markdown()}
+
 {Rows(("", ""), facts, 2).to_markdown()}
 
 ![Reward, divergence, entropy, length, shares and value loss over the steps](curves.png)
@@ -184,7 +203,3 @@ model, tokenizer = gmask.load({folder})
 {recipe.portable().to_yaml().rstrip()}
 ```
 """
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split()) or "(nothing)"

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError, nearest, one_line
+from gmask.evaluation.comparison import share_repeated
 from gmask.files import at_line, cut_characters
 from gmask.generation.answers import Answer, answer_text
 from gmask.generation.encoding import Context, encode_plain, format_of
@@ -265,7 +266,7 @@ def load_function(name: str, folders: Sequence[Path] = ()) -> Callable[..., Any]
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
         raise GmaskError(f"reward.function is {name!r}: write module:function")
-    with _importing_from(folders):
+    with importing_from(folders):
         try:
             module = importlib.import_module(module_name)
         except Exception as error:
@@ -282,7 +283,8 @@ def load_function(name: str, folders: Sequence[Path] = ()) -> Callable[..., Any]
 
 
 @contextmanager
-def _importing_from(folders: Sequence[Path]) -> Iterator[None]:
+def importing_from(folders: Sequence[Path]) -> Iterator[None]:
+    """Within it, modules are looked for in these folders first."""
     before = list(sys.path)
     sys.path[:0] = [str(folder) for folder in folders]
     try:
@@ -396,6 +398,7 @@ def describe_rollouts(rollouts: Sequence[Rollout], rewards: Sequence[float], ans
         "reward": sum(rewards) / count,
         "reward_deviation": float(np.std(rewards)),
         "length": sum(len(one.actions) for one in rollouts) / count,
+        "repetition": sum(share_repeated(one.actions) for one in rollouts) / count,
         "truncated": sum(not one.is_finished for one in rollouts) / count,
         "without_text": sum(not one.text.strip() for one in rollouts) / count,  # control tokens alone, or nothing
         "groups_without_spread": count_groups_without_spread(rewards, answers),

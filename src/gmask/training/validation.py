@@ -32,7 +32,7 @@ from gmask.infilling.collator import collate
 from gmask.models.glm import GLMForConditionalGeneration
 from gmask.recipes.tuning import ForgettingSettings, TuningDataSettings
 from gmask.tasks.heldout import HELD_OUT_LANGUAGES, HeldOutBlank, draw_sentences, hide_span
-from gmask.tasks.metrics import Rows
+from gmask.tasks.metrics import Rows, as_cell
 from gmask.tasks.records import Prediction, Record, Sample, Source, TaskKind, find_files, read_records, read_texts
 from gmask.tasks.task import Task
 from gmask.training.loop import unsharded
@@ -313,7 +313,7 @@ The loss on a fixed general set that the run was not trained on, before and afte
 
     def to_markdown(self) -> str:
         rows = [
-            tuple(map(_cell, answered))
+            tuple(map(as_cell, answered))
             for answered in zip(self.prompts, self.before.answers, self.after.answers, strict=True)
         ]
         answers = Rows(("prompt", "before", "after"), rows, n_labels=3).to_markdown()
@@ -358,7 +358,3 @@ def read_general_scores(path: Path) -> GeneralScores:
 
 def _holds(record: Record, *columns: str) -> bool:
     return all(isinstance(record.values.get(column), str) and record.values[column].strip() for column in columns)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split()) or "(nothing)"

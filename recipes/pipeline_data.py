@@ -1,0 +1,82 @@
+"""The data of recipes/pipeline-sums.yaml: sums, and pairs of a better and a worse answer.
+
+    python recipes/pipeline_data.py OUT [--preference FOLDER] [--sums 2000] [--pairs 1500] [--validation 200] [--seed 2]
+
+OUT gets train.jsonl (sums with answers), validation.jsonl (sums that bundled-chat was not taught), pairs.train.jsonl
+and pairs.validation.jsonl. A pair is a sum with its result and with a wrong one; with ``--preference``, a folder of
+synthetic_pairs.train.jsonl and synthetic_pairs.val.jsonl (prompt, chosen, rejected, kind), its short pairs are added.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from chat_data import read
+from sums import ANSWER, draw, drawn_for_tuning
+
+LONGEST = 60
+"""Characters of a prompt and of each answer of the pairs that are added."""
+
+
+def wrong_answer(answer: str, rng: random.Random) -> str:
+    """The answer to a sum with another result that is near it."""
+    found = ANSWER.fullmatch(answer)
+    assert found, answer
+    result = int(found[4])
+    wrong = rng.choice([result + change for change in (-20, -10, -2, -1, 1, 2, 10, 20) if result + change >= 0])
+    return answer[: found.start(4)] + str(wrong) + answer[found.end(4) :]
+
+
+def pair_of(record: dict[str, str], rng: random.Random) -> dict[str, str]:
+    """A pair of a sum as `sums.draw` gives it."""
+    right = record["output"]
+    return {
+        "prompt": record["instruction"], "chosen": right, "rejected": wrong_answer(right, rng), "kind": "sum"
+    }  # fmt: skip
+
+
+def read_short_pairs(path: Path) -> list[dict[str, Any]]:
+    names = ("prompt", "chosen", "rejected", "kind")
+    return [
+        {name: record[name] for name in names}
+        for record in read(path)
+        if max(len(record[name]) for name in names) <= LONGEST
+    ]
+
+
+def write(path: Path, records: Iterable[Any]) -> None:
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    path.write_text("".join(lines), encoding="utf-8")
+    print(f"{path.name}: {len(lines)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--preference", type=Path, help="a folder of pairs that are added")
+    parser.add_argument("--sums", type=int, default=2000)
+    parser.add_argument("--pairs", type=int, default=1500)
+    parser.add_argument("--validation", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=2)
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    options.out.mkdir(parents=True, exist_ok=True)
+    validation = draw(2 * options.validation, drawn_for_tuning(), rng)  # for prompts and for pairs
+    prompts, judged = list(validation.values())[::2], list(validation.values())[1::2]
+    sums = list(draw(options.sums + options.pairs, set(validation), rng).values())
+    train = [pair_of(record, rng) for record in sums[options.sums :]]
+    held = [pair_of(record, rng) for record in judged]
+    if options.preference:
+        train += read_short_pairs(options.preference / "synthetic_pairs.train.jsonl")
+        held += read_short_pairs(options.preference / "synthetic_pairs.val.jsonl")
+    write(options.out / "train.jsonl", sums[: options.sums])
+    write(options.out / "validation.jsonl", prompts)
+    write(options.out / "pairs.train.jsonl", train)
+    write(options.out / "pairs.validation.jsonl", held)
+
+
+if __name__ == "__main__":
+    main()
