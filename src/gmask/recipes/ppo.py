@@ -39,7 +39,8 @@ class PPORewardSettings:
 
     function: str | None = None  # module:function, beside the recipe or where Python finds it
     function_weight: float = 1.0
-    model: str | None = None  # the folder or name of a reward model
+    model: str | None = None  # the folder or name of a reward model, or of what its adapter was trained on
+    adapter: str | None = None  # that gmask reward wrote, to make a reward model of `model`
     model_weight: float = 1.0
     clip: Positive | None = 5.0  # scores are cut to this range on both sides, as published
     cut: float | None = None  # the score of an answer that was cut at data.max_target; by default its own
@@ -177,7 +178,8 @@ class PPORecipe:
         shared = self.tuning.portable()
         reward = self.reward
         if reward.model is not None:
-            reward = dataclasses.replace(reward, model=base_name(reward.model))
+            adapter = None if reward.adapter is None else base_name(reward.adapter)
+            reward = dataclasses.replace(reward, model=base_name(reward.model), adapter=adapter)
         return dataclasses.replace(self, run=shared.run, data=shared.data, model=shared.model, reward=reward)
 
 
@@ -199,6 +201,8 @@ def read_ppo_recipe(tree: Mapping[str, Any]) -> PPORecipe:
     reward, data, method = recipe.reward, recipe.data, recipe.method
     if reward.function is None and reward.model is None:
         raise GmaskError("reward: name a function (module:function), or a reward model")
+    if reward.model is None and reward.adapter is not None:
+        raise GmaskError("reward.adapter goes with reward.model, the model that it was trained on: name both")
     if reward.model is None and recipe.critic.kind in ("joint", "frozen"):
         raise GmaskError(f"critic.kind {recipe.critic.kind} is made of reward.model, which is not set: take shared")
     if recipe.critic.method is not None and recipe.critic.kind not in ("own", "joint"):

@@ -164,7 +164,7 @@ class PPOSetup(TuningRun):
         reward = self.recipe.reward
         if reward.model is None:
             return None
-        model, tokenizer = load(reward.model, device=self.device)
+        model, tokenizer = load(reward.model, device=self.device, adapter=reward.adapter)
         found = ModelReward(model, self.tokenizer, tokenizer, batch_size=self.recipe.optimization.batch_size)
         if not found.reads_ids:
             if self.recipe.critic.kind in ("joint", "frozen"):
