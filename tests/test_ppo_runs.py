@@ -251,6 +251,46 @@ def test_a_policy_that_has_left_its_reference_stops_the_run_with_the_last_good_c
         run_ppo(path)
 
 
+FAILING = """
+rollouts = 0
+def grade(completions, **_):
+    global rollouts
+    rollouts += len(completions) == 16
+    if rollouts < 3 or len(completions) < 16:
+        return [float(len(text)) for text in completions]
+    {fault}
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("raise OSError('no network')", "raised OSError: no network"),
+        ("return None", "returned None: it must return a number for each answer"),
+        ("return [float('nan')] * 16", "returned nan for answer 1 of 16: rewards must be finite"),
+        ("return [1.0]", "returned 1 numbers for 16 answers"),
+    ],
+)
+def test_a_reward_that_fails_in_the_middle_leaves_the_last_good_checkpoint(
+    tmp_path: Path, fault: str, told: str
+) -> None:
+    path = write_ppo_recipe(tmp_path, source=FAILING.format(fault=fault))
+    with pytest.raises(GmaskError, match=told) as raised:
+        run_ppo(path)
+    assert "\n" not in str(raised.value)
+    assert [folder.name for folder in list_checkpoints(tmp_path / "out")] == ["checkpoint-00000004"]
+
+
+def test_rewards_that_are_all_equal_are_counted_and_teach_nothing_wrong(tmp_path: Path) -> None:
+    source = "def grade(completions, **_):\n    return [1.0] * len(completions)\n"
+    long = {"instruction": "the old man took his dog " * 20, "input": "", "output": "dog"}
+    run_ppo(write_ppo_recipe(tmp_path, source=source, records=[*RECORDS, long]))
+    for record in read_numbers(tmp_path / "out"):
+        assert record["groups_without_spread"] == 1.0
+        assert all(abs(record[name]) < 1e3 for name in ("loss", "gradient_norm", "policy_loss"))  # and no NaN
+    assert "2 prompts were cut to data.max_source 24" in (tmp_path / "out" / "start.txt").read_text("utf-8")
+
+
 def test_the_checks_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_ppo_recipe(tmp_path)
     honest = Reference.logprobs
