@@ -2,7 +2,7 @@
 
     python recipes/train_with_ray.py dpo recipes/dpo-chat.yaml --workers 4 --gpu --set run.out=/shared/runs/dpo
 
-Ray starts the workers and joins them (RANK, WORLD_SIZE, MASTER_ADDR ...), gmask shares the samples of a step among them.
+Ray starts the workers and joins them (RANK, WORLD_SIZE ...); gmask shares the samples of a step among them.
 Recipe, data and run.out lie where every machine reaches them. After a stop, the same command goes on from the run's own
 checkpoint, and so does a worker that Ray starts again (--restarts).
 

@@ -1,4 +1,4 @@
-"""Does the launcher for a Ray cluster run the verb in each worker? Ray itself is a stand-in with its documented names."""
+"""Does the launcher for a Ray cluster run the verb in each worker? Ray is a stand-in with its documented names."""
 
 import runpy
 import sys

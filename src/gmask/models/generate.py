@@ -115,7 +115,7 @@ class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin)
         are_copies = bool(((labels == input_ids) | ~scored).all())
         are_behind = bool(((labels[:, :-1] == input_ids[:, 1:]) | ~scored[:, :-1]).all())
         is_right, is_off = (are_copies, are_behind) if self.shifts_labels else (are_behind, are_copies)
-        if is_off and not is_right and len(labels[scored].unique()) > 1:  # one token alone may follow itself
+        if is_off and not is_right and len(torch.unique(labels[scored])) > 1:  # one token alone may follow itself
             raise ValueError(
                 "labels[t] of this model is input_ids[t], for it shifts them itself; these are shifted already"
                 if self.shifts_labels
