@@ -195,14 +195,14 @@ class ChatMessage(Body):
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
-Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
-Rows: Any = Field(min_length=1, fail_fast=True)
+ChatMessages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+FilledList: Any = Field(min_length=1, fail_fast=True)
 
 
 class ChatRequest(Constrained):
     """``POST /v1/chat/completions``. Temperature, top_p and top_k default to ChatGLM's 0.95, 0.7 and 50."""
 
-    messages: Messages
+    messages: ChatMessages
     max_tokens: MaxTokens | None = None  # the rest of the context
     max_completion_tokens: MaxTokens | None = None
     n: SampleCount | None = None
@@ -272,7 +272,7 @@ class ScoreRequest(Bookkeeping):
 class RatedConversation(Body):
     """A conversation that ends with the answer that is rewarded."""
 
-    messages: Messages
+    messages: ChatMessages
 
 
 class ClassifyRequest(Bookkeeping):
@@ -283,13 +283,13 @@ class ClassifyRequest(Bookkeeping):
 
     input: (
         Text
-        | Annotated[list[Text], Rows]
+        | Annotated[list[Text], FilledList]
         | TokenIds
-        | Annotated[list[TokenIds], Rows]
-        | Annotated[list[RatedConversation], Rows]
+        | Annotated[list[TokenIds], FilledList]
+        | Annotated[list[RatedConversation], FilledList]
         | None
     ) = None
-    messages: Messages | None = None
+    messages: ChatMessages | None = None
     use_activation: bool | None = None  # true: the sigmoid of each reward, which is vLLM's default; here it is false
     timeout: Annotated[float, Field(gt=0)] | None = None
 
