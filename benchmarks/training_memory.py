@@ -2,12 +2,12 @@
 
     python benchmarks/training_memory.py [--shape 335M] [--method lora ...] [--size 1x128 ...] [--as-it-comes]
 
-A model of that shape is made in a process of its own, made ready by `gmask.training.methods`, and makes
-two steps with the loss of `gmask finetune`, AdamW and, for bfloat16, accelerate's autocast. Measured is the largest
-resident memory of the process (VmHWM), against the estimated peak; and without what the process held before the model
-was made, against the peak without the libraries. Both ought to be within 15 % of each other. What is freed goes back at
-once (MALLOC_MMAP_THRESHOLD_=65536); with `--as-it-comes` the allocator of the C library keeps some of it, which no
-estimate counts. Full tuning at 335M takes 6 GB.
+A model of that shape is made in a process of its own, made ready by `gmask.training.methods`, and makes two steps with
+the loss of `gmask finetune` or of a stage of feedback, AdamW and, for bfloat16, accelerate's autocast. Measured is the
+largest resident memory of the process (VmHWM), against the estimated peak; and without what the process held before the
+model was made, against the peak without the libraries. Both ought to be within 15 % of each other. What is freed goes
+back at once (MALLOC_MMAP_THRESHOLD_=65536); with `--as-it-comes` the allocator of the C library keeps some of it, which
+no estimate counts. Full tuning at 335M takes 6 GB.
 """
 
 import argparse
@@ -46,6 +46,19 @@ METHODS: dict[str, dict[str, Any]] = {
     "p-tuning-v2 int4": {"name": "p-tuning-v2", "quantize": "int4"},
     "p-tuning": {"name": "p-tuning"},
 }
+FEEDBACK: dict[str, dict[str, Any]] = {
+    "reward full": {"name": "full", "stage": "reward"},
+    "reward lora": {"name": "lora", "stage": "reward"},
+    "dpo full": {"name": "full", "stage": "dpo"},
+    "dpo lora": {"name": "lora", "stage": "dpo"},
+    "kto lora": {"name": "lora", "stage": "kto"},
+    "ppo full": {"name": "full", "stage": "ppo"},
+    "ppo lora": {"name": "lora", "stage": "ppo"},
+    "ppo full, own critic, reward model": {"name": "full", "stage": "ppo", "critic": "own", "reward_model": True},
+}
+"""Learning from feedback; the rows are pairs with reward and dpo."""
+
+METHODS |= FEEDBACK
 STEPS = 2  # from the second on the optimizer has its state
 TINY = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -85,7 +98,11 @@ def train(config: Any, case: dict[str, Any], *, batch_size: int, length: int) ->
     model.tie_weights()
     if form is not None:
         finish(model, form)
-    apply_method(model, MethodSettings(name=case["name"]), steps=100)
+    loss_of = None
+    if case.get("stage"):
+        model, loss_of = make_loss(model, case, batch_size=batch_size, length=length)
+    else:
+        apply_method(model, MethodSettings(name=case["name"]), steps=100)
     if case.get("checkpointing"):
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -95,13 +112,69 @@ def train(config: Any, case: dict[str, Any], *, batch_size: int, length: int) ->
     prepared, optimizer = accelerator.prepare(model, torch.optim.AdamW(trained, lr=1e-5, fused=True))
     batch = make_batch(batch_size, length)
     for _ in range(STEPS):
-        total, tokens = token_loss(prepared, batch)
+        total, tokens = (loss_of(prepared), 1) if loss_of else token_loss(prepared, batch)
         accelerator.backward(total / tokens)
         del total
         accelerator.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
     accelerator.free_memory()
+
+
+def make_loss(model: Any, case: dict[str, Any], *, batch_size: int, length: int) -> tuple[Any, Any]:
+    """The module that trains in a stage of feedback, and its loss of a step; its other models are made beside it."""
+    import copy
+
+    import torch
+    from torch.nn import functional as F
+    from trl.trainer.utils import add_fused_lm_head
+
+    from gmask.recipes.ppo import CriticSettings, UpdateSettings
+    from gmask.recipes.tuning import MethodSettings
+    from gmask.training.methods import apply_method
+    from gmask.training.policies import ActorCritic, TokenDistribution, copy_frozen, make_critic
+    from gmask.training.ppo import step_losses
+    from gmask.training.reward import as_reward_model
+
+    stage, method = case["stage"], MethodSettings(name=case["name"])
+    pairs = make_batch(batch_size * (2 if stage in ("reward", "dpo") else 1), length)
+    if stage == "reward":
+        model = as_reward_model(model)
+        apply_method(model, method, steps=100)
+        rows = {name: pairs[name] for name in ("input_ids", "layout")}
+
+        def compare_rewards(module: Any) -> Any:
+            chosen, rejected = module(**rows).logits[:, 0].chunk(2)
+            return -F.logsigmoid(chosen - rejected).sum()
+
+        return model, compare_rewards
+    if stage in ("dpo", "kto"):
+        apply_method(model, method, steps=100)
+        copied = None if method.makes_adapter else copy.deepcopy(model).requires_grad_(False)
+        for one in filter(None, (model, copied)):
+            add_fused_lm_head(one, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+        shifted = torch.cat([torch.full_like(pairs["labels"][:, :1], -100), pairs["labels"][:, :-1]], 1)
+        inputs = {"input_ids": pairs["input_ids"], "layout": pairs["layout"], "labels": shifted}
+
+        def prefer(module: Any) -> Any:
+            logprobs = module(**inputs, fused_lm_head=True, use_cache=False).log_probs.sum(-1)
+            if copied is not None:
+                with torch.no_grad():
+                    other = copied(**inputs, fused_lm_head=True, use_cache=False).log_probs.sum(-1)
+                logprobs = logprobs - other
+            return -F.logsigmoid(logprobs[: len(logprobs) // 2] - logprobs[len(logprobs) // 2 :]).sum()
+
+        return model, prefer
+    reward = as_reward_model(copy.deepcopy(model)).requires_grad_(False) if case.get("reward_model") else None
+    critic, head = make_critic(model, CriticSettings(kind=case.get("critic", "shared")), reward=reward)
+    apply_method(model, method, steps=100)
+    reference = None if method.makes_adapter else copy_frozen(model)
+    module = ActorCritic(model, TokenDistribution(1.0, (9,)), critic=critic, head=head)
+    batch = {name: pairs[name] for name in ("input_ids", "layout", "sequence_ids")} | {"targets": pairs["labels"]}
+    tokens = int((pairs["labels"] != -100).sum())
+    batch |= {name: torch.zeros(tokens) for name in ("logprobs", "values", "returns", "advantages")}
+    module.beside = (reference, reward)
+    return module, lambda wrapped: step_losses(wrapped(batch), batch, UpdateSettings())["loss"]
 
 
 def warm_up() -> None:
@@ -118,6 +191,11 @@ def measure(cases: list[dict[str, Any]]) -> None:
     import gc
 
     from gmask.training import finetune  # noqa: F401 - what a run imports
+
+    if any(case["method"].get("stage") for case in cases):
+        from trl.trainer import utils  # noqa: F401
+
+        from gmask.training import ppo, reward  # noqa: F401
 
     warm_up()
     gc.collect()
@@ -152,6 +230,9 @@ def estimate(case: dict[str, Any]) -> Any:
         length=length,
         answer_length=length - length // 2,
         gradient_checkpointing=method.get("checkpointing", False),
+        stage=method.get("stage"),
+        critic=method.get("critic", "shared"),
+        reward_model=method.get("reward_model", False),
     )
 
 
@@ -192,7 +273,9 @@ def print_table(records: Iterator[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["335M"])
-    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--method", nargs="+", choices=METHODS, default=[name for name in METHODS if name not in FEEDBACK]
+    )
     parser.add_argument("--size", nargs="+", default=["1x128"], help="rows x tokens, such as 4x128")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--as-it-comes", action="store_true", help="let the allocator keep what it likes")

@@ -8,6 +8,7 @@ decides what comes out.
 """
 
 import argparse
+import itertools
 import json
 import random
 import re
@@ -142,30 +143,61 @@ def conversations(corpus: Path, held_out: set[Any], rng: random.Random) -> Itera
     yield from filter(is_short, map(messages_of, read(corpus / "multiturn.train.jsonl")))
 
 
+Messages = list[dict[str, str]]
+
+
+def make_records(corpus: Path, held_out: set[Any], seed: int) -> tuple[list[Messages], list[Messages]]:
+    """The training samples and the conversations of several rounds, each in its order."""
+    rng = random.Random(seed)
+    training = list(training_samples(corpus, held_out, rng))
+    rng.shuffle(training)
+    rounds = list(conversations(corpus, held_out, rng))
+    rng.shuffle(rounds)
+    return training, rounds
+
+
+def validation_records(corpus: Path) -> list[dict[str, Any]]:
+    return [
+        {"messages": messages, "kind": name}
+        for name in SHARES
+        if (path := corpus / f"{name}.val.jsonl").is_file()
+        for messages in map(messages_of, read(path))
+        if is_short(messages)
+    ]
+
+
+def held_out_sums(validation: list[dict[str, Any]]) -> set[Any]:
+    return {asked_sum(record["messages"][0]["content"]) for record in validation if record["kind"] == "arithmetic"} - {
+        None
+    }
+
+
+def taught_sums(corpus: Path, seed: int = 0) -> set[Any]:
+    """Every sum that the bundled chat model was tuned on, in either stage, or validated with."""
+    held_out = held_out_sums(validation_records(corpus))
+    samples = itertools.chain(*make_records(corpus, held_out, seed))
+    asked = {asked_sum(message["content"]) for messages in samples for message in messages if message["role"] == "user"}
+    return asked | held_out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("corpus", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    rng = random.Random(options.seed)
-    validation = [
-        {"messages": messages, "kind": name}
-        for name in SHARES
-        if (path := options.corpus / f"{name}.val.jsonl").is_file()
-        for messages in map(messages_of, read(path))
-        if is_short(messages)
-    ]
-    held_out = {asked_sum(record["messages"][0]["content"]) for record in validation if record["kind"] == "arithmetic"}
-    training = [{"messages": messages} for messages in training_samples(options.corpus, held_out - {None}, rng)]
-    rng.shuffle(training)
-    rounds = [{"messages": messages} for messages in conversations(options.corpus, held_out - {None}, rng)]
-    rng.shuffle(rounds)
+    validation = validation_records(options.corpus)
+    training, rounds = make_records(options.corpus, held_out_sums(validation), options.seed)
     greeting = messages_of(read(SMALL_TALK)[0])
     sums = [record["messages"] for record in validation if record["kind"] == "arithmetic"]
     validation += [{"messages": greeting + messages, "kind": LATER} for messages in sums]
     options.out.mkdir(parents=True, exist_ok=True)
-    for name, records in (("train", training), ("rounds", rounds), ("validation", validation)):
+    written = {
+        "train": [{"messages": messages} for messages in training],
+        "rounds": [{"messages": messages} for messages in rounds],
+        "validation": validation,
+    }
+    for name, records in written.items():
         draft = options.out / f".{name}.jsonl"
         draft.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
         draft.replace(options.out / f"{name}.jsonl")

@@ -16,6 +16,7 @@ from test_chatglm_parity import PREFIXES, load_chatglm
 
 IDS = torch.tensor([[20, 21, 22, 513, 516, 30, 31, 517], [40, 41, 513, 516, 50, 517, 3, 3]])
 REAL = (IDS != 3).long()
+LABELS = IDS.where(((IDS == 516).cumsum(-1) > 0) & (IDS != 516) & (IDS != 3), -100)
 
 
 @pytest.fixture(params=PREFIXES)
@@ -32,7 +33,7 @@ def learn(model: ChatGLMForConditionalGeneration, **inputs: Any) -> tuple[Tensor
     model.requires_grad_(False).train()
     prefix = model.transformer.prefix_encoder.requires_grad_(True)
     prefix.zero_grad()
-    loss = model(IDS, attention_mask=REAL, labels=IDS.where(REAL.bool(), -100), **inputs).loss
+    loss = model(IDS, attention_mask=REAL, labels=LABELS, **inputs).loss
     loss.backward()
     return loss.detach(), {name: parameter.grad.clone() for name, parameter in prefix.named_parameters()}
 

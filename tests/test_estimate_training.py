@@ -263,3 +263,53 @@ def test_a_mistake_is_one_line(arguments: list[str], message: str) -> None:
     with pytest.raises(GmaskError) as raised:
         run_gmask(*arguments)
     assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def feedback_estimate(kind: str = "glm", method: str = "full", **settings: Any) -> TrainingEstimate:
+    return estimate_training(
+        make_config(kind), method=MethodSettings(name=method), batch_size=2, length=TOKENS, **settings
+    )
+
+
+@pytest.mark.parametrize("kind", ["glm", "chatglm"])
+def test_the_models_beside_the_one_that_learns_are_counted(kind: str) -> None:
+    """The reference is a copy where no adapter can be switched off; critic and reward model are bodies of their own."""
+    plain = feedback_estimate(kind)
+    for stage in ("dpo", "kto", "ppo"):
+        assert feedback_estimate(kind, stage=stage).others == plain.weights
+        assert feedback_estimate(kind, "lora", stage=stage).others == 0
+    assert feedback_estimate(kind, "p-tuning-v2", stage="ppo").others > 0
+    assert feedback_estimate(kind, stage="reward").others == 0
+    ppo = feedback_estimate(kind, "lora", stage="ppo")
+    own = feedback_estimate(kind, "lora", stage="ppo", critic="own")
+    both = feedback_estimate(kind, "lora", stage="ppo", critic="joint", reward_model=True)
+    body = 4 * (own.trainable - ppo.trainable)
+    assert own.weights - ppo.weights == own.gradients - ppo.gradients == body
+    assert own.optimizer - ppo.optimizer == 2 * body
+    assert (own.others, both.others, both.peak - own.peak) == (0, body, body)
+    assert feedback_estimate(kind, stage="dpo").activations > feedback_estimate(kind, stage="kto").activations
+
+
+def test_a_stage_that_there_is_not_is_one_line() -> None:
+    for wrong, told in (
+        ({"stage": "rlhf"}, "stage 'rlhf' is not one of reward, dpo, kto, ppo"),
+        ({"stage": "ppo", "critic": "big"}, "critic 'big' is not one of shared"),
+        ({"stage": "dpo", "critic": "own"}, "critic goes with the stage ppo"),
+        ({"stage": "dpo", "method": "ia3"}, "dpo takes full, lora, dora, qlora, not ia3"),
+        ({"stage": "ppo", "method": "adalora"}, "adalora is not for ppo"),
+    ):
+        with pytest.raises(GmaskError, match=told):
+            feedback_estimate(**wrong)
+
+
+def test_the_command_estimates_a_stage() -> None:
+    options = ["--method", "lora", "--dtype", "float32", "--length", "128", "--json"]
+    ppo = ["--stage", "ppo", "--set", "critic=own", "--set", "reward_model=true"]
+    plain, found = (
+        json.loads(CliRunner().invoke(app, ["estimate", "bundled", *options, *more]).stdout)["estimates"][0]
+        for more in ([], ppo)
+    )
+    assert found["settings"]["stage"] == "ppo" and plain["settings"]["stage"] is None
+    assert found["others"] > 0 == plain["others"] and found["peak"] > plain["peak"] + 4 * found["others"]
+    refused = CliRunner().invoke(app, ["estimate", "bundled", "--stage", "ppo"])
+    assert refused.exit_code and "add --method lora" in str(refused.exception)

@@ -17,17 +17,24 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import gmask
+from feedback_data import make_chatglm_folder, write_feedback_recipe
 from gmask.errors import GmaskError
 from gmask.generation.encoding import QuestionAnswerFormat
+from gmask.generation.reward import RewardScorer
+from gmask.generation.settings import Sampling
 from gmask.models.glm import GLMConfig, GLMModel, GLMPreTrainedModel
 from gmask.recipes.ppo import load_ppo_recipe, read_ppo_recipe
 from gmask.training import ppo_setup, rewarded_run
 from gmask.training.policies import Reference
 from gmask.training.ppo import PPO, run_ppo
+from gmask.training.reward import run_reward
 from gmask.training.rollouts import RolloutWriter, load_function
 from gmask.training.run_folder import list_checkpoints
 from ppo_data import RECORDS, read_numbers, write_ppo_recipe
 from test_chatglm_chat import VOCABULARY, needs_vocabulary
+from tiny_folder import make_folder
+
+SUMS = Path(__file__).parents[1] / "recipes" / "ppo-sums.yaml"
 
 # A bandit
 
@@ -244,6 +251,46 @@ def test_a_policy_that_has_left_its_reference_stops_the_run_with_the_last_good_c
         run_ppo(path)
 
 
+FAILING = """
+rollouts = 0
+def grade(completions, **_):
+    global rollouts
+    rollouts += len(completions) == 16
+    if rollouts < 3 or len(completions) < 16:
+        return [float(len(text)) for text in completions]
+    {fault}
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("raise OSError('no network')", "raised OSError: no network"),
+        ("return None", "returned None: it must return a number for each answer"),
+        ("return [float('nan')] * 16", "returned nan for answer 1 of 16: rewards must be finite"),
+        ("return [1.0]", "returned 1 numbers for 16 answers"),
+    ],
+)
+def test_a_reward_that_fails_in_the_middle_leaves_the_last_good_checkpoint(
+    tmp_path: Path, fault: str, told: str
+) -> None:
+    path = write_ppo_recipe(tmp_path, source=FAILING.format(fault=fault))
+    with pytest.raises(GmaskError, match=told) as raised:
+        run_ppo(path)
+    assert "\n" not in str(raised.value)
+    assert [folder.name for folder in list_checkpoints(tmp_path / "out")] == ["checkpoint-00000004"]
+
+
+def test_rewards_that_are_all_equal_are_counted_and_teach_nothing_wrong(tmp_path: Path) -> None:
+    source = "def grade(completions, **_):\n    return [1.0] * len(completions)\n"
+    long = {"instruction": "the old man took his dog " * 20, "input": "", "output": "dog"}
+    run_ppo(write_ppo_recipe(tmp_path, source=source, records=[*RECORDS, long]))
+    for record in read_numbers(tmp_path / "out"):
+        assert record["groups_without_spread"] == 1.0
+        assert all(abs(record[name]) < 1e3 for name in ("loss", "gradient_norm", "policy_loss"))  # and no NaN
+    assert "2 prompts were cut to data.max_source 24" in (tmp_path / "out" / "start.txt").read_text("utf-8")
+
+
 def test_the_checks_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_ppo_recipe(tmp_path)
     honest = Reference.logprobs
@@ -355,6 +402,63 @@ def test_a_low_rank_critic_trains_its_layers_and_its_head(tmp_path: Path) -> Non
     weights = load_file(tmp_path / "out" / "checkpoint-00000012" / "trained.safetensors")
     assert all("lora_" in name or name == "head.weight" for name in weights)
     assert any(name.startswith("critic.") for name in weights)
+
+
+# A reward model that gmask reward trained
+
+
+def train_reward(folder: Path, base: Path, method: str) -> dict[str, str]:
+    """What the section ``reward`` of a recipe says of a reward model that is trained here."""
+    trained = run_reward(
+        write_feedback_recipe(
+            folder, model=base, method={"name": method}, optimization={"steps": 4, "learning_rate": 1e-2}
+        )
+    )
+    return {"model": str(trained)} if method == "full" else {"model": str(base), "adapter": str(trained)}
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("family", ["glm", "chatglm"])
+def test_a_run_is_rewarded_by_the_folder_of_gmask_reward(tmp_path: Path, family: str, method: str) -> None:
+    base = (make_folder if family == "glm" else make_chatglm_folder)(tmp_path / "model")
+    reward = train_reward(tmp_path / "feedback", base, method)
+    path = write_ppo_recipe(
+        tmp_path,
+        reward={**reward, "function": None, "clip": None},
+        critic={"kind": "joint"},
+        optimization={"rollouts": 1},
+    )
+    run = PPO(load_ppo_recipe(path))
+    run.train()
+    (log,) = {record["reward"]: record for record in read_numbers(tmp_path / "out")}.values()
+    assert log["reward_deviation"] > 0
+    assert run.reward_model is not None and run.reward_model.reads_ids
+    answers = run.writer.write(run.contexts[:3], Sampling(max_tokens=6, min_tokens=0, temperature=1), seeds=[1, 2, 3])
+    rollouts = [one for group in answers for one in group]
+    scorer = RewardScorer(*gmask.load(reward["model"], device="cpu", adapter=reward.get("adapter")))
+    rows = [(*one.context.ids, run.special.sop, *one.actions) for one in rollouts]
+    found = run.reward_model(run.prompts.train[:3], rollouts)
+    assert found == pytest.approx(scorer.score_ids(rows), abs=1e-5)
+
+
+def test_a_reward_model_without_a_head_or_of_another_tokenizer_is_told_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_ppo_recipe(tmp_path, reward={"function": None}, optimization={"rollouts": 1})
+    with pytest.raises(GmaskError, match=r"reward\.model .*model: has no head that scores an answer"):
+        run_ppo(path, [f"reward.model={tmp_path / 'model'}"])
+    with pytest.raises(GmaskError, match=r"reward\.adapter goes with reward\.model"):
+        run_ppo(path, [f"reward.adapter={tmp_path}", f"reward.function={load_ppo_recipe(SUMS).reward.function}"])
+    other = make_chatglm_folder(tmp_path / "other")
+    reward = train_reward(tmp_path / "feedback", other, "full")
+    with pytest.raises(GmaskError, match=r"critic\.kind joint needs a reward model with the same tokenizer"):
+        run_ppo(path, [f"reward.model={reward['model']}", "critic.kind=joint"])
+    assert not list_checkpoints(tmp_path / "out")
+    capsys.readouterr()
+    run_ppo(path, [f"reward.model={reward['model']}"])
+    told = "".join(capsys.readouterr().err.split())  # without the ends of its lines
+    assert "has another tokenizer: it scores the texts of the answers, encoded anew".replace(" ", "") in told
+    assert read_numbers(tmp_path / "out")[0]["reward_deviation"] > 0
 
 
 # The recipe

@@ -20,10 +20,11 @@ from gmask.checkpoints.adapters import inject
 from gmask.generation.reward import AnswerEncoder
 from gmask.recipes.feedback import load_feedback_recipe
 from gmask.recipes.tuning import MethodSettings, TuningDataSettings
-from gmask.tasks.preferences import Question
+from gmask.tasks.preferences import AnswerPair, Intake, Question
 from gmask.tasks.records import Record
 from gmask.tasks.task import load_task
 from gmask.training import preference_tuning, trl_run
+from gmask.training.feedback import PreferenceEncoder
 from gmask.training.losses import TaskObjective
 from gmask.training.methods import make_peft_config
 from gmask.training.preference_tuning import PreferenceTuning, check_first_batch, kto_rows, run_preference_tuning
@@ -257,6 +258,10 @@ def test_dropout_of_attention_is_off_too(tmp_path: Path) -> None:
     [
         (["trl.packing_strategy=wrapped"], "wrapped cuts samples"),
         (["trl.use_vllm=true"], "vLLM runs a prefix LM as a causal one"),
+        (["trl.use_transformers_continuous_batching=true"], "it reads a context in one direction"),
+        (["trl.use_liger_kernel=true"], "it replaces the forward pass"),
+        (["optimization.trainer={use_vllm: true}"], r"optimization\.trainer\.use_vllm: vLLM runs"),
+        (["optimization.trainer={packing: true}"], "rows are not packed here"),
         (["trl.max_length=64"], "set data.max_source and data.max_target instead"),
         (["trl.padding_free=true"], "TRL has none at present"),
         (["trl.betta=0.1"], "the nearest is 'beta'"),
@@ -283,6 +288,24 @@ def test_what_is_too_long_is_counted_before_the_start(tmp_path: Path) -> None:
     assert "1  dropped: the prompt has more than 48 tokens" in (tmp_path / "out" / "start.txt").read_text("utf-8")
     with pytest.raises(gmask.GmaskError, match="nothing is left to learn from"):
         run_preference_tuning(write_feedback_recipe(tmp_path / "b", records=long * 4), "dpo")
+
+
+def test_answers_of_ids_without_an_end_or_of_control_tokens_are_counted(tmp_path: Path) -> None:
+    path = write_feedback_recipe(tmp_path)
+    model, tokenizer = gmask.load(tmp_path / "base")
+    encoder = PreferenceEncoder(tokenizer, model.config, load_feedback_recipe(path, "dpo"))
+    special = encoder.answers.special
+    prompt, _ = encoder.answers.encode_question(Question("the"))
+    asked, intake = Question(ids=prompt), Intake()
+    pairs = [
+        AnswerPair(question=asked, chosen=(20, 21), rejected=(22, special.eop)),
+        AnswerPair(question=asked, chosen=(special.gmask, special.mask), rejected=(20, special.eop)),
+    ]
+    found = encoder.encode_pairs(pairs, intake)
+    assert [one.chosen for one in found] == [(20, 21), (special.gmask, special.mask)]  # as they were sampled
+    assert intake.cut == {"the ids of an answer have no end token": 2}
+    with pytest.raises(gmask.GmaskError, match="holds <sop>, behind which a second answer would begin"):
+        encoder.encode_pairs([AnswerPair(question=asked, chosen=(special.sop,), rejected=(20,))], intake)
 
 
 def test_control_words_in_preferences_are_text(tmp_path: Path) -> None:

@@ -128,6 +128,8 @@ def test_what_teaches_nothing_is_counted_with_its_reason_and_place(tmp_path: Pat
         ({"prompt": "q", "answers": ["a", "b"]}, "objects with answer and score"),
         ({"prompt": "q", "answers": [{"answer": "a", "score": "1"}]}, "where a number is expected"),
         ({"prompt": "q", "answers": [{"answer": "a"}]}, "there is no score"),
+        ({"prompt": "q", "answers": [{"answer": "a", "score": float("nan")}]}, "holds NaN, which JSON cannot say"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": float("inf")}, "holds an infinite number"),
         ({"prompt": said("q", "a"), "chosen": "a", "rejected": "b"}, "ends with a message of the user"),
         ({"chosen": said("q", "a"), "rejected": said("r", "b")}, "differ before their last"),
         ({"chosen": "a", "rejected": "b"}, "no transcripts"),

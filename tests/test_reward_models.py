@@ -1,5 +1,7 @@
 """Does a reward model read the whole answer, whatever stands beside it, and come back as it was saved?"""
 
+import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 import gmask
 from conftest import EOP, GMASK, PAD, SHAPE, SOP, SPECIAL
-from gmask.evaluation.rewards import ScoredPair, report_rewards, share_of
+from gmask.evaluation.rewards import PlainRules, ScoredPair, is_repeated, report_rewards, share_of
 from gmask.generation.reward import AnswerEncoder, RewardScorer, pad_rows
 from gmask.models.chatglm import ChatGLMForReward
 from gmask.models.glm import GLMConfig
@@ -19,6 +21,7 @@ from gmask.tasks.preferences import Question
 from tiny_folder import make_folder
 from tuning import build_chatglm, build_glm_of
 
+CORPUS = Path(__file__).parents[2] / "shared" / "corpus" / "preference"
 ROWS = [
     [20, 21, 22, GMASK, SOP, 30, 31, EOP],
     [40, GMASK, SOP, 41, EOP],
@@ -138,8 +141,10 @@ def test_ids_without_a_blank_and_sop_are_refused(tmp_path: Path) -> None:
         encoder.encode_answer((20, sop))
 
 
-def pair_of(chosen: float, rejected: float, kind: str = "sums", lengths: tuple[int, int] = (3, 2)) -> ScoredPair:
-    return ScoredPair(kind, chosen, rejected, *lengths, shuffled_chosen=0.0, shuffled_rejected=0.0)
+def pair_of(
+    chosen: float, rejected: float, kind: str = "sums", lengths: tuple[int, int] = (3, 2), rules: float = 0.5
+) -> ScoredPair:
+    return ScoredPair(kind, chosen, rejected, *lengths, shuffled_chosen=0.0, shuffled_rejected=0.0, rules=rules)
 
 
 def test_the_report_counts_by_kind_with_intervals_beside_plain_rules() -> None:
@@ -152,6 +157,56 @@ def test_the_report_counts_by_kind_with_intervals_beside_plain_rules() -> None:
     assert report.mean_margin == pytest.approx(1.0)
     assert report.length_correlation != 0
     assert [row[0] for row in report.to_rows().rows] == ["other", "sums", "all", "longer wins"]
+
+
+def test_plain_rules_find_the_stock_answers_in_the_training_pairs() -> None:
+    train = [("Rangoon.", "I don't know."), ("Paris.", "I don't know."), ("Rome.", "Oslo."), ("Oslo.", "Rome.")]
+    rules = PlainRules.learn([*train, ("good", "one"), ("one", "two"), ("three", "one"), ("one", "four")])
+    assert rules.stock == {"I don't know."}  # "one" is as often the better answer
+    for chosen, rejected, expected in (
+        ("Paris.", " I don't know.", 1.0),
+        ("I don't know.", "Paris.", 0.0),
+        ("a dog", "a dog a dog a dog", 1.0),
+        ("不痛。", "不痛。不痛。不痛。不", 1.0),
+        ("the old man went home", "the old m", 1.0),
+        ("12 + 9 = 21", "12 + 9 = 31", 0.5),
+        ("a dog", "a dog", 0.5),
+    ):
+        assert rules.judge(chosen, rejected) == expected
+    assert PlainRules.learn(train[:1]).stock == frozenset()  # one pair says nothing
+    assert not any(map(is_repeated, ("", "a", "aa", "a dog", "that is that")))
+    report = report_rewards([pair_of(0, 1, rules=1.0), pair_of(1, 0, rules=0.5)])
+    assert (report.rules["sums"].share, report.accuracy["sums"].share) == (0.75, 0.5)
+    assert report.to_dict()["plain_rules"]["all"]["accuracy"] == 0.75
+    assert report.to_rows().rows[0][-1] == "75.0 %"
+
+
+@pytest.mark.skipif(not CORPUS.is_dir(), reason="needs the corpus beside the checkout")
+def test_plain_rules_reach_three_quarters_of_the_corpus() -> None:
+    """Which is as much as a first reward model reached: an overall accuracy says little."""
+    train, validation = (
+        [json.loads(line) for line in (CORPUS / f"synthetic_pairs.{name}.jsonl").read_text("utf-8").splitlines()]
+        for name in ("train", "val")
+    )
+    rules = PlainRules.learn((one["chosen"], one["rejected"]) for one in train)
+    assert len(rules.stock) == 5
+    judged = [rules.judge(one["chosen"], one["rejected"]) for one in validation]
+    assert sum(judged) / len(judged) == pytest.approx(0.75, abs=0.005)
+
+
+def test_wrong_sums_are_new_and_as_long_as_the_right_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "recipes"))
+    import sums
+    import wrong_sums
+
+    seen = sums.draw(2000, set(), random.Random(0))
+    pairs = wrong_sums.draw_pairs(200, set(seen), random.Random(1))
+    assert len({sums.asked_sum(pair["prompt"]) for pair in pairs} - set(seen)) == 200
+    for pair in pairs:
+        assert len(pair["chosen"]) == len(pair["rejected"])
+        grades = [sums.grade_answer(pair["prompt"], pair[name]) for name in ("chosen", "rejected")]
+        assert grades == [1.0, sums.IN_FORM]
+    assert wrong_sums.draw_pairs(200, set(seen), random.Random(1)) == pairs
 
 
 def test_the_interval_is_wilsons() -> None:

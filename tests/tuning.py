@@ -16,7 +16,7 @@ from gmask.training.methods import RankSchedule, apply_method
 IDS = torch.tensor([[20, 21, MASK, 22, SOP, 30, 31], [40, MASK, 23, SOP, 41, PAD, PAD]])
 LABELS = torch.tensor([[-100] * 4 + [30, 31, EOP], [-100] * 3 + [41, EOP, -100, -100]])
 CHAT_IDS = torch.tensor([[20, 21, 22, GMASK, SOP, 30, 31, EOP], [40, 23, GMASK, SOP, 41, EOP, PAD, PAD]])
-CHAT_LABELS = CHAT_IDS.where((CHAT_IDS >= 30) | (CHAT_IDS == EOP), -100)
+CHAT_LABELS = CHAT_IDS.where(((CHAT_IDS == SOP).cumsum(-1) > 0) & (CHAT_IDS >= 30) | (CHAT_IDS == EOP), -100)
 
 METHODS = {
     "lora": MethodSettings(rank=4, targets="all-linear"),

@@ -362,14 +362,15 @@ def load_tree(path: Path | str, overrides: Sequence[str], sections: Sequence[str
     Raises:
         GmaskError: no such file, not YAML, or not a mapping.
     """
-    tree = read_yaml(path)
+    tree: Any = read_yaml(path)
     if not isinstance(tree, dict):
         raise GmaskError(f"{path}: a recipe is a YAML mapping with the sections {', '.join(sections)}")
     if overrides:
         tree = _unfold_anchors(tree)
+    found: dict[str, Any] = tree
     for override in overrides:
-        _apply(tree, override)
-    return tree
+        _apply(found, override)
+    return found
 
 
 def _unfold_anchors(value: Any) -> Any:

@@ -114,7 +114,7 @@ def _forward(model: Any, tokenizer: Any) -> dict[str, Any]:
     """Logits of a few tokens, alone and padded; a loss; transformers' generate."""
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
     ids = torch.cat([ids, torch.tensor([[model.config.sop_token_id]])], 1)
-    out = model(ids, labels=ids)
+    out = model(ids, labels=ids.flip(-1))
     return {
         "forward": {"ids": plain(ids), "logits": plain(out.logits[0, -1, ::16]), "loss": float(out.loss)},
         "generate": plain(model.generate(ids, max_new_tokens=5, do_sample=False)),

@@ -84,6 +84,8 @@ REQUESTS = [
     Asked(INFILL, {"text": "[MASK]", "n": 1000}),
     Asked(SCORE, {"text": "[MASK]", "answers": []}),
     Asked(EMBEDDINGS, {"input": "a", "dimensions": 5}),
+    Asked("/classify", {"messages": ROUNDS[:2]}),
+    Asked("/v1/classify", {"input": "a", "use_activation": 1}),
     Asked("/", {"prompt": "", "temperature": 0}),
     Asked("/", {"prompt": "x", "history": ["ab"]}),
 ]  # fmt: skip

@@ -80,6 +80,12 @@ def estimate(
             metavar="lora|full|...", help="Memory for tuning by this method.", show_default="memory for answering"
         ),
     ] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="reward|dpo|kto|ppo", help="With --method: learning from feedback.", show_default="answers"
+        ),
+    ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="With --method: blocks are computed twice.")
     ] = False,
@@ -92,7 +98,8 @@ def estimate(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="With --method: its settings, such as rank=16; optimizer, answer_length, accumulation.",
+            help="With --method: its settings, such as rank=16; optimizer, answer_length, accumulation; for ppo critic "
+            "and reward_model.",
             show_default=False,
         ),
     ] = None,
@@ -105,10 +112,12 @@ def estimate(
     lengths = sorted(set(context_length or (min(n, config.max_position_embeddings) for n in CONTEXT_LENGTHS)))
     forms = list_forms(config, dtype, quantize, group_size=group_size, embeddings=embeddings)
     if method is not None:
-        tuning = Tuning.read(method, pairs or [], batch_size, gpus, gradient_checkpointing=gradient_checkpointing)
+        tuning = Tuning.read(
+            method, pairs or [], batch_size, gpus, stage=stage, gradient_checkpointing=gradient_checkpointing
+        )
         print_estimates(tuning, model, config, tuning.usable_forms(forms), lengths, as_json=as_json)
-    elif gradient_checkpointing or gpus is not None or pairs:
-        raise GmaskError("--gradient-checkpointing, --gpus and --set are about tuning: add --method lora")
+    elif gradient_checkpointing or gpus is not None or pairs or stage is not None:
+        raise GmaskError("--stage, --gradient-checkpointing, --gpus and --set are about tuning: add --method lora")
     else:
         answering = Answering(batch_size, best_device())
         print_estimates(answering, model, config, forms, lengths, as_json=as_json)
@@ -245,7 +254,9 @@ def advise_form(peaks: dict[WeightForm, int], free: int, *, device: str, length:
     return f"{room}: at {length} tokens fits {labels}. Choose {fitting[0].options}."
 
 
-OTHER_SETTINGS = {"optimizer": str, "answer_length": int, "accumulation": int}
+OTHER_SETTINGS = {
+    "optimizer": str, "answer_length": int, "accumulation": int, "critic": str, "reward_model": bool,
+}  # fmt: skip
 """Types of the settings that ``--set`` takes beside those of a method; they are arguments of `estimate_training`."""
 
 
@@ -257,12 +268,19 @@ class Tuning:
     others: dict[str, Any]  # of OTHER_SETTINGS
     batch_size: int
     gpus: int | None  # None: on this machine's best device
+    stage: str | None  # of learning from feedback
     gradient_checkpointing: bool
     device_kind: Any  # of those GPUs, or of this machine's best device
 
     @staticmethod
     def read(
-        method: str, pairs: Sequence[str], batch_size: int, gpus: int | None, *, gradient_checkpointing: bool
+        method: str,
+        pairs: Sequence[str],
+        batch_size: int,
+        gpus: int | None,
+        *,
+        stage: str | None,
+        gradient_checkpointing: bool,
     ) -> "Tuning":
         """Reads the options of the command line.
 
@@ -279,7 +297,8 @@ class Tuning:
         given = {name: values.pop(name) for name in OTHER_SETTINGS if name in values}
         others = read_values(given, OTHER_SETTINGS, "--set ")
         settings = build_settings(MethodSettings, {"name": method, **values}, "method")
-        return Tuning(settings, others, batch_size, gpus, gradient_checkpointing, "cuda" if gpus else best_device())
+        kind = "cuda" if gpus else best_device()
+        return Tuning(settings, others, batch_size, gpus, stage, gradient_checkpointing, kind)
 
     def usable_forms(self, forms: Sequence[WeightForm]) -> list[WeightForm]:
         """Returns the forms of weights that can be tuned by the method.
@@ -308,6 +327,7 @@ class Tuning:
             batch_size=self.batch_size,
             length=length,
             gradient_checkpointing=self.gradient_checkpointing,
+            stage=self.stage,  # type: ignore[arg-type]  # which is checked there
             shards=1 if self.gpus is None else self.gpus,
             device_kind=self.device_kind,
             **self.others,
@@ -319,7 +339,7 @@ class Tuning:
     def describe(self, length: int, figures: "TrainingEstimate") -> dict[str, Any]:
         settings = {
             **asdict(self.method), **self.others, "batch_size": self.batch_size,
-            "gradient_checkpointing": self.gradient_checkpointing, "gpus": self.gpus,
+            "gradient_checkpointing": self.gradient_checkpointing, "gpus": self.gpus, "stage": self.stage,
         }  # fmt: skip
         return {"length": length, "settings": settings, **asdict(figures)}
 

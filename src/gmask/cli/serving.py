@@ -84,7 +84,7 @@ def serve(
     log_prompts: LogPrompts = False,
     pairs: LimitPairs = None,
 ) -> None:
-    """Serve a model over HTTP: OpenAI's API, ChatGLM-6B's, and blanks to fill and to score."""
+    """Serve a model over HTTP: OpenAI's API, ChatGLM-6B's, blanks to fill and to score; a reward model, rewards."""
     check_installed()
     fixed, chosen = read_adapters(adapter or [])
     name = model or (base_of(fixed, INFILL_MODEL) if fixed else INFILL_MODEL)
@@ -108,7 +108,7 @@ def serve(
     if host not in LOOPBACK and not settings.api_keys:
         print("note: everybody who reaches this address may ask: --api-key-file asks for a key", file=sys.stderr)
     app = create_app(network, tokenizer, settings=settings, adapters=chosen, chat_backend=chat_backend)
-    shows_page = find_spec("gradio") is not None
+    shows_page = find_spec("gradio") is not None and not app.state.backend.gives_rewards
     if shows_page:
         from gmask.serving.webui import mount_page
 

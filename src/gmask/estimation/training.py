@@ -15,8 +15,9 @@ V vocabulary.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, get_args
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -32,6 +33,7 @@ from gmask.models.base import PrefixEncoder
 from gmask.models.glm import GLMConfig, PromptEncoder
 from gmask.quantization.linear import QuantizedLayer
 from gmask.quantization.quantizer import QuantizationConfig, read_form
+from gmask.recipes.feedback import METHODS_OF_STAGES
 from gmask.recipes.tuning import LINEARS, LOW_RANK, MethodSettings, TuningRecipe, check_model
 
 RUNTIME_BYTES: dict[DeviceKind, int] = {"cpu": 530_000_000, "mps": 530_000_000, "cuda": 500_000_000}
@@ -43,6 +45,23 @@ OPTIMIZER_BYTES = {
     "paged_adamw_8bit": 2, "adafactor": 0, "sgd": 0,
 }  # fmt: skip
 """Bytes of state for each number that trains, by transformers' names of optimizers; adamw is its default."""
+
+
+FeedbackStage = Literal["reward", "dpo", "kto", "ppo"]
+Critic = Literal["shared", "head", "own", "joint", "frozen"]
+Head = Literal["tokens", "score", "fused", "policy"]
+"""What reads the last states: the head of the loss of answers; that of rewards and values; the head of TRL's trainers,
+which keeps no logits; that of PPO, which keeps log-probabilities and probabilities."""
+
+HEADS: dict[FeedbackStage | None, Head] = {
+    None: "tokens", "reward": "score", "dpo": "fused", "kto": "fused", "ppo": "policy",
+}  # fmt: skip
+LOGITS_KEPT: dict[Head, int] = {"tokens": 1, "score": 0, "fused": 0, "policy": 2}
+LOGITS_MORE: dict[Head, int] = {"tokens": 2, "score": 0, "fused": 0, "policy": 3}
+"""Tensors of the size of the logits, in float32, that are kept and that there are beside them for a moment."""
+
+TILE = (4096, 32768)  # tokens and columns of the logits that TRL's head makes at a time
+TILES = 8  # of them at once in its backward pass, where there is no Triton
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +79,7 @@ class TrainingEstimate:
     runtime: int  # of the process without a model, or of CUDA's context
     peak: int
     trainable: int  # numbers that train, in all processes together
+    others: int = 0  # models that do not train: the reference, the reward model
 
 
 def estimate_training(
@@ -77,6 +97,9 @@ def estimate_training(
     accumulation: int = 1,
     shards: int = 1,
     device_kind: DeviceKind = "cpu",
+    stage: FeedbackStage | None = None,
+    critic: Critic = "shared",
+    reward_model: bool = False,
 ) -> TrainingEstimate:
     """Estimates the memory that tuning a model takes, without loading it.
 
@@ -87,23 +110,29 @@ def estimate_training(
         autocast: the forward pass computes in bfloat16 (the recipe's ``optimization.dtype``); by default if ``dtype``
             is bfloat16.
         form: of the weights, if they are quantized; by default that of the config.
-        batch_size: rows of a forward and backward pass, in each process.
+        batch_size: rows of a forward and backward pass, in each process; pairs of rows with the stages reward and dpo.
         length: tokens of a row.
         answer_length: tokens of a row that are predicted; by default all, the largest case.
         optimizer: a name of `OPTIMIZER_BYTES`.
         accumulation: passes of a step.
         shards: processes among which FSDP divides weights, gradients and optimizer.
         device_kind: of the device. The figures of GPUs, and of shards, have not been measured.
+        stage: what is learnt from feedback; None for answers.
+        critic: of ppo, as in its recipe.
+        reward_model: ppo is rewarded by a model of the same shape, too, in float32. What sampling takes, while nothing
+            is kept for a backward pass, is not counted.
 
     Raises:
-        GmaskError: a number below 1, a GLM with fewer positions, a method or form that does not fit the model, an
-            unknown optimizer, or a folder that holds no model.
+        GmaskError: an unknown stage or critic, or a method that the stage does not take; a number below 1, a GLM with
+            fewer positions, a method or form that does not fit the model, an unknown optimizer, or a folder that holds
+            no model.
     """
     config = read_shape_config(model) if isinstance(model, Path) else model
     answer_length = length if answer_length is None else min(answer_length, length)
     _check_numbers(config, batch_size, length, answer_length, accumulation, shards)
     if optimizer not in OPTIMIZER_BYTES:
         raise GmaskError(f"optimizer {optimizer!r} is not one of {', '.join(OPTIMIZER_BYTES)}")
+    _check_stage(method, stage, critic)
     trains_weights = not method.makes_adapter
     shaped = shape_at(config, dtype=torch.float32 if trains_weights else dtype, form=form)
     check_model(method, is_quantized=bool(_quantized_layers(shaped)), is_glm=isinstance(config, GLMConfig))
@@ -113,18 +142,35 @@ def estimate_training(
         dtype=dtype,
         autocast=dtype == torch.bfloat16 if autocast is None else autocast,
         quantized=_quantized_layers(shaped),
-        batch_size=batch_size,
+        batch_size=batch_size * (2 if stage in ("reward", "dpo") else 1),
         length=length,
         answer_length=answer_length,
         is_fused=device_kind == "cuda",
+        head=HEADS[stage],
     )
     added = _count_added(shaped, step)
     trainable = _count_own(shaped, method) if trains_weights else added
     weights = weight_bytes(shaped) + FLOAT * added
+    others = _other_bytes(shaped, method, stage, reward_model=reward_model)
     gradients, states = FLOAT * trainable, OPTIMIZER_BYTES[optimizer] * trainable
     activations, moments = _moments(shaped, step, gradients, checkpointing=gradient_checkpointing, shards=shards)
     accumulated = gradients // shards if accumulation > 1 else 0  # those of earlier passes
-    held = (weights + states) // shards + (_gathered_bytes(shaped) if shards > 1 else 0)
+    valued = 0
+    if stage == "ppo" and critic in ("own", "joint"):  # its backward pass comes first, and leaves its gradients
+        count = _count_body(shaped)
+        own = replace(step, method=MethodSettings(name="full"), head="score", quantized=frozenset())
+        kept, _ = _moments(shaped, own, 0, checkpointing=False, shards=1)
+        valued, trainable = FLOAT * count, trainable + count
+        weights, states = weights + valued, states + OPTIMIZER_BYTES[optimizer] * count
+        gradients, activations = gradients + valued, activations + kept
+        moments = replace(
+            moments,
+            loss=max(moments.loss + valued, moments.kept + kept + _block_working_bytes(own)),
+            last_block=moments.last_block + valued,
+            first_block=moments.first_block + valued,
+            embeddings=moments.embeddings + valued,
+        )
+    held = (weights + states) // shards + others + (_gathered_bytes(shaped) if shards > 1 else 0)
     runtime = RUNTIME_BYTES[device_kind]
     moment = max(moments.loss + accumulated, moments.last_block + accumulated, moments.first_block, moments.embeddings)
     return TrainingEstimate(
@@ -136,7 +182,38 @@ def estimate_training(
         runtime=runtime,
         peak=held + moment + runtime,
         trainable=trainable,
+        others=others,
     )
+
+
+def _check_stage(method: MethodSettings, stage: FeedbackStage | None, critic: Critic) -> None:
+    if stage is not None and stage not in get_args(FeedbackStage):
+        raise GmaskError(f"stage {stage!r} is not one of {', '.join(get_args(FeedbackStage))}")
+    if critic not in get_args(Critic):
+        raise GmaskError(f"critic {critic!r} is not one of {', '.join(get_args(Critic))}")
+    if stage != "ppo" and critic != "shared":
+        raise GmaskError("critic goes with the stage ppo: leave it out")
+    known = () if stage is None or stage == "ppo" else METHODS_OF_STAGES[stage]
+    if known and method.name not in known:
+        raise GmaskError(f"{stage} takes {', '.join(known)}, not {method.name}")
+    if stage == "ppo" and method.name in ("adalora", "p-tuning"):
+        raise GmaskError(f"{method.name} is not for ppo: take lora, or full")
+
+
+def _other_bytes(
+    model: PreTrainedModel, method: MethodSettings, stage: FeedbackStage | None, *, reward_model: bool
+) -> int:
+    """Bytes of the reference, which is a copy where the adapter cannot be switched off, and of a reward model."""
+    is_copied = stage in ("dpo", "kto", "ppo") and (not method.makes_adapter or method.name.startswith("p-tuning"))
+    reward = FLOAT * _count_body(model) if stage == "ppo" and reward_model else 0
+    return reward + (weight_bytes(model) if is_copied else 0)
+
+
+def _count_body(model: PreTrainedModel) -> int:
+    """How many numbers a model has without its head: in float32, also where its layers are packed integers."""
+    with torch.device("meta"):
+        plain: PreTrainedModel = type(model)(model.config)
+    return _count_numbers(plain.base_model)
 
 
 def _check_numbers(config: Config, batch_size: int, length: int, answer_length: int, *others: int) -> None:
@@ -171,6 +248,7 @@ class Step:
     length: int
     answer_length: int  # tokens of a row that are predicted
     is_fused: bool  # on a CUDA device
+    head: Head = "tokens"
 
     @property
     def rows(self) -> int:
@@ -236,6 +314,7 @@ def _shape_of(config: Config, layer: str) -> tuple[int, int]:
 class _Moments:
     """Bytes at the large moments of a step, beside weights and optimizer."""
 
+    kept: int  # by all blocks and both ends, behind the forward pass
     loss: int
     last_block: int
     first_block: int
@@ -256,13 +335,21 @@ def _moments(
     logits = FLOAT * step.batch_size * step.answer_length * step.config.vocab_size
     working = _block_working_bytes(step)
     table = FLOAT * model.get_input_embeddings().weight.numel() if step.trains_embeddings else 0
+    if step.head == "score":  # the embeddings have one gradient, behind the first block
+        table = logits = 0
     rounded = table // 2 if step.autocast else 0
+    more = max(LOGITS_MORE[step.head] * logits, logits + table + rounded)
+    if step.head == "fused":
+        scored = step.batch_size * (step.answer_length if step.is_fused else step.length)  # without Triton all
+        tile = FLOAT * min(TILE[0], scored) * min(TILE[1], step.config.vocab_size)
+        more = tile * (1 if step.is_fused else TILES) + table
     moments = _Moments(
-        loss=blocks + ends + max(2 * logits, logits + table + rounded),
-        last_block=blocks + ends - logits + table + again + working,
+        kept=blocks + ends,
+        loss=blocks + ends + more,
+        last_block=blocks + ends - LOGITS_KEPT[step.head] * logits + table + again + working,
         first_block=gradients // shards + (block if checkpointing else first) + working,
         embeddings=gradients // shards + table,
-        working=max(2 * logits, working + again),
+        working=max(more - table, working + again),
     )
     return blocks + ends, moments
 
@@ -466,10 +553,13 @@ def run_head(tape: Tape, hidden: State) -> None:
     """The head, at the positions with a label, and the log-probabilities in float32."""
     step = tape.step
     normed = tape.norm(hidden)
-    predicted = step.batch_size * step.answer_length
+    predicted = step.batch_size * (1 if step.head == "score" else step.answer_length)
     picked = State(predicted * step.config.hidden_size, normed.itemsize, normed.has_grad)
+    if step.head in ("score", "fused"):
+        tape.keep(picked)
+        return
     tape.linear("lm_head", picked, step.config.vocab_size, trains=step.trains_embeddings)
-    tape.keep(State(predicted * step.config.vocab_size, FLOAT))
+    tape.keep(*(State(predicted * step.config.vocab_size, FLOAT) for _ in range(LOGITS_KEPT[step.head])))
 
 
 def block_bytes(step: Step, *, is_first: bool) -> int:

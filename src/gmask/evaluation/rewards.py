@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -12,6 +13,46 @@ import numpy as np
 from gmask.tasks.metrics import Rows
 
 CALIBRATION_BINS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+STOCK_SHARE = 0.01
+"""An answer that is the worse one in so many of the training pairs, and in two at least, is a stock answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlainRules:
+    """Rules that read no prompt. What a reward model adds to them is what it has learnt beyond such traces of the data.
+
+    The first that tells two answers apart decides: a stock answer is worse; one that repeats itself is worse; one that
+    is the beginning of the other is worse. Else a coin is tossed.
+    """
+
+    stock: frozenset[str]
+
+    @classmethod
+    def learn(cls, pairs: Iterable[tuple[str, str]]) -> "PlainRules":
+        """Finds the stock answers of training pairs, each a better and a worse answer."""
+        better, worse = Counter[str](), Counter[str]()
+        for chosen, rejected in pairs:
+            better[chosen.strip()] += 1
+            worse[rejected.strip()] += 1
+        least = max(2, STOCK_SHARE * worse.total())
+        return cls(frozenset(text for text, count in worse.items() if count >= least and count > better[text]))
+
+    def judge(self, chosen: str, rejected: str) -> float:
+        """Returns 1 if the rules prefer the answer that was chosen, 0 if the other one, 0.5 if the coin decides."""
+        one, other = chosen.strip(), rejected.strip()
+        for faults in (
+            (one in self.stock, other in self.stock),
+            (is_repeated(one), is_repeated(other)),
+            (other.startswith(one), one.startswith(other)),
+        ):
+            if faults[0] != faults[1]:
+                return float(faults[1])
+        return 0.5
+
+
+def is_repeated(text: str) -> bool:
+    """Whether a text is a passage that is written again and again, twice at least; the last time it may break off."""
+    return any(text.startswith(text[size:]) for size in range(2, (len(text) + 1) // 2 + 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +66,7 @@ class ScoredPair:
     rejected_length: int
     shuffled_chosen: float  # behind the prompt of another pair
     shuffled_rejected: float
+    rules: float = 0.5  # as of `PlainRules.judge`
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +88,7 @@ class RewardReport:
 
     accuracy: dict[str, WinRate]  # by kind; "all" for all pairs
     shuffled: dict[str, WinRate]  # the same with the prompts exchanged
+    rules: dict[str, WinRate]  # the same by `PlainRules`
     longer_wins: WinRate
     calibration: list[dict[str, float]]  # by the model's probability of the answer that it prefers
     calibration_error: float  # the mean distance of probability and accuracy, over the pairs
@@ -62,6 +105,7 @@ class RewardReport:
         return {
             "accuracy": plain(self.accuracy),
             "prompt_shuffled": plain(self.shuffled),
+            "plain_rules": plain(self.rules),
             "longer_wins": plain({"all": self.longer_wins})["all"],
             "calibration": self.calibration,
             "calibration_error": self.calibration_error,
@@ -71,10 +115,13 @@ class RewardReport:
 
     def to_rows(self) -> Rows:
         """A table of the accuracies, one row a kind."""
-        rows = [(kind, str(one), str(self.shuffled[kind])) for kind, one in self.accuracy.items()]
+        rows = [
+            (kind, str(one), str(self.shuffled[kind]), f"{100 * self.rules[kind].share:.1f} %")
+            for kind, one in self.accuracy.items()
+        ]
         return Rows(
-            ("pairs", "accuracy (95 % interval)", "prompts exchanged"),
-            [*rows, ("longer wins", str(self.longer_wins), "")],
+            ("pairs", "accuracy (95 % interval)", "prompts exchanged", "plain rules"),
+            [*rows, ("longer wins", str(self.longer_wins), "", "")],
         )
 
 
@@ -87,6 +134,7 @@ def report_rewards(pairs: Sequence[ScoredPair]) -> RewardReport:
         kind: share_of([_win(one.shuffled_chosen, one.shuffled_rejected) for one in group])
         for kind, group in groups.items()
     }
+    rules = {kind: share_of([one.rules for one in group]) for kind, group in groups.items()}
     rewards = np.array([value for pair in pairs for value in (pair.chosen, pair.rejected)])
     lengths = np.array([value for pair in pairs for value in (pair.chosen_length, pair.rejected_length)], float)
     varies = rewards.std() > 0 and lengths.std() > 0
@@ -94,6 +142,7 @@ def report_rewards(pairs: Sequence[ScoredPair]) -> RewardReport:
     return RewardReport(
         accuracy=wins,
         shuffled=shuffled,
+        rules=rules,
         longer_wins=share_of([_win(one.chosen_length, one.rejected_length) for one in pairs]),
         calibration=bins,
         calibration_error=error,

@@ -178,6 +178,11 @@ class RewardScorer:
             raise TooLongError(f"an answer has more than {self.encoder.max_target} tokens")
         return [(*prompt, *ids) for ids in found]
 
+    def read_row(self, question: Question, answer: GivenAnswer) -> tuple[int, ...]:
+        """Returns the row of ids of a question and an answer, for `score_ids`; errors as of `score`."""
+        (row,) = self._rows(question, [answer])
+        return row
+
     def score_ids(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """Returns the reward of each row of ids, a prompt with ``<sop>`` and an answer. The order does not matter."""
         rewards = [0.0] * len(rows)

@@ -392,6 +392,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, PrefixL
     ``labels[t]`` is the token at position t, which position t - 1 must predict; -100 is not scored.
     """
 
+    shifts_labels = True
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 

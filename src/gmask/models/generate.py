@@ -6,6 +6,7 @@ wrong axis for beams, add one to both rows at each step, and shift them for pref
 Shape letters: B rows, T positions, S positions of a prompt, K key positions (cached ones first), V vocabulary.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -40,6 +41,9 @@ def _take_columns(values: Tensor, columns: Tensor) -> Tensor:
 class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin):
     """A model with the head ``lm_head``, which predicts tokens; the base of both language models."""
 
+    shifts_labels = False
+    """Whether a label is the token at its own position (True), or the token behind it (False)."""
+
     @can_return_tuple
     def forward(
         self,
@@ -60,7 +64,16 @@ class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin)
 
         The labels are described at the model's class. The other arguments are those of `PrefixLMModel.forward`;
         ``logits_to_keep`` as of `keep_positions`.
+
+        Raises:
+            ValueError: labels that are one position off.
+
+        Warns:
+            UserWarning: labels in the context.
         """
+        if labels is not None and input_ids is not None and not torch.compiler.is_compiling():
+            is_plain = layout is None and sequence_ids is None and past_key_values is None
+            self._check_labels(input_ids, labels, is_plain=is_plain)
         outputs = self.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -85,6 +98,39 @@ class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin)
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _check_labels(self, input_ids: Tensor, labels: Tensor, *, is_plain: bool) -> None:
+        """Raises `ValueError` for labels ``[B, T]`` that are one position off; warns of those in a context.
+
+        Other models shift labels that are copies of the ids, and the collators of their trainers make such copies. A
+        GLM, whose labels are not shifted, would learn from them to repeat each token.
+
+        Args:
+            is_plain: each row is whole: one context, and its answers.
+        """
+        if labels.shape != input_ids.shape or labels.is_meta:
+            return
+        pad, sop = self.config.pad_token_id, self.config.sop_token_id
+        scored = labels != -100 if pad is None else (labels != -100) & (labels != pad)
+        are_copies = bool(((labels == input_ids) | ~scored).all())
+        are_behind = bool(((labels[:, :-1] == input_ids[:, 1:]) | ~scored[:, :-1]).all())
+        is_right, is_off = (are_copies, are_behind) if self.shifts_labels else (are_behind, are_copies)
+        if is_off and not is_right and len(torch.unique(labels[scored])) > 1:  # one token alone may follow itself
+            raise ValueError(
+                "labels[t] of this model is input_ids[t], for it shifts them itself; these are shifted already"
+                if self.shifts_labels
+                else "labels[t] of this model is the token behind input_ids[t], and these are input_ids[t], made for "
+                "models that shift them: move each row one to the left, or use gmask sft"
+            )
+        if is_right and is_plain and sop is not None:
+            is_start = (input_ids == sop).long()
+            answered = is_start.cumsum(-1) - (is_start if self.shifts_labels else 0) > 0
+            if bool((scored & ~answered).any()):
+                warnings.warn(
+                    "labels stand in a context, which is read in both directions: each of those tokens is seen where "
+                    "it is predicted; set the labels up to <sop> to -100, or use gmask sft",
+                    stacklevel=4,
+                )
 
     def _pair_labels(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the logits that are scored, and the label of each; -100 is not scored."""

@@ -145,7 +145,8 @@ def load_feedback_recipe(path: Path | str, stage: Stage, overrides: Sequence[str
     for key, value in alone.items():
         if stage != "reward" and value:
             raise GmaskError(f"{key} has an effect on `gmask reward` alone: leave it out")
-    for key in recipe.trl:
-        if key in REFUSED_OPTIONS:
-            raise GmaskError(f"trl.{key}: {REFUSED_OPTIONS[key]}")
+    for section, options in (("trl", recipe.trl), ("optimization.trainer", optimization.trainer)):
+        for key in options:
+            if key in REFUSED_OPTIONS:
+                raise GmaskError(f"{section}.{key}: {REFUSED_OPTIONS[key]}")
     return recipe

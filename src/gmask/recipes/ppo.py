@@ -45,14 +45,16 @@ class PPORewardSettings:
 
     function: str | None = None  # module:function, beside the recipe or where Python finds it
     function_weight: Weight = 1.0
-    model: str | None = None  # the folder or name of a reward model
+    model: str | None = None  # the folder or name of a reward model, or of what its adapter was trained on
+    adapter: str | None = None  # that gmask reward wrote, to make a reward model of `model`
     model_weight: Weight = 1.0
     clip: Positive | None = 5.0  # scores are cut to this range on both sides, as published
     cut: Weight | None = None  # the score of an answer that was cut at data.max_target; by default its own
 
     def portable(self) -> Self:
-        """The settings without the folder of one machine."""
-        return self if self.model is None else dataclasses.replace(self, model=base_name(self.model))
+        """The settings without the folders of one machine."""
+        model, adapter = (None if name is None else base_name(name) for name in (self.model, self.adapter))
+        return dataclasses.replace(self, model=model, adapter=adapter)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,6 +213,8 @@ def check_prompts(reward: PPORewardSettings, data: TuningDataSettings) -> None:
     """Raises `GmaskError` if nothing is rewarded, or for settings of samples with answers."""
     if reward.function is None and reward.model is None:
         raise GmaskError("reward: name a function (module:function), or a reward model")
+    if reward.model is None and reward.adapter is not None:
+        raise GmaskError("reward.adapter goes with reward.model, the model that it was trained on: name both")
     for key in ("packing", "folds", "fold", "test"):
         if getattr(data, key) is not None:
             raise GmaskError(f"data.{key} is for fine-tuning: leave it out")

@@ -26,7 +26,7 @@ from gmask.checkpoints.load import LanguageModel
 from gmask.errors import GmaskError
 from gmask.generation.adapters import AdapterSet
 from gmask.generation.engine import Engine
-from gmask.serving import blanks, openai
+from gmask.serving import blanks, openai, rewards
 from gmask.serving.backend import Backend
 from gmask.serving.middleware import (
     AccessLog,
@@ -39,7 +39,7 @@ from gmask.serving.middleware import (
 )
 from gmask.serving.settings import ServerSettings
 
-DESCRIPTION = "OpenAI's API, the published one of ChatGLM-6B, and blanks to fill and to score."
+DESCRIPTION = "OpenAI's API, the published one of ChatGLM-6B, blanks to fill and to score, and rewards."
 
 
 def create_app(
@@ -54,7 +54,7 @@ def create_app(
     """Makes the application that serves a model.
 
     Args:
-        model, tokenizer: as `gmask.load` returns them.
+        model, tokenizer: as `gmask.load` returns them; a reward model answers /classify alone.
         settings: the limits; by default those of `ServerSettings`.
         adapters: folders of LoRA or prefixes by name. A request chooses one by the model name ``NAME:ADAPTER``.
         engine: writes the answers; by default a new one. The application closes it when it ends.
@@ -96,7 +96,7 @@ def create_app(
         responses={"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}},
     )
     app.state.backend, app.state.backends, app.state.settings = backend, backends, settings
-    for router in (openai.openai_router, blanks.blanks_router, openai.published_router):
+    for router in (openai.openai_router, blanks.blanks_router, rewards.rewards_router, openai.published_router):
         app.include_router(router)
     _add_probes(app, backends, metrics)
     add_error_handlers(app)

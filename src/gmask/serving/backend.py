@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
@@ -30,7 +30,8 @@ from gmask.generation.constraints import ConstraintError
 from gmask.generation.encoding import BLANKS, Context, Prompt, PromptFormat, TextReader, find_format, fit_prompt
 from gmask.generation.engine import Engine, EngineClosed, Request, SampleProgress, Submission
 from gmask.generation.settings import Sampling
-from gmask.models.glm import GLMForConditionalGeneration
+from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
+from gmask.models.reward import RewardHead
 from gmask.serving.middleware import ApiError, Metrics, as_api_error
 from gmask.serving.replies import TopLogprobs, blank_of
 from gmask.serving.settings import ServerSettings
@@ -60,8 +61,18 @@ class Backend:
 
     @property
     def fills_blanks(self) -> bool:
-        """True for a GLM, False for a ChatGLM."""
+        """True for a GLM that writes, False for a ChatGLM."""
         return isinstance(self.model, GLMForConditionalGeneration)
+
+    @property
+    def is_glm(self) -> bool:
+        """True for a GLM with any head."""
+        return isinstance(self.model.config, GLMConfig)
+
+    @property
+    def gives_rewards(self) -> bool:
+        """True for a reward model, which writes nothing."""
+        return isinstance(self.model, RewardHead)
 
     @cached_property
     def reader(self) -> TextReader:
@@ -223,18 +234,41 @@ class Backend:
 def make_backend(
     model: LanguageModel, tokenizer: PreTrainedTokenizerBase, *, name: str, settings: ServerSettings | None = None
 ) -> Backend:
-    """Makes a backend with an engine of its own; the caller closes it. ``settings`` has the limits."""
+    """Makes a backend with an engine of its own; the caller closes it. ``settings`` has the limits.
+
+    Raises:
+        GmaskError: a reward model, which writes nothing.
+    """
+    if isinstance(model, RewardHead):
+        raise GmaskError(
+            f"{name}: is a reward model, which writes nothing: gmask serve and gmask score --reward read it"
+        )
     limits = replace(settings or ServerSettings(), model_name=name)
     engine = Engine(model, tokenizer, max_rows=limits.max_rows, max_queue=limits.max_queue)
     return Backend(model, tokenizer, engine, limits)
 
 
-def find_backend(backends: Sequence[Backend], name: str | None, *, for_chat: bool = False) -> Backend:
+Wanted = Literal["texts", "rewards", "anything"]
+
+
+def find_backend(
+    backends: Sequence[Backend], name: str | None, *, for_chat: bool = False, wants: Wanted = "texts"
+) -> Backend:
     """Returns the backend of a model's name; without a name the first, and for a conversation the last.
 
     Raises:
-        ApiError: the name of another model.
+        ApiError: the name of another model, or a model that does not give what is wanted.
     """
+    found = _named_backend(backends, name, for_chat=for_chat)
+    own = found.settings.model_name
+    if wants == "rewards" and not found.gives_rewards:
+        raise ApiError(400, f"{own!r} gives no rewards: serve a folder that gmask reward wrote", param="model")
+    if wants == "texts" and found.gives_rewards:
+        raise ApiError(400, f"{own!r} is a reward model, which writes nothing: ask /classify", param="model")
+    return found
+
+
+def _named_backend(backends: Sequence[Backend], name: str | None, *, for_chat: bool) -> Backend:
     if not name:
         return backends[-1 if for_chat else 0]
     for backend in backends:

@@ -73,7 +73,7 @@ async def list_models(request: Request) -> Response:
 @openai_router.get("/models/{name:path}", responses={200: {"model": replies.Model}})
 async def show_model(request: Request, name: str) -> Response:
     """The model of a name."""
-    backend = find_backend(request.app.state.backends, name)
+    backend = find_backend(request.app.state.backends, name, wants="anything")
     return json_response(_describe_model(backend, name))
 
 

@@ -69,6 +69,26 @@ class Embeddings(BaseModel):
     usage: Usage
 
 
+class RatedAnswer(BaseModel):
+    """The reward of an answer, by the names of vLLM: ``probs`` has it alone."""
+
+    index: int
+    label: str | None
+    probs: list[float]
+    num_classes: int
+
+
+class Classification(BaseModel):
+    """The answer of ``/classify``."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[RatedAnswer]
+    usage: Usage
+
+
 class TopLogprob(BaseModel):
     """A token that was probable, with its bytes in UTF-8."""
 

@@ -195,10 +195,14 @@ class ChatMessage(Body):
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
+ChatMessages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+FilledList: Any = Field(min_length=1, fail_fast=True)
+
+
 class ChatRequest(Constrained):
     """``POST /v1/chat/completions``. Temperature, top_p and top_k default to ChatGLM's 0.95, 0.7 and 50."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    messages: ChatMessages
     max_tokens: MaxTokens | None = None  # the rest of the context
     max_completion_tokens: MaxTokens | None = None
     n: SampleCount | None = None
@@ -263,6 +267,31 @@ class ScoreRequest(Bookkeeping):
         | Annotated[list[Annotated[Texts, Field(min_length=1, max_length=1024)]], Field(min_length=1, fail_fast=True)]
     )
     normalization: ScoreNormalization = "sum"
+
+
+class RatedConversation(Body):
+    """A conversation that ends with the answer that is rewarded."""
+
+    messages: ChatMessages
+
+
+class ClassifyRequest(Bookkeeping):
+    """``POST /classify``: answers that a reward model rewards; one of ``input`` and ``messages``.
+
+    A text or its ids are a prompt and its answer as the chat template writes them, control words included.
+    """
+
+    input: (
+        Text
+        | Annotated[list[Text], FilledList]
+        | TokenIds
+        | Annotated[list[TokenIds], FilledList]
+        | Annotated[list[RatedConversation], FilledList]
+        | None
+    ) = None
+    messages: ChatMessages | None = None
+    use_activation: bool | None = None  # true: the sigmoid of each reward, which is vLLM's default; here it is false
+    timeout: Annotated[float, Field(gt=0)] | None = None
 
 
 class PublishedRequest(BaseModel):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from gmask.architectures import architecture_of
 from gmask.checkpoints.load import load
-from gmask.evaluation.rewards import RewardReport, ScoredPair, report_rewards
+from gmask.evaluation.rewards import PlainRules, RewardReport, ScoredPair, report_rewards
 from gmask.files import write_json, write_json_lines, write_text
 from gmask.generation.reward import RewardScorer, pad_rows
 from gmask.models.reward import RewardHead
@@ -35,8 +35,8 @@ PREDICTIONS_FILE = "predictions.jsonl"
 def run_reward(recipe_path: str, overrides: Sequence[str] = (), *, resume: bool = True) -> Path:
     """Trains a reward model by a recipe, resuming from the last checkpoint; returns the folder of its weights.
 
-    ``run.out/results.json`` has the accuracy by kind, calibration, length correlation and prompt-shuffled accuracy on
-    the validation pairs, ``predictions.jsonl`` the reward of each of their answers.
+    ``run.out/results.json`` has the accuracy by kind, that of plain rules and with exchanged prompts, calibration and
+    length correlation on the validation pairs, ``predictions.jsonl`` the reward of each of their answers.
 
     Raises:
         GmaskError: a mistake in the recipe or the data, a run of another recipe in the folder, a loss that is not
@@ -263,36 +263,32 @@ class RewardTraining(FeedbackRun):
         write_json(self.out / RESULTS_FILE, results)
 
     def _evaluate(self) -> tuple[RewardReport, list[dict[str, Any]]]:
+        def read(ids: tuple[int, ...]) -> str:
+            text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+            return text
+
         pairs = self.validation
         chosen, rejected = self._rewards(pairs)
         shuffled = self._rewards(pairs, exchange_prompts(pairs))
-        scored = [
-            ScoredPair(
-                kind=pair.kind,
-                chosen=chosen[index],
-                rejected=rejected[index],
-                chosen_length=len(pair.chosen),
-                rejected_length=len(pair.rejected),
-                shuffled_chosen=shuffled[0][index],
-                shuffled_rejected=shuffled[1][index],
+        rules = PlainRules.learn((read(pair.chosen), read(pair.rejected)) for pair in self.pairs)
+        scored, predictions = list[ScoredPair](), list[dict[str, Any]]()
+        for index, pair in enumerate(pairs):
+            texts = read(pair.chosen), read(pair.rejected)
+            scored.append(
+                ScoredPair(
+                    kind=pair.kind,
+                    chosen=chosen[index],
+                    rejected=rejected[index],
+                    chosen_length=len(pair.chosen),
+                    rejected_length=len(pair.rejected),
+                    shuffled_chosen=shuffled[0][index],
+                    shuffled_rejected=shuffled[1][index],
+                    rules=rules.judge(*texts),
+                )
             )
-            for index, pair in enumerate(pairs)
-        ]
-        decode = self.tokenizer.decode
-        predictions = [
-            {
-                "prompt": decode(list(pair.prompt), skip_special_tokens=True),
-                "answer": decode(list(answer), skip_special_tokens=True),
-                "score": score,
-                "role": role,
-                "kind": pair.kind,
-            }
-            for index, pair in enumerate(pairs)
-            for role, answer, score in (
-                ("chosen", pair.chosen, chosen[index]),
-                ("rejected", pair.rejected, rejected[index]),
-            )
-        ]
+            for role, text, score in zip(("chosen", "rejected"), texts, (chosen[index], rejected[index]), strict=True):
+                line = {"prompt": read(pair.prompt), "answer": text, "score": score, "role": role, "kind": pair.kind}
+                predictions.append(line)
         return report_rewards(scored), predictions
 
 
@@ -314,15 +310,21 @@ def render_card(recipe: FeedbackRecipe, results: Mapping[str, Any]) -> str:
         "`gmask.load` read it.",
     ]
     if "accuracy" in results:
-        lines += ["", "| pairs | accuracy | 95 % interval | prompts exchanged | number |", "|---|--:|--:|--:|--:|"]
+        lines += [
+            "",
+            "| pairs | accuracy | 95 % interval | prompts exchanged | plain rules | number |",
+            "|---|--:|--:|--:|--:|--:|",
+        ]
         for kind, one in results["accuracy"].items():
-            other = results["prompt_shuffled"][kind]
+            other, rules = (results[name][kind]["accuracy"] for name in ("prompt_shuffled", "plain_rules"))
             lines.append(
-                f"| {kind} | {one['accuracy']:.1%} | {one['low']:.1%} to {one['high']:.1%} | {other['accuracy']:.1%} | "
-                f"{one['pairs']} |"
+                f"| {kind} | {one['accuracy']:.1%} | {one['low']:.1%} to {one['high']:.1%} | {other:.1%} | "
+                f"{rules:.1%} | {one['pairs']} |"
             )
         lines += [
             "",
+            "The plain rules read no prompt: worse is an answer that was often rejected in training, one that repeats "
+            "itself, one that is the beginning of the other; else a coin decides.",
             f"The longer answer is the better one in {results['longer_wins']['accuracy']:.1%}. Reward and length: "
             f"correlation {results['length_correlation']:.2f}. Calibration error {results['calibration_error']:.3f}.",
         ]

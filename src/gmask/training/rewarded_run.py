@@ -92,10 +92,10 @@ class RewardedRun(TuningRun):
         self.reward_model = self._load_reward()
 
     def _load_reward(self) -> ModelReward | None:
-        name = self.recipe.reward.model
+        name, adapter = self.recipe.reward.model, self.recipe.reward.adapter
         if name is None:
             return None
-        model, tokenizer = load(name, device=self.device)
+        model, tokenizer = load(name, device=self.device, adapter=adapter)
         found = ModelReward(model, self.tokenizer, tokenizer, batch_size=self.recipe.optimization.batch_size)
         if not found.reads_ids:
             self.console.print(

@@ -315,7 +315,11 @@ class ModelReward:
     ) -> None:
         head = getattr(model, "score", None)
         if getattr(head, "out_features", None) != 1:
-            raise GmaskError("reward.model has no head that scores an answer (score, of one output): train one first")
+            name = getattr(model, "name_or_path", "") or type(model).__name__
+            raise GmaskError(
+                f"reward.model {name}: has no head that scores an answer; name the folder that gmask reward wrote (an "
+                "adapter as reward.adapter)"
+            )
         self.model, self.tokenizer, self.own_tokenizer = model.eval().requires_grad_(False), tokenizer, own_tokenizer
         self.batch_size = batch_size
         self.reads_ids = tokenizer.get_vocab() == own_tokenizer.get_vocab()

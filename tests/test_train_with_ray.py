@@ -1,0 +1,77 @@
+"""Does the launcher for a Ray cluster run the verb in each worker? Ray is a stand-in with its documented names."""
+
+import runpy
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import gmask
+from feedback_data import write_feedback_recipe
+from tuning_data import read_log
+
+SCRIPT = Path(__file__).parents[1] / "recipes" / "train_with_ray.py"
+
+
+@dataclass
+class Config:
+    """Any of Ray's configuration classes; it has the keywords that it was given."""
+
+    given: dict[str, Any] = field(default_factory=dict)
+
+
+def make_config(**given: Any) -> Config:
+    return Config(given)
+
+
+class TorchTrainer:
+    """Runs the loop of one worker in this process."""
+
+    made: "list[TorchTrainer]" = []  # noqa: RUF012
+
+    def __init__(
+        self, train_loop_per_worker: Any, *, train_loop_config: Any, scaling_config: Config, run_config: Config
+    ) -> None:
+        self.loop, self.config = train_loop_per_worker, train_loop_config
+        self.scaling, self.run = scaling_config, run_config
+        self.made.append(self)
+
+    def fit(self) -> None:
+        self.loop(self.config)
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> type[TorchTrainer]:
+    modules = {name: ModuleType(name) for name in ("ray", "ray.train", "ray.train.torch")}
+    for name in ("FailureConfig", "RunConfig", "ScalingConfig"):
+        setattr(modules["ray.train"], name, make_config)
+    modules["ray.train.torch"].TorchTrainer = TorchTrainer  # type: ignore[attr-defined]
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    TorchTrainer.made.clear()
+    return TorchTrainer
+
+
+def test_each_worker_runs_the_verb_on_the_recipe(
+    ray: type[TorchTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Path(write_feedback_recipe(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    options = ["reward", recipe.name, "--workers", "3", "--restarts", "2", "--set", "optimization.steps=2"]
+    monkeypatch.setattr("sys.argv", [str(SCRIPT), *options])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    (made,) = ray.made
+    assert made.scaling.given == {"num_workers": 3, "use_gpu": False}
+    assert made.run.given["failure_config"].given == {"max_failures": 2}
+    assert made.config["recipe"] == str(recipe)
+    assert len(read_log(tmp_path / "out")) == 2 and (tmp_path / "out" / "results.json").is_file()
+
+
+def test_a_mistake_in_the_recipe_reaches_the_user(ray: type[TorchTrainer], tmp_path: Path) -> None:
+    recipe = write_feedback_recipe(tmp_path)
+    train = runpy.run_path(str(SCRIPT))["train"]
+    with pytest.raises(gmask.GmaskError, match="the nearest is 'steps'"):
+        train({"verb": "reward", "recipe": recipe, "overrides": ["optimization.step=2"]})
