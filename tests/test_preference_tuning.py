@@ -392,3 +392,10 @@ def test_two_processes_make_the_steps_of_one(stage: str, tmp_path: Path) -> None
         assert done.returncode == 0, done.stderr
         losses.append([record["loss"] for record in read_log(tmp_path / name) if "learning_rate" in record])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_processes_that_would_make_a_step_larger_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    path = write_feedback_recipe(tmp_path, optimization={"accumulation": 3})
+    with pytest.raises(gmask.GmaskError, match="accumulation is 3, and 2 processes share the passes"):
+        run_preference_tuning(path, "dpo", [f"run.out={tmp_path / 'out'}"])

@@ -99,10 +99,15 @@ class PreferenceTuning(TRLRun, FeedbackRun):
         optimization, processes = self.recipe.optimization, int(os.environ.get("WORLD_SIZE", "1"))
         if self.stage == "kto" and self.recipe.trl.get("precompute_ref_log_probs"):
             raise GmaskError("trl.precompute_ref_log_probs is for dpo: leave it out")
+        if optimization.accumulation % processes:
+            raise GmaskError(
+                f"optimization.accumulation is {optimization.accumulation}, and {processes} processes share the passes "
+                f"of a step: give a multiple of {processes}, and a smaller optimization.batch_size for a step of as many"
+            )
         return self._arguments(
             "KTOConfig" if self.stage == "kto" else "DPOConfig",
             left_out=("precompute_ref_log_probs",),
-            gradient_accumulation_steps=-(-optimization.accumulation // processes),  # they share the passes of a step
+            gradient_accumulation_steps=optimization.accumulation // processes,
             warmup_steps=optimization.warmup,
             num_train_epochs=optimization.epochs or 1,
             max_steps=optimization.steps or -1,
