@@ -25,7 +25,7 @@ from gmask.generation.settings import make_sampling
 from gmask.models.glm import GLMConfig
 from gmask.recipes.feedback import FeedbackRecipe, load_feedback_recipe
 from gmask.recipes.ppo import PPORecipe, read_ppo_recipe
-from gmask.recipes.pretraining import Recipe, _objective_hints, read_recipe
+from gmask.recipes.pretraining import PretrainingRecipe, _objective_hints, read_recipe
 from gmask.recipes.tuning import MethodSettings, TuningRecipe, read_tuning_recipe
 from gmask.training.methods import apply_method
 from gmask.training.preference_tuning import PreferenceTuning
@@ -46,7 +46,7 @@ PRETRAINING = {
     "tokenizer": {}, "model": {}, "objective": {}, "decay": {"objective": {}},
 }  # fmt: skip
 RECIPES: dict[str, tuple[Any, dict[str, Any], Callable[[dict[str, Any]], Any]]] = {
-    "pretraining": (Recipe, PRETRAINING, read_recipe),
+    "pretraining": (PretrainingRecipe, PRETRAINING, read_recipe),
     "tuning": (TuningRecipe, {**SHARED, "task": "chat/alpaca"}, read_tuning_recipe),
     "ppo": (PPORecipe, PPO, read_ppo_recipe),
     "reward": (FeedbackRecipe, SHARED, lambda tree: read_feedback(tree)),

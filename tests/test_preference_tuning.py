@@ -349,12 +349,13 @@ def test_the_check_of_a_batch_finds_padding_that_is_read(tmp_path: Path, monkeyp
 
 
 def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> None:
-    for step in (2, 10, 12):
+    for step in (2, 10, 12, 14):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        if step < 12:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(f'{{"global_step": {step}}}', "utf-8")
+        if step != 12:
+            cut = step == 14  # by a full disk
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{" if cut else "{}", "utf-8")
     assert trl_run.last_trainer_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    assert not (tmp_path / "checkpoint-12").exists()
+    assert not (tmp_path / "checkpoint-12").exists() and not (tmp_path / "checkpoint-14").exists()
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

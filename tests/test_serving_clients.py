@@ -274,6 +274,8 @@ def test_the_curl_lines_of_the_guide_work(open_address: str) -> None:
     lines = re.findall(r"^curl (?:.*\\\n)*.*$", page, re.M)
     assert len(lines) >= 4
     for line in lines:
+        if "/classify" in line:  # of a reward model, which is not served here
+            continue
         command = line.replace("http://127.0.0.1:8000", open_address).replace("curl ", "curl -sS --fail-with-body ", 1)
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, (line, done.stdout, done.stderr)
