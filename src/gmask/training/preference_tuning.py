@@ -102,7 +102,7 @@ class PreferenceTuning(TRLRun, FeedbackRun):
         if optimization.accumulation % processes:
             raise GmaskError(
                 f"optimization.accumulation is {optimization.accumulation}, and {processes} processes share the passes "
-                f"of a step: give a multiple of {processes}, and a smaller optimization.batch_size for a step of as many"
+                f"of a step: give a multiple of {processes}, and a batch_size that is smaller by as much"
             )
         return self._arguments(
             "KTOConfig" if self.stage == "kto" else "DPOConfig",
