@@ -70,6 +70,31 @@ def predict(
     Warns:
         UserWarning: texts had to be cut, or rounds of conversations left out.
     """
+    predictor = make_predictor(
+        model,
+        tokenizer,
+        kind,
+        settings=settings,
+        batch_size=batch_size,
+        normalization=normalization,
+        max_source=max_source,
+        truncation=truncation,
+    )
+    return predictor.predict(samples, on_progress or (lambda count: None))
+
+
+def make_predictor(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: TaskKind,
+    *,
+    settings: Sampling = GREEDY,
+    batch_size: int = 16,
+    normalization: ScoreNormalization = "sum",
+    max_source: int | None = None,
+    truncation: Truncation = "left",
+) -> "Predictor":
+    """What `predict` asks, for callers who choose the batches themselves; arguments and errors as there."""
     if batch_size < 1:
         raise GmaskError(f"batch_size must be at least 1, not {batch_size}")
     check_normalization(normalization)
@@ -82,9 +107,7 @@ def predict(
     if max_source is None:
         max_source = _room(model, kind, settings)
     reader = SampleReader(tokenizer, model.config, kind, max_source=max_source, truncation=truncation)
-    predictor = Predictor(model, tokenizer, reader, settings, batch_size, normalization)
-    with _evaluating(model), torch.inference_mode():
-        return predictor.predict(samples, on_progress or (lambda count: None))
+    return Predictor(model, tokenizer, reader, settings, batch_size, normalization)
 
 
 def _room(model: PreTrainedModel, kind: TaskKind, settings: Sampling) -> int:
@@ -273,29 +296,37 @@ class Predictor:
 
     def predict(self, samples: Sequence[Sample], on_progress: Callable[[int], None]) -> list[Prediction]:
         """Returns predictions in the order of the samples. Samples of similar length are batched."""
-        questions = [self.reader.read(sample) for sample in samples]
-        _warn_of_cuts(questions, self.reader.max_source)
-        kind = self.reader.kind
-        if kind in CHOICES:
-            for sample in samples:
-                if not sample.answers:
-                    raise locate(GmaskError("the sample has no candidates to choose from"), sample)
+        questions = self.read(samples)
+        warn_of_cuts(questions, self.reader.max_source)
         seeds = self.settings.seeds(len(samples))
-        size = self.batch_size  # in rows: each beam and each answer of a text takes one
-        if kind not in LABELLED:
-            size = max(1, size // max(self.settings.beams, self.settings.n))
         found: dict[int, Prediction] = {}
-        for batch in batches_by_length([len(question.context.ids) for question in questions], size):
-            asked = [questions[index] for index in batch]
-            if kind in CHOICES:
-                predictions = self._choose(asked)
-            elif kind == "classification":
-                predictions = self._classify(asked)
-            else:
-                predictions = self._write(asked, [seeds[index] for index in batch])
+        for batch in batches_by_length([len(question.context.ids) for question in questions], self.samples_per_batch):
+            predictions = self.answer([questions[index] for index in batch], [seeds[index] for index in batch])
             found.update(zip(batch, predictions, strict=True))
             on_progress(len(batch))
         return [found[index] for index in range(len(samples))]
+
+    @property
+    def samples_per_batch(self) -> int:
+        """``batch_size`` is in rows: each beam and each answer of a text that is written takes one."""
+        rows = 1 if self.reader.kind in LABELLED else max(self.settings.beams, self.settings.n)
+        return max(1, self.batch_size // rows)
+
+    def read(self, samples: Sequence[Sample]) -> list[ReadSample]:
+        """The samples in tokens. Raises `GmaskError` for one that cannot be read, with file and line."""
+        for sample in samples:
+            if self.reader.kind in CHOICES and not sample.answers:
+                raise locate(GmaskError("the sample has no candidates to choose from"), sample)
+        return [self.reader.read(sample) for sample in samples]
+
+    def answer(self, questions: Sequence[ReadSample], seeds: Sequence[int]) -> list[Prediction]:
+        """The predictions of one batch; each written answer draws by the seed of its sample."""
+        with _evaluating(self.model), torch.inference_mode():
+            if self.reader.kind in CHOICES:
+                return self._choose(questions)
+            if self.reader.kind == "classification":
+                return self._classify(questions)
+            return self._write(questions, seeds)
 
     def _choose(self, questions: Sequence[ReadSample]) -> list[Prediction]:
         special, size = self.reader.special, self.batch_size
@@ -342,7 +373,7 @@ def _best(scores: Sequence[float]) -> Prediction:
     return Prediction(label=rank_scores(scores)[0], scores=tuple(scores))
 
 
-def _warn_of_cuts(questions: Sequence[ReadSample], max_source: int) -> None:
+def warn_of_cuts(questions: Sequence[ReadSample], max_source: int) -> None:
     """Warns if texts were cut or rounds left out."""
     cut = sum(question.tokens_cut > 0 for question in questions)
     left_out = sum(question.rounds_left_out for question in questions)
