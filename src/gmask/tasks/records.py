@@ -25,15 +25,41 @@ from gmask.files import (
     write_json_lines,
 )
 
-TaskKind = Literal["cloze", "multiple-choice", "classification", "seq2seq", "infill", "language-model", "chat"]
+TaskKind = Literal[
+    "cloze", "multiple-choice", "classification", "seq2seq", "infill", "likelihood", "language-model", "chat"
+]
 CHOICES: tuple[TaskKind, ...] = ("cloze", "multiple-choice")
 """The kinds of task whose answers are candidates."""
 
 LABELLED: tuple[TaskKind, ...] = (*CHOICES, "classification")
-"""The kinds of task whose predictions have a label. Predictions of the other kinds have texts."""
+"""The kinds of task whose predictions have a label."""
+
+MEASURED: tuple[TaskKind, ...] = ("likelihood", "language-model")
+"""The kinds of task whose given answers are scored, token by token. Predictions of the remaining kinds have texts."""
 
 Truncation = Literal["left", "right"]
 """Where a long text is cut: ``left``, before its first blank and then at its end; ``right``, at its end only."""
+
+Direction = Literal["both", "left"]
+"""How a text before a scored answer is read: as a context, in both directions; or written too, from left to right."""
+
+Blank = Literal["[MASK]", "[sMASK]", "[gMASK]"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LikelihoodSettings:
+    """How given texts are scored.
+
+    Args:
+        direction: ``"left"``: the context is the first token and the blank; the rest is written before the answer.
+        window, stride: of the kind language-model, in tokens: as of `gmask.perplexity`.
+        blank: of the kind language-model: the one into which a GLM writes the text.
+    """
+
+    direction: Direction = "both"
+    window: int | None = None
+    stride: int | None = None
+    blank: Blank = "[MASK]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +73,8 @@ class Sample:
     - classification: ``text`` has no blank, ``label`` is the class;
     - seq2seq: ``text`` has one blank, ``answers`` is ``(target,)``;
     - infill: ``text`` has n blanks, ``answers`` their n texts;
-    - language-model: ``answers`` is ``(document,)``;
+    - likelihood: ``text`` has one blank, ``answers`` is ``(target,)``, which is scored, not written;
+    - language-model: ``answers`` is ``(document,)``, ``words`` the number of its words;
     - chat: ``history`` holds the rounds before, ``text`` the prompt, ``answers`` is ``(reply,)``.
 
     A backslash before a blank in ``text`` makes it plain text, as in `gmask.infill`; a chat has no such escapes.
@@ -62,6 +89,7 @@ class Sample:
     history: tuple[tuple[str, str], ...] = ()
     group: str | None = None
     references: tuple[str, ...] = ()
+    words: int | None = None
     path: Path | None = None
     line: int = 0
 
@@ -69,11 +97,13 @@ class Sample:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
     """A model's answer: the index of the most probable candidate or class, the log-probability of each in nats, and the
-    texts that it wrote, one a blank."""
+    texts that it wrote, one a blank. Of a given answer: the log-probability of each token, and whether it is the most
+    probable one."""
 
     label: int | None = None
     scores: tuple[float, ...] = ()
     texts: tuple[str, ...] = ()
+    is_greedy: tuple[bool, ...] = ()
 
 
 Values: TypeAlias = Mapping[str, Any]
@@ -420,5 +450,6 @@ def _prediction_line(prediction: Prediction, sample: Sample) -> dict[str, Any]:
         "predicted_label": prediction.label,
         "predicted_texts": prediction.texts,
         "scores": [round(score, 4) for score in prediction.scores],
+        "is_greedy": prediction.is_greedy,
     }
     return {name: value for name, value in values.items() if value is not None and value not in ("", (), [])}
