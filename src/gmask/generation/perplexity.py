@@ -20,6 +20,7 @@ from gmask.generation.encoding import Context, TextReader, encode_plain, format_
 from gmask.generation.score import Continuation, score_continuations
 from gmask.models.chatglm import ChatGLMConfig
 from gmask.tasks.records import Blank, Direction, LikelihoodSettings
+from gmask.tasks.templates import count_words
 
 DEFAULT_STRIDE = 256
 """``--overlapping-eval`` of the published evaluation."""
@@ -84,11 +85,6 @@ def perplexity(
     if not tokens:
         raise GmaskError("no text has two tokens, and the first of a text is not scored")
     return Perplexity(-sum(answer.logprob for answer in found), tokens, sum(count_words(one) - 1 for one in texts))
-
-
-def count_words(text: str) -> int:
-    """The words of a text: what single spaces separate, so that line breaks of WikiText count, as published."""
-    return len(text.strip().split(" "))
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,6 +134,9 @@ def read_records(
     - .csv, .tsv: the first line names the columns. Quotes have no meaning in a .tsv file, as in GLUE.
     - .parquet: needs pyarrow, which ``gmask[train]`` brings.
     - .source: one text a line, in the column "source"; the lines of the .target file beside it are the column "target".
+    - .blank: one text a line, with ``<blank>`` where words are missing, in the column "source"; the lines of the .txt
+      file of the same name, here or in the folder above, are the column "target".
+    - .txt, .tokens: the whole file is the column "text" of one record.
 
     Args:
         limit: read no more than so many records.
@@ -187,7 +190,7 @@ def _read_json(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[tup
         except GmaskError as error:
             on_bad(at_line(path, line, error))
         else:
-            yield line, value
+            yield line, {"items": value} if isinstance(value, list) else value  # C3's records are arrays
 
 
 def _find_array(text: str) -> int:
@@ -279,6 +282,23 @@ def _read_source(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[t
     if not target.is_file():
         yield from ((number, {"source": text}) for number, text in _read_stripped(path))
         return
+    yield from _pair_lines(path, target)
+
+
+def _read_blanked(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Reads ``blank/test.maskratio0.5.blank`` with ``test.txt``, as the texts of BlankLM are published."""
+    name = f"{path.name.partition('.')[0]}.txt"
+    whole = next((folder / name for folder in (path.parent, path.parent.parent) if (folder / name).is_file()), None)
+    if whole is None:
+        raise GmaskError(f"{path}: its whole texts, {name}, are neither beside it nor in the folder above")
+    yield from _pair_lines(path, whole)
+
+
+def _read_whole(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[tuple[int, dict[str, str]]]:
+    yield 1, {"text": read_text(path)}
+
+
+def _pair_lines(path: Path, target: Path) -> Iterator[tuple[int, dict[str, str]]]:
     for source_line, target_line in itertools.zip_longest(_read_stripped(path), _read_stripped(target)):
         if source_line is None or target_line is None:
             longer, (number, _) = (path, source_line) if source_line else (target, target_line)
@@ -302,6 +322,9 @@ FILE_READERS: Mapping[str, Callable[[Path, Callable[[GmaskError], None]], Iterat
     ".tsv": _read_table,
     ".parquet": _read_parquet,
     ".source": _read_source,
+    ".blank": _read_blanked,
+    ".txt": _read_whole,
+    ".tokens": _read_whole,
 }
 """The reader of each file format, by the end of the file's name. It gives the line and the values of each record, and
 calls ``on_bad`` with the error of each that cannot be read."""

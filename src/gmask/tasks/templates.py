@@ -3,7 +3,7 @@
 import re
 import string
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -103,6 +103,23 @@ def parse_template(source: str) -> Template:
 def count_blanks(text: str) -> int:
     """The number of blanks in a text; those that a backslash makes plain text do not count."""
     return sum(len(match.group(1)) % 2 == 0 for match in BLANK.finditer(text))
+
+
+def count_words(text: str) -> int:
+    """The words of a text: what single spaces separate, so that the line breaks of WikiText count, as published."""
+    return len(text.strip().split(" "))
+
+
+def fill_blanks(text: str, answers: Sequence[str]) -> str:
+    """A text with answers in place of its blanks, in order, and one space beside each; escaped blanks become text."""
+    remaining = iter(answers)
+
+    def fill(match: re.Match[str]) -> str:
+        backslashes, blank = match.groups()
+        plain = "\\" * (len(backslashes) // 2)
+        return plain + (blank if len(backslashes) % 2 else f" {next(remaining).strip()} ")
+
+    return " ".join(BLANK.sub(fill, text).split())
 
 
 def escape_blanks(text: str) -> str:
