@@ -46,7 +46,11 @@ def _read_copa(values: Values) -> Iterator[Values]:
 
 
 def _read_multirc(values: Values) -> Iterator[Values]:
-    """Makes a record of each answer; the answers to a question share their ``group``."""
+    """Makes a record of each answer; the answers to a question share their ``group``. The hub has one row an answer."""
+    if "paragraph" in values:
+        place = values["idx"]
+        yield {**values, "passage": values["paragraph"], "group": f"{place['paragraph']}-{place['question']}"}
+        return
     for question in values["passage"]["questions"]:
         for answer in question["answers"]:
             yield {
@@ -62,14 +66,22 @@ def _read_record(values: Values) -> Iterator[Values]:
     """Makes a record of each query: the texts ``before`` and ``after`` its blank, the ``candidates`` and ``answers``.
 
     As published, the candidates are the different entities of the passage, and the highlights of the passage become a
-    list. The label is that of the first right answer.
+    list. The label is that of the first right answer. The hub has one row a query.
     """
-    text = values["passage"]["text"]
-    entities = [text[entity["start"] : entity["end"] + 1] for entity in values["passage"]["entities"]]
+    if "query" in values:
+        text, entities, place = values["passage"], values["entities"], values["idx"]
+        queries = [(values["query"], values.get("answers", ()), f"{place['passage']}-{place['query']}")]
+    else:
+        text = values["passage"]["text"]
+        entities = [text[entity["start"] : entity["end"] + 1] for entity in values["passage"]["entities"]]
+        queries = [
+            (query["query"], [answer["text"] for answer in query.get("answers", ())], f"{values['idx']}-{query['idx']}")
+            for query in values["qas"]
+        ]
     candidates = list(dict.fromkeys(entities))
-    for query in values["qas"]:
-        before, _, after = query["query"].partition("@placeholder")
-        answers = list(dict.fromkeys(answer["text"] for answer in query.get("answers", ())))
+    for query, right, group in queries:
+        before, _, after = query.partition("@placeholder")
+        answers = list(dict.fromkeys(right))
         labels = [candidates.index(answer) for answer in answers if answer in candidates]
         yield {
             "passage": text.replace("@highlight\n", "- "),
@@ -77,7 +89,7 @@ def _read_record(values: Values) -> Iterator[Values]:
             "after": after,
             "candidates": candidates,
             "answers": answers,
-            "group": f"{values['idx']}-{query['idx']}",
+            "group": group,
             **({"label": labels[0]} if labels else {}),
         }
 
@@ -87,7 +99,8 @@ def _read_wsc(values: Values) -> Iterator[Values]:
 
     ``span2_index`` counts words and misses its pronoun by one in some published lines: the nearest one is marked.
     """
-    target, words = values["target"], values["text"].split()
+    target = values if "span2_text" in values else values["target"]  # the hub has no inner object
+    words = values["text"].split()
     pronoun, index = target["span2_text"], target["span2_index"]
     found = [position for position, word in enumerate(words) if word.strip(string.punctuation) == pronoun]
     found = found or [position for position, word in enumerate(words) if word.startswith(pronoun)]
@@ -117,7 +130,14 @@ def _read_cluewsc(values: Values) -> Iterator[Values]:
 
 
 def _read_squad(values: Values) -> Iterator[Values]:
-    """Makes a record of each question but the impossible ones, with the first ``answer`` and all ``answers``."""
+    """Makes a record of each question but the impossible ones, with the first ``answer`` and all ``answers``.
+
+    The hub has one row a question.
+    """
+    if "question" in values:
+        answers = list(dict.fromkeys(values["answers"]["text"]))
+        yield {**values, "answers": answers, **({"answer": answers[0]} if answers else {})}
+        return
     for paragraph in values["paragraphs"]:
         for question in paragraph["qas"]:
             answers = list(dict.fromkeys(answer["text"] for answer in question.get("answers", ())))

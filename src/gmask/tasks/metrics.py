@@ -20,12 +20,14 @@ from functools import cache
 from itertools import zip_longest
 from typing import Any, Literal, TypeAlias, get_args
 
+import numpy as np
+import numpy.typing as npt
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from gmask.errors import GmaskError, nearest
 from gmask.tasks.records import LABELLED, MEASURED, Prediction, Sample, TaskKind
-from gmask.tasks.templates import fill_blanks
+from gmask.tasks.templates import BLANK
 
 NOTHING_CHOSEN = "a text was written and nothing chosen: take exact-match, rouge-l or bleu-4"
 NOTHING_WRITTEN = "a class was chosen and no text: take accuracy, f1 or macro-f1"
@@ -43,7 +45,23 @@ class Choice:
     group: str | None = None
 
 
-ChoiceMetric: TypeAlias = Callable[[Sequence[Choice]], float]  # 0 to 1
+Floats: TypeAlias = npt.NDArray[np.float64]
+Integers: TypeAlias = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceCounts:
+    """How often each pair of a chosen and a right index occurs. Shape letters: P pairs.
+
+    ``count`` may have more dimensions in front, as for the resamples of a bootstrap; then so have the metrics.
+    """
+
+    chosen: Integers  # [P]
+    label: Integers  # [P]
+    count: Floats  # [..., P]
+
+
+ChoiceMetric: TypeAlias = Callable[[ChoiceCounts], Floats]  # 0 to 1
 MetricLanguage = Literal["en", "zh"]
 
 
@@ -100,8 +118,10 @@ def score_predictions(
         raise GmaskError("there are no samples to measure")
     scores = dict[str, float]()
     if any(name in CHOICE_METRICS for name in task_metrics):
-        choices = [_read_choice(*answered) for answered in zip(predictions, samples, strict=True)]
-        scores |= {name: CHOICE_METRICS[name](choices) for name in task_metrics if name in CHOICE_METRICS}
+        choices = [read_choice(*answered) for answered in zip(predictions, samples, strict=True)]
+        counts = count_choices(choices)
+        scores |= {name: float(COUNT_METRICS[name](counts)) for name in task_metrics if name in COUNT_METRICS}
+        scores |= {name: GROUP_METRICS[name](choices) for name in task_metrics if name in GROUP_METRICS}
     for name in task_metrics:
         if name in LIKELIHOOD_METRICS:
             scores[name] = LIKELIHOOD_METRICS[name](predictions, samples)
@@ -184,22 +204,30 @@ def read_pairs(prediction: Prediction, sample: Sample) -> list[Pair]:
     return [Pair(text, references) for text, references in zip(texts, right, strict=True)]
 
 
-def accuracy(choices: Sequence[Choice]) -> float:
-    return sum(choice.chosen == choice.label for choice in choices) / len(choices)
+def count_choices(choices: Sequence[Choice]) -> ChoiceCounts:
+    counts = Counter((choice.chosen, choice.label) for choice in choices)
+    pairs = np.array(list(counts), np.int64).reshape(-1, 2)
+    return ChoiceCounts(pairs[:, 0], pairs[:, 1], np.array(list(counts.values()), np.float64))
 
 
-def binary_f1(choices: Sequence[Choice]) -> float:
+def accuracy(counts: ChoiceCounts) -> Floats:
+    right: Floats = counts.count[..., counts.chosen == counts.label].sum(-1)
+    return right / counts.count.sum(-1)
+
+
+def binary_f1(counts: ChoiceCounts) -> Floats:
     """F1 of class 1 among the classes 0 and 1."""
-    highest = max(max(choice.chosen, choice.label) for choice in choices)
+    highest = max(counts.chosen.max(), counts.label.max())
     if highest > 1:
         raise GmaskError(f"f1 is of two classes, and here is one with the index {highest}: take macro-f1")
-    return _class_f1(choices, 1)
+    return _class_f1(counts, np.array([1]))[0][..., 0]
 
 
-def macro_f1(choices: Sequence[Choice]) -> float:
+def macro_f1(counts: ChoiceCounts) -> Floats:
     """The mean of F1 over the classes that are a label or were chosen, each with the same weight."""
-    classes = {choice.label for choice in choices} | {choice.chosen for choice in choices}
-    return sum(_class_f1(choices, index) for index in classes) / len(classes)
+    f1, occurs = _class_f1(counts, np.union1d(counts.chosen, counts.label))
+    means: Floats = f1.sum(-1) / occurs.sum(-1)
+    return means
 
 
 def group_exact_match(choices: Sequence[Choice]) -> float:
@@ -220,7 +248,7 @@ def score_groups(predictions: Sequence[Prediction], samples: Sequence[Sample]) -
     A group named ``category/subject`` counts in its category too: that is the mean over its subjects, as C-Eval's and
     MMLU's tables have it.
     """
-    groups = _group([_read_choice(*answered) for answered in zip(predictions, samples, strict=True)])
+    groups = _group([read_choice(*answered) for answered in zip(predictions, samples, strict=True)])
     found = {name: (100 * sum(right) / len(right), len(right)) for name, right in sorted(groups.items())}
     members = defaultdict[str, list[str]](list)
     for name in found:
@@ -269,11 +297,12 @@ def _sum_nats(predictions: Sequence[Prediction]) -> float:
     return -math.fsum(score for prediction in predictions for score in prediction.scores)
 
 
-def _class_f1(choices: Sequence[Choice], index: int) -> float:
-    """2 tp / (2 tp + fp + fn); 0 where the class is neither a label nor chosen, as scikit-learn has it."""
-    counts = Counter((choice.chosen == index, choice.label == index) for choice in choices)
-    hits, errors = counts[True, True], counts[True, False] + counts[False, True]
-    return 2 * hits / (2 * hits + errors) if hits else 0.0
+def _class_f1(counts: ChoiceCounts, classes: Integers) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """2 tp / (2 tp + fp + fn) of each class, and whether it is a label or was chosen; 0 where not, as scikit-learn."""
+    chosen, label = (np.equal.outer(index, classes) for index in (counts.chosen, counts.label))
+    hits, seen = counts.count @ (chosen & label), counts.count @ (chosen.astype(np.float64) + label)
+    occurs = seen > 0
+    return 2 * hits / np.where(occurs, seen, 1.0), occurs
 
 
 def is_exact_match(text: str, reference: str) -> bool:
@@ -293,15 +322,18 @@ def _squad(pair: Pair, language: MetricLanguage) -> dict[str, float]:
     return dict(zip(("squad-f1", "squad-em"), score_reading(pair, language), strict=True))
 
 
-CHOICE_METRICS: Mapping[str, ChoiceMetric] = {
+COUNT_METRICS: Mapping[str, ChoiceMetric] = {
     "accuracy": accuracy,
     "f1": binary_f1,
     "macro-f1": macro_f1,
     "multirc-f1a": binary_f1,
+}
+GROUP_METRICS: Mapping[str, Callable[[Sequence[Choice]], float]] = {
     "multirc-em": group_exact_match,
     "group-em": group_exact_match,
     "macro-accuracy": macro_accuracy,
 }
+CHOICE_METRICS = (*COUNT_METRICS, *GROUP_METRICS)
 
 LIKELIHOOD_METRICS: Mapping[str, Callable[[Sequence[Prediction], Sequence[Sample]], float]] = {
     "perplexity": token_perplexity,
@@ -362,7 +394,7 @@ def _score_texts(names: Sequence[str], pairs: Sequence[Pair], language: MetricLa
     return scores
 
 
-def _read_choice(prediction: Prediction, sample: Sample) -> Choice:
+def read_choice(prediction: Prediction, sample: Sample) -> Choice:
     if prediction.is_greedy:
         return Choice(int(all(prediction.is_greedy)), 1, sample.group)
     if prediction.label is None:
@@ -404,10 +436,22 @@ def score_filled_texts(predictions: Sequence[Prediction], samples: Sequence[Samp
 
     As ``multi-bleu.perl`` of the published evaluation, which is given texts that are cut into words by spaces.
     """
-    filled = [fill_blanks(sample.text, found.texts) for found, sample in zip(predictions, samples, strict=True)]
-    right = [fill_blanks(sample.text, sample.answers) for sample in samples]
+    filled = [_fill(sample.text, found.texts) for found, sample in zip(predictions, samples, strict=True)]
+    right = [_fill(sample.text, sample.answers) for sample in samples]
     corpus_bleu = load_library("sacrebleu").corpus_bleu
     return float(corpus_bleu(filled, [right], tokenize="none", smooth_method="none", force=True).score) / 100
+
+
+def _fill(text: str, answers: Sequence[str]) -> str:
+    """A text with answers in its blanks, in order, and one space between all words; escaped blanks become text."""
+    remaining = iter(answers)
+
+    def fill(match: re.Match[str]) -> str:
+        backslashes, blank = match.groups()
+        plain = "\\" * (len(backslashes) // 2)
+        return plain + (blank if len(backslashes) % 2 else f" {next(remaining).strip()} ")
+
+    return " ".join(BLANK.sub(fill, text).split())
 
 
 def cut_words(text: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import csv
 import glob
+import hashlib
 import io
 import itertools
 import json
@@ -126,7 +127,21 @@ class Record:
 def read_records(
     pattern: str | Path, *, limit: int | None = None, on_bad: Callable[[GmaskError], None] | None = None
 ) -> list[Record]:
-    """Reads the records of the files that a path or a glob names, in the order of the files' names.
+    """All records that `stream_records` gives.
+
+    Raises:
+        GmaskError: as `stream_records`, or no record at all.
+    """
+    records = list(stream_records(pattern, limit=limit, on_bad=on_bad))
+    if not records:
+        raise GmaskError(f"{pattern}: there is no record in it")
+    return records
+
+
+def stream_records(
+    pattern: str | Path, *, limit: int | None = None, on_bad: Callable[[GmaskError], None] | None = None
+) -> Iterator[Record]:
+    """The records of the files that a path or a glob names, in the order of the files' names, one after the other.
 
     - .jsonl, .jsonl.zst: one object a line.
     - .json: an array of objects, an object with such an array under "data", or one object a line, as AdvertiseGen and
@@ -144,17 +159,25 @@ def read_records(
             raises.
 
     Raises:
-        GmaskError: no such file, an unknown format, a line that is no record (with its number), a file that cannot be
-            read on, or no record at all.
+        GmaskError: no such file; and while they are read, an unknown format, a line that is no record (with its
+            number), or a file that cannot be read on.
     """
     if limit is not None and limit < 1:
         raise GmaskError(f"the limit of records must be at least 1, not {limit}")
     files = find_files(str(pattern))
     files = [path for path in files if path.suffix != ".target" or path.with_suffix(".source") not in files]
-    records = list(itertools.islice((record for path in files for record in _read_file(path, on_bad or _raise)), limit))
-    if not records:
-        raise GmaskError(f"{pattern}: there is no record in it")
-    return records
+    return itertools.islice((record for path in files for record in _read_file(path, on_bad or _raise)), limit)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file; of a .source file and its .target together."""
+    digest = hashlib.sha256()
+    target = path.with_suffix(".target")
+    for part in (path, target) if path.suffix == ".source" and target.is_file() else (path,):
+        with part.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
 
 
 def _read_file(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[Record]:
@@ -457,12 +480,15 @@ def write_predictions(path: Path, predictions: Sequence[Prediction], samples: Se
     Raises:
         GmaskError: the file cannot be written.
     """
-    lines = (_prediction_line(*answered) for answered in zip(predictions, samples, strict=True))
+    lines = (prediction_line(*answered) for answered in zip(predictions, samples, strict=True))
     write_json_lines(path, lines)
 
 
-def _prediction_line(prediction: Prediction, sample: Sample) -> dict[str, Any]:
-    """The line of a sample and its prediction, without empty values; scores are in nats, rounded to 4 decimals."""
+def prediction_line(prediction: Prediction, sample: Sample, *, digits: int | None = 4) -> dict[str, Any]:
+    """The line of a sample and its prediction, without empty values.
+
+    digits: decimals of the scores, which are in nats; None leaves them as they are.
+    """
     values = {
         "history": sample.history,
         "text": sample.text,
@@ -472,7 +498,7 @@ def _prediction_line(prediction: Prediction, sample: Sample) -> dict[str, Any]:
         "group": sample.group,
         "predicted_label": prediction.label,
         "predicted_texts": prediction.texts,
-        "scores": [round(score, 4) for score in prediction.scores],
+        "scores": [score if digits is None else round(score, digits) for score in prediction.scores],
         "is_greedy": prediction.is_greedy,
     }
     return {name: value for name, value in values.items() if value is not None and value not in ("", (), [])}

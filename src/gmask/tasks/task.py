@@ -1,6 +1,7 @@
 """Tasks: read from YAML, they make samples of records."""
 
 import dataclasses
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from gmask.config import OneOf, build_settings, field_names, load_tree
+from gmask.config import OneOf, build_settings, field_names, load_tree, to_yaml
 from gmask.conversation import read_conversation
 from gmask.errors import GmaskError, nearest
 from gmask.tasks.formats import READERS, flatten, samples_of
 from gmask.tasks.metrics import MetricLanguage, check_kind, check_metric
 from gmask.tasks.records import Blank, Direction, LikelihoodSettings, Record, Sample, TaskKind, Values
+from gmask.tasks.sources import DataSource
 from gmask.tasks.templates import (
     as_text,
     count_blanks,
@@ -66,6 +68,12 @@ class Task:
     best: str = "loss"  # "loss" or the metric by which the best checkpoint is chosen
     language: MetricLanguage | None = None  # of the answers, for the metrics
     source: str = ""  # paper or repository, and the licence of the data
+    data: DataSource = dataclasses.field(default_factory=DataSource)  # where the records of an evaluation are found
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all that the samples and the metrics depend on: of everything but where the records are found."""
+        plain = dataclasses.replace(self, data=DataSource())
+        return hashlib.sha256(to_yaml(plain).encode()).hexdigest()
 
     @property
     def likelihood(self) -> LikelihoodSettings:
@@ -91,17 +99,28 @@ class Task:
             GmaskError: a column that is absent (with the nearest name) or empty, a label outside the choices, each with
                 file and line; or no record gives a sample.
         """
-        samples = list[Sample]()
+        samples = list(self.stream(records, require_answers=require_answers, on_bad=on_bad))
+        if not samples:
+            raise GmaskError(f"task {self.name}: no record gives a sample")
+        return samples
+
+    def stream(
+        self,
+        records: Iterable[Record],
+        *,
+        require_answers: bool = True,
+        on_bad: Callable[[GmaskError], None] | None = None,
+    ) -> Iterator[Sample]:
+        """The samples of records, one after the other; arguments and errors as of `samples`."""
         for record in records:
             plain = list[Record]()
             with _located(record, on_bad):
                 plain = list(flatten(self.reader, record))
             for one in plain:
+                found = list[Sample]()
                 with _located(record, on_bad):
-                    samples += make_samples(self, one, require_answers=require_answers)
-        if not samples:
-            raise GmaskError(f"task {self.name}: no record gives a sample")
-        return samples
+                    found = make_samples(self, one, require_answers=require_answers)
+                yield from found
 
 
 def task_names() -> list[str]:

@@ -110,21 +110,20 @@ def count_words(text: str) -> int:
     return len(text.strip().split(" "))
 
 
-def fill_blanks(text: str, answers: Sequence[str]) -> str:
-    """A text with answers in place of its blanks, in order, and one space beside each; escaped blanks become text."""
-    remaining = iter(answers)
-
-    def fill(match: re.Match[str]) -> str:
-        backslashes, blank = match.groups()
-        plain = "\\" * (len(backslashes) // 2)
-        return plain + (blank if len(backslashes) % 2 else f" {next(remaining).strip()} ")
-
-    return " ".join(BLANK.sub(fill, text).split())
-
-
 def escape_blanks(text: str) -> str:
     """Makes the blanks of a text, and what looks like one, plain text by a backslash."""
     return LIKE_A_BLANK.sub(r"\1\1\\\2", text)
+
+
+def fill_blanks(text: str, answers: Sequence[str]) -> str:
+    """Writes answers into the blanks of a text; what looks like a blank in them becomes plain text."""
+    parts, end, left = list[str](), 0, list(answers)
+    for match in BLANK.finditer(text):
+        if len(match.group(1)) % 2:
+            continue
+        parts += [text[end : match.start()], escape_blanks("\\" * (len(match.group(1)) // 2) + left.pop(0))]
+        end = match.end()
+    return "".join((*parts, text[end:]))
 
 
 def split_marks(text: str) -> tuple[str, tuple[str, ...]]:

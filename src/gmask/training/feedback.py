@@ -20,8 +20,7 @@ from gmask.models.base import SelfAttention
 from gmask.recipes.feedback import FeedbackRecipe, Stage, load_feedback_recipe
 from gmask.recipes.tuning import USUAL_RATES, differing_values
 from gmask.tasks.preferences import AnswerPair, Intake, Judgement, Question, read_judgements, read_preferences
-from gmask.tasks.records import find_files
-from gmask.training.examples import hash_file
+from gmask.tasks.records import find_files, hash_file
 from gmask.training.run_folder import FILES_FILE, RECIPE_FILE, START_FILE, TuningRun
 
 

@@ -1,7 +1,6 @@
 """Fine-tuning by a recipe, on the loop of `gmask.training.loop`; with cross-validation where the recipe asks for it."""
 
 import dataclasses
-import hashlib
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from gmask.generation.settings import make_sampling
 from gmask.hardware import describe_training_dtype
 from gmask.recipes.tuning import USUAL_RATES, TuningRecipe, differing_keys, hint_learning_rate, load_tuning_recipe
 from gmask.tasks.metrics import LOWER_IS_BETTER, Rows
-from gmask.tasks.records import Sample, write_predictions
+from gmask.tasks.records import Sample, hash_file, write_predictions
 from gmask.tasks.task import Task, read_task
 from gmask.training.accelerator import (
     forward_dtype,
@@ -36,7 +35,7 @@ from gmask.training.accelerator import (
     named_dtype,
     training_arguments,
 )
-from gmask.training.examples import Batch, BatchOrder, Splits, hash_file, read_splits, steps_of
+from gmask.training.examples import Batch, BatchOrder, Splits, read_splits, steps_of
 from gmask.training.loop import Loop, Schedule, StepData, StepResult, unsharded
 from gmask.training.losses import EncodedSamples, TaskObjective, count_items, examples_of
 from gmask.training.methods import choose_trainable, load_tuned_model, peak_memory, save_tuned_model
@@ -182,7 +181,7 @@ class Finetuning(TuningRun):
         """SHA-256 of all that the numbers of the run depend on beside the recipe, by its name in errors."""
         hashes = {f"{file.split} file {file.name}": file.sha256 for file in self.splits.files}
         if isinstance(self.recipe.task, str):  # a name or a file, whose content the recipe does not hold
-            hashes[f"task {self.task.name}"] = hashlib.sha256(to_yaml(self.task).encode()).hexdigest()
+            hashes[f"task {self.task.name}"] = self.task.fingerprint()
         if texts := self.recipe.forgetting.texts:
             hashes["forgetting.texts"] = hash_file(Path(self.recipe.data.resolve(texts)))
         return hashes

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,10 +26,10 @@ from gmask.infilling.blanks import NOT_SCORED
 from gmask.models.glm import GLMConfig
 from gmask.recipes.ppo import PPORecipe, load_ppo_recipe
 from gmask.recipes.tuning import differing_keys, hint_learning_rate
-from gmask.tasks.records import Sample, read_records
+from gmask.tasks.records import Sample, hash_file, read_records
 from gmask.tasks.task import Task, read_task
 from gmask.training.accelerator import forward_dtype, make_accelerator, named_dtype, training_arguments
-from gmask.training.examples import Batch, hash_file
+from gmask.training.examples import Batch
 from gmask.training.finetune import TASK_FILE
 from gmask.training.loop import Loop
 from gmask.training.losses import TaskObjective
@@ -123,7 +122,7 @@ class PPOSetup(TuningRun):
         """SHA-256 of what the numbers of the run depend on beside the recipe, by its name in errors."""
         hashes = {f"{file.split} file {file.name}": file.sha256 for file in self.prompts.files}
         if isinstance(self.recipe.task, str):
-            hashes[f"task {self.task.name}"] = hashlib.sha256(to_yaml(self.task).encode()).hexdigest()
+            hashes[f"task {self.task.name}"] = self.task.fingerprint()
         if self.function is not None and self.function.path is not None:
             hashes["reward.function"] = hash_file(self.function.path)
         return hashes
