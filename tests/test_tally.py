@@ -12,7 +12,7 @@ from gmask.tasks.tally import Tally, interval
 
 CHOICES = ("accuracy", "f1", "macro-f1", "multirc-f1a", "multirc-em")
 TEXTS = ("exact-match", "squad-f1", "rouge-l", "bleu-4", "sacrebleu")
-WORDS = "the old man took his dog down to the river and saw a boat there".split()
+WORDS = ["the", "old", "man", "took", "his", "dog", "down", "to", "the", "river", "and", "saw", "a", "boat", "there"]
 
 
 def choose(count: int, *, groups: int = 0, classes: int = 2) -> tuple[list[Prediction], list[Sample]]:
@@ -39,7 +39,7 @@ def tally_of(metrics: tuple[str, ...], predictions: list[Prediction], samples: l
     return tally
 
 
-@pytest.mark.parametrize("metrics", [CHOICES, ("accuracy",), TEXTS])
+@pytest.mark.parametrize("metrics", [CHOICES, ("accuracy",), TEXTS, ("macro-accuracy", "accuracy", "group-em")])
 def test_scores_are_those_of_the_readable_metrics(metrics: tuple[str, ...]) -> None:
     predictions, samples = write(30) if metrics == TEXTS else choose(60, groups=14)
     expected = score_predictions(metrics, predictions, samples)
@@ -55,6 +55,18 @@ def test_several_classes_and_several_blanks() -> None:
     two = [Sample(answers=("a dog", "the river")), Sample(answers=("a cat",))]
     told = [Prediction(texts=("a dog", "the boat")), Prediction(texts=("a cat",))]
     assert tally_of(("exact-match",), told, two).scores() == {"exact-match": pytest.approx(100 * 2 / 3)}  # blanks
+
+
+def test_given_answers_and_filled_texts() -> None:
+    names = ("accuracy", "nats", "perplexity", "word-perplexity")
+    told = [Prediction(scores=(-0.5, -1.5), is_greedy=(True, True)), Prediction(scores=(-2.0,), is_greedy=(False,))]
+    samples = [Sample(answers=("a b",), words=4), Sample(answers=("c",), words=3)]
+    assert tally_of(names, told, samples).scores() == pytest.approx(score_predictions(names, told, samples))
+    blanked = [Sample(text="the old [MASK] took his dog [MASK] .", answers=("man", "down to the river")),
+               Sample(text="he saw [MASK] boat there .", answers=("a",))]  # fmt: skip
+    told = [Prediction(texts=("man", "to the river")), Prediction(texts=("a",))]
+    names = ("infill-bleu", "exact-match")
+    assert tally_of(names, told, blanked).scores() == pytest.approx(score_predictions(names, told, blanked))
 
 
 @pytest.mark.parametrize("metrics", [CHOICES, TEXTS])

@@ -54,12 +54,14 @@ def evaluate(
         known: samples whose most frequent label is the baseline's answer.
     """
     has_answers = all(is_answered(sample, task.kind) for sample in samples)
-    predictions = predict(samples) if task.metrics or not has_answers else []
+    # A language model in training has its loss, which says as much as perplexity by windows, and costs less
+    metrics = () if loss is not None and task.kind == "language-model" else task.metrics
+    predictions = predict(samples) if metrics or not has_answers else []
     if not has_answers:
         return Evaluation(predictions, {}, {})
     scores = {} if loss is None else {"loss": loss(samples)}
-    if task.metrics:
-        scores |= score_predictions(task.metrics, predictions, samples, language=task.language)
+    if metrics:
+        scores |= score_predictions(metrics, predictions, samples, language=task.language)
     baseline = predict_majority(known, samples)
     majority = {} if baseline is None else score_predictions(task.metrics, baseline, samples, language=task.language)
     return Evaluation(predictions, scores, majority)
@@ -138,6 +140,7 @@ def run_task(
                 samples,
                 settings=decoding,
                 batch_size=batch_size,
+                likelihood=plan.likelihood,
                 on_progress=bar.update,
                 **limits,
             )

@@ -1,4 +1,4 @@
-"""Metrics by name, in per cent, and tables of results.
+"""Metrics by name, most of them in per cent, and tables of results.
 
 Chinese is compared as the evaluation of ChatGLM-6B's P-tuning does: ROUGE over the words that jieba finds, BLEU-4 over
 characters. English ROUGE is that of GLM's evaluation, without its clean-up of the tokens of particular data sets.
@@ -8,6 +8,7 @@ Sources: ``evaluate-v1.1.py`` of SQuAD, ``evaluate.py`` of ReCoRD, ``cmrc2018_ev
 """
 
 import importlib
+import math
 import re
 import string
 import warnings
@@ -25,10 +26,13 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from gmask.errors import GmaskError, nearest
-from gmask.tasks.records import LABELLED, Prediction, Sample, TaskKind
+from gmask.tasks.records import LABELLED, MEASURED, Prediction, Sample, TaskKind
+from gmask.tasks.templates import BLANK
 
 NOTHING_CHOSEN = "a text was written and nothing chosen: take exact-match, rouge-l or bleu-4"
 NOTHING_WRITTEN = "a class was chosen and no text: take accuracy, f1 or macro-f1"
+NOTHING_CHOSEN_OR_WRITTEN = "the right answer was scored, nothing chosen or written: take accuracy, perplexity or nats"
+NOTHING_MEASURED = "the tokens of the right answer were not scored: take a task of the kind likelihood"
 """Why a metric does not fit."""
 
 
@@ -79,14 +83,20 @@ def score_predictions(
     *,
     language: MetricLanguage | None = None,
 ) -> dict[str, float]:
-    """Scores predictions by metrics, in per cent.
+    """Scores predictions by metrics, in per cent but for those of `NOT_PER_CENT`.
 
-    - ``accuracy``; ``f1`` of class 1 among two; ``macro-f1``, the mean over the classes that occur.
+    - ``accuracy``; ``f1`` of class 1 among two; ``macro-f1``, the mean over the classes that occur. Of given answers
+      accuracy is the share whose tokens are all the most probable ones.
+    - ``macro-accuracy``: the mean over the groups of their accuracies (C-Eval's and MMLU's subjects); ``group-em``, the
+      groups all of whose samples are right (CMRC 2019's passages).
+    - ``perplexity`` of a token of given answers, ``word-perplexity`` of the words of documents; ``nats``, minus the
+      log-probability of an answer, the mean over the samples.
     - ``multirc-f1a``, F1 over all answers, and ``multirc-em``, the questions whose answers are all judged right;
       ``record-f1`` and ``record-em``: SuperGLUE (Wang et al. 2019, arXiv:1905.00537).
     - ``squad-f1`` and ``squad-em``: as SQuAD, and in Chinese as CMRC 2018.
     - ``exact-match``: the same text but for the number of spaces.
     - ``rouge-1``, ``rouge-2``, ``rouge-l``, ``bleu-4``: the mean over the texts; ``sacrebleu``: of all together.
+    - ``infill-bleu``: BLEU of the texts with their blanks filled, all together, over what spaces separate.
 
     A text is compared with the sample's references, or with its right answer, blank by blank.
 
@@ -111,12 +121,16 @@ def score_predictions(
         choices = [read_choice(*answered) for answered in zip(predictions, samples, strict=True)]
         counts = count_choices(choices)
         scores |= {name: float(COUNT_METRICS[name](counts)) for name in task_metrics if name in COUNT_METRICS}
-        if "multirc-em" in task_metrics:
-            scores["multirc-em"] = multirc_exact_match(choices)
-    if any(name not in CHOICE_METRICS for name in task_metrics):
+        scores |= {name: GROUP_METRICS[name](choices) for name in task_metrics if name in GROUP_METRICS}
+    for name in task_metrics:
+        if name in LIKELIHOOD_METRICS:
+            scores[name] = LIKELIHOOD_METRICS[name](predictions, samples)
+        elif name == "infill-bleu":
+            scores[name] = score_filled_texts(predictions, samples)
+    if any(name in TEXT_METRICS for name in task_metrics):
         pairs = [pair for answered in zip(predictions, samples, strict=True) for pair in read_pairs(*answered)]
         scores |= _score_texts(task_metrics, pairs, language)
-    return {name: 100 * scores[name] for name in task_metrics}
+    return {name: scores[name] if name in NOT_PER_CENT else 100 * scores[name] for name in task_metrics}
 
 
 def check_metric(name: str) -> None:
@@ -128,7 +142,13 @@ def check_metric(name: str) -> None:
 
 def check_kind(name: str, kind: TaskKind) -> None:
     """Raises `GmaskError` for a metric that does not fit this kind of task."""
-    if name in CHOICE_METRICS and kind not in LABELLED:
+    if (name in LIKELIHOOD_METRICS and kind not in MEASURED) or (name == "word-perplexity" and kind == "likelihood"):
+        raise GmaskError(f"{name} does not fit the kind {kind}: {NOTHING_MEASURED}")
+    if name == "infill-bleu" and kind != "infill":
+        raise GmaskError(f"{name} does not fit the kind {kind}: it is of texts with several blanks, of the kind infill")
+    if kind in MEASURED and name in (*TEXT_METRICS, "f1", "macro-f1", "multirc-f1a"):
+        raise GmaskError(f"{name} does not fit the kind {kind}: {NOTHING_CHOSEN_OR_WRITTEN}")
+    if name in CHOICE_METRICS and kind not in (*LABELLED, *MEASURED):
         raise GmaskError(f"{name} does not fit the kind {kind}: {NOTHING_CHOSEN}")
     if name not in CHOICE_METRICS and kind == "classification":
         raise GmaskError(f"{name} does not fit the kind {kind}: {NOTHING_WRITTEN}")
@@ -158,6 +178,8 @@ def check_metrics(task_metrics: Sequence[str], sample: Sample, kind: TaskKind) -
     Raises:
         GmaskError: as `score_predictions`.
     """
+    if kind in MEASURED:
+        return  # these metrics need no library, and no particular answer
     right = Prediction(label=sample.label or 0) if kind in LABELLED else Prediction(texts=sample.answers)
     score_predictions(task_metrics, [right], [sample])
 
@@ -208,14 +230,71 @@ def macro_f1(counts: ChoiceCounts) -> Floats:
     return means
 
 
-def multirc_exact_match(choices: Sequence[Choice]) -> float:
-    """The share of questions all of whose answers are judged right."""
-    questions = defaultdict[str, list[bool]](list)
+def group_exact_match(choices: Sequence[Choice]) -> float:
+    """The share of groups all of whose samples are right: MultiRC's questions, CMRC 2019's passages."""
+    groups = _group(choices)
+    return sum(map(all, groups.values())) / len(groups)
+
+
+def macro_accuracy(choices: Sequence[Choice]) -> float:
+    """The mean of accuracy over the groups, each with the same weight."""
+    groups = _group(choices)
+    return sum(sum(right) / len(right) for right in groups.values()) / len(groups)
+
+
+def score_groups(predictions: Sequence[Prediction], samples: Sequence[Sample]) -> dict[str, tuple[float, int]]:
+    """The accuracy of each group in per cent, and its number of samples, by the names of the groups.
+
+    A group named ``category/subject`` counts in its category too: that is the mean over its subjects, as C-Eval's and
+    MMLU's tables have it.
+    """
+    groups = _group([read_choice(*answered) for answered in zip(predictions, samples, strict=True)])
+    found = {name: (100 * sum(right) / len(right), len(right)) for name, right in sorted(groups.items())}
+    members = defaultdict[str, list[str]](list)
+    for name in found:
+        if "/" in name:
+            members[name.partition("/")[0]].append(name)
+    means = {
+        category: (sum(found[name][0] for name in names) / len(names), sum(found[name][1] for name in names))
+        for category, names in members.items()
+    }
+    return means | found
+
+
+def _group(choices: Sequence[Choice]) -> dict[str, list[bool]]:
+    """Whether each choice is right, by groups."""
+    groups = defaultdict[str, list[bool]](list)
     for choice in choices:
         if choice.group is None:
-            raise GmaskError("multirc-em is over questions, and the samples do not tell which they belong to")
-        questions[choice.group].append(choice.chosen == choice.label)
-    return sum(map(all, questions.values())) / len(questions)
+            raise GmaskError("this metric is over groups, such as questions or subjects, and the samples have no group")
+        groups[choice.group].append(choice.chosen == choice.label)
+    return groups
+
+
+def token_perplexity(predictions: Sequence[Prediction], samples: Sequence[Sample]) -> float:
+    """exp of the mean nats of a token, over all tokens of all answers."""
+    return math.exp(_sum_nats(predictions) / sum(len(prediction.scores) for prediction in predictions))
+
+
+def word_perplexity(predictions: Sequence[Prediction], samples: Sequence[Sample]) -> float:
+    """exp of the mean nats of a word, the first of each document not counted, as its first token is not scored."""
+    if any(sample.words is None for sample in samples):
+        raise GmaskError("word-perplexity is of documents, whose words are counted: take perplexity")
+    words = sum((sample.words or 1) - 1 for sample in samples)
+    if words < 1:
+        raise GmaskError("word-perplexity needs a document with two words")
+    return math.exp(_sum_nats(predictions) / words)
+
+
+def mean_nats(predictions: Sequence[Prediction], samples: Sequence[Sample]) -> float:
+    """The mean of minus the log-probability of an answer, end tokens not counted."""
+    return _sum_nats(predictions) / len(predictions)
+
+
+def _sum_nats(predictions: Sequence[Prediction]) -> float:
+    if not any(prediction.is_greedy for prediction in predictions):
+        raise GmaskError(NOTHING_MEASURED)
+    return -math.fsum(score for prediction in predictions for score in prediction.scores)
 
 
 def _class_f1(counts: ChoiceCounts, classes: Integers) -> tuple[Floats, npt.NDArray[np.bool_]]:
@@ -249,7 +328,20 @@ COUNT_METRICS: Mapping[str, ChoiceMetric] = {
     "macro-f1": macro_f1,
     "multirc-f1a": binary_f1,
 }
-CHOICE_METRICS = (*COUNT_METRICS, "multirc-em")
+GROUP_METRICS: Mapping[str, Callable[[Sequence[Choice]], float]] = {
+    "multirc-em": group_exact_match,
+    "group-em": group_exact_match,
+    "macro-accuracy": macro_accuracy,
+}
+CHOICE_METRICS = (*COUNT_METRICS, *GROUP_METRICS)
+
+LIKELIHOOD_METRICS: Mapping[str, Callable[[Sequence[Prediction], Sequence[Sample]], float]] = {
+    "perplexity": token_perplexity,
+    "word-perplexity": word_perplexity,
+    "nats": mean_nats,
+}
+NOT_PER_CENT = tuple(LIKELIHOOD_METRICS)
+LOWER_IS_BETTER = ("loss", *LIKELIHOOD_METRICS)
 
 
 def score_rouge(pair: Pair, language: MetricLanguage) -> dict[str, float]:
@@ -284,7 +376,8 @@ PAIR_METRICS: Mapping[tuple[str, ...], PairMetrics] = {
 }
 """The functions that score one pair, by the metrics that they give; the score of a corpus is the mean."""
 
-METRICS = (*CHOICE_METRICS, *(name for names in PAIR_METRICS for name in names), "sacrebleu")
+TEXT_METRICS = (*(name for names in PAIR_METRICS for name in names), "sacrebleu")
+METRICS = (*CHOICE_METRICS, *TEXT_METRICS, "infill-bleu", *LIKELIHOOD_METRICS)
 
 
 def _score_texts(names: Sequence[str], pairs: Sequence[Pair], language: MetricLanguage | None) -> dict[str, float]:
@@ -302,6 +395,8 @@ def _score_texts(names: Sequence[str], pairs: Sequence[Pair], language: MetricLa
 
 
 def read_choice(prediction: Prediction, sample: Sample) -> Choice:
+    if prediction.is_greedy:
+        return Choice(int(all(prediction.is_greedy)), 1, sample.group)
     if prediction.label is None:
         raise GmaskError(f"{_location(sample)}{NOTHING_CHOSEN}")
     if sample.label is None:
@@ -334,6 +429,29 @@ def score_corpus_bleu(pairs: Sequence[Pair], language: MetricLanguage) -> float:
     tokenizer = "zh" if language == "zh" else "13a"
     corpus_bleu = load_library("sacrebleu").corpus_bleu
     return float(corpus_bleu([pair.text for pair in pairs], streams, tokenize=tokenizer, force=True).score) / 100
+
+
+def score_filled_texts(predictions: Sequence[Prediction], samples: Sequence[Sample]) -> float:
+    """sacrebleu's BLEU of whole texts with the answers in their blanks, 0 to 1, over what spaces separate.
+
+    As ``multi-bleu.perl`` of the published evaluation, which is given texts that are cut into words by spaces.
+    """
+    filled = [join_words(sample.text, found.texts) for found, sample in zip(predictions, samples, strict=True)]
+    right = [join_words(sample.text, sample.answers) for sample in samples]
+    corpus_bleu = load_library("sacrebleu").corpus_bleu
+    return float(corpus_bleu(filled, [right], tokenize="none", smooth_method="none", force=True).score) / 100
+
+
+def join_words(text: str, answers: Sequence[str]) -> str:
+    """A text with answers in its blanks, in order, and one space between all words; escaped blanks become text."""
+    remaining = iter(answers)
+
+    def fill(match: re.Match[str]) -> str:
+        backslashes, blank = match.groups()
+        plain = "\\" * (len(backslashes) // 2)
+        return plain + (blank if len(backslashes) % 2 else f" {next(remaining).strip()} ")
+
+    return " ".join(BLANK.sub(fill, text).split())
 
 
 def cut_words(text: str) -> list[str]:

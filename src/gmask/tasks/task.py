@@ -13,11 +13,19 @@ from typing import Annotated, Any
 from gmask.config import OneOf, build_settings, field_names, load_tree, to_yaml
 from gmask.conversation import read_conversation
 from gmask.errors import GmaskError, nearest
-from gmask.tasks.formats import FORMAT_READERS, flatten, samples_of
+from gmask.tasks.formats import READERS, flatten, samples_of
 from gmask.tasks.metrics import MetricLanguage, check_kind, check_metric
-from gmask.tasks.records import Record, Sample, TaskKind, Values
+from gmask.tasks.records import Blank, Direction, LikelihoodSettings, Record, Sample, TaskKind, Values
 from gmask.tasks.sources import DataSource
-from gmask.tasks.templates import as_text, count_blanks, escape_blanks, parse_template, read_value, split_marks
+from gmask.tasks.templates import (
+    as_text,
+    count_blanks,
+    count_words,
+    escape_blanks,
+    parse_template,
+    read_value,
+    split_marks,
+)
 
 HERE = Path(__file__).parent
 
@@ -32,6 +40,7 @@ class Task:
     - classification: ``template`` without a blank (or ``plain_template``), ``label``, ``choices``;
     - seq2seq: ``template`` with one blank, ``target``;
     - infill: ``template`` for a text with blanks; the answers are marked in the text, or are in the column ``answers``;
+    - likelihood: ``template`` with one blank, ``target``, which is scored and not written;
     - language-model: ``template``;
     - chat: ``template`` of the prompt and ``target``, or ``messages``.
     """
@@ -49,7 +58,12 @@ class Task:
     messages: str | None = None  # column with a whole conversation
     references: str | None = None  # column with a list of all texts that count as right
     group: str | None = None  # template of the name that the samples of one question share
-    reader: Annotated[str, OneOf(tuple(FORMAT_READERS))] = "plain"  # of the format of the records
+    words: str | None = None  # column with the number of words of a document; without it the spaces of the text tell
+    direction: Direction = "both"  # of scored texts: whether what stands before them is context, or written too
+    window: int | None = None  # tokens, of the kind language-model; as of gmask.perplexity
+    stride: int | None = None
+    blank: Blank = "[MASK]"  # of the kind language-model: into which the text is written
+    reader: Annotated[str, OneOf(READERS)] = "plain"  # of the format of the records
     metrics: tuple[str, ...] = ()
     best: str = "loss"  # "loss" or the metric by which the best checkpoint is chosen
     language: MetricLanguage | None = None  # of the answers, for the metrics
@@ -60,6 +74,11 @@ class Task:
         """SHA-256 of all that the samples and the metrics depend on: of everything but where the records are found."""
         plain = dataclasses.replace(self, data=DataSource())
         return hashlib.sha256(to_yaml(plain).encode()).hexdigest()
+
+    @property
+    def likelihood(self) -> LikelihoodSettings:
+        """How given texts are scored."""
+        return LikelihoodSettings(direction=self.direction, window=self.window, stride=self.stride, blank=self.blank)
 
     def samples(
         self,
@@ -206,6 +225,7 @@ def _check_fields(task: Task) -> None:
         "classification": ["template", "label", "choices"],
         "seq2seq": ["template", "target"],
         "infill": ["template"],
+        "likelihood": ["template", "target"],
         "language-model": ["template"],
         "chat": [] if task.messages else ["template", "target"],
     }[task.kind]
@@ -285,7 +305,9 @@ def _infill(task: Task, values: Values, require_answers: bool) -> list[Sample]:
 
 
 def _write(task: Task, values: Values, require_answers: bool) -> list[Sample]:
-    return [Sample(answers=(parse_template(task.template).fill(values),))]
+    text = parse_template(task.template).fill(values)
+    words = read_value(values, task.words) if task.words else count_words(text)
+    return [Sample(answers=(text,), words=words)]
 
 
 def _reply(task: Task, values: Values, require_answers: bool) -> list[Sample]:
@@ -306,6 +328,7 @@ MAKERS: Mapping[TaskKind, Callable[[Task, Values, bool], list[Sample]]] = {
     "classification": _classify,
     "seq2seq": _transform,
     "infill": _infill,
+    "likelihood": _transform,
     "language-model": _write,
     "chat": _reply,
 }

@@ -105,6 +105,11 @@ def count_blanks(text: str) -> int:
     return sum(len(match.group(1)) % 2 == 0 for match in BLANK.finditer(text))
 
 
+def count_words(text: str) -> int:
+    """The words of a text: what single spaces separate, so that the line breaks of WikiText count, as published."""
+    return len(text.strip().split(" "))
+
+
 def escape_blanks(text: str) -> str:
     """Makes the blanks of a text, and what looks like one, plain text by a backslash."""
     return LIKE_A_BLANK.sub(r"\1\1\\\2", text)

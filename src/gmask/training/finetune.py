@@ -24,7 +24,7 @@ from gmask.generation.encoding import PROMPT
 from gmask.generation.settings import make_sampling
 from gmask.hardware import describe_training_dtype
 from gmask.recipes.tuning import USUAL_RATES, TuningRecipe, differing_keys, hint_learning_rate, load_tuning_recipe
-from gmask.tasks.metrics import Rows
+from gmask.tasks.metrics import LOWER_IS_BETTER, Rows
 from gmask.tasks.records import Sample, hash_file, write_predictions
 from gmask.tasks.task import Task, read_task
 from gmask.training.accelerator import (
@@ -296,7 +296,7 @@ class Finetuning(TuningRun):
             return {}
         scores = self.validator.validate(self.validation).scores
         now, value, early_stop = self.loop.progress, scores[self.task.best], self.recipe.optimization.early_stop
-        sign = -1 if self.task.best == "loss" else 1
+        sign = -1 if self.task.best in LOWER_IS_BETTER else 1
         if now.best_value is None or sign * value > sign * now.best_value:
             self.loop.save_best(value)
         evaluations = (now.step - (now.best_step or 0)) / self.evaluate_every
