@@ -37,7 +37,6 @@ from gmask.models.glm_heads import GLMForSequenceClassification
 from gmask.tasks.records import (
     CHOICES,
     LABELLED,
-    MEASURED,
     Direction,
     LikelihoodSettings,
     Prediction,
@@ -102,7 +101,9 @@ def predict(
     if isinstance(model.config, GLMConfig) and settings.max_tokens > positions:
         raise GmaskError(f"max_tokens is {settings.max_tokens}, but the model has only {positions} positions")
     if max_source is None:
-        max_source = _room(model, kind, settings)
+        max_source = (
+            model.config.max_position_embeddings if _is_measured(kind, samples) else _room(model, kind, settings)
+        )
     reader = SampleReader(
         tokenizer,
         model.config,
@@ -116,10 +117,15 @@ def predict(
         return predictor.predict(samples, on_progress or (lambda count: None))
 
 
+def _is_measured(kind: TaskKind, samples: Sequence[Sample]) -> bool:
+    """Returns True if the answers are given, to be scored token by token."""
+    return kind == "likelihood" or (kind == "language-model" and any(sample.answers for sample in samples))
+
+
 def _room(model: PreTrainedModel, kind: TaskKind, settings: Sampling) -> int:
     """Returns the most tokens that a context may have. Answers to a GLM's blanks have positions of their own."""
     positions: int = model.config.max_position_embeddings
-    if kind in (*LABELLED, "likelihood") or (isinstance(model.config, GLMConfig) and kind != "chat"):
+    if kind in LABELLED or (isinstance(model.config, GLMConfig) and kind != "chat"):
         return positions
     if settings.max_tokens >= positions - 1:
         raise GmaskError(f"max_tokens {settings.max_tokens} leaves no room for a prompt in {positions} positions")
@@ -319,17 +325,17 @@ class Predictor:
         questions = [self.reader.read(sample) for sample in samples]
         _warn_of_cuts(questions, self.reader.max_source)
         kind = self.reader.kind
+        is_measured = _is_measured(kind, samples)
         if kind in CHOICES:
             for sample in samples:
                 if not sample.answers:
                     raise locate(GmaskError("the sample has no candidates to choose from"), sample)
-        elif kind == "likelihood" or (kind == "language-model" and any(sample.answers for sample in samples)):
+        elif is_measured:
             for sample in samples:
                 if len(sample.answers) != 1:
                     raise locate(GmaskError("the sample has no answer, or several: one text is scored"), sample)
         seeds = self.settings.seeds(len(samples))
         size = self.batch_size  # in rows: each beam and each answer of a text takes one
-        is_measured = kind in MEASURED and any(sample.answers for sample in samples)
         if not is_measured and kind not in LABELLED:
             size = max(1, size // max(self.settings.beams, self.settings.n))
         found: dict[int, Prediction] = {}
