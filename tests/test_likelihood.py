@@ -15,6 +15,7 @@ from gmask.errors import GmaskError
 from gmask.generation.encoding import encode_plain, format_of
 from gmask.generation.perplexity import DocumentScorer, Perplexity, cut_windows, perplexity
 from gmask.generation.predict import SampleReader, predict
+from gmask.generation.settings import Sampling
 from gmask.tasks.records import Direction, LikelihoodSettings, Sample
 from tuning_models import Pair, make_chatglm, make_glm
 
@@ -187,7 +188,7 @@ def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(glm: Pa
 def test_a_document_as_a_sample_is_scored_as_perplexity_scores_it(pair: Pair, direction: Direction) -> None:
     settings = LikelihoodSettings(direction=direction, window=20, stride=10)
     samples = [Sample(answers=(text,)) for text in (DOCUMENT, "It was a sunny day", "a")]
-    found = predict(*pair, "language-model", samples, likelihood=settings)
+    found = predict(*pair, "language-model", samples, likelihood=settings, settings=Sampling(max_tokens=2))
     for sample, prediction in zip(samples[:2], found, strict=False):
         alone = perplexity(*pair, sample.answers[0], window=20, stride=10, direction=direction)
         assert (-sum(prediction.scores), len(prediction.scores)) == (pytest.approx(alone.nats, abs=1e-3), alone.tokens)

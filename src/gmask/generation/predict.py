@@ -37,6 +37,7 @@ from gmask.models.glm_heads import GLMForSequenceClassification
 from gmask.tasks.records import (
     CHOICES,
     LABELLED,
+    MEASURED,
     Direction,
     LikelihoodSettings,
     Prediction,
@@ -91,6 +92,33 @@ def predict(
     Warns:
         UserWarning: texts had to be cut, or rounds of conversations left out.
     """
+    predictor = make_predictor(
+        model,
+        tokenizer,
+        kind,
+        settings=settings,
+        batch_size=batch_size,
+        normalization=normalization,
+        likelihood=likelihood,
+        max_source=max_source,
+        truncation=truncation,
+    )
+    return predictor.predict(samples, on_progress or (lambda count: None))
+
+
+def make_predictor(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: TaskKind,
+    *,
+    settings: Sampling = GREEDY,
+    batch_size: int = 16,
+    normalization: ScoreNormalization = "sum",
+    likelihood: LikelihoodSettings = PUBLISHED,
+    max_source: int | None = None,
+    truncation: Truncation = "left",
+) -> "Predictor":
+    """What `predict` asks, for callers who choose the batches themselves; arguments and errors as there."""
     if batch_size < 1:
         raise GmaskError(f"batch_size must be at least 1, not {batch_size}")
     check_normalization(normalization)
@@ -101,9 +129,7 @@ def predict(
     if isinstance(model.config, GLMConfig) and settings.max_tokens > positions:
         raise GmaskError(f"max_tokens is {settings.max_tokens}, but the model has only {positions} positions")
     if max_source is None:
-        max_source = (
-            model.config.max_position_embeddings if _is_measured(kind, samples) else _room(model, kind, settings)
-        )
+        max_source = _room(model, kind, settings)
     reader = SampleReader(
         tokenizer,
         model.config,
@@ -112,20 +138,13 @@ def predict(
         truncation=truncation,
         direction=likelihood.direction,
     )
-    predictor = Predictor(model, tokenizer, reader, settings, batch_size, normalization, likelihood)
-    with evaluating(model), torch.inference_mode():
-        return predictor.predict(samples, on_progress or (lambda count: None))
-
-
-def _is_measured(kind: TaskKind, samples: Sequence[Sample]) -> bool:
-    """Returns True if the answers are given, to be scored token by token."""
-    return kind == "likelihood" or (kind == "language-model" and any(sample.answers for sample in samples))
+    return Predictor(model, tokenizer, reader, settings, batch_size, normalization, likelihood)
 
 
 def _room(model: PreTrainedModel, kind: TaskKind, settings: Sampling) -> int:
     """Returns the most tokens that a context may have. Answers to a GLM's blanks have positions of their own."""
     positions: int = model.config.max_position_embeddings
-    if kind in LABELLED or (isinstance(model.config, GLMConfig) and kind != "chat"):
+    if kind in (*LABELLED, "likelihood") or (isinstance(model.config, GLMConfig) and kind != "chat"):
         return positions
     if settings.max_tokens >= positions - 1:
         raise GmaskError(f"max_tokens {settings.max_tokens} leaves no room for a prompt in {positions} positions")
@@ -322,36 +341,48 @@ class Predictor:
 
     def predict(self, samples: Sequence[Sample], on_progress: Callable[[int], None]) -> list[Prediction]:
         """Returns predictions in the order of the samples. Samples of similar length are batched."""
-        questions = [self.reader.read(sample) for sample in samples]
-        _warn_of_cuts(questions, self.reader.max_source)
+        questions = self.read(samples)
+        warn_of_cuts(questions, self.reader.max_source)
+        seeds = self.settings.seeds(len(samples))
+        found: dict[int, Prediction] = {}
+        for batch in batches_by_length(list(map(measure_length, questions)), self.samples_per_batch(questions)):
+            predictions = self.answer([questions[index] for index in batch], [seeds[index] for index in batch])
+            found.update(zip(batch, predictions, strict=True))
+            on_progress(len(batch))
+        return [found[index] for index in range(len(samples))]
+
+    def samples_per_batch(self, questions: Sequence[ReadSample]) -> int:
+        """``batch_size`` is in rows: each beam and each answer of a text that is written takes one."""
+        is_written = self.reader.kind not in LABELLED and not self._is_measured(questions)
+        return max(1, self.batch_size // max(self.settings.beams, self.settings.n)) if is_written else self.batch_size
+
+    def _is_measured(self, questions: Sequence[ReadSample]) -> bool:
+        """Whether given answers are scored; a language model without a text to score writes one."""
+        return self.reader.kind in MEASURED and any(question.answers for question in questions)
+
+    def read(self, samples: Sequence[Sample]) -> list[ReadSample]:
+        """The samples in tokens. Raises `GmaskError` for one that cannot be read, with file and line."""
         kind = self.reader.kind
-        is_measured = _is_measured(kind, samples)
         if kind in CHOICES:
             for sample in samples:
                 if not sample.answers:
                     raise locate(GmaskError("the sample has no candidates to choose from"), sample)
-        elif is_measured:
+        elif kind == "likelihood" or (kind == "language-model" and any(sample.answers for sample in samples)):
             for sample in samples:
                 if len(sample.answers) != 1:
                     raise locate(GmaskError("the sample has no answer, or several: one text is scored"), sample)
-        seeds = self.settings.seeds(len(samples))
-        size = self.batch_size  # in rows: each beam and each answer of a text takes one
-        if not is_measured and kind not in LABELLED:
-            size = max(1, size // max(self.settings.beams, self.settings.n))
-        found: dict[int, Prediction] = {}
-        for batch in batches_by_length(list(map(_length, questions)), size):
-            asked = [questions[index] for index in batch]
-            if kind in CHOICES:
-                predictions = self._choose(asked)
-            elif kind == "classification":
-                predictions = self._classify(asked)
-            elif is_measured:
-                predictions = self._measure(asked)
-            else:
-                predictions = self._write(asked, [seeds[index] for index in batch])
-            found.update(zip(batch, predictions, strict=True))
-            on_progress(len(batch))
-        return [found[index] for index in range(len(samples))]
+        return [self.reader.read(sample) for sample in samples]
+
+    def answer(self, questions: Sequence[ReadSample], seeds: Sequence[int]) -> list[Prediction]:
+        """The predictions of one batch; each written answer draws by the seed of its sample."""
+        with evaluating(self.model), torch.inference_mode():
+            if self.reader.kind in CHOICES:
+                return self._choose(questions)
+            if self.reader.kind == "classification":
+                return self._classify(questions)
+            if self._is_measured(questions):
+                return self._measure(questions)
+            return self._write(questions, seeds)
 
     def _choose(self, questions: Sequence[ReadSample]) -> list[Prediction]:
         special, size = self.reader.special, self.batch_size
@@ -402,7 +433,7 @@ class Predictor:
         return text.strip() if question.blanked is None else question.blanked.fit_answer(text, blank)
 
 
-def _length(question: ReadSample) -> int:
+def measure_length(question: ReadSample) -> int:
     """The tokens by which samples are sorted: those of the context, and of a text that is written to be scored."""
     return len(question.context.ids) + question.unscored
 
@@ -412,7 +443,7 @@ def _best(scores: Sequence[float]) -> Prediction:
     return Prediction(label=rank_scores(scores)[0], scores=tuple(scores))
 
 
-def _warn_of_cuts(questions: Sequence[ReadSample], max_source: int) -> None:
+def warn_of_cuts(questions: Sequence[ReadSample], max_source: int) -> None:
     """Warns if texts were cut or rounds left out."""
     cut = sum(question.tokens_cut > 0 for question in questions)
     left_out = sum(question.rounds_left_out for question in questions)

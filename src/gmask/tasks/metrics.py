@@ -436,13 +436,13 @@ def score_filled_texts(predictions: Sequence[Prediction], samples: Sequence[Samp
 
     As ``multi-bleu.perl`` of the published evaluation, which is given texts that are cut into words by spaces.
     """
-    filled = [_fill(sample.text, found.texts) for found, sample in zip(predictions, samples, strict=True)]
-    right = [_fill(sample.text, sample.answers) for sample in samples]
+    filled = [join_words(sample.text, found.texts) for found, sample in zip(predictions, samples, strict=True)]
+    right = [join_words(sample.text, sample.answers) for sample in samples]
     corpus_bleu = load_library("sacrebleu").corpus_bleu
     return float(corpus_bleu(filled, [right], tokenize="none", smooth_method="none", force=True).score) / 100
 
 
-def _fill(text: str, answers: Sequence[str]) -> str:
+def join_words(text: str, answers: Sequence[str]) -> str:
     """A text with answers in its blanks, in order, and one space between all words; escaped blanks become text."""
     remaining = iter(answers)
 
