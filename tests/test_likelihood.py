@@ -242,8 +242,8 @@ def test_what_cannot_be_scored_is_one_line(glm: Pair, chatglm: Pair) -> None:
         with pytest.raises(GmaskError, match=message):
             predict(*pair, "likelihood", samples, **keywords)
     for keywords, message in [
-        ({"window": 1}, "a window of this model has 2 to 94 tokens, not 1"),
-        ({"window": 200}, "2 to 94 tokens, not 200"),
+        ({"window": 1}, "a window of this model has 2 to 95 tokens, not 1"),
+        ({"window": 200}, "2 to 95 tokens, not 200"),
         ({"window": 10, "stride": 10}, "stride is 10: give less than the window of 10, at least 1"),
         ({"direction": "right"}, "direction must be both or left"),
         ({"blank": "[xMASK]"}, r"no \[xMASK\]: take"),
@@ -251,5 +251,7 @@ def test_what_cannot_be_scored_is_one_line(glm: Pair, chatglm: Pair) -> None:
     ]:
         with pytest.raises(GmaskError, match=message):
             perplexity(*glm, DOCUMENT, **keywords)
+    for direction in DIRECTIONS:
+        assert perplexity(*glm, DOCUMENT, window=95, stride=1 + 93 * (direction == "left"), direction=direction).tokens
     with pytest.raises(GmaskError, match="no text has two tokens"):
         perplexity(*glm, ["", ""])
