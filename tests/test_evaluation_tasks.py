@@ -15,6 +15,8 @@ from gmask.tasks.task import load_task, read_task
 
 CORPUS = Path(__file__).parents[2] / "shared" / "corpus"
 
+COPA = {"premise": "It fell.", "choice1": "It broke.", "choice2": "It flew.", "question": "effect", "label": 1}
+
 
 def make_samples(task: str, *rows: dict[str, Any], path: str = "a.jsonl", **options: Any) -> list[Sample]:
     return load_task(task).samples([Record(row, Path(path), line) for line, row in enumerate(rows, 1)], **options)
@@ -188,3 +190,21 @@ def test_a_scored_answer_needs_its_blank_and_target() -> None:
     ]:
         with pytest.raises(GmaskError, match=message):
             read_task(base | change)
+
+
+def test_a_task_that_chooses_can_be_one_that_writes() -> None:
+    exam = {"question": "1+1?", "choices": ["1", "2", "3", "4"], "answer": 1, "subject": "abstract_algebra"}
+    idiom = {"content": "甲#idiom#", "candidates": ["一", "二"], "answer": 1}
+    for used, row, answer, group in [
+        ("exams/mmlu", exam, "B", "STEM/abstract_algebra"),
+        ("clue/chid", idiom, "二", None),
+        ("superglue/copa", COPA, "it flew", None),
+    ]:
+        task = read_task({"use": used, "kind": "seq2seq", "metrics": ["prefix-match"]})
+        (sample,) = task.samples([Record(row, Path("a.jsonl"), 1)])
+        assert (sample.answers, sample.label, sample.group) == ((answer,), None, group)
+        (chosen,) = make_samples(used, row)
+        assert sample.text == chosen.text
+        row = {name: value for name, value in row.items() if name not in ("label", "answer")}
+        (sample,) = task.samples([Record(row, Path("a.jsonl"), 1)], require_answers=False)
+        assert sample.answers == ()

@@ -317,7 +317,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_every_metric_has_one_name() -> None:
-    assert len(METRICS) == len(set(METRICS)) == 21
+    assert len(METRICS) == len(set(METRICS)) == 22
 
 
 def scored(*logprobs: float, greedy: Sequence[bool] = (True,)) -> Prediction:
@@ -394,3 +394,11 @@ def test_filled_texts_have_the_bleu_of_nltk() -> None:
     assert score_predictions(["infill-bleu"], found, samples)["infill-bleu"] == pytest.approx(expected)
     whole = [Prediction(texts=sample.answers) for sample in samples]
     assert score_predictions(["infill-bleu"], whole, samples)["infill-bleu"] == pytest.approx(100)
+
+
+def test_a_written_choice_may_go_on_but_not_as_another_word() -> None:
+    for text, reference, expected in [
+        ("B. Paris", "B", 100), (" B", "B", 100), ("Both", "B", 0), ("A", "B", 0), ("", "B", 0),
+        ("相同的", "相同", 100), ("不相同", "相同", 0), ("Yes, it is", "Yes", 100), ("Yes2", "Yes", 0),
+    ]:  # fmt: skip
+        assert measure_text("prefix-match", text, reference) == expected
