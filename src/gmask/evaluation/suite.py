@@ -14,7 +14,7 @@ from gmask.generation.settings import make_sampling
 from gmask.tasks.records import Truncation
 from gmask.tasks.task import Task, read_task, task_names
 
-HERE = Path(__file__).parent / "suites"
+SUITES = Path(__file__).parent / "suites"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class PlannedTask:
 
 
 def suite_names() -> list[str]:
-    return sorted(path.stem for path in HERE.glob("*.yaml"))
+    return sorted(path.stem for path in SUITES.glob("*.yaml"))
 
 
 def load_suite(name_or_path: str) -> list[SuiteEntry]:
@@ -53,7 +53,7 @@ def load_suite(name_or_path: str) -> list[SuiteEntry]:
         GmaskError: no such suite (with the nearest name), or one that is no list of tasks.
     """
     known = suite_names()
-    path = HERE / f"{name_or_path}.yaml" if name_or_path in known else Path(name_or_path)
+    path = SUITES / f"{name_or_path}.yaml" if name_or_path in known else Path(name_or_path)
     if not path.is_file():
         raise GmaskError(
             f"there is no suite {name_or_path}: the nearest of gmask's is {nearest(name_or_path, known)}, all are "

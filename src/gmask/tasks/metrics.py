@@ -250,16 +250,20 @@ def score_groups(predictions: Sequence[Prediction], samples: Sequence[Sample]) -
     MMLU's tables have it.
     """
     groups = _group([read_choice(*answered) for answered in zip(predictions, samples, strict=True)])
-    found = {name: (100 * sum(right) / len(right), len(right)) for name, right in sorted(groups.items())}
+    return add_categories({name: (100 * sum(right) / len(right), len(right)) for name, right in groups.items()})
+
+
+def add_categories(found: Mapping[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
+    """The scores and sizes of groups in the order of their names, after the means of the categories."""
     members = defaultdict[str, list[str]](list)
-    for name in found:
+    for name in sorted(found):
         if "/" in name:
             members[name.partition("/")[0]].append(name)
     means = {
         category: (sum(found[name][0] for name in names) / len(names), sum(found[name][1] for name in names))
         for category, names in members.items()
     }
-    return means | found
+    return means | dict(sorted(found.items()))
 
 
 def _group(choices: Sequence[Choice]) -> dict[str, list[bool]]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from gmask.tasks.metrics import (
     COUNT_METRICS,
@@ -22,8 +21,10 @@ from gmask.tasks.metrics import (
     NOT_PER_CENT,
     PAIR_METRICS,
     ChoiceCounts,
+    Floats,
     MetricLanguage,
     Pair,
+    add_categories,
     find_language,
     join_words,
     load_library,
@@ -32,8 +33,6 @@ from gmask.tasks.metrics import (
     score_predictions,
 )
 from gmask.tasks.records import Prediction, Sample
-
-FloatArray = npt.NDArray[np.float64]
 
 RESAMPLES = 1000
 WEIGHTS_AT_ONCE = 1_000_000
@@ -113,14 +112,14 @@ class Tally:
         measured = self._measure(np.ones((1, self.n_units)))
         return {name: float(measured[name][0]) for name in self.metrics}
 
-    def resample(self, *, seed: int = 0, resamples: int = RESAMPLES) -> dict[str, FloatArray]:
+    def resample(self, *, seed: int = 0, resamples: int = RESAMPLES) -> dict[str, Floats]:
         """The scores ``[R]`` of each metric on samples that are drawn with replacement from these.
 
         What is drawn are samples, or the groups of them that belong to one question. Two tallies of the same samples
         draw alike.
         """
         rng = np.random.default_rng(seed)
-        found: dict[str, list[FloatArray]] = {name: [] for name in self.metrics}
+        found: dict[str, list[Floats]] = {name: [] for name in self.metrics}
         at_once = max(1, WEIGHTS_AT_ONCE // max(1, len(self)))
         for start in range(0, resamples, at_once):
             weights = np.empty((min(at_once, resamples - start), self.n_units))
@@ -129,6 +128,17 @@ class Tally:
             for name, scores in self._measure(weights).items():
                 found[name].append(scores)
         return {name: np.concatenate(parts) for name, parts in found.items()}
+
+    def score_groups(self) -> dict[str, tuple[float, int]]:
+        """As `gmask.tasks.metrics.score_groups`; empty without a metric of groups."""
+        if not self.of_groups:
+            return {}
+        groups, pairs = np.asarray(self.groups), np.asarray(self.pairs)
+        right = np.array([chosen == label for chosen, label in self.pair_names])[pairs]
+        held, hits = (np.bincount(groups, weights, self._n_groups) for weights in (None, right))
+        return add_categories(
+            {name: (float(100 * hits[g] / held[g]), int(held[g])) for name, g in self._group_ids.items() if name}
+        )
 
     @property
     def n_units(self) -> int:
@@ -165,7 +175,7 @@ class Tally:
         scorer = load_library("sacrebleu.metrics").BLEU(tokenize=tokenizer, force=True)
         self.bleu.setdefault(name, array("d")).extend(np.sum([_count(scorer, pair) for pair in pairs], axis=0))
 
-    def _measure(self, weights: FloatArray) -> dict[str, FloatArray]:
+    def _measure(self, weights: Floats) -> dict[str, Floats]:
         """The scores ``[R]`` of each metric where unit u counts ``weights[r, u]`` times: ``[R, U]``."""
         samples = weights[:, np.asarray(self.units)]  # [R, N]
         found = dict(self._measure_choices(samples)) | dict(self._measure_tokens(samples))
@@ -177,7 +187,7 @@ class Tally:
         scores = {name: found[name] * (1 if name in NOT_PER_CENT else 100) for name in found}
         return scores | (self._measure_others(samples) if self.unknown else {})
 
-    def _measure_choices(self, samples: FloatArray) -> Iterator[tuple[str, FloatArray]]:
+    def _measure_choices(self, samples: Floats) -> Iterator[tuple[str, Floats]]:
         if not self.pairs:
             return
         pairs = np.asarray(self.pairs)
@@ -197,7 +207,7 @@ class Tally:
                 times = held / np.bincount(groups, minlength=size)
                 yield name, (times * (hits == held)).sum(-1) / times.sum(-1)
 
-    def _measure_tokens(self, samples: FloatArray) -> Iterator[tuple[str, FloatArray]]:
+    def _measure_tokens(self, samples: Floats) -> Iterator[tuple[str, Floats]]:
         if not self.of_tokens:
             return
         nats = samples @ np.asarray(self.nats)
@@ -211,7 +221,7 @@ class Tally:
             mean = nats / np.maximum(divisors[name], 1)
             yield name, mean if name == "nats" else np.exp(mean)
 
-    def _measure_bleu(self, name: str, smoothing: str, samples: FloatArray) -> FloatArray:
+    def _measure_bleu(self, name: str, smoothing: str, samples: Floats) -> Floats:
         """BLEU from the summed counts of the texts, which is how sacrebleu makes that of a corpus."""
         if name == "sacrebleu" and self.language is None:
             right = [text for pairs in self.texts for pair in pairs for text in pair.references]
@@ -221,7 +231,7 @@ class Tally:
         sums = samples @ np.asarray(self.bleu[name]).reshape(-1, BLEU_COUNTS)
         return np.array([_score_counts(row, smoothing) / 100 for row in sums])
 
-    def _measure_others(self, samples: FloatArray) -> dict[str, FloatArray]:
+    def _measure_others(self, samples: Floats) -> dict[str, Floats]:
         rows = []
         for row in samples.astype(np.int64):
             chosen = [self.others[index] for index in np.repeat(np.arange(len(row)), row)]
@@ -241,7 +251,7 @@ def _count(scorer: Any, pair: Pair) -> list[float]:
     return [found.sys_len, found.ref_len, *found.counts, *found.totals]
 
 
-def _score_counts(sums: FloatArray, smoothing: str) -> float:
+def _score_counts(sums: Floats, smoothing: str) -> float:
     written, right, *counts = sums.astype(int).tolist()
     orders = len(counts) // 2
     found = load_library("sacrebleu.metrics").BLEU.compute_bleu(
@@ -250,7 +260,7 @@ def _score_counts(sums: FloatArray, smoothing: str) -> float:
     return float(found.score)
 
 
-def interval(resampled: FloatArray, *, level: float = 0.95) -> tuple[float, float]:
+def interval(resampled: Floats, *, level: float = 0.95) -> tuple[float, float]:
     """The percentile interval of resampled scores ``[R]``."""
     low, high = np.quantile(resampled, ((1 - level) / 2, (1 + level) / 2))
     return float(low), float(high)
