@@ -129,6 +129,9 @@ class DocumentScorer:
             raise GmaskError(f"a window of this model has 2 to {self.room} tokens, not {self.window}")
         if not 1 <= self.stride < self.window:
             raise GmaskError(f"stride is {self.stride}: give less than the window of {self.window}, at least 1")
+        read = self.window - self.stride + len(self.head) + 1
+        if self.settings.direction == "both" and read > self.model.config.max_position_embeddings:
+            raise GmaskError(f"the context of a window has {read} tokens, more than the model has positions")
         assert self.blank_id >= 0
 
     @cached_property
@@ -158,9 +161,9 @@ class DocumentScorer:
 
     @cached_property
     def room(self) -> int:
-        """The most tokens of a window. Context and answer of a ChatGLM share its positions, with ``<sop>``."""
+        """The most tokens of a window. Context and answer of a ChatGLM share its positions, with two special tokens."""
         positions: int = self.model.config.max_position_embeddings
-        return positions - (2 if self.is_chatglm else len(self.head) + 1)
+        return positions - (2 if self.is_chatglm else 1)
 
     @cached_property
     def window(self) -> int:

@@ -94,7 +94,8 @@ def score_predictions(
     - ``multirc-f1a``, F1 over all answers, and ``multirc-em``, the questions whose answers are all judged right;
       ``record-f1`` and ``record-em``: SuperGLUE (Wang et al. 2019, arXiv:1905.00537).
     - ``squad-f1`` and ``squad-em``: as SQuAD, and in Chinese as CMRC 2018.
-    - ``exact-match``: the same text but for the number of spaces.
+    - ``exact-match``: the same text but for the number of spaces; ``prefix-match``: a text that begins with the right
+      one, such as "B. Paris" with "B".
     - ``rouge-1``, ``rouge-2``, ``rouge-l``, ``bleu-4``: the mean over the texts; ``sacrebleu``: of all together.
     - ``infill-bleu``: BLEU of the texts with their blanks filled, all together, over what spaces separate.
 
@@ -318,6 +319,17 @@ def _exact_match(pair: Pair, language: MetricLanguage) -> dict[str, float]:
     return {"exact-match": float(any(is_exact_match(pair.text, reference) for reference in pair.references))}
 
 
+def begins_with(text: str, reference: str) -> bool:
+    """True if a text begins with another, which ends there: "Both" does not begin with "B"."""
+    text, reference = text.strip(), reference.strip()
+    goes_on = re.match(r"[A-Za-z0-9]", text[len(reference) :]) and re.search(r"[A-Za-z0-9]$", reference)
+    return text.startswith(reference) and not goes_on
+
+
+def _prefix_match(pair: Pair, language: MetricLanguage) -> dict[str, float]:
+    return {"prefix-match": float(any(begins_with(pair.text, reference) for reference in pair.references))}
+
+
 def _record(pair: Pair, language: MetricLanguage) -> dict[str, float]:
     return dict(zip(("record-f1", "record-em"), score_reading(pair, "en"), strict=True))
 
@@ -373,6 +385,7 @@ def score_bleu(pair: Pair, language: MetricLanguage) -> dict[str, float]:
 
 PAIR_METRICS: Mapping[tuple[str, ...], PairMetrics] = {
     ("exact-match",): _exact_match,
+    ("prefix-match",): _prefix_match,
     ("record-f1", "record-em"): _record,
     ("squad-f1", "squad-em"): _squad,
     ("rouge-1", "rouge-2", "rouge-l"): score_rouge,

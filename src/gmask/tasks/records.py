@@ -310,6 +310,7 @@ def _read_source(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[t
 
 def _read_blanked(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[tuple[int, dict[str, str]]]:
     """Reads ``blank/test.maskratio0.5.blank`` with ``test.txt``, as the texts of BlankLM are published."""
+    refuse_placeholder(path)
     name = f"{path.name.partition('.')[0]}.txt"
     whole = next((folder / name for folder in (path.parent, path.parent.parent) if (folder / name).is_file()), None)
     if whole is None:

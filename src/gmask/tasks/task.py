@@ -38,7 +38,7 @@ class Task:
 
     - cloze, multiple-choice: ``template`` with one blank, ``label``, and ``choices`` or ``candidates``;
     - classification: ``template`` without a blank (or ``plain_template``), ``label``, ``choices``;
-    - seq2seq: ``template`` with one blank, ``target``;
+    - seq2seq: ``template`` with one blank, ``target``; or what a cloze has, whose right choice is then the target;
     - infill: ``template`` for a text with blanks; the answers are marked in the text, or are in the column ``answers``;
     - likelihood: ``template`` with one blank, ``target``, which is scored and not written;
     - language-model: ``template``;
@@ -223,7 +223,7 @@ def _check_fields(task: Task) -> None:
         "cloze": ["template", "label"],
         "multiple-choice": ["template", "label"],
         "classification": ["template", "label", "choices"],
-        "seq2seq": ["template", "target"],
+        "seq2seq": ["template", "label" if task.choices or task.candidates else "target"],
         "infill": ["template"],
         "likelihood": ["template", "target"],
         "language-model": ["template"],
@@ -269,6 +269,13 @@ def make_samples(task: Task, record: Record, *, require_answers: bool) -> list[S
 
 def _choose(task: Task, values: Values, require_answers: bool) -> list[Sample]:
     text = _fill_one_blank(task, values)
+    answers, label = _read_choice(task, values, require_answers)
+    references = _read_references(task, values)
+    return [Sample(text=text, answers=answers, label=label, group=_read_group(task, values), references=references)]
+
+
+def _read_choice(task: Task, values: Values, require_answers: bool) -> tuple[tuple[str, ...], int | None]:
+    """The candidates, and the index of the right one."""
     if task.candidates:
         answers = _read_texts(values, task.candidates)
         names = tuple(map(str, range(len(answers))))
@@ -277,9 +284,7 @@ def _choose(task: Task, values: Values, require_answers: bool) -> list[Sample]:
         names = tuple(task.choices)
     if (twice := find_repeated(answers)) is not None:
         raise GmaskError(f"two candidates are the same text, {twice!r}, and the model could not choose one of them")
-    label = _read_label(task, values, names, answers, require_answers)
-    references = _read_references(task, values)
-    return [Sample(text=text, answers=answers, label=label, group=_read_group(task, values), references=references)]
+    return answers, _read_label(task, values, names, answers, require_answers)
 
 
 def _classify(task: Task, values: Values, require_answers: bool) -> list[Sample]:
@@ -290,8 +295,14 @@ def _classify(task: Task, values: Values, require_answers: bool) -> list[Sample]
 
 def _transform(task: Task, values: Values, require_answers: bool) -> list[Sample]:
     text = _fill_one_blank(task, values)
-    answers = _read_target(task, values, require_answers)
-    return [Sample(text=text, answers=answers, references=_read_references(task, values) if answers else ())]
+    group = _read_group(task, values)
+    if task.choices or task.candidates:
+        candidates, label = _read_choice(task, values, require_answers)
+        answers = () if label is None else (candidates[label],)
+    else:
+        answers = _read_target(task, values, require_answers)
+    references = _read_references(task, values) if answers else ()
+    return [Sample(text=text, answers=answers, group=group, references=references)]
 
 
 def _infill(task: Task, values: Values, require_answers: bool) -> list[Sample]:
