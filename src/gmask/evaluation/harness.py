@@ -7,7 +7,7 @@ import statistics
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -42,7 +42,7 @@ from gmask.generation.settings import Sampling, make_sampling
 from gmask.hardware import describe_device
 from gmask.recipes.tuning import TuningRecipe, find_tuning_recipe
 from gmask.tasks.metrics import is_answered, predict_majority, score_predictions
-from gmask.tasks.records import LABELLED, Prediction, Sample, Truncation
+from gmask.tasks.records import LABELLED, MEASURED, Prediction, Sample, Truncation
 from gmask.tasks.sources import MissingDataError
 from gmask.tasks.tally import Tally, interval
 from gmask.tasks.task import Task
@@ -313,7 +313,7 @@ class Runner:
             data=prepared.records.name,
             hashes=prepared.hashes,
             settings={
-                **(sampling.keywords() if task.kind not in LABELLED else {"normalization": normalization}),
+                **_describe_kind(task, sampling, normalization),
                 "max_source": predictor.reader.max_source,
                 "truncation": limits["truncation"],
                 "batch_size": self.rows,
@@ -419,11 +419,17 @@ class Runner:
             predictor.reader.kind,
             settings,
             predictor.normalization,
-            [predictor.likelihood.direction, predictor.likelihood.window, predictor.likelihood.stride],
-            predictor.likelihood.blank,
+            asdict(predictor.likelihood),
             [predictor.reader.max_source, predictor.reader.truncation],
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _describe_kind(task: Task, sampling: Sampling, normalization: ScoreNormalization) -> dict[str, Any]:
+    """The settings that a task of this kind depends on."""
+    if task.kind in LABELLED:
+        return {"normalization": normalization}
+    return asdict(task.likelihood) if task.kind in MEASURED else sampling.keywords()
 
 
 def combine_tallies(tallies: Sequence[Tally]) -> dict[str, TaskScore]:
@@ -433,12 +439,11 @@ def combine_tallies(tallies: Sequence[Tally]) -> dict[str, TaskScore]:
     found = {}
     for name in by_seed[0]:
         values = [scores[name] for scores in by_seed]
-        bounds: tuple[float, float] | tuple[None, None] = (None, None)
-        if resampled:
-            mean = np.mean([scores[name] for scores in resampled], axis=0)
-            bounds = interval(mean)  # the runs draw the same samples
+        low, high = None, None
+        if resampled:  # the runs draw the same samples
+            low, high = interval(np.mean([scores[name] for scores in resampled], axis=0))
         deviation = statistics.stdev(values) if len(values) > 1 else None
-        found[name] = TaskScore(statistics.fmean(values), *bounds, deviation)
+        found[name] = TaskScore(statistics.fmean(values), low, high, deviation)
     return found
 
 

@@ -155,13 +155,9 @@ def render_markdown(report: EvaluationReport) -> str:
 
 def _group_sections(report: EvaluationReport) -> Iterator[str]:
     for task in report.tasks:
-        if task.groups and len(task.groups) <= MOST_GROUPS:
+        if task.groups:
             rows = [(name, f"{count:,}", f"{score:.2f}") for name, (score, count) in task.groups.items()]
             yield f"## {task.name} by group\n\n{Rows(('group', 'samples', 'accuracy'), rows).to_markdown()}"
-
-
-MOST_GROUPS = 100
-"""Subjects have a table; the questions of MultiRC are too many for one."""
 
 
 def _data_rows(report: EvaluationReport) -> Rows:

@@ -137,8 +137,11 @@ def prepare_task(
         raise GmaskError(f"{planned.name}: takes no examples: {reason}; leave shots out")
     if shuffle is not None and task.kind not in LABELLED:
         raise GmaskError(f"{planned.name}: labels are shuffled of tasks that choose, and this one is of {task.kind}")
-    names = {"name": planned.name, "labels": tuple(task.choices)}
-    records = open_files(place.file) if place.file else find_records(task.data, place.root, "validation", **names)
+    if place.file is not None:
+        records = open_files(place.file)
+    else:
+        labels = tuple(task.choices)
+        records = find_records(task.data, place.root, "validation", name=planned.name, labels=labels)
     survey = _Survey(task, skip_bad_lines)
     prepared = PreparedTask(
         planned=planned,

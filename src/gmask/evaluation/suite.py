@@ -119,10 +119,13 @@ def plan_tasks(
                 limit=entry.limit if limit is None else limit,
                 shots=entry.shots if shots is None else shots,
             )
-        sources = {"files": entry.data, "train": entry.train}
-        given = {key: (pattern,) for key, pattern in sources.items() if pattern is not None}
+        source = replace(
+            task.data,
+            files=task.data.files if entry.data is None else (entry.data,),
+            train=task.data.train if entry.train is None else (entry.train,),
+        )
         name = unused(_spell(entry, task), {one.name for one in planned})
-        planned.append(PlannedTask(name, replace(task, data=replace(task.data, **given)), entry))
+        planned.append(PlannedTask(name, replace(task, data=source), entry))
     return planned
 
 

@@ -213,7 +213,8 @@ def count_choices(choices: Sequence[Choice]) -> ChoiceCounts:
 
 def accuracy(counts: ChoiceCounts) -> Floats:
     right: Floats = counts.count[..., counts.chosen == counts.label].sum(-1)
-    return right / counts.count.sum(-1)
+    share: Floats = right / counts.count.sum(-1)
+    return share
 
 
 def binary_f1(counts: ChoiceCounts) -> Floats:

@@ -100,7 +100,8 @@ def _describe_missing(source: DataSource, root: Path | None, split: Split) -> st
     patterns = source.train if split == "train" else source.files
     wanted = "training records for the examples" if split == "train" else "records"
     if not patterns:
-        return f"the task does not say where its {wanted} are: name their file"
+        option = "--train" if split == "train" else "--data"
+        return f"the task does not say where its {wanted} are: name their file with {option}"
     where = "no folder of data is named" if root is None else f"no {wanted} in {root}"
     remedy = f"get them from {source.url}" if source.url else "put them there"
     licence = f" (licence: {source.licence})" if source.licence else ""

@@ -130,8 +130,8 @@ class Tally:
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
     def score_groups(self) -> dict[str, tuple[float, int]]:
-        """As `gmask.tasks.metrics.score_groups`; empty without a metric of groups."""
-        if not self.of_groups:
+        """As `gmask.tasks.metrics.score_groups`, where groups are subjects; else empty."""
+        if self.draws_groups:
             return {}
         groups, pairs = np.asarray(self.groups), np.asarray(self.pairs)
         right = np.array([chosen == label for chosen, label in self.pair_names])[pairs]
@@ -192,7 +192,7 @@ class Tally:
             return
         pairs = np.asarray(self.pairs)
         names = np.array(list(self.pair_names), np.int64)
-        count = np.stack([np.bincount(pairs, row, len(names)) for row in samples])
+        count: Floats = np.stack([np.bincount(pairs, row, len(names)) for row in samples]).astype(np.float64)
         for name in self.counted:
             yield name, COUNT_METRICS[name](ChoiceCounts(names[:, 0], names[:, 1], count))
         if self.of_groups:
