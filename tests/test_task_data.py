@@ -52,13 +52,15 @@ def test_a_folder_whose_name_looks_like_a_pattern_is_found(tmp_path: Path) -> No
 
 def test_a_set_of_the_hub_is_read_after_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Rows(list[dict[str, Any]]):
-        features: dict[str, Any] = {}
+        def __init__(self, rows: list[dict[str, Any]], features: dict[str, Any]) -> None:
+            super().__init__(rows)
+            self.features = features
 
     class ClassLabel:
         names = ("entailment", "not_entailment")
 
-    rows, asked = Rows([{"premise": "a", "hypothesis": "b", "label": 1}, {"premise": "c", "hypothesis": "d"}]), []
-    rows.features = {"label": ClassLabel()}
+    records = [{"premise": "a", "hypothesis": "b", "label": 1}, {"premise": "c", "hypothesis": "d"}]
+    rows, asked = Rows(records, {"label": ClassLabel()}), list[Any]()
 
     def load_dataset(*arguments: Any, **keywords: Any) -> Any:
         asked.append((*arguments, keywords["split"]))
@@ -112,7 +114,7 @@ def test_classes_of_the_hub_are_named_as_the_task_names_its_labels() -> None:
         ),
         (
             "clue/cmrc",
-            {"context": "北京是首都。", "question": "首都？", "answers": {"text": ["北京", "北京"], "answer_start": [0, 0]}},
+            {"context": "北京是首都。", "question": "首都？", "answers": {"text": ["北京"] * 2}},
             "问题：首都？ 答案：[MASK] 北京是首都。",
             None,
         ),

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gmask.checkpoints.load import find_folder, load
 from gmask.errors import GmaskError, is_shortage
 from gmask.evaluation.pages import print_report, write_reports
-from gmask.evaluation.prediction_log import PredictionLog, check_folder, key_of
+from gmask.evaluation.prediction_log import PredictionLog, refuse_file, key_of
 from gmask.evaluation.preparation import DataPlace, Examples, PreparedTask, prepare_task
 from gmask.evaluation.processes import Team, join_team
 from gmask.evaluation.results import (
@@ -158,7 +158,7 @@ def run_tasks(
     planned = plan_tasks(tasks, suite, limit=limit, shots=shots)
     place = _find_place(planned, data, train)
     if out is not None:
-        check_folder(Path(out))
+        refuse_file(Path(out))
     shuffle = seeds[0] if shuffle_labels else None
     prepared, refused = _prepare(planned, place, skip_bad_lines=skip_bad_lines, shuffle=shuffle)
     with join_team() as team:

@@ -100,7 +100,7 @@ def _read_prediction(values: Mapping[str, Any]) -> Prediction:
     )
 
 
-def check_folder(path: Path) -> None:
+def refuse_file(path: Path) -> None:
     """Raises `GmaskError` if a folder of results cannot be made there."""
     if path.exists() and not path.is_dir():
         raise GmaskError(f"{path}: is a file; name a folder for the results")

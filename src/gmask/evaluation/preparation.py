@@ -13,7 +13,7 @@ from gmask.tasks.metrics import check_metrics, is_answered
 from gmask.tasks.records import CHOICES, LABELLED, Sample, TaskKind
 from gmask.tasks.sources import RecordSet, find_pattern, find_records, open_files
 from gmask.tasks.task import Task
-from gmask.tasks.templates import fill_blanks
+from gmask.tasks.templates import write_answers
 
 SEPARATOR = "\n\n"
 """What stands between the examples of a few-shot text."""
@@ -247,4 +247,4 @@ class _Survey:
 
 def _answered(example: Sample) -> str:
     answers = example.answers if example.label is None else (example.answers[example.label],)
-    return fill_blanks(example.text, answers)
+    return write_answers(example.text, answers)

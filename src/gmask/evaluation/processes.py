@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import distributed
 
-T = TypeVar("T")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +23,15 @@ class Team:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def gather(self, value: T) -> list[T]:
+    def gather(self, value: Value) -> list[Value]:
         """The values of all processes, in every process."""
         if self.size == 1:
             return [value]
-        values: list[T | None] = [None] * self.size
+        values: list[Value | None] = [None] * self.size
         distributed.all_gather_object(values, value)
         return values  # type: ignore[return-value]
 
-    def agree(self, value: T) -> T:
+    def agree(self, value: Value) -> Value:
         """The first process's value, in every process."""
         if self.size == 1:
             return value

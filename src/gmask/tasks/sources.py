@@ -10,7 +10,7 @@ from typing import Any, Literal
 from gmask.errors import GmaskError, one_line
 from gmask.tasks.records import Record, find_files, hash_file, stream_records
 
-Split = Literal["validation", "train"]
+RecordSplit = Literal["validation", "train"]
 """The records that are measured, and those that few-shot examples are drawn from."""
 
 
@@ -56,7 +56,7 @@ def open_files(pattern: str) -> RecordSet:
 
 
 def find_records(
-    source: DataSource, root: Path | None, split: Split, *, name: str, labels: Collection[str] = ()
+    source: DataSource, root: Path | None, split: RecordSplit, *, name: str, labels: Collection[str] = ()
 ) -> RecordSet:
     """Looks for the records of a task: under a folder of data, then on the hub.
 
@@ -83,7 +83,7 @@ def find_records(
     raise MissingDataError(f"{name}: {_describe_missing(source, root, split)}{reason}")
 
 
-def find_pattern(source: DataSource, root: Path | None, split: Split) -> str | None:
+def find_pattern(source: DataSource, root: Path | None, split: RecordSplit) -> str | None:
     """The first of a task's names under which files lie in a folder of data, or one folder deeper; None without any."""
     if root is None:
         return None
@@ -96,7 +96,7 @@ def find_pattern(source: DataSource, root: Path | None, split: Split) -> str | N
     return None
 
 
-def _describe_missing(source: DataSource, root: Path | None, split: Split) -> str:
+def _describe_missing(source: DataSource, root: Path | None, split: RecordSplit) -> str:
     patterns = source.train if split == "train" else source.files
     wanted = "training records for the examples" if split == "train" else "records"
     if not patterns:
@@ -108,12 +108,12 @@ def _describe_missing(source: DataSource, root: Path | None, split: Split) -> st
     return f"{where}: {remedy}{licence}; looked for: {', '.join(patterns)}"
 
 
-def _hub_name(source: DataSource, split: Split) -> str:
+def _hub_name(source: DataSource, split: RecordSplit) -> str:
     part = f"/{source.config}" if source.config else ""
     return f"{source.hub}{part}:{source.train_split if split == 'train' else source.split}"
 
 
-def _open_hub(source: DataSource, split: Split, labels: Collection[str]) -> RecordSet:
+def _open_hub(source: DataSource, split: RecordSplit, labels: Collection[str]) -> RecordSet:
     """A set of the hub, or of its cache on this machine; the library keeps it on the disk."""
     import datasets  # type: ignore[import-untyped]
 

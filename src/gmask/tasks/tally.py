@@ -34,7 +34,7 @@ from gmask.tasks.metrics import (
 )
 from gmask.tasks.records import Prediction, Sample
 
-RESAMPLES = 1000
+BOOTSTRAP_RESAMPLES = 1000
 WEIGHTS_AT_ONCE = 1_000_000
 """Weights of samples that are in memory: a resample has one for each."""
 
@@ -112,7 +112,7 @@ class Tally:
         measured = self._measure(np.ones((1, self.n_units)))
         return {name: float(measured[name][0]) for name in self.metrics}
 
-    def resample(self, *, seed: int = 0, resamples: int = RESAMPLES) -> dict[str, Floats]:
+    def resample(self, *, seed: int = 0, resamples: int = BOOTSTRAP_RESAMPLES) -> dict[str, Floats]:
         """The scores ``[R]`` of each metric on samples that are drawn with replacement from these.
 
         What is drawn are samples, or the groups of them that belong to one question. Two tallies of the same samples

@@ -115,7 +115,7 @@ def escape_blanks(text: str) -> str:
     return LIKE_A_BLANK.sub(r"\1\1\\\2", text)
 
 
-def fill_blanks(text: str, answers: Sequence[str]) -> str:
+def write_answers(text: str, answers: Sequence[str]) -> str:
     """Writes answers into the blanks of a text; what looks like a blank in them becomes plain text."""
     parts, end, left = list[str](), 0, list(answers)
     for match in BLANK.finditer(text):
