@@ -296,11 +296,7 @@ def _classify(task: Task, values: Values, require_answers: bool) -> list[Sample]
 def _transform(task: Task, values: Values, require_answers: bool) -> list[Sample]:
     text = _fill_one_blank(task, values)
     group = _read_group(task, values)
-    if task.choices or task.candidates:
-        candidates, label = _read_choice(task, values, require_answers)
-        answers = () if label is None else (candidates[label],)
-    else:
-        answers = _read_target(task, values, require_answers)
+    answers = _read_target(task, values, require_answers)
     references = _read_references(task, values) if answers else ()
     return [Sample(text=text, answers=answers, group=group, references=references)]
 
@@ -353,6 +349,9 @@ def _fill_one_blank(task: Task, values: Values) -> str:
 
 
 def _read_target(task: Task, values: Values, require_answers: bool) -> tuple[str, ...]:
+    if task.choices or task.candidates:
+        candidates, label = _read_choice(task, values, require_answers)
+        return () if label is None else (candidates[label],)
     assert task.target is not None, "read_task checks it"
     target = parse_template(task.target)
     if not require_answers and not all(values.get(column) for column in target.columns):
