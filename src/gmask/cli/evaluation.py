@@ -212,7 +212,7 @@ def _list_tasks(patterns: str | None, data: str | None, as_json: bool) -> None:
         return
     cells = [(str(r["task"]), str(r["kind"]), ", ".join(r["metrics"]), r["licence"] or "-", r["records"] or "-")
              for r in rows]  # fmt: skip
-    wrapped = {"task", "metrics", "licence", "records"}
+    wrapped = {"metrics", "licence", "records"}
     print_table(("task", "kind", "metrics", "licence", "records"), cells, wrapped=wrapped)
 
 

@@ -163,7 +163,7 @@ def run_tasks(
     prepared, refused = _prepare(planned, place, skip_bad_lines=skip_bad_lines, shuffle=shuffle)
     with join_team() as team:
         source = Path(adapter).expanduser() if adapter else find_folder(model)
-        choices = ReadingSettings(
+        reading = ReadingSettings(
             given=settings or {},
             normalization=normalization,
             max_source=max_source,
@@ -174,11 +174,11 @@ def run_tasks(
         began, started = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
         network, tokenizer = load(model, adapter=adapter, device=team.device(device))
         weights = team.agree(_hash_weights(model, adapter) if team.is_first else {})
-        runner = Runner(network, tokenizer, team, console, choices, weights, None if out is None else Path(out))
+        runner = Runner(network, tokenizer, team, console, reading, weights, None if out is None else Path(out))
         results = list[TaskResult]()
         for one in prepared:
             try:
-                results.append(runner.measure(one, _useful_seeds(one, seeds, choices.sampling(one.planned))))
+                results.append(runner.measure(one, _useful_seeds(one, seeds, reading.sampling(one.planned))))
             except GmaskError as error:
                 if len(planned) == 1:
                     raise
@@ -251,20 +251,20 @@ class Runner:
     tokenizer: PreTrainedTokenizerBase
     team: Team
     console: Console
-    choices: ReadingSettings
+    reading: ReadingSettings
     weights: Mapping[str, str]
     out: Path | None
     rows: int = field(init=False)  # of a batch; halved where memory is short
 
     def __post_init__(self) -> None:
-        size = self.choices.batch_size
+        size = self.reading.batch_size
         self.rows = AUTO_ROWS.get(self.network.device.type, AUTO_ROWS["cpu"]) if size == "auto" else size
 
     def measure(self, prepared: PreparedTask, seeds: Sequence[int]) -> TaskResult:
         """Predicts the samples of a task, once for each seed, and scores the predictions."""
         planned, task = prepared.planned, prepared.task
-        sampling, limits = self.choices.sampling(planned), self.choices.limits(planned)
-        normalization = self.choices.normalize(planned)
+        sampling, limits = self.reading.sampling(planned), self.reading.limits(planned)
+        normalization = self.reading.normalize(planned)
         predictor = make_predictor(
             self.network,
             self.tokenizer,
@@ -392,24 +392,20 @@ class Runner:
     def _answer_batch(
         self, predictor: Predictor, questions: Sequence[ReadSample], seeds: Sequence[int]
     ) -> list[Prediction]:
-        """The predictions of a batch; with batch size auto, of its halves where memory is short."""
-        if not questions:
-            return []
-        size = min(predictor.batch_size, self.rows)
-        try:
-            return replace(predictor, batch_size=size).answer(questions, seeds)
-        except (MemoryError, RuntimeError) as error:
-            if self.choices.batch_size != "auto" or size == 1 or not is_shortage(error):
-                raise
-        self.rows = size // 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        middle = (len(questions) + 1) // 2
-        return [
-            prediction
-            for part in (slice(None, middle), slice(middle, None))
-            for prediction in self._answer_batch(predictor, questions[part], seeds[part])
-        ]
+        """The predictions of a batch; with batch size auto, of parts of it where memory is short."""
+        found = list[Prediction]()
+        while len(found) < len(questions):
+            smaller = replace(predictor, batch_size=min(predictor.batch_size, self.rows))
+            part = slice(len(found), len(found) + smaller.samples_per_batch(questions))
+            try:
+                found += smaller.answer(questions[part], seeds[part])
+            except (MemoryError, RuntimeError) as error:
+                if self.reading.batch_size != "auto" or smaller.batch_size == 1 or not is_shortage(error):
+                    raise
+                self.rows = smaller.batch_size // 2
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+        return found
 
     def _fingerprint(self, predictor: Predictor) -> str:
         """A digest of the weights and of all settings on which predictions depend."""
@@ -498,8 +494,8 @@ def _check_examples(examples: Examples, samples: Sequence[Sample], questions: Se
         if question.tokens_cut or question.rounds_left_out:
             lost = f"{question.tokens_cut} tokens" if question.tokens_cut else f"{question.rounds_left_out} rounds"
             error = GmaskError(
-                f"with {examples.shots} examples in front the text does not fit into {len(question.context.ids)} tokens: "
-                f"{lost} would be lost; take fewer shots"
+                f"with {examples.shots} examples in front the text does not fit into {len(question.context.ids)} "
+                f"tokens: {lost} would be lost; take fewer shots"
             )
             raise locate(error, sample)
 

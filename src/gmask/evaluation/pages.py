@@ -41,6 +41,26 @@ def score_rows(report: EvaluationReport) -> Rows:
     return Rows(columns, rows, n_labels=2)
 
 
+def short_rows(report: EvaluationReport) -> Rows:
+    """`score_rows` for a terminal: without the samples, and with published numbers alone."""
+    columns, rows = score_rows(report).columns, score_rows(report).rows
+    known = read_published()
+    found = [find_published(known, task, metric) for task in report.tasks for metric in task.scores]
+    short = [
+        (*row[:2], *row[3:-1], "-" if score is None else f"{score.value:.2f} †")
+        for row, score in zip(rows, found, strict=True)
+    ]
+    return Rows((*columns[:2], *columns[3:]), short, n_labels=2)
+
+
+def _cite(report: EvaluationReport) -> Iterator[str]:
+    known = read_published()
+    found = [find_published(known, task, metric) for task in report.tasks for metric in task.scores]
+    cited = dict.fromkeys(f"{one.model} ({one.how})" for one in found if one is not None)
+    if cited:
+        yield f"† published, not measured here: {', '.join(cited)}"
+
+
 def format_interval(score: TaskScore) -> str:
     """The interval, and the deviation of the seeds if there are several."""
     interval = "-" if score.low is None or score.high is None else f"{score.low:.2f} to {score.high:.2f}"
@@ -80,8 +100,10 @@ def label_reports(reports: Mapping[str, EvaluationReport]) -> dict[str, Evaluati
     reports: by the path of their folder.
     """
     labels = [report.run.label for report in reports.values()]
+    short = [Path(folder).name for folder in reports]
+    names = dict(zip(reports, short if len(set(short)) == len(short) else reports, strict=True))
     return {
-        report.run.label if labels.count(report.run.label) == 1 else f"{report.run.label} ({folder})": report
+        report.run.label if labels.count(report.run.label) == 1 else f"{report.run.label} ({names[folder]})": report
         for folder, report in reports.items()
     }
 
@@ -92,7 +114,9 @@ def label_reports(reports: Mapping[str, EvaluationReport]) -> dict[str, Evaluati
 def print_report(report: EvaluationReport, console: Console) -> None:
     scored = [task for task in report.tasks if task.scores]
     if scored:
-        console.print(score_rows(report).to_rich(f"{report.run.label}: in per cent but for {_plain_metrics()}"))
+        console.print(short_rows(report).to_rich(report.run.label))
+        for line in _cite(report):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
     for task in report.tasks:
         if not task.scores:
             console.print(f"{task.name}: {task.samples} samples without answers, so there is nothing to measure")
