@@ -15,7 +15,7 @@ from gmask.conversation import read_conversation
 from gmask.errors import GmaskError, nearest
 from gmask.tasks.formats import READERS, flatten, samples_of
 from gmask.tasks.metrics import MetricLanguage, check_kind, check_metric
-from gmask.tasks.records import Blank, Direction, LikelihoodSettings, Record, Sample, TaskKind, Values
+from gmask.tasks.records import BlankToken, Direction, LikelihoodSettings, Record, Sample, TaskKind, Values
 from gmask.tasks.sources import DataSource
 from gmask.tasks.templates import (
     as_text,
@@ -62,7 +62,7 @@ class Task:
     direction: Direction = "both"  # of scored texts: whether what stands before them is context, or written too
     window: int | None = None  # tokens, of the kind language-model; as of gmask.perplexity
     stride: int | None = None
-    blank: Blank = "[MASK]"  # of the kind language-model: into which the text is written
+    blank: BlankToken = "[MASK]"  # of the kind language-model: into which the text is written
     reader: Annotated[str, OneOf(READERS)] = "plain"  # of the format of the records
     metrics: tuple[str, ...] = ()
     best: str = "loss"  # "loss" or the metric by which the best checkpoint is chosen
