@@ -222,10 +222,12 @@ class ReadingSettings:
         tuned = self.recipe.decoding_settings if self.recipe else {}
         return make_sampling({**tuned, **planned.entry.decoding, **self.given})
 
-    def limits(self, planned: PlannedTask) -> SourceLimits:
+    def limits(self, planned: PlannedTask, positions: int) -> SourceLimits:
+        """A suite is for models of any number of positions, so its limit is theirs where they have fewer."""
         tuned, entry = (self.recipe.data if self.recipe else None), planned.entry
+        fitting = None if entry.max_source is None else min(entry.max_source, positions)
         return SourceLimits(
-            max_source=self.max_source or entry.max_source or (tuned.max_source if tuned else None),
+            max_source=self.max_source or fitting or (tuned.max_source if tuned else None),
             truncation=self.truncation or entry.truncation or (tuned.truncation if tuned else "left"),
         )
 
@@ -263,7 +265,8 @@ class Runner:
     def measure(self, prepared: PreparedTask, seeds: Sequence[int]) -> TaskResult:
         """Predicts the samples of a task, once for each seed, and scores the predictions."""
         planned, task = prepared.planned, prepared.task
-        sampling, limits = self.reading.sampling(planned), self.reading.limits(planned)
+        positions: int = self.network.config.max_position_embeddings
+        sampling, limits = self.reading.sampling(planned), self.reading.limits(planned, positions)
         normalization = self.reading.normalize(planned)
         predictor = make_predictor(
             self.network,
