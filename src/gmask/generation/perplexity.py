@@ -19,7 +19,7 @@ from gmask.generation.answers import Answer
 from gmask.generation.encoding import Context, TextReader, encode_plain, format_of
 from gmask.generation.score import Continuation, score_continuations
 from gmask.models.chatglm import ChatGLMConfig
-from gmask.tasks.records import Blank, Direction, LikelihoodSettings
+from gmask.tasks.records import BlankToken, Direction, LikelihoodSettings
 from gmask.tasks.templates import count_words
 
 DEFAULT_STRIDE = 256
@@ -53,7 +53,7 @@ def perplexity(
     window: int | None = None,
     stride: int | None = None,
     direction: Direction = "both",
-    blank: Blank = "[MASK]",
+    blank: BlankToken = "[MASK]",
     batch_size: int = 8,
 ) -> Perplexity:
     """The perplexity of a model on a text, or on several texts, of any length.
@@ -154,9 +154,8 @@ class DocumentScorer:
             return format_of(self.model.config, self.tokenizer).special.gmask
         known = TextReader(self.tokenizer, self._prompt_ids).blank_ids
         if self.settings.blank not in known:
-            raise GmaskError(
-                f"this model has no {self.settings.blank}: take {' or '.join(set(known) & set(get_args(Blank)))}"
-            )
+            blanks = [blank for blank in get_args(BlankToken) if blank in known]
+            raise GmaskError(f"this model has no {self.settings.blank}: take {' or '.join(blanks)}")
         return known[self.settings.blank]
 
     @cached_property

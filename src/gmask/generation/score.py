@@ -496,8 +496,9 @@ class AnswerScorer:
         """
         of_target, of_end, is_greedy = list[float](), list[float](), list[bool]()
         size = max(1, LOGITS_AT_ONCE // self.model.config.vocab_size)
-        for states, wanted in zip(hidden_states.split(size), targets.split(size), strict=True):
-            logprobs = log_softmax(self.model.lm_head(states))
+        for start in range(0, len(targets), size):
+            wanted = targets[start : start + size]
+            logprobs = log_softmax(self.model.lm_head(hidden_states[start : start + size]))
             of_target += logprobs.gather(-1, wanted[:, None])[:, 0].tolist()
             of_end += logprobs[:, [self.special.eop, self.special.eos]].amax(-1).tolist()
             is_greedy += (logprobs.argmax(-1) == wanted).tolist()

@@ -44,7 +44,7 @@ Truncation = Literal["left", "right"]
 Direction = Literal["both", "left"]
 """How a text before a scored answer is read: as a context, in both directions; or written too, from left to right."""
 
-Blank = Literal["[MASK]", "[sMASK]", "[gMASK]"]
+BlankToken = Literal["[MASK]", "[sMASK]", "[gMASK]"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,7 @@ class LikelihoodSettings:
     direction: Direction = "both"
     window: int | None = None
     stride: int | None = None
-    blank: Blank = "[MASK]"
+    blank: BlankToken = "[MASK]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

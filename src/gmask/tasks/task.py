@@ -15,7 +15,7 @@ from gmask.conversation import read_conversation
 from gmask.errors import GmaskError, nearest
 from gmask.tasks.formats import READERS, flatten, samples_of
 from gmask.tasks.metrics import MetricLanguage, check_kind, check_metric
-from gmask.tasks.records import Blank, Direction, LikelihoodSettings, Record, Sample, TaskKind, Values
+from gmask.tasks.records import BlankToken, Direction, LikelihoodSettings, Record, Sample, TaskKind, Values
 from gmask.tasks.sources import DataSource
 from gmask.tasks.templates import (
     as_text,
@@ -62,7 +62,7 @@ class Task:
     direction: Direction = "both"  # of scored texts: whether what stands before them is context, or written too
     window: int | None = None  # tokens, of the kind language-model; as of gmask.perplexity
     stride: int | None = None
-    blank: Blank = "[MASK]"  # of the kind language-model: into which the text is written
+    blank: BlankToken = "[MASK]"  # of the kind language-model: into which the text is written
     reader: Annotated[str, OneOf(READERS)] = "plain"  # of the format of the records
     metrics: tuple[str, ...] = ()
     best: str = "loss"  # "loss" or the metric by which the best checkpoint is chosen
@@ -296,11 +296,7 @@ def _classify(task: Task, values: Values, require_answers: bool) -> list[Sample]
 def _transform(task: Task, values: Values, require_answers: bool) -> list[Sample]:
     text = _fill_one_blank(task, values)
     group = _read_group(task, values)
-    if task.choices or task.candidates:
-        candidates, label = _read_choice(task, values, require_answers)
-        answers = () if label is None else (candidates[label],)
-    else:
-        answers = _read_target(task, values, require_answers)
+    answers = _read_target(task, values, require_answers)
     references = _read_references(task, values) if answers else ()
     return [Sample(text=text, answers=answers, group=group, references=references)]
 
@@ -353,6 +349,9 @@ def _fill_one_blank(task: Task, values: Values) -> str:
 
 
 def _read_target(task: Task, values: Values, require_answers: bool) -> tuple[str, ...]:
+    if task.choices or task.candidates:
+        candidates, label = _read_choice(task, values, require_answers)
+        return () if label is None else (candidates[label],)
     assert task.target is not None, "read_task checks it"
     target = parse_template(task.target)
     if not require_answers and not all(values.get(column) for column in target.columns):
