@@ -151,7 +151,12 @@ def _evaluate_tasks(model: str, options: dict[str, Any], as_json: bool) -> None:
     from gmask.evaluation.harness import run_tasks
     from gmask.evaluation.pages import list_notes
 
-    report = run_tasks(model, **options, tables=not as_json)
+    try:
+        report = run_tasks(model, **options, tables=not as_json)
+    except KeyboardInterrupt:
+        if options["out"] is not None:
+            print(f"gmask: stopped; the same command goes on with what is in {options['out']}", file=sys.stderr)
+        raise
     if os.environ.get("RANK", "0") != "0":  # of several processes only the first one prints
         return
     if as_json:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gmask.checkpoints.load import find_folder, load
 from gmask.errors import GmaskError, is_shortage
 from gmask.evaluation.pages import print_report, write_reports
-from gmask.evaluation.prediction_log import PredictionLog, refuse_file, key_of
+from gmask.evaluation.prediction_log import PredictionLog, key_of, refuse_file
 from gmask.evaluation.preparation import DataPlace, Examples, PreparedTask, prepare_task
 from gmask.evaluation.processes import Team, join_team
 from gmask.evaluation.results import (
