@@ -339,6 +339,7 @@ def test_the_verb_prints_a_table_or_json(
     code, shown, _ = run_verb(monkeypatch, capsys, *arguments, "--json")
     (report,) = json.loads(shown)["tasks"]
     assert (code, report["samples"], report["majority"]["accuracy"]) == (0, 5, 60.0)
+    monkeypatch.setenv("COLUMNS", "120")
     code, table, _ = run_verb(monkeypatch, capsys, *arguments)
     row = next(line for line in table.splitlines() if "accuracy" in line)
     score = report["scores"]["accuracy"]

@@ -111,11 +111,18 @@ def label_reports(reports: Mapping[str, EvaluationReport]) -> dict[str, Evaluati
 # The terminal
 
 
+WIDE = 100
+"""Columns of a terminal; a narrower one shows neither the scores of guessing nor published ones."""
+
+
 def print_report(report: EvaluationReport, console: Console) -> None:
     scored = [task for task in report.tasks if task.scores]
     if scored:
-        console.print(short_rows(report).to_rich(report.run.label))
-        for line in _cite(report):
+        rows = short_rows(report)
+        if console.width < WIDE:  # names would be folded into pieces
+            rows = Rows(rows.columns[:5], [row[:5] for row in rows.rows], rows.n_labels)
+        console.print(rows.to_rich(report.run.label))
+        for line in _cite(report) if console.width >= WIDE else ():
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     for task in report.tasks:
         if not task.scores:
