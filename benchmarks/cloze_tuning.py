@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import yaml
 
-from gmask.evaluation.harness import run_task
+from gmask.evaluation.harness import run_tasks
 from gmask.files import write_json
 from gmask.tasks.metrics import Rows
 from gmask.tasks.task import load_task
@@ -179,8 +179,9 @@ class Study:
 
     def _ask(self, place: Path, task: str, data: str) -> Record:
         data = str(Path(self.data_root) / data)
-        report = run_task(task=task, data=data, out=str(place), limit=self.limit, device="cpu", tables=False)
-        return {"scores": dict(report.scores), "samples": report.samples}
+        report = run_tasks(tasks=[task], data=data, out=str(place), limit=self.limit, device="cpu", tables=False)
+        (found,) = report.tasks
+        return {"scores": {name: score.value for name, score in found.scores.items()}, "samples": found.samples}
 
 
 def mean_recall(place: Path) -> float:

@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 from gmask.errors import GmaskError
 from gmask.generation.answers import token_texts
 from gmask.generation.encoding import TextReader
+from gmask.generation.predict import SampleReader
+from gmask.models.glm import GLMConfig
 from gmask.recipes.pretraining import find_blank_tokens
+from gmask.tasks.records import Record
+from gmask.tasks.task import load_task
 from gmask.tokenizers.folder import CLASSES, read_tokenizer
 from published_vocabularies import SHARED, copy_vocabulary, needs_vocabularies
 
@@ -106,3 +110,21 @@ def test_a_gmask_with_the_id_of_the_end_is_still_a_blank(tmp_path: Path) -> None
     context = reader.read("北京[MASK]，上海[gMASK]").context
     assert [context.ids[place] for place in context.blanks] == [50003, 50007]
     assert reader.special.gmask == reader.special.eop == context.ids[-1]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_last_word_has_the_published_tokens(form: str, tokenizers: dict[str, Any]) -> None:
+    """Those of the text before it, without the space at its end, and of the word with one space."""
+    tokenizer = tokenizers[form]
+    reader = SampleReader(tokenizer, GLMConfig(), "likelihood", max_source=512)
+    (sample,) = load_task("language-model/lambada").samples([Record({"text": "He saw\nsigns of life"}, Path("a"), 1)])
+    read = reader.read(sample)
+    before, word = (tuple(reader.blanks.encode_plain(text)) for text in ("He saw\nsigns of", " life"))
+    mask, eos = tokenizer.mask_token_id, tokenizer.eos_token_id
+    assert read.context.ids == (tokenizer.cls_token_id, *before, mask, eos)
+    assert (read.answers, read.unscored) == ((word,), 0)
+    spelled = tokenizer.convert_ids_to_tokens(word)
+    expected = {"gpt2": ["Ġlife"], "roberta": ["Ġlife"], "bert": ["life"], "chinese": ["▁life"]}
+    assert spelled == expected[form.split()[1]]
+    bare = tokenizer.convert_ids_to_tokens(reader.blanks.encode_plain("life"))
+    assert (bare == spelled) == (form.split()[1] in ("bert", "chinese")), "where a space before a word says nothing"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import gmask
 from gmask.errors import GmaskError
-from gmask.evaluation.harness import Evaluation, run_task
+from gmask.evaluation.harness import Evaluation, run_tasks
 from gmask.models.glm_heads import GLMForSequenceClassification
 from gmask.tasks.task import load_task
 from gmask.training import finetune
@@ -89,19 +89,20 @@ def test_the_saved_weights_predict_what_was_measured(tmp_path: Path, method: str
     finetune.run_finetuning(path)
     out = tmp_path / "out"
     (task := tmp_path / "task.yaml").write_text(yaml.safe_dump(CLOZE_TASK, sort_keys=False), "utf-8")
-    report = run_task(
+    report = run_tasks(
         str(out / "model") if method == "full" else "bundled",
         adapter=None if method == "full" else str(out / "adapter"),
-        task=str(task),
+        tasks=[str(task)],
         data=str(tmp_path / "validation.jsonl"),
         out=str(tmp_path / "again"),
         device="cpu",
         tables=False,
     )
-    assert (report.settings["max_source"], report.settings["max_tokens"]) == (7, 5)
+    (found,) = report.tasks
+    assert found.settings["max_source"] == 7
     told, again = (
         [json.loads(line) for line in (folder / "predictions.jsonl").read_text("utf-8").splitlines()]
-        for folder in (out, tmp_path / "again")
+        for folder in (out, tmp_path / "again" / CLOZE_TASK["name"])
     )
     assert [one["predicted_label"] for one in told] == [one["predicted_label"] for one in again]
     for one, found in zip(told, again, strict=True):

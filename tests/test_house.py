@@ -205,7 +205,7 @@ def test_the_version_is_told_without_loading_anything_large() -> None:
 MISTYPED = [
     "infill [MASK] --model {}", "chat hello --model {}", "score [MASK] --answers a|b --model {}",
     "embed text --model {}", "convert {} new", "quantize {} new", "merge {} --adapter a --output new", "info {}",
-    "estimate {}", "evaluate {}", "evaluate {} --task superglue/rte --data d.jsonl", "serve {}", "webui {}",
+    "estimate {}", "evaluate {}", "evaluate {} --tasks superglue/rte --data d.jsonl", "serve {}", "webui {}",
 ]  # fmt: skip
 
 

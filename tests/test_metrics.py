@@ -26,6 +26,7 @@ from gmask.tasks.metrics import (
     predict_majority,
     read_pairs,
     score_bleu,
+    score_groups,
     score_predictions,
     score_reading,
 )
@@ -94,7 +95,7 @@ def test_multirc_judges_all_answers_and_whole_questions() -> None:
     labels, chosen, groups = [1, 1, 0, 0], [1, 0, 0, 0], ["a", "b", "a", "b"]
     assert measure_labels("multirc-em", labels, chosen, groups) == 50.0  # 1 question of 2
     assert measure_labels("multirc-f1a", labels, chosen, groups) == pytest.approx(100 * 2 / 3)  # tp 1, fp 0, fn 1
-    with pytest.raises(GmaskError, match="do not tell which they belong to"):
+    with pytest.raises(GmaskError, match="the samples have no group"):
         score_predictions(["multirc-em"], [Prediction(label=0)], [Sample(label=0)])
 
 
@@ -316,4 +317,88 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_every_metric_has_one_name() -> None:
-    assert len(METRICS) == len(set(METRICS)) == 15
+    assert len(METRICS) == len(set(METRICS)) == 22
+
+
+def scored(*logprobs: float, greedy: Sequence[bool] = (True,)) -> Prediction:
+    return Prediction(scores=logprobs, is_greedy=tuple(greedy))
+
+
+def test_a_given_answer_is_right_if_all_its_tokens_are_the_most_probable_ones() -> None:
+    found = [scored(-1.0, -1.0, greedy=(True, True)), scored(-1.0, -2.0, greedy=(True, False)), scored(-4.0)]
+    samples = [Sample(answers=("x",))] * 3
+    scores = score_predictions(["accuracy", "nats", "perplexity"], found, samples)
+    assert scores == {
+        "accuracy": pytest.approx(200 / 3),
+        "nats": pytest.approx((2 + 3 + 4) / 3),  # of an answer
+        "perplexity": pytest.approx(math.exp(9 / 5)),  # of a token: five in all
+    }
+
+
+@given(st.lists(st.lists(st.floats(-20, -0.01), min_size=1, max_size=5), min_size=1, max_size=6))
+def test_perplexities_are_those_of_the_evaluation_harness(answers: list[list[float]]) -> None:
+    other = pytest.importorskip("lm_eval.api.metrics")
+    found = [scored(*logprobs) for logprobs in answers]
+    samples = [Sample(answers=("x",), words=len(logprobs) + 3) for logprobs in answers]
+    scores = score_predictions(["perplexity", "word-perplexity"], found, samples)
+    sums = list(map(sum, answers))
+    by_token = [(total, len(logprobs)) for total, logprobs in zip(sums, answers, strict=True)]
+    by_word = [(total, len(logprobs) + 2) for total, logprobs in zip(sums, answers, strict=True)]
+    assert scores["perplexity"] == pytest.approx(other.weighted_perplexity(by_token))
+    assert scores["word-perplexity"] == pytest.approx(other.weighted_perplexity(by_word))
+
+
+def test_perplexity_of_what_was_not_scored_is_refused() -> None:
+    with pytest.raises(GmaskError, match="were not scored"):
+        score_predictions(["perplexity"], [Prediction(label=0, scores=(-1.0,))], [Sample(label=0)])
+    with pytest.raises(GmaskError, match="word-perplexity is of documents"):
+        score_predictions(["word-perplexity"], [scored(-1.0)], [Sample(answers=("x",))])
+
+
+def test_subjects_and_categories_count_the_same_whatever_their_size() -> None:
+    # STEM/a: 1 of 1; STEM/b: 1 of 3; Other/c: 0 of 2
+    groups = ["STEM/a", "STEM/b", "STEM/b", "STEM/b", "Other/c", "Other/c"]
+    labels, chosen = [0, 1, 1, 1, 2, 2], [0, 1, 0, 0, 0, 0]
+    assert measure_labels("accuracy", labels, chosen, groups) == pytest.approx(100 * 2 / 6)
+    assert measure_labels("macro-accuracy", labels, chosen, groups) == pytest.approx(100 * (1 + 1 / 3 + 0) / 3)
+    assert measure_labels("group-em", labels, chosen, groups) == pytest.approx(100 / 3)
+    samples = [Sample(label=label, group=group) for label, group in zip(labels, groups, strict=True)]
+    found = score_groups([Prediction(label=label) for label in chosen], samples)
+    assert found == {
+        "STEM": (pytest.approx(100 * 2 / 3), 4),
+        "Other": (0.0, 2),
+        "STEM/a": (100.0, 1),
+        "STEM/b": (pytest.approx(100 / 3), 3),
+        "Other/c": (0.0, 2),
+    }
+    with pytest.raises(GmaskError, match="the samples have no group"):
+        score_predictions(["macro-accuracy"], [Prediction(label=0)], [Sample(label=0)])
+
+
+def test_filled_texts_have_the_bleu_of_nltk() -> None:
+    bleu = pytest.importorskip("nltk.translate.bleu_score")
+    samples = [
+        Sample(text="the [MASK] sat on a mat [MASK] .", answers=("old cat", "in the sun")),
+        Sample(text=r"\[MASK] [MASK] is here to stay", answers=("it",)),
+    ]
+    found = [Prediction(texts=("old dog", "in the sun")), Prediction(texts=("it",))]
+    filled = [
+        ["the", "old", "dog", "sat", "on", "a", "mat", "in", "the", "sun", "."],
+        ["[MASK]", "it", "is", "here", "to", "stay"],
+    ]
+    right = [
+        ["the", "old", "cat", "sat", "on", "a", "mat", "in", "the", "sun", "."],
+        ["[MASK]", "it", "is", "here", "to", "stay"],
+    ]
+    expected = 100 * bleu.corpus_bleu([[words] for words in right], filled)
+    assert score_predictions(["infill-bleu"], found, samples)["infill-bleu"] == pytest.approx(expected)
+    whole = [Prediction(texts=sample.answers) for sample in samples]
+    assert score_predictions(["infill-bleu"], whole, samples)["infill-bleu"] == pytest.approx(100)
+
+
+def test_a_written_choice_may_go_on_but_not_as_another_word() -> None:
+    for text, reference, expected in [
+        ("B. Paris", "B", 100), (" B", "B", 100), ("Both", "B", 0), ("A", "B", 0), ("", "B", 0),
+        ("相同的", "相同", 100), ("不相同", "相同", 0), ("Yes, it is", "Yes", 100), ("Yes2", "Yes", 0),
+    ]:  # fmt: skip
+        assert measure_text("prefix-match", text, reference) == expected

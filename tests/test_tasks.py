@@ -402,7 +402,7 @@ def test_bad_records_can_be_told_and_left_out() -> None:
             "task seq2seq/plain: accuracy does not fit the kind seq2seq: a text was written and nothing chosen: take",
         ),
         ({"use": "superglue/copa", "kind": "classification"}, "the template has 1: give plain_template"),
-        ({"use": "superglue/rte", "kind": "seq2seq"}, "the kind seq2seq needs target"),
+        ({"use": "superglue/rte", "kind": "seq2seq"}, "accuracy does not fit the kind seq2seq"),
         ({"kind": "chat"}, "task custom: the kind chat needs template and target"),
         ({"template": "x"}, "kind is missing"),
     ],

@@ -16,6 +16,8 @@ from gmask.generation.embed import embed as embed
 from gmask.generation.infill import Fragment as Fragment
 from gmask.generation.infill import infill as infill
 from gmask.generation.infill import stream_infill as stream_infill
+from gmask.generation.perplexity import Perplexity as Perplexity
+from gmask.generation.perplexity import perplexity as perplexity
 from gmask.generation.score import ScoredAnswer as ScoredAnswer
 from gmask.generation.score import Scoring as Scoring
 from gmask.generation.score import score as score

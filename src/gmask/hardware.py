@@ -105,6 +105,18 @@ def _has(capability: str, probe: str) -> bool:
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
+def describe_device(device: torch.device) -> str:
+    """The name of the GPU, or of the CPU."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    if device.type != "cpu":
+        return device.type
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text("utf-8", "replace").splitlines() if table.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def free_bytes(device: torch.device) -> int:
     """Returns the free memory of a device; for the CPU and Apple's GPU, within the limit of the container."""
     if device.type == "cuda":

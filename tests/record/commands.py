@@ -147,8 +147,9 @@ REFUSALS = [
         "merge bundled --adapter lora --output made", "merge tiny --adapter lora --output tiny",
         "pretrain no.yaml", "pretrain bad.yaml", "finetune no.yaml", "finetune bad.yaml", "finetune empty.yaml",
         "train-tokenizer no.txt --output made", "train-tokenizer lines.txt --output made --vocab-size 100000",
-        "evaluate --task superglue/rt --data x", "evaluate --task superglue/rte",
-        "evaluate --task superglue/rte --data no.jsonl", "evaluate --adapter lora", "evaluate --recipe no.yaml",
+        "evaluate --tasks superglue/rt --data x", "evaluate --tasks seq2seq/plain", "evaluate --suite superglu",
+        "evaluate --tasks superglue/rte --data no.jsonl", "evaluate --adapter lora", "evaluate --recipe no.yaml",
+        "evaluate --compare one", "evaluate one two",
         "serve --set max_row=1", "serve --adapter =x", "serve --set max_rows=0", "serve nowhere", "inffill x",
         "infill --sett x", "convert tiny", "",
     )

@@ -111,36 +111,47 @@ def record_tasks(session: Session) -> dict[str, Any]:
     found = {}
     for name, records in RECORDS.items():
         session.write("records.jsonl", records)
-        found[name] = _evaluate(session, name, f"--set max_tokens=6 --data records.jsonl --task {name}")
+        found[name] = _evaluate(session, name, f"--set max_tokens=6 --data records.jsonl --tasks {name}")
     session.write("records.jsonl", MOODS)
     for name, task in OWN.items():
         session.write(f"{name}.yaml", yaml.safe_dump(task, sort_keys=False))
-        found[name] = _evaluate(session, name, f"--data records.jsonl --task {name}.yaml")
+        found[name] = _evaluate(session, name, f"--data records.jsonl --tasks {name}.yaml")
     session.write("classes.yaml", yaml.safe_dump(CLASSES, sort_keys=False))
     session.write("pairs.source", "The dog ran to the river.\n")
     session.write("pairs.target", "A dog ran.\n")
     for name, command in {
-        "files of lines": "bundled --task seq2seq/source-target --data pairs.source --set max_tokens=4",
-        "beams": "bundled --task seq2seq/plain --data table.csv --set num_beams=3 --set max_tokens=4",
-        "an adapter": "tiny --adapter lora --task cloze.yaml --data records.jsonl",
-        "a model without a head": "tiny --task classes.yaml --data records.jsonl",
+        "files of lines": "bundled --tasks seq2seq/source-target --data pairs.source --set max_tokens=4",
+        "beams": "bundled --tasks seq2seq/plain --data table.csv --set num_beams=3 --set max_tokens=4",
+        "an adapter": "tiny --adapter lora --tasks cloze.yaml --data records.jsonl",
+        "a model without a head": "tiny --tasks classes.yaml --data records.jsonl",
     }.items():
         session.write("table.csv", "source,target\nWhat is it?,A dog\n")
         outcome = session.run(f"evaluate {command} --json")
-        found[name] = {"exit": outcome.code, "report": json.loads(outcome.out or "null"), "err": outcome.err}
-    found["a table"] = session.must("evaluate tiny --task cloze.yaml --data records.jsonl").out.splitlines()
+        found[name] = {"exit": outcome.code, "report": _read_tasks(outcome.out), "err": outcome.err}
+    found["a table"] = session.must("evaluate tiny --tasks cloze.yaml --data records.jsonl").out.splitlines()
     return found
 
 
 def _evaluate(session: Session, name: str, options: str) -> dict[str, Any]:
     out = session.folder / "measured" / name
     outcome = session.run(f"evaluate bundled {options} --out {out.relative_to(session.folder)} --json")
-    found: dict[str, Any] = {"report": json.loads(outcome.out or "null"), "err": outcome.err}
+    found: dict[str, Any] = {"report": _read_tasks(outcome.out), "err": outcome.err}
     if outcome.code == 0:
-        lines = (out / "predictions.jsonl").read_text("utf-8").splitlines()
-        found["predictions"] = [json.loads(line) for line in lines]
-        found["files"] = sorted(path.name for path in out.iterdir())
+        (path,) = out.rglob("predictions.jsonl")
+        found["predictions"] = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        for line in found["predictions"]:
+            del line["key"]  # of these weights and settings
+        found["files"] = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     return found
+
+
+def _read_tasks(printed: str) -> Any:
+    """The results that ``--json`` printed, without what differs from run to run: time, and digests of files."""
+    tasks = json.loads(printed)["tasks"] if printed else None
+    for task in tasks or ():
+        for name in ("seconds", "samples_per_second", "hashes"):
+            del task[name]
+    return tasks
 
 
 def record_held_out(session: Session) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class Answer:
     logprobs: tuple[float, ...] = ()
     end_logprob: float | None = None  # of the end token, if that ended it
     finish: Finish | None = None  # None while it grows
+    is_greedy: tuple[bool, ...] = ()  # of a given answer: whether each token is the most probable one
 
     @property
     def logprob(self) -> float:

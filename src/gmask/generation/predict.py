@@ -8,8 +8,7 @@ Shape letters: B samples of a batch, T positions, L labels.
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -22,15 +21,34 @@ from gmask.generation.answers import Answer, answer_text, rank_scores
 from gmask.generation.decode import make_decoder
 from gmask.generation.encoding import BLANKS, BlankedText, Context, TextReader, encode_plain, fit_prompt, format_of
 from gmask.generation.padding import batches_by_length, check_numbers, stack_contexts
+from gmask.generation.perplexity import DocumentScorer, evaluating
 from gmask.generation.sampling import Sampler
-from gmask.generation.score import ScoreNormalization, check_normalization, normalize, score_answer_ids
+from gmask.generation.score import (
+    Continuation,
+    ScoreNormalization,
+    check_normalization,
+    normalize,
+    score_answer_ids,
+    score_continuations,
+)
 from gmask.generation.settings import Sampling
 from gmask.models.chatglm import ChatGLMConfig
 from gmask.models.glm import GLMConfig
 from gmask.models.glm_heads import GLMForSequenceClassification
-from gmask.tasks.records import CHOICES, LABELLED, Prediction, Sample, TaskKind, Truncation
+from gmask.tasks.records import (
+    CHOICES,
+    LABELLED,
+    MEASURED,
+    Direction,
+    LikelihoodSettings,
+    Prediction,
+    Sample,
+    TaskKind,
+    Truncation,
+)
 
 GREEDY = Sampling()
+PUBLISHED = LikelihoodSettings()
 
 
 def predict(
@@ -42,11 +60,13 @@ def predict(
     settings: Sampling = GREEDY,
     batch_size: int = 16,
     normalization: ScoreNormalization = "sum",
+    likelihood: LikelihoodSettings = PUBLISHED,
     max_source: int | None = None,
     truncation: Truncation = "left",
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Prediction]:
-    """Predicts the answers of samples: by choosing among candidates, classifying or writing, as the kind of task says.
+    """Predicts the answers of samples, as the kind of task says: chooses among candidates, classifies, writes, or
+    scores the given answer. Of the kind language-model a given document is scored; without one, a text is written on.
 
     A GLM fills the blanks of a text; a ChatGLM answers behind its prompt, which ends with the blank. The results of
     several samples are those of single runs.
@@ -56,6 +76,7 @@ def predict(
         settings: of written answers. Sample i draws by ``seed + i``; of several answers the best is taken.
         batch_size: rows that are read together; a sample takes as many as it has beams or answers.
         normalization: of the candidates' log-probabilities, as in `gmask.score`.
+        likelihood: how given answers are read, and documents cut into windows.
         max_source: tokens of a context, as of `SampleReader`. Longer texts are cut. By default the number of positions
             of the model, less those of the answer if both share them.
         truncation: the side on which a text that is too long is cut.
@@ -63,7 +84,8 @@ def predict(
 
     Returns:
         A `Prediction` for each sample. For candidates and classes it has ``scores`` in nats, and the ``label`` of the
-        highest. For written answers it has a text for each blank, and their log-probabilities as ``scores``.
+        highest. For written answers it has a text for each blank, and their log-probabilities as ``scores``. For given
+        answers ``scores`` and ``is_greedy`` are of the tokens, of a document without the first.
 
     Raises:
         GmaskError: a model that cannot do this kind of task; a sample that cannot be read, with file and line.
@@ -71,6 +93,33 @@ def predict(
     Warns:
         UserWarning: texts had to be cut, or rounds of conversations left out.
     """
+    predictor = make_predictor(
+        model,
+        tokenizer,
+        kind,
+        settings=settings,
+        batch_size=batch_size,
+        normalization=normalization,
+        likelihood=likelihood,
+        max_source=max_source,
+        truncation=truncation,
+    )
+    return predictor.predict(samples, on_progress or (lambda count: None))
+
+
+def make_predictor(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: TaskKind,
+    *,
+    settings: Sampling = GREEDY,
+    batch_size: int = 16,
+    normalization: ScoreNormalization = "sum",
+    likelihood: LikelihoodSettings = PUBLISHED,
+    max_source: int | None = None,
+    truncation: Truncation = "left",
+) -> "Predictor":
+    """What `predict` asks, for callers who choose the batches themselves; arguments and errors as there."""
     if batch_size < 1:
         raise GmaskError(f"batch_size must be at least 1, not {batch_size}")
     check_normalization(normalization)
@@ -82,31 +131,25 @@ def predict(
         raise GmaskError(f"max_tokens is {settings.max_tokens}, but the model has only {positions} positions")
     if max_source is None:
         max_source = _room(model, kind, settings)
-    reader = SampleReader(tokenizer, model.config, kind, max_source=max_source, truncation=truncation)
-    predictor = Predictor(model, tokenizer, reader, settings, batch_size, normalization)
-    with _evaluating(model), torch.inference_mode():
-        return predictor.predict(samples, on_progress or (lambda count: None))
+    reader = SampleReader(
+        tokenizer,
+        model.config,
+        kind,
+        max_source=max_source,
+        truncation=truncation,
+        direction=likelihood.direction,
+    )
+    return Predictor(model, tokenizer, reader, settings, batch_size, normalization, likelihood)
 
 
 def _room(model: PreTrainedModel, kind: TaskKind, settings: Sampling) -> int:
     """Returns the most tokens that a context may have. Answers to a GLM's blanks have positions of their own."""
     positions: int = model.config.max_position_embeddings
-    if kind in LABELLED or (isinstance(model.config, GLMConfig) and kind != "chat"):
+    if kind in (*LABELLED, "likelihood") or (isinstance(model.config, GLMConfig) and kind != "chat"):
         return positions
     if settings.max_tokens >= positions - 1:
         raise GmaskError(f"max_tokens {settings.max_tokens} leaves no room for a prompt in {positions} positions")
     return positions - settings.max_tokens - 1  # <sop>
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Puts the model into evaluation mode; afterwards it is in the mode that it was in before."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +161,7 @@ class ReadSample:
     blanked: BlankedText | None = None  # of a text with blanks: to fit written answers into it
     tokens_cut: int = 0  # of the text
     rounds_left_out: int = 0  # of a conversation, the oldest ones
+    unscored: int = 0  # leading tokens of the answer that stand before it in the text
 
 
 class SampleReader:
@@ -127,6 +171,7 @@ class SampleReader:
         max_source: tokens of a context, blanks and control tokens counted. If a text has more, tokens of the text are
             cut, but no blank and no control token. Of a conversation, the oldest rounds are left out first.
         truncation: the side on which the text is cut.
+        direction: of the kind likelihood: whether the text before the answer is context, or written too.
 
     Raises:
         GmaskError: a kind that the model cannot do, or more tokens than it has positions.
@@ -140,9 +185,12 @@ class SampleReader:
         *,
         max_source: int,
         truncation: Truncation = "left",
+        direction: Direction = "both",
     ) -> None:
         if truncation not in get_args(Truncation):
             raise GmaskError(f"truncation must be left or right, not {truncation!r}")
+        if direction not in get_args(Direction):
+            raise GmaskError(f"direction must be both or left, not {direction!r}")
         if max_source > config.max_position_embeddings:
             raise GmaskError(
                 f"max_source is {max_source}, but the model has only {config.max_position_embeddings} positions"
@@ -154,7 +202,7 @@ class SampleReader:
             if config.pool_token == "start":
                 raise GmaskError("pool_token start reads <sop>, which a text without a blank lacks: take cls or pad")
         self.tokenizer, self.config, self.kind = tokenizer, config, kind
-        self.max_source, self.truncation = max_source, truncation
+        self.max_source, self.truncation, self.direction = max_source, truncation, direction
         self.format = format_of(config, tokenizer)
         self.special = self.format.special
         self.blanks = None if is_chatglm else TextReader(tokenizer, config.prompt_ids)
@@ -185,7 +233,7 @@ class SampleReader:
         answers = tuple(tuple(encode_plain(self.tokenizer, self._shorten(answer))) for answer in sample.answers)
         bare = self.format.encode(self._shorten_source(sample.text), ())
         if len(bare.ids) > self.max_source:
-            context = self._cut(bare, self._frame(bare))
+            context = self._cut(bare, self._frame(bare), self.max_source)
             return ReadSample(context, answers, None, len(bare.ids) - len(context.ids), len(sample.history))
         longest = self.max_source + 1  # with <sop>
         prompt = fit_prompt(sample.text, sample.history, self.format, longest=longest, max_tokens=0)
@@ -202,7 +250,7 @@ class SampleReader:
         return {*range(head), *range(len(ids) - tail, len(ids))}
 
     def _read_text(self, sample: Sample) -> ReadSample:
-        blanked = None
+        blanked, is_left = None, self.kind == "likelihood" and self.direction == "left"
         if self.blanks is None:
             text = sample.text if self.kind == "language-model" else before_last_blank(sample.text)
             whole = self.format.encode(self._shorten_source(text), ())
@@ -214,9 +262,28 @@ class SampleReader:
             blanked = self.blanks.read_any(sample.text, most=self.max_source, cut_start=self.truncation == "left")
             self._check_blanks(len(blanked.context.blanks), sample)
             whole = blanked.context
-        context = self._cut(whole, ())
         answers = tuple(self._encode_answer(sample, index, blanked) for index in range(len(sample.answers)))
-        return ReadSample(context, answers, blanked, len(whole.ids) - len(context.ids))
+        room = self.max_source
+        if self.kind == "likelihood" and answers and (is_left or self.blanks is None):  # they share the positions
+            room = min(room, self.config.max_position_embeddings - len(answers[0]) - 1)
+        context = self._cut(whole, (), room)
+        tokens_cut = len(whole.ids) - len(context.ids)
+        if is_left and answers:
+            context, before = self._begin(context)
+            return ReadSample(context, ((*before, *answers[0]),), blanked, tokens_cut, unscored=len(before))
+        return ReadSample(context, answers, blanked, tokens_cut)
+
+    def _begin(self, context: Context) -> tuple[Context, tuple[int, ...]]:
+        """Splits a context that ends with its blank: the first token of its text with the blank, and the other tokens.
+
+        As published for the evaluation from left to right: something must be context, so the first token is.
+        """
+        ids, (blank,) = context.ids, context.blanks
+        if any(token not in self.control_ids for token in ids[blank + 1 :]):
+            raise GmaskError("direction left writes the text before the blank, and here text follows it: take both")
+        first = next((index for index in range(blank) if ids[index] not in self.control_ids), blank)
+        start = min(first + 1, blank)
+        return Context((*ids[:start], *ids[blank:]), (start,)), ids[start:blank]
 
     def _check_blanks(self, blanks: int, sample: Sample) -> None:
         if self.kind == "classification":
@@ -242,7 +309,7 @@ class SampleReader:
             ids = tuple(encode_plain(self.tokenizer, answer))
         else:
             ids = self.blanks.encode_answer(answer, blanked, index if self.kind == "infill" else 0)
-        if self.kind in CHOICES:
+        if self.kind in (*CHOICES, "likelihood"):
             if not ids:
                 raise GmaskError("an answer is empty: only texts with at least one token can be scored")
             if len(ids) >= self.config.max_position_embeddings:
@@ -257,15 +324,15 @@ class SampleReader:
         """Returns the start of an answer, if it is far longer than the positions of the model."""
         return cut_characters(answer, self.config.max_position_embeddings, self.tokenizer)
 
-    def _cut(self, context: Context, kept: Collection[int]) -> Context:
-        """Returns the context cut to `max_source` tokens. Control tokens and those at the indices ``kept`` stay."""
-        surplus = len(context.ids) - self.max_source
+    def _cut(self, context: Context, kept: Collection[int], room: int) -> Context:
+        """Returns the context cut to ``room`` tokens. Control tokens and those at the indices ``kept`` stay."""
+        surplus = len(context.ids) - room
         if surplus <= 0:
             return context
         loose = [i for i, token in enumerate(context.ids) if token not in self.control_ids and i not in kept]
         if surplus > len(loose):
             raise GmaskError(
-                f"max_source is {self.max_source}, but what may not be cut has {len(context.ids) - len(loose)} tokens"
+                f"max_source is {room}, but what may not be cut has {len(context.ids) - len(loose)} tokens"
             )
         first = context.blanks[0] if context.blanks else len(context.ids)
         before = sum(index < first for index in loose)
@@ -286,32 +353,52 @@ class Predictor:
     settings: Sampling
     batch_size: int
     normalization: ScoreNormalization
+    likelihood: LikelihoodSettings
 
     def predict(self, samples: Sequence[Sample], on_progress: Callable[[int], None]) -> list[Prediction]:
         """Returns predictions in the order of the samples. Samples of similar length are batched."""
-        questions = [self.reader.read(sample) for sample in samples]
-        _warn_of_cuts(questions, self.reader.max_source)
+        questions = self.read(samples)
+        warn_of_cuts(questions, self.reader.max_source)
+        seeds = self.settings.seeds(len(samples))
+        found: dict[int, Prediction] = {}
+        for batch in batches_by_length(list(map(measure_length, questions)), self.samples_per_batch(questions)):
+            predictions = self.answer([questions[index] for index in batch], [seeds[index] for index in batch])
+            found.update(zip(batch, predictions, strict=True))
+            on_progress(len(batch))
+        return [found[index] for index in range(len(samples))]
+
+    def samples_per_batch(self, questions: Sequence[ReadSample]) -> int:
+        """``batch_size`` is in rows: each beam and each answer of a text that is written takes one."""
+        is_written = self.reader.kind not in LABELLED and not self._is_measured(questions)
+        return max(1, self.batch_size // max(self.settings.beams, self.settings.n)) if is_written else self.batch_size
+
+    def _is_measured(self, questions: Sequence[ReadSample]) -> bool:
+        """Whether given answers are scored; a language model without a text to score writes one."""
+        return self.reader.kind in MEASURED and any(question.answers for question in questions)
+
+    def read(self, samples: Sequence[Sample]) -> list[ReadSample]:
+        """The samples in tokens. Raises `GmaskError` for one that cannot be read, with file and line."""
         kind = self.reader.kind
         if kind in CHOICES:
             for sample in samples:
                 if not sample.answers:
                     raise locate(GmaskError("the sample has no candidates to choose from"), sample)
-        seeds = self.settings.seeds(len(samples))
-        size = self.batch_size  # in rows: each beam and each answer of a text takes one
-        if kind not in LABELLED:
-            size = max(1, size // max(self.settings.beams, self.settings.n))
-        found: dict[int, Prediction] = {}
-        for batch in batches_by_length([len(question.context.ids) for question in questions], size):
-            asked = [questions[index] for index in batch]
-            if kind in CHOICES:
-                predictions = self._choose(asked)
-            elif kind == "classification":
-                predictions = self._classify(asked)
-            else:
-                predictions = self._write(asked, [seeds[index] for index in batch])
-            found.update(zip(batch, predictions, strict=True))
-            on_progress(len(batch))
-        return [found[index] for index in range(len(samples))]
+        elif kind == "likelihood" or (kind == "language-model" and any(sample.answers for sample in samples)):
+            for sample in samples:
+                if len(sample.answers) != 1:
+                    raise locate(GmaskError("the sample has no answer, or several: one text is scored"), sample)
+        return [self.reader.read(sample) for sample in samples]
+
+    def answer(self, questions: Sequence[ReadSample], seeds: Sequence[int]) -> list[Prediction]:
+        """The predictions of one batch; each written answer draws by the seed of its sample."""
+        with evaluating(self.model), torch.inference_mode():
+            if self.reader.kind in CHOICES:
+                return self._choose(questions)
+            if self.reader.kind == "classification":
+                return self._classify(questions)
+            if self._is_measured(questions):
+                return self._measure(questions)
+            return self._write(questions, seeds)
 
     def _choose(self, questions: Sequence[ReadSample]) -> list[Prediction]:
         special, size = self.reader.special, self.batch_size
@@ -334,6 +421,15 @@ class Predictor:
         check_numbers(logits)
         return [_best(row) for row in logits.log_softmax(-1).tolist()]
 
+    def _measure(self, questions: Sequence[ReadSample]) -> list[Prediction]:
+        if self.reader.kind == "language-model":
+            scorer = DocumentScorer(self.model, self.tokenizer, self.likelihood, self.batch_size)
+            found = scorer.score([question.answers[0] for question in questions])
+        else:
+            asked = [Continuation(question.context, question.answers[0], question.unscored) for question in questions]
+            found = score_continuations(self.model, asked, self.reader.special, batch_size=self.batch_size)
+        return [Prediction(scores=answer.logprobs, is_greedy=answer.is_greedy) for answer in found]
+
     def _write(self, questions: Sequence[ReadSample], seeds: Sequence[int]) -> list[Prediction]:
         special, forbidden = self.reader.special, self.reader.format.forbidden_ids
         sampler = Sampler.for_model(special, forbidden, self.tokenizer, self.model.config.vocab_size)
@@ -353,12 +449,17 @@ class Predictor:
         return text.strip() if question.blanked is None else question.blanked.fit_answer(text, blank)
 
 
+def measure_length(question: ReadSample) -> int:
+    """The tokens by which samples are sorted: those of the context, and of a text that is written to be scored."""
+    return len(question.context.ids) + question.unscored
+
+
 def _best(scores: Sequence[float]) -> Prediction:
     """Returns the index of the highest score; of equal ones the first."""
     return Prediction(label=rank_scores(scores)[0], scores=tuple(scores))
 
 
-def _warn_of_cuts(questions: Sequence[ReadSample], max_source: int) -> None:
+def warn_of_cuts(questions: Sequence[ReadSample], max_source: int) -> None:
     """Warns if texts were cut or rounds left out."""
     cut = sum(question.tokens_cut > 0 for question in questions)
     left_out = sum(question.rounds_left_out for question in questions)

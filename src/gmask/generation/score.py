@@ -313,6 +313,7 @@ class AnswerRow:
 
     context: int  # index of the context
     answers: tuple[tuple[int, ...], ...]  # ids, without end tokens
+    unscored: int = 0  # leading tokens of the first answer that are read and left out of what is found
 
 
 def encode_answer(
@@ -393,6 +394,33 @@ def score_answer_ids(
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """A context, and a given answer to its first blank."""
+
+    context: Context
+    ids: tuple[int, ...]
+    unscored: int = 0  # leading tokens of the answer that are read and not scored
+
+
+def score_continuations(
+    model: PreTrainedModel, continuations: Sequence[Continuation], special: BlankTokens, *, batch_size: int
+) -> list[Answer]:
+    """Scores one answer to each context, without the tokens that are only read; ``batch_size`` run together."""
+    found: dict[int, Answer] = {}
+    lengths = [len(one.context.ids) + len(one.ids) for one in continuations]
+    for batch in batches_by_length(lengths, batch_size):
+        asked = [continuations[index] for index in batch]
+        scorer = AnswerScorer(model, [one.context for one in asked], special, batch_size=batch_size)
+        rows = [AnswerRow(number, (one.ids,), one.unscored) for number, one in enumerate(asked)]
+        found.update((index, answer) for index, (answer,) in zip(batch, scorer.score(rows), strict=True))
+    return [found[index] for index in range(len(continuations))]
+
+
+LOGITS_AT_ONCE = 2**25
+"""The most logits that are computed at once: 128 MB in float32, however many tokens the answers of a batch have."""
+
+
 class AnswerScorer:
     """Scores given answers to the blanks of B contexts, each of which is read once.
 
@@ -441,19 +469,40 @@ class AnswerScorer:
         self, rows: Sequence[AnswerRow], hidden_states: Tensor, is_answer: Tensor, targets: Tensor
     ) -> list[tuple[Answer, ...]]:
         """Returns the answers of rows, from the hidden states of their tokens ``[R, T, H]``."""
-        is_answer, targets = is_answer.to(self.model.device), targets.to(self.model.device)
-        logprobs = log_softmax(self.model.lm_head(hidden_states[is_answer]))  # all tokens of all rows, V
-        of_target = logprobs.gather(-1, targets[is_answer][:, None])[:, 0].tolist()
-        of_end = logprobs[:, [self.special.eop, self.special.eos]].amax(-1).tolist()
+        is_scored = is_answer.clone()
+        for index, row in enumerate(rows):
+            is_scored[index, : row.unscored] = False
+        is_scored, targets = is_scored.to(self.model.device), targets.to(self.model.device)
+        of_target, of_end, is_greedy = self._read_tokens(hidden_states[is_scored], targets[is_scored])
         found, start = [], 0
         for row in rows:
             answers = []
-            for ids in row.answers:
+            for number, ids in enumerate(row.answers):
+                ids = ids[row.unscored :] if number == 0 else ids
                 end = start + len(ids)
-                answers.append(Answer(ids, tuple(of_target[start:end]), of_end[end], "end"))
+                piece = slice(start, end)
+                greedy = tuple(is_greedy[piece])
+                answers.append(Answer(ids, tuple(of_target[piece]), of_end[end], "end", greedy))
                 start = end + 1
             found.append(tuple(answers))
         return found
+
+    def _read_tokens(self, hidden_states: Tensor, targets: Tensor) -> tuple[list[float], list[float], list[bool]]:
+        """Returns of each of N tokens its log-probability, that of an end in its place, and whether it is the argmax.
+
+        Args:
+            hidden_states: ``[N, H]``.
+            targets: ``[N]``.
+        """
+        of_target, of_end, is_greedy = list[float](), list[float](), list[bool]()
+        size = max(1, LOGITS_AT_ONCE // self.model.config.vocab_size)
+        for start in range(0, len(targets), size):
+            wanted = targets[start : start + size]
+            logprobs = log_softmax(self.model.lm_head(hidden_states[start : start + size]))
+            of_target += logprobs.gather(-1, wanted[:, None])[:, 0].tolist()
+            of_end += logprobs[:, [self.special.eop, self.special.eos]].amax(-1).tolist()
+            is_greedy += (logprobs.argmax(-1) == wanted).tolist()
+        return of_target, of_end, is_greedy
 
     def _stack_answers(self, rows: Sequence[AnswerRow]) -> tuple[Tensor, Tensor, Tensor]:
         """Returns ids ``[R, T]``, the next tokens ``[R, T]`` and the layout ``[R, 2, T]``, which is 0 at padding.

@@ -1,4 +1,4 @@
-"""Metrics by name, in per cent, and tables of results.
+"""Metrics by name, most of them in per cent, and tables of results.
 
 Chinese is compared as the evaluation of ChatGLM-6B's P-tuning does: ROUGE over the words that jieba finds, BLEU-4 over
 characters. English ROUGE is that of GLM's evaluation, without its clean-up of the tokens of particular data sets.
@@ -8,6 +8,7 @@ Sources: ``evaluate-v1.1.py`` of SQuAD, ``evaluate.py`` of ReCoRD, ``cmrc2018_ev
 """
 
 import importlib
+import math
 import re
 import string
 import warnings
@@ -19,14 +20,19 @@ from functools import cache
 from itertools import zip_longest
 from typing import Any, Literal, TypeAlias, get_args
 
+import numpy as np
+import numpy.typing as npt
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from gmask.errors import GmaskError, nearest
-from gmask.tasks.records import LABELLED, Prediction, Sample, TaskKind
+from gmask.tasks.records import LABELLED, MEASURED, Prediction, Sample, TaskKind
+from gmask.tasks.templates import BLANK
 
 NOTHING_CHOSEN = "a text was written and nothing chosen: take exact-match, rouge-l or bleu-4"
 NOTHING_WRITTEN = "a class was chosen and no text: take accuracy, f1 or macro-f1"
+NOTHING_CHOSEN_OR_WRITTEN = "the right answer was scored, nothing chosen or written: take accuracy, perplexity or nats"
+NOTHING_MEASURED = "the tokens of the right answer were not scored: take a task of the kind likelihood"
 """Why a metric does not fit."""
 
 
@@ -39,7 +45,23 @@ class Choice:
     group: str | None = None
 
 
-ChoiceMetric: TypeAlias = Callable[[Sequence[Choice]], float]  # 0 to 1
+Floats: TypeAlias = npt.NDArray[np.float64]
+Integers: TypeAlias = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceCounts:
+    """How often each pair of a chosen and a right index occurs. Shape letters: P pairs.
+
+    ``count`` may have more dimensions in front, as for the resamples of a bootstrap; then so have the metrics.
+    """
+
+    chosen: Integers  # [P]
+    label: Integers  # [P]
+    count: Floats  # [..., P]
+
+
+ChoiceMetric: TypeAlias = Callable[[ChoiceCounts], Floats]  # 0 to 1
 MetricLanguage = Literal["en", "zh"]
 
 
@@ -61,14 +83,21 @@ def score_predictions(
     *,
     language: MetricLanguage | None = None,
 ) -> dict[str, float]:
-    """Scores predictions by metrics, in per cent.
+    """Scores predictions by metrics, in per cent but for those of `NOT_PER_CENT`.
 
-    - ``accuracy``; ``f1`` of class 1 among two; ``macro-f1``, the mean over the classes that occur.
+    - ``accuracy``; ``f1`` of class 1 among two; ``macro-f1``, the mean over the classes that occur. Of given answers
+      accuracy is the share whose tokens are all the most probable ones.
+    - ``macro-accuracy``: the mean over the groups of their accuracies (C-Eval's and MMLU's subjects); ``group-em``, the
+      groups all of whose samples are right (CMRC 2019's passages).
+    - ``perplexity`` of a token of given answers, ``word-perplexity`` of the words of documents; ``nats``, minus the
+      log-probability of an answer, the mean over the samples.
     - ``multirc-f1a``, F1 over all answers, and ``multirc-em``, the questions whose answers are all judged right;
       ``record-f1`` and ``record-em``: SuperGLUE (Wang et al. 2019, arXiv:1905.00537).
     - ``squad-f1`` and ``squad-em``: as SQuAD, and in Chinese as CMRC 2018.
-    - ``exact-match``: the same text but for the number of spaces.
+    - ``exact-match``: the same text but for the number of spaces; ``prefix-match``: a text that begins with the right
+      one, such as "B. Paris" with "B".
     - ``rouge-1``, ``rouge-2``, ``rouge-l``, ``bleu-4``: the mean over the texts; ``sacrebleu``: of all together.
+    - ``infill-bleu``: BLEU of the texts with their blanks filled, all together, over what spaces separate.
 
     A text is compared with the sample's references, or with its right answer, blank by blank.
 
@@ -90,12 +119,19 @@ def score_predictions(
         raise GmaskError("there are no samples to measure")
     scores = dict[str, float]()
     if any(name in CHOICE_METRICS for name in task_metrics):
-        choices = [_read_choice(*answered) for answered in zip(predictions, samples, strict=True)]
-        scores |= {name: CHOICE_METRICS[name](choices) for name in task_metrics if name in CHOICE_METRICS}
-    if any(name not in CHOICE_METRICS for name in task_metrics):
+        choices = [read_choice(*answered) for answered in zip(predictions, samples, strict=True)]
+        counts = count_choices(choices)
+        scores |= {name: float(COUNT_METRICS[name](counts)) for name in task_metrics if name in COUNT_METRICS}
+        scores |= {name: GROUP_METRICS[name](choices) for name in task_metrics if name in GROUP_METRICS}
+    for name in task_metrics:
+        if name in LIKELIHOOD_METRICS:
+            scores[name] = LIKELIHOOD_METRICS[name](predictions, samples)
+        elif name == "infill-bleu":
+            scores[name] = score_filled_texts(predictions, samples)
+    if any(name in TEXT_METRICS for name in task_metrics):
         pairs = [pair for answered in zip(predictions, samples, strict=True) for pair in read_pairs(*answered)]
         scores |= _score_texts(task_metrics, pairs, language)
-    return {name: 100 * scores[name] for name in task_metrics}
+    return {name: scores[name] if name in NOT_PER_CENT else 100 * scores[name] for name in task_metrics}
 
 
 def check_metric(name: str) -> None:
@@ -107,7 +143,13 @@ def check_metric(name: str) -> None:
 
 def check_kind(name: str, kind: TaskKind) -> None:
     """Raises `GmaskError` for a metric that does not fit this kind of task."""
-    if name in CHOICE_METRICS and kind not in LABELLED:
+    if (name in LIKELIHOOD_METRICS and kind not in MEASURED) or (name == "word-perplexity" and kind == "likelihood"):
+        raise GmaskError(f"{name} does not fit the kind {kind}: {NOTHING_MEASURED}")
+    if name == "infill-bleu" and kind != "infill":
+        raise GmaskError(f"{name} does not fit the kind {kind}: it is of texts with several blanks, of the kind infill")
+    if kind in MEASURED and name in (*TEXT_METRICS, "f1", "macro-f1", "multirc-f1a"):
+        raise GmaskError(f"{name} does not fit the kind {kind}: {NOTHING_CHOSEN_OR_WRITTEN}")
+    if name in CHOICE_METRICS and kind not in (*LABELLED, *MEASURED):
         raise GmaskError(f"{name} does not fit the kind {kind}: {NOTHING_CHOSEN}")
     if name not in CHOICE_METRICS and kind == "classification":
         raise GmaskError(f"{name} does not fit the kind {kind}: {NOTHING_WRITTEN}")
@@ -137,6 +179,8 @@ def check_metrics(task_metrics: Sequence[str], sample: Sample, kind: TaskKind) -
     Raises:
         GmaskError: as `score_predictions`.
     """
+    if kind in MEASURED:
+        return  # these metrics need no library, and no particular answer
     right = Prediction(label=sample.label or 0) if kind in LABELLED else Prediction(texts=sample.answers)
     score_predictions(task_metrics, [right], [sample])
 
@@ -161,39 +205,110 @@ def read_pairs(prediction: Prediction, sample: Sample) -> list[Pair]:
     return [Pair(text, references) for text, references in zip(texts, right, strict=True)]
 
 
-def accuracy(choices: Sequence[Choice]) -> float:
-    return sum(choice.chosen == choice.label for choice in choices) / len(choices)
+def count_choices(choices: Sequence[Choice]) -> ChoiceCounts:
+    counts = Counter((choice.chosen, choice.label) for choice in choices)
+    pairs = np.array(list(counts), np.int64).reshape(-1, 2)
+    return ChoiceCounts(pairs[:, 0], pairs[:, 1], np.array(list(counts.values()), np.float64))
 
 
-def binary_f1(choices: Sequence[Choice]) -> float:
+def accuracy(counts: ChoiceCounts) -> Floats:
+    right: Floats = counts.count[..., counts.chosen == counts.label].sum(-1)
+    share: Floats = right / counts.count.sum(-1)
+    return share
+
+
+def binary_f1(counts: ChoiceCounts) -> Floats:
     """F1 of class 1 among the classes 0 and 1."""
-    highest = max(max(choice.chosen, choice.label) for choice in choices)
+    highest = max(counts.chosen.max(), counts.label.max())
     if highest > 1:
         raise GmaskError(f"f1 is of two classes, and here is one with the index {highest}: take macro-f1")
-    return _class_f1(choices, 1)
+    return _class_f1(counts, np.array([1]))[0][..., 0]
 
 
-def macro_f1(choices: Sequence[Choice]) -> float:
+def macro_f1(counts: ChoiceCounts) -> Floats:
     """The mean of F1 over the classes that are a label or were chosen, each with the same weight."""
-    classes = {choice.label for choice in choices} | {choice.chosen for choice in choices}
-    return sum(_class_f1(choices, index) for index in classes) / len(classes)
+    f1, occurs = _class_f1(counts, np.union1d(counts.chosen, counts.label))
+    means: Floats = f1.sum(-1) / occurs.sum(-1)
+    return means
 
 
-def multirc_exact_match(choices: Sequence[Choice]) -> float:
-    """The share of questions all of whose answers are judged right."""
-    questions = defaultdict[str, list[bool]](list)
+def group_exact_match(choices: Sequence[Choice]) -> float:
+    """The share of groups all of whose samples are right: MultiRC's questions, CMRC 2019's passages."""
+    groups = _group(choices)
+    return sum(map(all, groups.values())) / len(groups)
+
+
+def macro_accuracy(choices: Sequence[Choice]) -> float:
+    """The mean of accuracy over the groups, each with the same weight."""
+    groups = _group(choices)
+    return sum(sum(right) / len(right) for right in groups.values()) / len(groups)
+
+
+def score_groups(predictions: Sequence[Prediction], samples: Sequence[Sample]) -> dict[str, tuple[float, int]]:
+    """The accuracy of each group in per cent, and its number of samples, by the names of the groups.
+
+    A group named ``category/subject`` counts in its category too: that is the mean over its subjects, as C-Eval's and
+    MMLU's tables have it.
+    """
+    groups = _group([read_choice(*answered) for answered in zip(predictions, samples, strict=True)])
+    return add_categories({name: (100 * sum(right) / len(right), len(right)) for name, right in groups.items()})
+
+
+def add_categories(found: Mapping[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
+    """The scores and sizes of groups in the order of their names, after the means of the categories."""
+    members = defaultdict[str, list[str]](list)
+    for name in sorted(found):
+        if "/" in name:
+            members[name.partition("/")[0]].append(name)
+    means = {
+        category: (sum(found[name][0] for name in names) / len(names), sum(found[name][1] for name in names))
+        for category, names in members.items()
+    }
+    return means | dict(sorted(found.items()))
+
+
+def _group(choices: Sequence[Choice]) -> dict[str, list[bool]]:
+    """Whether each choice is right, by groups."""
+    groups = defaultdict[str, list[bool]](list)
     for choice in choices:
         if choice.group is None:
-            raise GmaskError("multirc-em is over questions, and the samples do not tell which they belong to")
-        questions[choice.group].append(choice.chosen == choice.label)
-    return sum(map(all, questions.values())) / len(questions)
+            raise GmaskError("this metric is over groups, such as questions or subjects, and the samples have no group")
+        groups[choice.group].append(choice.chosen == choice.label)
+    return groups
 
 
-def _class_f1(choices: Sequence[Choice], index: int) -> float:
-    """2 tp / (2 tp + fp + fn); 0 where the class is neither a label nor chosen, as scikit-learn has it."""
-    counts = Counter((choice.chosen == index, choice.label == index) for choice in choices)
-    hits, errors = counts[True, True], counts[True, False] + counts[False, True]
-    return 2 * hits / (2 * hits + errors) if hits else 0.0
+def token_perplexity(predictions: Sequence[Prediction], samples: Sequence[Sample]) -> float:
+    """exp of the mean nats of a token, over all tokens of all answers."""
+    return math.exp(_sum_nats(predictions) / sum(len(prediction.scores) for prediction in predictions))
+
+
+def word_perplexity(predictions: Sequence[Prediction], samples: Sequence[Sample]) -> float:
+    """exp of the mean nats of a word, the first of each document not counted, as its first token is not scored."""
+    if any(sample.words is None for sample in samples):
+        raise GmaskError("word-perplexity is of documents, whose words are counted: take perplexity")
+    words = sum((sample.words or 1) - 1 for sample in samples)
+    if words < 1:
+        raise GmaskError("word-perplexity needs a document with two words")
+    return math.exp(_sum_nats(predictions) / words)
+
+
+def mean_nats(predictions: Sequence[Prediction], samples: Sequence[Sample]) -> float:
+    """The mean of minus the log-probability of an answer, end tokens not counted."""
+    return _sum_nats(predictions) / len(predictions)
+
+
+def _sum_nats(predictions: Sequence[Prediction]) -> float:
+    if not any(prediction.is_greedy for prediction in predictions):
+        raise GmaskError(NOTHING_MEASURED)
+    return -math.fsum(score for prediction in predictions for score in prediction.scores)
+
+
+def _class_f1(counts: ChoiceCounts, classes: Integers) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """2 tp / (2 tp + fp + fn) of each class, and whether it is a label or was chosen; 0 where not, as scikit-learn."""
+    chosen, label = (np.equal.outer(index, classes) for index in (counts.chosen, counts.label))
+    hits, seen = counts.count @ (chosen & label), counts.count @ (chosen.astype(np.float64) + label)
+    occurs = seen > 0
+    return 2 * hits / np.where(occurs, seen, 1.0), occurs
 
 
 def is_exact_match(text: str, reference: str) -> bool:
@@ -205,6 +320,17 @@ def _exact_match(pair: Pair, language: MetricLanguage) -> dict[str, float]:
     return {"exact-match": float(any(is_exact_match(pair.text, reference) for reference in pair.references))}
 
 
+def begins_with(text: str, reference: str) -> bool:
+    """True if a text begins with another, which ends there: "Both" does not begin with "B"."""
+    text, reference = text.strip(), reference.strip()
+    goes_on = re.match(r"[A-Za-z0-9]", text[len(reference) :]) and re.search(r"[A-Za-z0-9]$", reference)
+    return text.startswith(reference) and not goes_on
+
+
+def _prefix_match(pair: Pair, language: MetricLanguage) -> dict[str, float]:
+    return {"prefix-match": float(any(begins_with(pair.text, reference) for reference in pair.references))}
+
+
 def _record(pair: Pair, language: MetricLanguage) -> dict[str, float]:
     return dict(zip(("record-f1", "record-em"), score_reading(pair, "en"), strict=True))
 
@@ -213,13 +339,26 @@ def _squad(pair: Pair, language: MetricLanguage) -> dict[str, float]:
     return dict(zip(("squad-f1", "squad-em"), score_reading(pair, language), strict=True))
 
 
-CHOICE_METRICS: Mapping[str, ChoiceMetric] = {
+COUNT_METRICS: Mapping[str, ChoiceMetric] = {
     "accuracy": accuracy,
     "f1": binary_f1,
     "macro-f1": macro_f1,
     "multirc-f1a": binary_f1,
-    "multirc-em": multirc_exact_match,
 }
+GROUP_METRICS: Mapping[str, Callable[[Sequence[Choice]], float]] = {
+    "multirc-em": group_exact_match,
+    "group-em": group_exact_match,
+    "macro-accuracy": macro_accuracy,
+}
+CHOICE_METRICS = (*COUNT_METRICS, *GROUP_METRICS)
+
+LIKELIHOOD_METRICS: Mapping[str, Callable[[Sequence[Prediction], Sequence[Sample]], float]] = {
+    "perplexity": token_perplexity,
+    "word-perplexity": word_perplexity,
+    "nats": mean_nats,
+}
+NOT_PER_CENT = tuple(LIKELIHOOD_METRICS)
+LOWER_IS_BETTER = ("loss", *LIKELIHOOD_METRICS)
 
 
 def score_rouge(pair: Pair, language: MetricLanguage) -> dict[str, float]:
@@ -247,6 +386,7 @@ def score_bleu(pair: Pair, language: MetricLanguage) -> dict[str, float]:
 
 PAIR_METRICS: Mapping[tuple[str, ...], PairMetrics] = {
     ("exact-match",): _exact_match,
+    ("prefix-match",): _prefix_match,
     ("record-f1", "record-em"): _record,
     ("squad-f1", "squad-em"): _squad,
     ("rouge-1", "rouge-2", "rouge-l"): score_rouge,
@@ -254,7 +394,8 @@ PAIR_METRICS: Mapping[tuple[str, ...], PairMetrics] = {
 }
 """The functions that score one pair, by the metrics that they give; the score of a corpus is the mean."""
 
-METRICS = (*CHOICE_METRICS, *(name for names in PAIR_METRICS for name in names), "sacrebleu")
+TEXT_METRICS = (*(name for names in PAIR_METRICS for name in names), "sacrebleu")
+METRICS = (*CHOICE_METRICS, *TEXT_METRICS, "infill-bleu", *LIKELIHOOD_METRICS)
 
 
 def _score_texts(names: Sequence[str], pairs: Sequence[Pair], language: MetricLanguage | None) -> dict[str, float]:
@@ -271,7 +412,9 @@ def _score_texts(names: Sequence[str], pairs: Sequence[Pair], language: MetricLa
     return scores
 
 
-def _read_choice(prediction: Prediction, sample: Sample) -> Choice:
+def read_choice(prediction: Prediction, sample: Sample) -> Choice:
+    if prediction.is_greedy:
+        return Choice(int(all(prediction.is_greedy)), 1, sample.group)
     if prediction.label is None:
         raise GmaskError(f"{_location(sample)}{NOTHING_CHOSEN}")
     if sample.label is None:
@@ -304,6 +447,29 @@ def score_corpus_bleu(pairs: Sequence[Pair], language: MetricLanguage) -> float:
     tokenizer = "zh" if language == "zh" else "13a"
     corpus_bleu = load_library("sacrebleu").corpus_bleu
     return float(corpus_bleu([pair.text for pair in pairs], streams, tokenize=tokenizer, force=True).score) / 100
+
+
+def score_filled_texts(predictions: Sequence[Prediction], samples: Sequence[Sample]) -> float:
+    """sacrebleu's BLEU of whole texts with the answers in their blanks, 0 to 1, over what spaces separate.
+
+    As ``multi-bleu.perl`` of the published evaluation, which is given texts that are cut into words by spaces.
+    """
+    filled = [join_words(sample.text, found.texts) for found, sample in zip(predictions, samples, strict=True)]
+    right = [join_words(sample.text, sample.answers) for sample in samples]
+    corpus_bleu = load_library("sacrebleu").corpus_bleu
+    return float(corpus_bleu(filled, [right], tokenize="none", smooth_method="none", force=True).score) / 100
+
+
+def join_words(text: str, answers: Sequence[str]) -> str:
+    """A text with answers in its blanks, in order, and one space between all words; escaped blanks become text."""
+    remaining = iter(answers)
+
+    def fill(match: re.Match[str]) -> str:
+        backslashes, blank = match.groups()
+        plain = "\\" * (len(backslashes) // 2)
+        return plain + (blank if len(backslashes) % 2 else f" {next(remaining).strip()} ")
+
+    return " ".join(BLANK.sub(fill, text).split())
 
 
 def cut_words(text: str) -> list[str]:

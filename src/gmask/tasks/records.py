@@ -2,6 +2,7 @@
 
 import csv
 import glob
+import hashlib
 import io
 import itertools
 import json
@@ -25,15 +26,41 @@ from gmask.files import (
     write_json_lines,
 )
 
-TaskKind = Literal["cloze", "multiple-choice", "classification", "seq2seq", "infill", "language-model", "chat"]
+TaskKind = Literal[
+    "cloze", "multiple-choice", "classification", "seq2seq", "infill", "likelihood", "language-model", "chat"
+]
 CHOICES: tuple[TaskKind, ...] = ("cloze", "multiple-choice")
 """The kinds of task whose answers are candidates."""
 
 LABELLED: tuple[TaskKind, ...] = (*CHOICES, "classification")
-"""The kinds of task whose predictions have a label. Predictions of the other kinds have texts."""
+"""The kinds of task whose predictions have a label."""
+
+MEASURED: tuple[TaskKind, ...] = ("likelihood", "language-model")
+"""The kinds of task whose given answers are scored, token by token. Predictions of the remaining kinds have texts."""
 
 Truncation = Literal["left", "right"]
 """Where a long text is cut: ``left``, before its first blank and then at its end; ``right``, at its end only."""
+
+Direction = Literal["both", "left"]
+"""How a text before a scored answer is read: as a context, in both directions; or written too, from left to right."""
+
+BlankToken = Literal["[MASK]", "[sMASK]", "[gMASK]"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LikelihoodSettings:
+    """How given texts are scored.
+
+    Args:
+        direction: ``"left"``: the context is the first token and the blank; the rest is written before the answer.
+        window, stride: of the kind language-model, in tokens: as of `gmask.perplexity`.
+        blank: of the kind language-model: the one into which a GLM writes the text.
+    """
+
+    direction: Direction = "both"
+    window: int | None = None
+    stride: int | None = None
+    blank: BlankToken = "[MASK]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +74,8 @@ class Sample:
     - classification: ``text`` has no blank, ``label`` is the class;
     - seq2seq: ``text`` has one blank, ``answers`` is ``(target,)``;
     - infill: ``text`` has n blanks, ``answers`` their n texts;
-    - language-model: ``answers`` is ``(document,)``;
+    - likelihood: ``text`` has one blank, ``answers`` is ``(target,)``, which is scored, not written;
+    - language-model: ``answers`` is ``(document,)``, ``words`` the number of its words;
     - chat: ``history`` holds the rounds before, ``text`` the prompt, ``answers`` is ``(reply,)``.
 
     A backslash before a blank in ``text`` makes it plain text, as in `gmask.infill`; a chat has no such escapes.
@@ -62,6 +90,7 @@ class Sample:
     history: tuple[tuple[str, str], ...] = ()
     group: str | None = None
     references: tuple[str, ...] = ()
+    words: int | None = None
     path: Path | None = None
     line: int = 0
 
@@ -69,11 +98,13 @@ class Sample:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
     """A model's answer: the index of the most probable candidate or class, the log-probability of each in nats, and the
-    texts that it wrote, one a blank."""
+    texts that it wrote, one a blank. Of a given answer: the log-probability of each token, and whether it is the most
+    probable one."""
 
     label: int | None = None
     scores: tuple[float, ...] = ()
     texts: tuple[str, ...] = ()
+    is_greedy: tuple[bool, ...] = ()
 
 
 Values: TypeAlias = Mapping[str, Any]
@@ -96,7 +127,21 @@ class Record:
 def read_records(
     pattern: str | Path, *, limit: int | None = None, on_bad: Callable[[GmaskError], None] | None = None
 ) -> list[Record]:
-    """Reads the records of the files that a path or a glob names, in the order of the files' names.
+    """All records that `stream_records` gives.
+
+    Raises:
+        GmaskError: as `stream_records`, or no record at all.
+    """
+    records = list(stream_records(pattern, limit=limit, on_bad=on_bad))
+    if not records:
+        raise GmaskError(f"{pattern}: there is no record in it")
+    return records
+
+
+def stream_records(
+    pattern: str | Path, *, limit: int | None = None, on_bad: Callable[[GmaskError], None] | None = None
+) -> Iterator[Record]:
+    """The records of the files that a path or a glob names, in the order of the files' names, one after the other.
 
     - .jsonl, .jsonl.zst: one object a line.
     - .json: an array of objects, an object with such an array under "data", or one object a line, as AdvertiseGen and
@@ -104,6 +149,9 @@ def read_records(
     - .csv, .tsv: the first line names the columns. Quotes have no meaning in a .tsv file, as in GLUE.
     - .parquet: needs pyarrow, which ``gmask[train]`` brings.
     - .source: one text a line, in the column "source"; the lines of the .target file beside it are the column "target".
+    - .blank: one text a line, with ``<blank>`` where words are missing, in the column "source"; the lines of the .txt
+      file of the same name, here or in the folder above, are the column "target".
+    - .txt, .tokens: the whole file is the column "text" of one record.
 
     Args:
         limit: read no more than so many records.
@@ -111,17 +159,25 @@ def read_records(
             raises.
 
     Raises:
-        GmaskError: no such file, an unknown format, a line that is no record (with its number), a file that cannot be
-            read on, or no record at all.
+        GmaskError: no such file; and while they are read, an unknown format, a line that is no record (with its
+            number), or a file that cannot be read on.
     """
     if limit is not None and limit < 1:
         raise GmaskError(f"the limit of records must be at least 1, not {limit}")
     files = find_files(str(pattern))
     files = [path for path in files if path.suffix != ".target" or path.with_suffix(".source") not in files]
-    records = list(itertools.islice((record for path in files for record in _read_file(path, on_bad or _raise)), limit))
-    if not records:
-        raise GmaskError(f"{pattern}: there is no record in it")
-    return records
+    return itertools.islice((record for path in files for record in _read_file(path, on_bad or _raise)), limit)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file; of a .source file and its .target together."""
+    digest = hashlib.sha256()
+    target = path.with_suffix(".target")
+    for part in (path, target) if path.suffix == ".source" and target.is_file() else (path,):
+        with part.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
 
 
 def _read_file(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[Record]:
@@ -157,7 +213,7 @@ def _read_json(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[tup
         except GmaskError as error:
             on_bad(at_line(path, line, error))
         else:
-            yield line, value
+            yield line, {"items": value} if isinstance(value, list) else value  # C3's records are arrays
 
 
 def _find_array(text: str) -> int:
@@ -249,6 +305,24 @@ def _read_source(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[t
     if not target.is_file():
         yield from ((number, {"source": text}) for number, text in _read_stripped(path))
         return
+    yield from _pair_lines(path, target)
+
+
+def _read_blanked(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Reads ``blank/test.maskratio0.5.blank`` with ``test.txt``, as the texts of BlankLM are published."""
+    refuse_placeholder(path)
+    name = f"{path.name.partition('.')[0]}.txt"
+    whole = next((folder / name for folder in (path.parent, path.parent.parent) if (folder / name).is_file()), None)
+    if whole is None:
+        raise GmaskError(f"{path}: its whole texts, {name}, are neither beside it nor in the folder above")
+    yield from _pair_lines(path, whole)
+
+
+def _read_whole(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[tuple[int, dict[str, str]]]:
+    yield 1, {"text": read_text(path)}
+
+
+def _pair_lines(path: Path, target: Path) -> Iterator[tuple[int, dict[str, str]]]:
     for source_line, target_line in itertools.zip_longest(_read_stripped(path), _read_stripped(target)):
         if source_line is None or target_line is None:
             longer, (number, _) = (path, source_line) if source_line else (target, target_line)
@@ -272,6 +346,9 @@ FILE_READERS: Mapping[str, Callable[[Path, Callable[[GmaskError], None]], Iterat
     ".tsv": _read_table,
     ".parquet": _read_parquet,
     ".source": _read_source,
+    ".blank": _read_blanked,
+    ".txt": _read_whole,
+    ".tokens": _read_whole,
 }
 """The reader of each file format, by the end of the file's name. It gives the line and the values of each record, and
 calls ``on_bad`` with the error of each that cannot be read."""
@@ -404,12 +481,15 @@ def write_predictions(path: Path, predictions: Sequence[Prediction], samples: Se
     Raises:
         GmaskError: the file cannot be written.
     """
-    lines = (_prediction_line(*answered) for answered in zip(predictions, samples, strict=True))
+    lines = (prediction_line(*answered) for answered in zip(predictions, samples, strict=True))
     write_json_lines(path, lines)
 
 
-def _prediction_line(prediction: Prediction, sample: Sample) -> dict[str, Any]:
-    """The line of a sample and its prediction, without empty values; scores are in nats, rounded to 4 decimals."""
+def prediction_line(prediction: Prediction, sample: Sample, *, digits: int | None = 4) -> dict[str, Any]:
+    """The line of a sample and its prediction, without empty values.
+
+    digits: decimals of the scores, which are in nats; None leaves them as they are.
+    """
     values = {
         "history": sample.history,
         "text": sample.text,
@@ -419,6 +499,7 @@ def _prediction_line(prediction: Prediction, sample: Sample) -> dict[str, Any]:
         "group": sample.group,
         "predicted_label": prediction.label,
         "predicted_texts": prediction.texts,
-        "scores": [round(score, 4) for score in prediction.scores],
+        "scores": [score if digits is None else round(score, digits) for score in prediction.scores],
+        "is_greedy": prediction.is_greedy,
     }
     return {name: value for name, value in values.items() if value is not None and value not in ("", (), [])}

@@ -1,6 +1,7 @@
 """Tasks: read from YAML, they make samples of records."""
 
 import dataclasses
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,13 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from gmask.config import OneOf, build_settings, field_names, load_tree
+from gmask.config import OneOf, build_settings, field_names, load_tree, to_yaml
 from gmask.conversation import read_conversation
 from gmask.errors import GmaskError, nearest
-from gmask.tasks.formats import FORMAT_READERS, flatten, samples_of
+from gmask.tasks.formats import READERS, flatten, samples_of
 from gmask.tasks.metrics import MetricLanguage, check_kind, check_metric
-from gmask.tasks.records import Record, Sample, TaskKind, Values
-from gmask.tasks.templates import as_text, count_blanks, escape_blanks, parse_template, read_value, split_marks
+from gmask.tasks.records import BlankToken, Direction, LikelihoodSettings, Record, Sample, TaskKind, Values
+from gmask.tasks.sources import DataSource
+from gmask.tasks.templates import (
+    as_text,
+    count_blanks,
+    count_words,
+    escape_blanks,
+    parse_template,
+    read_value,
+    split_marks,
+)
 
 HERE = Path(__file__).parent
 
@@ -28,8 +38,9 @@ class Task:
 
     - cloze, multiple-choice: ``template`` with one blank, ``label``, and ``choices`` or ``candidates``;
     - classification: ``template`` without a blank (or ``plain_template``), ``label``, ``choices``;
-    - seq2seq: ``template`` with one blank, ``target``;
+    - seq2seq: ``template`` with one blank, ``target``; or what a cloze has, whose right choice is then the target;
     - infill: ``template`` for a text with blanks; the answers are marked in the text, or are in the column ``answers``;
+    - likelihood: ``template`` with one blank, ``target``, which is scored and not written;
     - language-model: ``template``;
     - chat: ``template`` of the prompt and ``target``, or ``messages``.
     """
@@ -47,11 +58,27 @@ class Task:
     messages: str | None = None  # column with a whole conversation
     references: str | None = None  # column with a list of all texts that count as right
     group: str | None = None  # template of the name that the samples of one question share
-    reader: Annotated[str, OneOf(tuple(FORMAT_READERS))] = "plain"  # of the format of the records
+    words: str | None = None  # column with the number of words of a document; without it the spaces of the text tell
+    direction: Direction = "both"  # of scored texts: whether what stands before them is context, or written too
+    window: int | None = None  # tokens, of the kind language-model; as of gmask.perplexity
+    stride: int | None = None
+    blank: BlankToken = "[MASK]"  # of the kind language-model: into which the text is written
+    reader: Annotated[str, OneOf(READERS)] = "plain"  # of the format of the records
     metrics: tuple[str, ...] = ()
     best: str = "loss"  # "loss" or the metric by which the best checkpoint is chosen
     language: MetricLanguage | None = None  # of the answers, for the metrics
     source: str = ""  # paper or repository, and the licence of the data
+    data: DataSource = dataclasses.field(default_factory=DataSource)  # where the records of an evaluation are found
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all that the samples and the metrics depend on: of everything but where the records are found."""
+        plain = dataclasses.replace(self, data=DataSource())
+        return hashlib.sha256(to_yaml(plain).encode()).hexdigest()
+
+    @property
+    def likelihood(self) -> LikelihoodSettings:
+        """How given texts are scored."""
+        return LikelihoodSettings(direction=self.direction, window=self.window, stride=self.stride, blank=self.blank)
 
     def samples(
         self,
@@ -72,17 +99,28 @@ class Task:
             GmaskError: a column that is absent (with the nearest name) or empty, a label outside the choices, each with
                 file and line; or no record gives a sample.
         """
-        samples = list[Sample]()
+        samples = list(self.stream(records, require_answers=require_answers, on_bad=on_bad))
+        if not samples:
+            raise GmaskError(f"task {self.name}: no record gives a sample")
+        return samples
+
+    def stream(
+        self,
+        records: Iterable[Record],
+        *,
+        require_answers: bool = True,
+        on_bad: Callable[[GmaskError], None] | None = None,
+    ) -> Iterator[Sample]:
+        """The samples of records, one after the other; arguments and errors as of `samples`."""
         for record in records:
             plain = list[Record]()
             with _located(record, on_bad):
                 plain = list(flatten(self.reader, record))
             for one in plain:
+                found = list[Sample]()
                 with _located(record, on_bad):
-                    samples += make_samples(self, one, require_answers=require_answers)
-        if not samples:
-            raise GmaskError(f"task {self.name}: no record gives a sample")
-        return samples
+                    found = make_samples(self, one, require_answers=require_answers)
+                yield from found
 
 
 def task_names() -> list[str]:
@@ -185,8 +223,9 @@ def _check_fields(task: Task) -> None:
         "cloze": ["template", "label"],
         "multiple-choice": ["template", "label"],
         "classification": ["template", "label", "choices"],
-        "seq2seq": ["template", "target"],
+        "seq2seq": ["template", "label" if task.choices or task.candidates else "target"],
         "infill": ["template"],
+        "likelihood": ["template", "target"],
         "language-model": ["template"],
         "chat": [] if task.messages else ["template", "target"],
     }[task.kind]
@@ -230,6 +269,13 @@ def make_samples(task: Task, record: Record, *, require_answers: bool) -> list[S
 
 def _choose(task: Task, values: Values, require_answers: bool) -> list[Sample]:
     text = _fill_one_blank(task, values)
+    answers, label = _read_choice(task, values, require_answers)
+    references = _read_references(task, values)
+    return [Sample(text=text, answers=answers, label=label, group=_read_group(task, values), references=references)]
+
+
+def _read_choice(task: Task, values: Values, require_answers: bool) -> tuple[tuple[str, ...], int | None]:
+    """The candidates, and the index of the right one."""
     if task.candidates:
         answers = _read_texts(values, task.candidates)
         names = tuple(map(str, range(len(answers))))
@@ -238,9 +284,7 @@ def _choose(task: Task, values: Values, require_answers: bool) -> list[Sample]:
         names = tuple(task.choices)
     if (twice := find_repeated(answers)) is not None:
         raise GmaskError(f"two candidates are the same text, {twice!r}, and the model could not choose one of them")
-    label = _read_label(task, values, names, answers, require_answers)
-    references = _read_references(task, values)
-    return [Sample(text=text, answers=answers, label=label, group=_read_group(task, values), references=references)]
+    return answers, _read_label(task, values, names, answers, require_answers)
 
 
 def _classify(task: Task, values: Values, require_answers: bool) -> list[Sample]:
@@ -251,8 +295,10 @@ def _classify(task: Task, values: Values, require_answers: bool) -> list[Sample]
 
 def _transform(task: Task, values: Values, require_answers: bool) -> list[Sample]:
     text = _fill_one_blank(task, values)
+    group = _read_group(task, values)
     answers = _read_target(task, values, require_answers)
-    return [Sample(text=text, answers=answers, references=_read_references(task, values) if answers else ())]
+    references = _read_references(task, values) if answers else ()
+    return [Sample(text=text, answers=answers, group=group, references=references)]
 
 
 def _infill(task: Task, values: Values, require_answers: bool) -> list[Sample]:
@@ -266,7 +312,9 @@ def _infill(task: Task, values: Values, require_answers: bool) -> list[Sample]:
 
 
 def _write(task: Task, values: Values, require_answers: bool) -> list[Sample]:
-    return [Sample(answers=(parse_template(task.template).fill(values),))]
+    text = parse_template(task.template).fill(values)
+    words = read_value(values, task.words) if task.words else count_words(text)
+    return [Sample(answers=(text,), words=words)]
 
 
 def _reply(task: Task, values: Values, require_answers: bool) -> list[Sample]:
@@ -287,6 +335,7 @@ MAKERS: Mapping[TaskKind, Callable[[Task, Values, bool], list[Sample]]] = {
     "classification": _classify,
     "seq2seq": _transform,
     "infill": _infill,
+    "likelihood": _transform,
     "language-model": _write,
     "chat": _reply,
 }
@@ -300,6 +349,9 @@ def _fill_one_blank(task: Task, values: Values) -> str:
 
 
 def _read_target(task: Task, values: Values, require_answers: bool) -> tuple[str, ...]:
+    if task.choices or task.candidates:
+        candidates, label = _read_choice(task, values, require_answers)
+        return () if label is None else (candidates[label],)
     assert task.target is not None, "read_task checks it"
     target = parse_template(task.target)
     if not require_answers and not all(values.get(column) for column in target.columns):

@@ -3,7 +3,7 @@
 import re
 import string
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -105,9 +105,25 @@ def count_blanks(text: str) -> int:
     return sum(len(match.group(1)) % 2 == 0 for match in BLANK.finditer(text))
 
 
+def count_words(text: str) -> int:
+    """The words of a text: what single spaces separate, so that the line breaks of WikiText count, as published."""
+    return len(text.strip().split(" "))
+
+
 def escape_blanks(text: str) -> str:
     """Makes the blanks of a text, and what looks like one, plain text by a backslash."""
     return LIKE_A_BLANK.sub(r"\1\1\\\2", text)
+
+
+def write_answers(text: str, answers: Sequence[str]) -> str:
+    """Writes answers into the blanks of a text; what looks like a blank in them becomes plain text."""
+    parts, end, left = list[str](), 0, list(answers)
+    for match in BLANK.finditer(text):
+        if len(match.group(1)) % 2:
+            continue
+        parts += [text[end : match.start()], escape_blanks("\\" * (len(match.group(1)) // 2) + left.pop(0))]
+        end = match.end()
+    return "".join((*parts, text[end:]))
 
 
 def split_marks(text: str) -> tuple[str, tuple[str, ...]]:

@@ -3,12 +3,10 @@
 Shape letters: T positions of an example, B rows.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +22,7 @@ from gmask.infilling.collator import collate
 from gmask.models.glm import GLMConfig
 from gmask.recipes.tuning import TuningDataSettings
 from gmask.tasks.metrics import check_metrics, is_answered
-from gmask.tasks.records import CHOICES, Sample, TaskKind, Truncation, find_files, read_records
+from gmask.tasks.records import CHOICES, Sample, TaskKind, Truncation, find_files, hash_file, read_records
 from gmask.tasks.task import Task
 
 Unit = tuple[object, ...]
@@ -111,17 +109,6 @@ def _read_split(
     files = [path for path in find_files(path_or_glob) if path.suffix != ".target"]
     found = [DataFile(split, path.name, counts[path], hash_file(path)) for path in files]
     return samples, found
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file; of a .source file and its .target together."""
-    digest = hashlib.sha256()
-    target = path.with_suffix(".target")
-    for part in (path, target) if path.suffix == ".source" and target.is_file() else (path,):
-        with part.open("rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-    return digest.hexdigest()
 
 
 def _unit(sample: Sample, index: int) -> Unit:

@@ -19,8 +19,7 @@ from gmask.models.base import SelfAttention
 from gmask.recipes.feedback import FeedbackRecipe, Stage, load_feedback_recipe
 from gmask.recipes.tuning import with_usual_rate
 from gmask.tasks.preferences import AnswerPair, Intake, Judgement, Question, read_judgements, read_preferences
-from gmask.tasks.records import find_files
-from gmask.training.examples import hash_file
+from gmask.tasks.records import find_files, hash_file
 from gmask.training.run_folder import START_FILE
 from gmask.training.tuning_run import TuningRun
 

@@ -1,7 +1,6 @@
 """Fine-tuning by a recipe, on the loop of `gmask.training.loop`; with cross-validation where the recipe asks for it."""
 
 import dataclasses
-import hashlib
 import io
 import statistics
 import time
@@ -15,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from gmask.config import to_yaml
 from gmask.errors import GmaskError
 from gmask.estimation.training import describe_memory
 from gmask.evaluation.harness import Evaluation
@@ -23,10 +21,10 @@ from gmask.files import read_object, write_json, write_text
 from gmask.generation.encoding import PROMPT
 from gmask.generation.settings import make_sampling
 from gmask.recipes.tuning import TuningRecipe, hint_learning_rate, load_tuning_recipe, with_usual_rate
-from gmask.tasks.metrics import Rows
-from gmask.tasks.records import Sample, write_predictions
+from gmask.tasks.metrics import LOWER_IS_BETTER, Rows
+from gmask.tasks.records import Sample, hash_file, write_predictions
 from gmask.tasks.task import Task, read_task
-from gmask.training.examples import Batch, Splits, hash_file, read_splits
+from gmask.training.examples import Batch, Splits, read_splits
 from gmask.training.loop import StepData, StepResult, unsharded
 from gmask.training.losses import EncodedSamples, TaskObjective, count_items, examples_of
 from gmask.training.methods import choose_trainable, load_tuned_model, peak_memory, save_tuned_model
@@ -156,7 +154,7 @@ class Finetuning(TuningRun):
         """SHA-256 of all that the numbers of the run depend on beside the recipe, by its name in errors."""
         hashes = {f"{file.split} file {file.name}": file.sha256 for file in self.splits.files}
         if isinstance(self.recipe.task, str):  # a name or a file, whose content the recipe does not hold
-            hashes[f"task {self.task.name}"] = hashlib.sha256(to_yaml(self.task).encode()).hexdigest()
+            hashes[f"task {self.task.name}"] = self.task.fingerprint()
         if texts := self.recipe.forgetting.texts:
             hashes["forgetting.texts"] = hash_file(Path(self.recipe.data.resolve(texts)))
         return hashes
@@ -237,7 +235,7 @@ class Finetuning(TuningRun):
             return {}
         scores = self.validator.validate(self.validation).scores
         now, value, early_stop = self.loop.progress, scores[self.task.best], self.recipe.optimization.early_stop
-        sign = -1 if self.task.best == "loss" else 1
+        sign = -1 if self.task.best in LOWER_IS_BETTER else 1
         if now.best_value is None or sign * value > sign * now.best_value:
             self.loop.save_best(value)
         evaluations = (now.step - (now.best_step or 0)) / self.loop.schedule.validate_every

@@ -22,10 +22,9 @@ from gmask.files import read_object, write_json, write_text
 from gmask.recipes.pipeline import PipelineRecipe, PipelineStage, Verb, load_pipeline_recipe
 from gmask.recipes.tuning import base_name
 from gmask.tasks.metrics import Rows
-from gmask.tasks.records import read_records
+from gmask.tasks.records import hash_file, read_records
 from gmask.tasks.task import read_task
 from gmask.training.accelerator import find_device, make_arguments
-from gmask.training.examples import hash_file
 from gmask.training.finetune import read_results, run_finetuning
 from gmask.training.grpo import run_grpo
 from gmask.training.pipeline_report import (

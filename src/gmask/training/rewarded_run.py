@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,13 @@ import torch
 from torch import Tensor
 
 from gmask.checkpoints.load import load
-from gmask.config import to_yaml
 from gmask.errors import GmaskError
 from gmask.files import write_json, write_text
 from gmask.generation.predict import SampleReader
 from gmask.generation.settings import Sampling
 from gmask.recipes.tuning import RunRecipe, hint_learning_rate
-from gmask.tasks.records import Sample
+from gmask.tasks.records import Sample, hash_file
 from gmask.tasks.task import Task, read_task
-from gmask.training.examples import hash_file
 from gmask.training.methods import TrainableTable, load_tuned_model, peak_memory, save_tuned_model
 from gmask.training.report import CURVES_FILE
 from gmask.training.rollout_report import (
@@ -80,7 +77,7 @@ class RewardedRun(TuningRun):
         """SHA-256 of what the numbers of the run depend on beside the recipe, by its name in errors."""
         hashes = {f"{file.split} file {file.name}": file.sha256 for file in self.prompts.files}
         if isinstance(self.recipe.task, str):
-            hashes[f"task {self.task.name}"] = hashlib.sha256(to_yaml(self.task).encode()).hexdigest()
+            hashes[f"task {self.task.name}"] = self.task.fingerprint()
         if self.function is not None and self.function.path is not None:
             hashes["reward.function"] = hash_file(self.function.path)
         return hashes

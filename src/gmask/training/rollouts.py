@@ -33,9 +33,9 @@ from gmask.generation.settings import Sampling
 from gmask.infilling.blanks import NOT_SCORED
 from gmask.models.glm import GLMConfig
 from gmask.recipes.tuning import TuningDataSettings
-from gmask.tasks.records import Sample, find_files, read_records
+from gmask.tasks.records import Sample, find_files, hash_file, read_records
 from gmask.tasks.task import Task
-from gmask.training.examples import Batch, DataFile, Example, collate_tokens, hash_file, hold_out
+from gmask.training.examples import Batch, DataFile, Example, collate_tokens, hold_out
 
 WRITTEN = ("chat", "seq2seq", "infill")
 """The kinds of task whose answers a policy writes."""
