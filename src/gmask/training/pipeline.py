@@ -33,7 +33,7 @@ from gmask.training.pipeline_report import (
     StageComparison,
     compare_stages,
     draw_stages,
-    render_comparison,
+    render_stages,
 )
 from gmask.training.ppo import run_ppo
 from gmask.training.preference_tuning import run_preference_tuning
@@ -44,7 +44,7 @@ from gmask.training.run_folder import RESULTS_FILE
 PIPELINE_FILE = "pipeline.yaml"
 STAGE_FILE = "stage.json"
 STAGE_RECIPE_FILE = "stage.yaml"
-REPORT_FILE = "report.json"
+STAGES_REPORT_FILE = "report.json"
 
 RUNS: Mapping[Verb, Callable[[str], Path]] = {
     "sft": run_finetuning,
@@ -199,7 +199,7 @@ class Pipeline:
         result = RUNS[stage.verb](str(folder / STAGE_RECIPE_FILE))
         seconds = time.monotonic() - started
         if self.is_main:
-            state = self._state(stage) | {"result": result.name, "sha256": hash_weights(result), "seconds": seconds}
+            state = self._state(stage) | {"result": result.name, "sha256": hash_result(result), "seconds": seconds}
             write_json(folder / STAGE_FILE, state)
         self._wait()
         self._say(f"{said}: finished in {describe_seconds(seconds)}")
@@ -243,7 +243,7 @@ class Pipeline:
             "settings": yaml.safe_load(to_yaml(settings)),
             "stages": {stage.name: self._state(stage)["sha256"] for stage in self.stages},
         }
-        path = self.out / REPORT_FILE
+        path = self.out / STAGES_REPORT_FILE
         kept = read_object(path, required=False, remedy="delete it, and it is made anew")
         if kept.get("made_of") == made_of:
             self._say("the report is made already")
@@ -262,7 +262,7 @@ class Pipeline:
         if self.is_main:
             write_json(path, {"made_of": made_of, **comparison.to_dict()})
             draw_stages(comparison, self.out / STAGES_FILE)
-            write_text(self.out / "report.md", render_comparison(comparison))
+            write_text(self.out / "report.md", render_stages(comparison))
         return comparison
 
     def _contestant(self, name: str) -> Contestant:
@@ -347,7 +347,7 @@ def count_samples(recipe: Any, records: int) -> float:
     return float(optimization.steps * per_step if optimization.steps else optimization.epochs * records)
 
 
-def hash_weights(folder: Path) -> str:
+def hash_result(folder: Path) -> str:
     """The SHA-256 of the weights of a model or an adapter; of several files, of all of them."""
     return "-".join(hash_file(path) for path in sorted(folder.glob("*.safetensors")))
 

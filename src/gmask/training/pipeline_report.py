@@ -379,7 +379,7 @@ def score_tokens(
 # The page and the picture
 
 
-def render_comparison(comparison: StageComparison) -> str:
+def render_stages(comparison: StageComparison) -> str:
     """The report as a page of markdown: tables, warnings, and the answers side by side."""
     stages, judge = comparison.ways["greedy"], comparison.judges[0]
     columns = ["prompt", *(cell for stage in stages for cell in (stage.name, "reward"))]
