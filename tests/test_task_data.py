@@ -50,7 +50,7 @@ def test_a_folder_whose_name_looks_like_a_pattern_is_found(tmp_path: Path) -> No
     assert [record.values["n"] for record in found.stream(None, None)] == [1]
 
 
-def test_a_set_of_the_hub_is_read_after_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_of_the_hub_is_read_where_no_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Rows(list[dict[str, Any]]):
         def __init__(self, rows: list[dict[str, Any]], features: dict[str, Any]) -> None:
             super().__init__(rows)
@@ -75,10 +75,13 @@ def test_a_set_of_the_hub_is_read_after_the_folder(tmp_path: Path, monkeypatch: 
     assert asked == [("aps/super_glue", "rte", "validation")]
     assert (found.name, found.hashes(), sample.label) == ("aps/super_glue/rte:validation", {}, 1)
     with pytest.raises(MissingDataError, match=r"on the hub cannot be read \(the hub cannot be reached\)"):
+        find_records(task.data, None, "validation", name="rte")
+    with pytest.raises(MissingDataError, match="on the hub it is aps/super_glue/rte:validation, which is read where"):
         find_records(task.data, tmp_path, "validation", name="rte")
+    assert len(asked) == 2, "with a folder the network is not asked"
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingDataError, match="on the hub needs pip install datasets"):
-        find_records(task.data, tmp_path, "validation", name="rte")
+        find_records(task.data, None, "validation", name="rte")
 
 
 def test_classes_of_the_hub_are_named_as_the_task_names_its_labels() -> None:

@@ -211,14 +211,14 @@ def _list_tasks(patterns: str | None, data: str | None, as_json: bool) -> None:
         found = find_pattern(task.data, root, "validation")
         hub = f"hub: {task.data.hub}" if task.data.hub else None
         rows.append({"task": name, "kind": task.kind, "metrics": list(task.metrics), "licence": task.data.licence,
-                     "records": found or hub, **asdict(task.data)})  # fmt: skip
+                     "records": found or hub, "is_found": found is not None, **asdict(task.data)})  # fmt: skip
     if as_json:
         print_json(rows, indent=2)
         return
-    cells = [(str(r["task"]), str(r["kind"]), ", ".join(r["metrics"]), r["licence"] or "-", r["records"] or "-")
-             for r in rows]  # fmt: skip
-    wrapped = {"metrics", "licence", "records"}
-    print_table(("task", "kind", "metrics", "licence", "records"), cells, wrapped=wrapped)
+    # What fits 80 columns; --json has all metrics, the licences and the names of files and sets.
+    cells = [(str(r["task"]), str(r["kind"]), next(iter(r["metrics"]), "-"),
+              "found" if r["is_found"] else "hub" if r["hub"] else "-") for r in rows]  # fmt: skip
+    print_table(("task", "kind", "first metric", "records"), cells)
 
 
 def _parse_seeds(text: str) -> list[int]:

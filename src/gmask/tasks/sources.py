@@ -58,7 +58,7 @@ def open_files(pattern: str) -> RecordSet:
 def find_records(
     source: DataSource, root: Path | None, split: RecordSplit, *, name: str, labels: Collection[str] = ()
 ) -> RecordSet:
-    """Looks for the records of a task: under a folder of data, then on the hub.
+    """Looks for the records of a task: under a folder of data or, if none is named, on the hub.
 
     Args:
         root: the folder, or None.
@@ -72,7 +72,9 @@ def find_records(
     if (pattern := find_pattern(source, root, split)) is not None:
         return open_files(pattern)
     reason = ""
-    if source.hub is not None:
+    if source.hub is not None and root is not None:  # a run on local data asks no network
+        reason = f"; on the hub it is {_hub_name(source, split)}, which is read where no folder is named"
+    elif source.hub is not None:
         try:
             return _open_hub(source, split, labels)
         except ImportError:
