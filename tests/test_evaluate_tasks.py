@@ -15,6 +15,7 @@ from gmask.errors import GmaskError
 from gmask.evaluation import harness
 from gmask.evaluation.harness import run_tasks
 from gmask.evaluation.results import EvaluationReport, TaskResult, read_report
+from gmask.evaluation.suite import match_tasks
 from gmask.generation.predict import Predictor
 from gmask.tasks.records import Prediction, Sample
 from tiny_folder import make_folder
@@ -420,3 +421,13 @@ def test_reports_hold_scores_hashes_and_published_numbers(
     (tmp_path / "one" / "results.json").write_text('{"tasks": [{}]}', "utf-8")
     with pytest.raises(GmaskError, match="not the results of this version"):
         read_report(tmp_path / "one")
+
+
+def test_a_task_is_called_by_the_end_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert match_tasks(["lambada", "superglue/w*"]) == [
+        "language-model/lambada", "superglue/wic", "superglue/wsc", "superglue/wsc-referent",
+    ]  # fmt: skip
+    assert match_tasks(["text"]) == ["text"], "several are called so"
+    (tmp_path / "lambada").write_text("a file", "utf-8")
+    assert match_tasks(["lambada"]) == ["lambada"]

@@ -78,6 +78,8 @@ def load_suite(name_or_path: str) -> list[SuiteEntry]:
 def match_tasks(patterns: Sequence[str]) -> list[str]:
     """The names of tasks that patterns such as ``superglue/*`` match; other names and files stay as they are.
 
+    A name without its folder, such as ``lambada``, stands for the only task that is called so, unless it is a file.
+
     Raises:
         GmaskError: a pattern that matches none.
     """
@@ -85,7 +87,8 @@ def match_tasks(patterns: Sequence[str]) -> list[str]:
     names = list[str]()
     for pattern in patterns:
         if not set(pattern) & set("*?["):
-            names.append(pattern)
+            ends = [name for name in known if name.rpartition("/")[2] == pattern]
+            names.append(ends[0] if len(ends) == 1 and not Path(pattern).exists() else pattern)
             continue
         matched = [name for name in known if fnmatchcase(name, pattern)]
         if not matched:
