@@ -187,7 +187,12 @@ WRONG = [
     ([say("user", [{"type": "image_url", "image_url": {"url": "http://x"}}])], "a part that is image_url"),
     ([say("user", ["a"])], "message 1: the content has a part that is a str"),
     ([say("user", [{"type": "text", "text": None}])], "the text of a part is None"),
+    ([say("user", [{"type": "x" * 900, "text": "a"}])], f"a part that is {'x' * 50}: these models"),
+    ([say("user", [{"type": "\ud83d", "text": "a"}])], r"a part that is \ud83d: these models"),
+    ([say("user", [{"type": {"a": "b"}, "text": "a"}])], "a part that is a dict: these models"),
     ([say("user", "\ud83d")], "holds half of a character"),
+    ([say("user", "a"), {**say("assistant", ""), "tool_calls": [{"id": "1"}]}], "message 2: it calls a tool"),
+    ([say("user", "a"), {**say("assistant", "b"), "function_call": {"name": "f"}}], "message 2: it calls a tool"),
     ([say("user", "a"), say("assistant", "b"), say("system", "s")], "no message of the user follows"),
 ]
 

@@ -26,6 +26,9 @@ SPEAKERS = {
 }  # fmt: skip
 """OpenAI's names of the speakers and ShareGPT's."""
 
+CALLS = ("tool_calls", "function_call")
+"""OpenAI's fields of a message whose contents no prompt holds."""
+
 ACCEPTED = 'give pairs of texts (asked, answered) or messages such as {"role": "user", "content": "..."}'
 
 
@@ -128,13 +131,16 @@ def _read_message(message: Mapping[str, Any]) -> tuple[str, str]:
     if not isinstance(role, str) or role not in SPEAKERS:
         shown = repr(role)[:50] if isinstance(role, str) else _name(role)
         raise GmaskError(f"the role {shown} is none of {', '.join(SPEAKERS)}")
+    if any(message.get(name) for name in CALLS):
+        raise GmaskError("it calls a tool, and these models call none: leave the call out")
     return SPEAKERS[role], read_content(message[names[1]])
 
 
 def _read_part(part: Any) -> str:
     kind = part.get("type", "text") if isinstance(part, Mapping) else _name(part)
     if kind != "text":
-        raise GmaskError(f"the content has a part that is {kind}: these models read parts of type text alone")
+        shown = ascii(kind)[1:-1][:50] if isinstance(kind, str) else _name(kind)
+        raise GmaskError(f"the content has a part that is {shown}: these models read parts of type text alone")
     text = part.get("text")
     if not isinstance(text, str):
         raise GmaskError(f"the text of a part is {_name(text)}, where a text is expected")

@@ -419,9 +419,12 @@ def _refuse_pointer(path: Path | str, data: bytes) -> None:
 
 
 def _refuse_start(path: Path | str, data: bytes) -> None:
-    """Raises `GmaskError` if the first bytes of a file are those of a Git LFS pointer or of UTF-16."""
+    """Raises `GmaskError` if the first bytes of a file are those of a Git LFS pointer or of UTF-16.
+
+    UTF-16 without a byte order mark has a null byte in each letter of ASCII, and no text begins with one.
+    """
     _refuse_pointer(path, data)
-    if data.startswith(UTF16_MARKS):
+    if data.startswith(UTF16_MARKS) or b"\0" in data[:2]:
         raise GmaskError(f"{path}: UTF-16 text; save the file as UTF-8")
 
 
