@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gmask.errors import GmaskError
+from gmask.tasks.questions import make_samples
 from gmask.tasks.records import FILE_READERS, read_records
-from gmask.tasks.task import make_samples, read_task
+from gmask.tasks.task import read_task
 
 ROWS = [
     {"question": "Is it “good”?", "label": "yes"},
@@ -284,7 +285,7 @@ def test_missing_cells_of_parquet_are_empty_and_words_are_words(tmp_path: Path, 
     parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
     first, missing, word = read_records(tmp_path / "a.parquet")
     task = read_task({"kind": "classification", "template": "{text}", "label": "label", "choices": ["no", "yes"]})
-    assert make_samples(task, first, require_answers=True)[0].label == 1
-    assert make_samples(task, word, require_answers=True)[0].text == cell
+    assert make_samples(task, [first], require_answers=True)[0].label == 1
+    assert make_samples(task, [word], require_answers=True)[0].text == cell
     with pytest.raises(GmaskError, match="column 'text' is empty"):
-        make_samples(task, missing, require_answers=True)
+        make_samples(task, [missing], require_answers=True)
