@@ -323,9 +323,11 @@ def test_commands_steer_the_conversation(chat: Chat, tmp_path: Path, capsys: pyt
     with pytest.raises(gmask.GmaskError, match=r"not a saved conversation .*the last message is the user's"):
         chat.load(path)
     assert chat.messages == messages
-    path.write_text("[]")
-    with pytest.raises(gmask.GmaskError, match="not a saved conversation"):
-        chat.load(path)
+    for other in ("null", "{}", "[]", '[["a", "b"]]', '{"messages": null}', '{"messages": "a"}', '{"messages": {}}'):
+        path.write_text(other)
+        with pytest.raises(gmask.GmaskError, match=r"not a saved conversation \(it is no object with a list"):
+            chat.load(path)
+        assert chat.messages == messages
     path.write_bytes(b"\xef\xbb\xbf" + saved)
     chat.load(path)
     assert chat.messages == messages
