@@ -357,9 +357,11 @@ def fit_prompt(
             but one token.
 
     Raises:
-        GmaskError: the query alone does not fit.
+        GmaskError: the query alone does not fit, or no prompt would.
     """
     room, most = (longest // 2, longest - 1) if max_tokens is None else (longest - max_tokens,) * 2
+    if most < 0:
+        raise GmaskError(f"max_tokens {max_tokens} leaves no room for a prompt in {longest} tokens")
     check_characters(query, most, prompt_format.tokenizer, name="the message")
 
     def read(left_out: int) -> Prompt:

@@ -103,12 +103,12 @@ class TokenQueue(BaseStreamer, StoppingCriteria):
         return torch.full((len(input_ids),), self.is_cancelled, device=input_ids.device, dtype=torch.bool)
 
 
-PROMPTS = ("input_ids", "inputs_embeds", "attention_mask", "layout", "sequence_ids")
+PROMPT_ARGUMENTS = ("input_ids", "inputs_embeds", "attention_mask", "layout", "sequence_ids")
 
 
 def _refuse_prompts(arguments: Mapping[str, Any]) -> None:
     """Raises `GmaskError` for arguments of ``generate`` that would be a prompt beside that of a chat."""
-    for name in PROMPTS:
+    for name in PROMPT_ARGUMENTS:
         if arguments.get(name) is not None:
             raise GmaskError(f"a chat makes the prompt of query and history: leave out {name}, or use generate")
 
