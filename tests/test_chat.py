@@ -120,6 +120,11 @@ def test_the_oldest_rounds_give_way_and_the_prompt_stays_whole(tokenizer) -> Non
         fit_prompt("你好", rounds, prompt_format, longest=7, max_tokens=5)
 
 
+def test_an_answer_that_leaves_no_room_for_a_prompt_is_told(tokenizer) -> None:
+    with pytest.raises(gmask.GmaskError, match="max_tokens 1000 leaves no room for a prompt in 96 tokens"):
+        fit_prompt("q", [], ChatGLMFormat(tokenizer), longest=96, max_tokens=1000)
+
+
 def test_a_long_history_is_not_encoded_anew_for_every_round(tokenizer) -> None:
     asked: list[int] = []
 
@@ -323,9 +328,11 @@ def test_commands_steer_the_conversation(chat: Chat, tmp_path: Path, capsys: pyt
     with pytest.raises(gmask.GmaskError, match=r"not a saved conversation .*the last message is the user's"):
         chat.load(path)
     assert chat.messages == messages
-    path.write_text("[]")
-    with pytest.raises(gmask.GmaskError, match="not a saved conversation"):
-        chat.load(path)
+    for other in ("null", "{}", "[]", '[["a", "b"]]', '{"messages": null}', '{"messages": "a"}', '{"messages": {}}'):
+        path.write_text(other)
+        with pytest.raises(gmask.GmaskError, match=r"not a saved conversation \(it is no object with a list"):
+            chat.load(path)
+        assert chat.messages == messages
     path.write_bytes(b"\xef\xbb\xbf" + saved)
     chat.load(path)
     assert chat.messages == messages

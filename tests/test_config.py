@@ -1,5 +1,6 @@
 """Do settings keep the types and the rules beside their fields, and does YAML say what it seems to say?"""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -216,6 +217,8 @@ DOUBLED = {
         ("? [a]\n: 1", "not YAML ("),
         ("[" * 5000, "not read, since its values are nested too deeply"),
         ("a: 1\n---\nb: 2", "not YAML ("),
+        ('{"a": 1,\n"b": ["x \\ud83d"]}', r"a text holds half of a character (a lone surrogate)"),
+        ('"\\ude00": 1', "a text holds half of a character"),
     ],
 )
 def test_yaml_that_is_none_or_means_no_good_is_one_line(tmp_path: Path, text: str, message: str) -> None:
@@ -235,6 +238,19 @@ def test_an_override_changes_a_section_where_it_is_named_alone(tmp_path: Path) -
     tree = load_tree(path, ["run.steps=3"], ["run"])
     assert (tree["run"]["steps"], tree["other"]["steps"]) == (3, 2)
     assert tree["other"] == {"steps": 2, "sizes": [{"a": 1}]}
+
+
+def test_a_character_in_two_escaped_halves_is_one_as_in_json() -> None:
+    tree = {"😀": ["a😀b", {"c": "\U0001f431"}], "天": "é"}
+    assert parse_yaml(json.dumps(tree)) == tree
+    assert json.dumps(tree).isascii()
+
+
+@pytest.mark.parametrize("half", ["\udcff", "\ud83d"])
+def test_half_of_a_character_in_an_override_is_called_so(tmp_path: Path, half: str) -> None:
+    (tmp_path / "a.yaml").write_text("run: {out: a}")
+    with pytest.raises(GmaskError, match="the text holds half of a character"):
+        load_tree(tmp_path / "a.yaml", [f"run.out=x{half}"], ["run"])
 
 
 def test_a_mark_and_the_line_ends_of_other_systems_are_no_part_of_a_recipe(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
@@ -187,7 +188,12 @@ WRONG = [
     ([say("user", [{"type": "image_url", "image_url": {"url": "http://x"}}])], "a part that is image_url"),
     ([say("user", ["a"])], "message 1: the content has a part that is a str"),
     ([say("user", [{"type": "text", "text": None}])], "the text of a part is None"),
+    ([say("user", [{"type": "x" * 900, "text": "a"}])], f"a part that is {'x' * 50}: these models"),
+    ([say("user", [{"type": "\ud83d", "text": "a"}])], r"a part that is \ud83d: these models"),
+    ([say("user", [{"type": {"a": "b"}, "text": "a"}])], "a part that is a dict: these models"),
     ([say("user", "\ud83d")], "holds half of a character"),
+    ([say("user", "a"), {**say("assistant", ""), "tool_calls": [{"id": "1"}]}], "message 2: it calls a tool"),
+    ([say("user", "a"), {**say("assistant", "b"), "function_call": {"name": "f"}}], "message 2: it calls a tool"),
     ([say("user", "a"), say("assistant", "b"), say("system", "s")], "no message of the user follows"),
 ]
 
@@ -253,6 +259,14 @@ def test_a_chat_refuses_what_it_would_drop(loaded, more: dict[str, Any]) -> None
     own = load_chatglm()
     for nothing in (1, None):
         assert own.chat(tokenizer, "你好", max_length=8, num_return_sequences=nothing, output_scores=False)[0]
+
+
+@pytest.mark.parametrize("name", ["input_ids", "inputs_embeds", "attention_mask", "layout"])
+def test_a_chat_makes_its_prompt_itself(loaded, name: str) -> None:
+    model, tokenizer = loaded
+    for talk in (model.chat, lambda *args, **values: list(model.stream_chat(*args, **values))):
+        with pytest.raises(GmaskError, match=f"a chat makes the prompt of query and history: leave out {name}"):
+            talk(tokenizer, "q", **{name: torch.tensor([[1]])})
 
 
 def test_what_is_streamed_is_one_reply(loaded, monkeypatch: pytest.MonkeyPatch) -> None:

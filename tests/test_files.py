@@ -297,6 +297,8 @@ BAD_FILES: list[tuple[bytes, str]] = [
     ("a\nb\n天".encode("gbk"), r"a\.x, line 3: not UTF-8 text; save the file as UTF-8$"),
     ('{"a": 1}'.encode("utf-16"), r"a\.x: UTF-16 text; save the file as UTF-8$"),
     (b"\xfe\xff" + '{"a": 1}'.encode("utf-16-be"), r"a\.x: UTF-16 text"),
+    ('{"a": 1}'.encode("utf-16-le"), r"a\.x: UTF-16 text; save the file as UTF-8$"),
+    ("a,b\n1,2\n".encode("utf-16-be"), r"a\.x: UTF-16 text; save the file as UTF-8$"),
     (b"version https://git-lfs.github.com/spec/v1\noid ...", r"a\.x: a Git LFS pointer, not the file itself"),
 ]
 

@@ -1,13 +1,17 @@
 """Does `gmask.infill` keep its promises: exact scores, batches like single runs, choices, streams, limits?"""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import gmask
+from gmask.errors import GmaskError
 from gmask.generation import score as choices_module
 from gmask.generation.sampling import draw_tokens
 from gmask.generation.settings import Sampling, SettingsKeywords
@@ -240,3 +244,64 @@ def test_the_keywords_are_the_settings() -> None:
     served = {"repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "constraint", "top_logprobs"}
     assert {*SettingsKeywords.__annotations__, *served} == set(Sampling.__dataclass_fields__)
     assert Sampling().keywords().keys() == SettingsKeywords.__annotations__.keys()
+
+
+NO_TEXTS: list[tuple[object, str]] = [
+    (None, "the texts are None: give a list of texts"),
+    (3, "the texts are an int: give a list of texts"),
+    (b"a [MASK]", "the texts are a bytes: give a list of texts"),
+    ({"text": "a [MASK]"}, "the texts are a dict: give a list of texts"),
+    ([None], "the text is None, where a text is expected"),
+    (["The [MASK].", float("nan")], "the text is a float, where a text is expected"),
+    ([b"a [MASK]"], "the text is a bytes, where a text is expected"),
+    ([["a [MASK]"]], "the text is a list, where a text is expected"),
+    (["a\ud83d [MASK]"], "the text holds half of a character"),
+]
+
+
+@pytest.mark.parametrize(("texts", "message"), NO_TEXTS)
+def test_what_is_no_text_is_one_line_everywhere(pair, texts: Any, message: str) -> None:
+    ways: list[Callable[[], object]] = [
+        lambda: gmask.infill(*pair, texts, max_tokens=1),
+        lambda: gmask.score(*pair, texts, ["a", "b"]),
+        lambda: gmask.embed(*pair, texts),
+        lambda: gmask.embed(*pair, texts, truncate=True),
+    ]
+    for way in ways:
+        with pytest.raises(GmaskError, match=message):
+            way()
+
+
+def test_texts_of_an_iterator_or_an_array_are_a_list(pair) -> None:
+    texts = ["The [MASK] dog.", "A [MASK]."]
+    expected = gmask.infill(*pair, texts, max_tokens=2)
+    assert gmask.infill(*pair, (text for text in texts), max_tokens=2) == expected
+    assert gmask.infill(*pair, np.array(texts), max_tokens=2) == expected
+    assert gmask.score(*pair, iter(texts), ["a", "b"]) == gmask.score(*pair, texts, ["a", "b"])
+    assert (gmask.embed(*pair, iter(texts)) == gmask.embed(*pair, texts)).all()
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ("ab", "choices is 'ab': give a list of texts"),
+        (3, "choices is 3: give a list of texts"),
+        ([1], r"the choices of a blank must be a list of texts, not 1"),
+        ([["a", None]], r"the choices of a blank must be a list of texts, not \['a', None\]"),
+        ({0: 3}, "the choices of a blank must be a list of texts, not 3"),
+        (["a", "\ud83d"], "holds half of a character"),
+    ],
+)
+def test_choices_that_are_no_lists_of_texts_are_one_line(pair, choices: Any, message: str) -> None:
+    with pytest.raises(GmaskError, match=message):
+        gmask.infill(*pair, "The [MASK] dog.", choices=choices)
+
+
+def test_a_choice_is_a_text_and_not_its_letters(pair) -> None:
+    expected = gmask.infill(*pair, "The [MASK] dog.", choices=["old man"])
+    assert gmask.infill(*pair, "The [MASK] dog.", choices={0: "old man"}) == expected
+
+
+def test_half_of_a_character_is_no_stop_text(pair) -> None:
+    with pytest.raises(GmaskError, match="a stop text holds half of a character"):
+        gmask.infill(*pair, "The [MASK] dog.", stop=["a", "\ud83d"])

@@ -8,14 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gmask.errors import GmaskError
+from gmask.tasks.questions import make_samples
 from gmask.tasks.records import FILE_READERS, read_records
-from gmask.tasks.task import make_samples, read_task
+from gmask.tasks.task import read_task
 
 ROWS = [
     {"question": "Is it “good”?", "label": "yes"},
@@ -235,6 +237,46 @@ def test_a_pipe_is_no_file_of_records(tmp_path: Path) -> None:
         read_records(tmp_path / "pipe")
 
 
+def test_nan_in_any_column_of_parquet_is_a_missing_cell(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    nan = float("nan")
+    columns = {"float": [nan], "list": [["a", None]], "numbers": [[1.0, nan]], "struct": [{"a": nan, "b": "c"}]}
+    half = pyarrow.array([np.float16("nan")], pyarrow.float16())
+    parquet.write_table(pyarrow.table({**columns, "half": half}), tmp_path / "a.parquet")
+    (record,) = read_records(tmp_path / "a.parquet")
+    expected = {"float": None, "list": ["a", None], "numbers": [1.0, None], "struct": {"a": None, "b": "c"}}
+    assert record.values == {**expected, "half": None}
+
+
+def test_a_history_of_nan_is_none(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = {"q": ["a"], "a": ["b"], "before": [float("nan")]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    task = read_task({"kind": "chat", "template": "{q}", "target": "{a}", "history": "before"})
+    (sample,) = task.samples(read_records(tmp_path / "a.parquet"))
+    assert (sample.history, sample.text, sample.answers) == ((), "a", ("b",))
+
+
+def test_a_row_of_parquet_that_no_json_could_hold_is_left_out(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"a": [1.0, float("inf")]}), tmp_path / "a.parquet")
+    with pytest.raises(GmaskError, match=r"a\.parquet, line 2: holds an infinite number"):
+        read_records(tmp_path / "a.parquet")
+    told = list[GmaskError]()
+    assert [record.values for record in read_records(tmp_path / "a.parquet", on_bad=told.append)] == [{"a": 1.0}]
+    assert len(told) == 1
+    bytes_as_text = pyarrow.array([b"\xff"], pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"a": bytes_as_text}), tmp_path / "b.parquet")
+    with pytest.raises(GmaskError, match=r"b\.parquet: cannot be read as parquet"):
+        read_records(tmp_path / "b.parquet")
+
+
 @pytest.mark.parametrize("cell", ["nan", "None", "null"])
 def test_missing_cells_of_parquet_are_empty_and_words_are_words(tmp_path: Path, cell: str) -> None:
     pyarrow = pytest.importorskip("pyarrow")
@@ -243,7 +285,7 @@ def test_missing_cells_of_parquet_are_empty_and_words_are_words(tmp_path: Path, 
     parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
     first, missing, word = read_records(tmp_path / "a.parquet")
     task = read_task({"kind": "classification", "template": "{text}", "label": "label", "choices": ["no", "yes"]})
-    assert make_samples(task, first, require_answers=True)[0].label == 1
-    assert make_samples(task, word, require_answers=True)[0].text == cell
+    assert make_samples(task, [first], require_answers=True)[0].label == 1
+    assert make_samples(task, [word], require_answers=True)[0].text == cell
     with pytest.raises(GmaskError, match="column 'text' is empty"):
-        make_samples(task, missing, require_answers=True)
+        make_samples(task, [missing], require_answers=True)

@@ -387,7 +387,7 @@ NOTHING: list[tuple[str, Any]] = [
     ("function_call", "none"), ("parallel_tool_calls", False), ("parallel_tool_calls", True), ("response_format", {}),
     ("response_format", {"type": "text"}), ("logit_bias", {}), ("metadata", {}), ("store", False), ("user", ""),
     ("service_tier", "auto"), ("stream_options", {}), ("stop", []), ("stream", False), ("n", 1), ("model", ""),
-    ("reasoning_effort", "none"), ("modalities", []),
+    ("reasoning_effort", "none"), ("modalities", []), ("modalities", ["text"]),
 ]  # fmt: skip
 
 
@@ -399,6 +399,65 @@ def test_on_every_route_what_asks_for_nothing_is_taken(client: TestClient, path:
         if (response := client.post(path, json={**ASKED[path], name: value})).status_code != 200
     ]
     assert refused == []
+
+
+def test_what_a_message_has_not_is_taken(client: TestClient) -> None:
+    """Clients send their answers back with all fields of OpenAI's messages."""
+    empty = {"tool_calls": [None, [], {}, "none"], "function_call": [None, {}], "refusal": [None, ""],
+             "annotations": [None, [], {}], "audio": [None, {}], "name": [None, ""]}  # fmt: skip
+    for name, values in empty.items():
+        for value in values:
+            said = {"role": "assistant", "content": "It ran.", name: value}
+            ask(client, "/v1/chat/completions", messages=[*QUESTION, said, *QUESTION], max_tokens=1)
+    for name, value in (("tool_calls", [{"id": "1"}]), ("function_call", {"name": "f"}), ("refusal", "no")):
+        said = {"role": "assistant", "content": "It ran.", name: value}
+        error = refuse(client, "/v1/chat/completions", messages=[*QUESTION, said, *QUESTION])
+        assert error["param"] == f"messages.1.{name}"
+        assert "leave it out" in error["message"]
+        assert "None" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "value"),
+    [
+        ("/v1/chat/completions", "messages", [{"role": "user", "content": "\ud83d"}]),
+        ("/v1/chat/completions", "messages", [{"role": "user", "content": "a", "\ud83d": 1}]),
+        ("/v1/chat/completions", "stop", ["a", "\ud83d"]),
+        ("/v1/chat/completions", "guided_regex", "\ud83d"),
+        ("/v1/completions", "prompt", ["\ud83d"]),
+        ("/v1/completions", "suffix", "\ud83d"),
+        ("/v1/embeddings", "input", ["a", "\ud83d"]),
+        ("/v1/embeddings", "input", "\ud83d"),
+        ("/v1/infill", "text", "\ud83d [MASK]"),
+        ("/v1/infill", "choices", ["\ud83d"]),
+        ("/v1/score", "text", "\ud83d [MASK]"),
+        ("/v1/score", "answers", ["\ud83d"]),
+        ("/", "prompt", "\ud83d"),
+    ],
+)
+def test_half_of_a_character_is_called_so_on_every_route(client: TestClient, path: str, name: str, value: Any) -> None:
+    response = client.post(path, content=json.dumps({**ASKED[path], name: value}), headers=JSON)
+    assert response.status_code == 400
+    assert "half of a character (a lone surrogate)" in response.json()["error"]["message"]
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b'{"prompt": "\xe9"}', "the body is not UTF-8 text"),
+        (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+        (b'{"max_tokens": ' + b"9" * 5000 + b"}", "a number in it has too many digits"),
+        (b"{'prompt': 1}", "the body is not JSON (at character 1)"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_told_why(client: TestClient, body: bytes, reason: str) -> None:
+    for path in ASKED:
+        response = client.post(path, content=body, headers=JSON)
+        assert response.status_code == 400
+        assert reason in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("path", list(ASKED)[:-1])  # the published API did nothing with what it did not know

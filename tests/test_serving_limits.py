@@ -20,7 +20,7 @@ import gmask
 from fake_engine import FakeEngine
 from gmask.cli import main
 from gmask.errors import GmaskError
-from gmask.serving.app import create_app, open_port
+from gmask.serving.app import create_app, open_port, web_address
 from gmask.serving.middleware import JsonFormatter, explain_invalid_body, host_name, is_authorized
 from gmask.serving.settings import ServerSettings
 from tiny_folder import make_folder
@@ -82,6 +82,17 @@ def test_a_name_is_opened_at_each_of_its_addresses_that_there_is() -> None:
         one.close()
     with pytest.raises(GmaskError, match=r"port 80 of 192\.0\.2\.1 cannot be used"):
         open_port("192.0.2.1", 80)
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 300, "a\0b", "\udcff", "\ud83d", "[::1]", "http://127.0.0.1", " "])
+def test_what_is_no_name_of_a_host_is_one_line(host: str) -> None:
+    with pytest.raises(GmaskError, match="cannot be used: it is taken, or is not this machine's"):
+        open_port(host, 8000)
+
+
+def test_an_address_of_ipv6_is_shown_in_brackets() -> None:
+    assert web_address("::1", 8000) == "http://[::1]:8000"
+    assert web_address("127.0.0.1", 8000) == "http://127.0.0.1:8000"
 
 
 def test_without_a_key_only_the_probes_answer(serve) -> None:

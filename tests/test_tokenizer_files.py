@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from gmask.errors import GmaskError
 from gmask.tokenizers.folder import CLASSES, read_tokenizer
 from gmask.tokenizers.glm import read_ids
+from gmask.training.tokenizer import save_tokenizer
 from published_vocabularies import FILES, SHARED, copy_vocabulary, needs_vocabularies
-from tiny_folder import make_folder
+from tiny_folder import make_folder, train_tiny_tokenizer
 
 pytestmark = needs_vocabularies
 
@@ -114,3 +116,46 @@ def test_ids_below_0_are_refused(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text('{"a": -1}')
     with pytest.raises(GmaskError, match="expected a JSON object of tokens and their ids"):
         read_ids(str(tmp_path / "vocab.json"))
+
+
+@pytest.mark.parametrize("kind", [*DAMAGE, "ours"])
+def test_a_mark_is_no_part_of_any_file_of_a_tokenizer(kind: str, tmp_path: Path) -> None:
+    plain, marked = tmp_path / "plain", tmp_path / "marked"
+    plain.mkdir()
+    if kind == "ours":
+        save_tokenizer(train_tiny_tokenizer(), plain)
+    else:
+        copy_vocabulary(kind, plain)
+        (plain / "tokenizer_config.json").write_text(json.dumps(published_settings(kind)), "utf-8")
+    expected = read_tokenizer(plain)
+    expected.save_pretrained(tmp_path / "expected")
+    marked.mkdir()
+    for path in plain.iterdir():
+        mark = b"" if path.suffix == ".model" else b"\xef\xbb\xbf"
+        (marked / path.name).write_bytes(mark + path.read_bytes())
+    found = read_tokenizer(marked)
+    assert found(TEXT)["input_ids"] == expected(TEXT)["input_ids"]
+    assert Path(found.name_or_path) == marked
+    found.save_pretrained(tmp_path / "saved")
+    again = read_tokenizer(tmp_path / "saved")
+    assert again(TEXT)["input_ids"] == expected(TEXT)["input_ids"]
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == {
+        path.name for path in (tmp_path / "expected").iterdir()
+    }
+
+
+TEXT = "The dog [MASK] home."
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_pointer_is_called_so_by_the_auto_class(kind: str, tmp_path: Path) -> None:
+    copy_vocabulary(kind, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(published_settings(kind)), "utf-8")
+    names = [path.name for path in tmp_path.iterdir() if path.name != "tokenizer_config.json"]  # transformers reads it
+    for name in names:
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+        with pytest.raises(GmaskError, match=f"{name}: a Git LFS pointer, not the file itself"):
+            AutoTokenizer.from_pretrained(tmp_path)
+        (tmp_path / name).write_bytes(content)
+    AutoTokenizer.from_pretrained(tmp_path)

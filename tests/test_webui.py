@@ -152,6 +152,11 @@ def test_what_was_cut_or_searched_is_told(model: Backend) -> None:
         (dict(choices="a" + "|a" * 64), "line 1 has 65 choices"),
         (dict(choices="a" * (MAX_CHARACTERS + 1)), "the page takes 20000"),
         (dict(temperature=1.0, seed="-1"), "the seed must be a whole number"),
+        (dict(temperature=1.0, seed=None), "the seed is None, where a text is expected"),
+        (dict(text=None), "the text is None, where a text is expected"),
+        (dict(choices=None), "the text is None, where a text is expected"),
+        (dict(n=None), "n is None: expected int"),
+        (dict(max_tokens=None), "max_tokens is None: expected int"),
         (dict(text="<b>[xMASK]</b>"), "unknown special token [xMASK]"),
     ],
 )

@@ -28,7 +28,7 @@ from typing import (
 import yaml
 
 from gmask.errors import GmaskError, nearest
-from gmask.files import read_text
+from gmask.files import check_text, read_text
 
 T = TypeVar("T")
 MOST_BYTES = 16 << 20
@@ -395,9 +395,13 @@ def read_yaml(path: Path | str) -> Any:
 def parse_yaml(text: str) -> Any:
     """The value of a YAML text. Anchors and merge keys are read, up to `MOST_NODES` values.
 
+    A character that is escaped by its two halves, as JSON is written, is one character.
+
     Raises:
-        GmaskError: not YAML, too many values, a key that occurs twice in a mapping, a value that contains itself.
+        GmaskError: not YAML, too many values, a key that occurs twice in a mapping, a value that contains itself, half
+            of a character.
     """
+    check_text(text)
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
@@ -427,10 +431,13 @@ def _count_nodes(node: yaml.Node, counted: dict[int, int]) -> int:
         return counted[id(node)]
     counted[id(node)] = 0
     size = 1
+    if isinstance(node, yaml.ScalarNode):
+        _join_halves(node)
     if isinstance(node, yaml.MappingNode):
         seen = set[tuple[str, str]]()
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode):
+                _join_halves(key)
                 if (key.tag, key.value) in seen:
                     raise GmaskError(
                         f"not read, since the key {key.value!r} is there twice (line {key.start_mark.line + 1})"
@@ -441,6 +448,16 @@ def _count_nodes(node: yaml.Node, counted: dict[int, int]) -> int:
         size += sum(_count_nodes(one, counted) for one in node.value)
     counted[id(node)] = size
     return size
+
+
+def _join_halves(node: yaml.ScalarNode) -> None:
+    """Joins the halves of characters, which PyYAML reads one by one. Raises `GmaskError` for half a character."""
+    if not node.value.isascii():
+        node.value = node.value.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+        try:
+            check_text(node.value, "a text")
+        except GmaskError as error:
+            raise GmaskError(f"{error} (line {node.start_mark.line + 1})") from error
 
 
 def plain_values(settings: Any) -> dict[str, Any]:

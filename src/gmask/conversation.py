@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gmask.errors import GmaskError
+from gmask.errors import GmaskError, type_name
 from gmask.files import check_text
 
 Round = tuple[str, str]
@@ -25,6 +25,9 @@ SPEAKERS = {
     "gpt": "assistant",
 }  # fmt: skip
 """OpenAI's names of the speakers and ShareGPT's."""
+
+CALLS = ("tool_calls", "function_call")
+"""OpenAI's fields of a message whose contents no prompt holds."""
 
 ACCEPTED = 'give pairs of texts (asked, answered) or messages such as {"role": "user", "content": "..."}'
 
@@ -91,7 +94,7 @@ def read_content(content: Any) -> str:
     if isinstance(content, str):
         return check_text(content)
     if not isinstance(content, Sequence) or isinstance(content, bytes):
-        raise GmaskError(f"the content is {_name(content)}, where a text is expected")
+        raise GmaskError(f"the content is {type_name(content)}, where a text is expected")
     return "".join(map(_read_part, content))
 
 
@@ -99,7 +102,7 @@ def _entries(history: Any) -> Sequence[Any]:
     if history is None:
         return ()
     if not _is_list(history):
-        raise GmaskError(f"the conversation is {_name(history)}, not a list: {ACCEPTED}")
+        raise GmaskError(f"the conversation is {type_name(history)}, not a list: {ACCEPTED}")
     entries: Sequence[Any] = history
     return entries
 
@@ -110,10 +113,10 @@ def _read_entry(entry: Any) -> list[tuple[str, str]]:
         return [_read_message(entry)]
     if not _is_list(entry) or len(entry) != 2:
         size = f" of {len(entry)}" if _is_list(entry) else ""
-        raise GmaskError(f"{_name(entry)}{size} is not a pair of texts and no message: {ACCEPTED}")
+        raise GmaskError(f"{type_name(entry)}{size} is not a pair of texts and no message: {ACCEPTED}")
     for name, text in zip(("question", "answer"), entry, strict=True):
         if not isinstance(text, str):
-            raise GmaskError(f"the {name} is {_name(text)}, where a text is expected: {ACCEPTED}")
+            raise GmaskError(f"the {name} is {type_name(text)}, where a text is expected: {ACCEPTED}")
     asked, answered = map(check_text, entry)
     return [("user", asked), ("assistant", answered)]
 
@@ -126,18 +129,21 @@ def _read_message(message: Mapping[str, Any]) -> tuple[str, str]:
             raise GmaskError(f"it has no {name!r}: {ACCEPTED}")
     role = message[names[0]]
     if not isinstance(role, str) or role not in SPEAKERS:
-        shown = repr(role)[:50] if isinstance(role, str) else _name(role)
+        shown = repr(role)[:50] if isinstance(role, str) else type_name(role)
         raise GmaskError(f"the role {shown} is none of {', '.join(SPEAKERS)}")
+    if any(message.get(name) for name in CALLS):
+        raise GmaskError("it calls a tool, and these models call none: leave the call out")
     return SPEAKERS[role], read_content(message[names[1]])
 
 
 def _read_part(part: Any) -> str:
-    kind = part.get("type", "text") if isinstance(part, Mapping) else _name(part)
+    kind = part.get("type", "text") if isinstance(part, Mapping) else type_name(part)
     if kind != "text":
-        raise GmaskError(f"the content has a part that is {kind}: these models read parts of type text alone")
+        shown = ascii(kind)[1:-1][:50] if isinstance(kind, str) else type_name(kind)
+        raise GmaskError(f"the content has a part that is {shown}: these models read parts of type text alone")
     text = part.get("text")
     if not isinstance(text, str):
-        raise GmaskError(f"the text of a part is {_name(text)}, where a text is expected")
+        raise GmaskError(f"the text of a part is {type_name(text)}, where a text is expected")
     return check_text(text)
 
 
@@ -159,9 +165,3 @@ def _add(turns: list[tuple[str, str]], system: list[str], role: str, text: str) 
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-
-def _name(value: Any) -> str:
-    """Returns the type of a value with an article, such as "a dict"."""
-    name = type(value).__name__
-    return "None" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

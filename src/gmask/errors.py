@@ -26,6 +26,12 @@ def nearest(word: object, known: Iterable[str]) -> str:
     return difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.0)[0]
 
 
+def type_name(value: object) -> str:
+    """The type of a value with an article, such as "a dict"."""
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
 def is_shortage(error: Exception) -> bool:
     """Whether an error means that there is too little memory, as Python, torch on any device and our kernels say it."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(SHORTAGE.search(str(error))))

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Protocol
 
 from safetensors import SafetensorError
 
-from gmask.errors import GmaskError, one_line
+from gmask.errors import GmaskError, one_line, type_name
 
 LFS_POINTER = b"version https://git-lfs"
 UTF8_MARK = b"\xef\xbb\xbf"
@@ -335,12 +335,19 @@ def check_values(values: Any) -> None:
             check_values(value)
 
 
+def require_text(text: object, name: str = "the text") -> None:
+    """Raises `GmaskError` for what is no text, such as None or NaN out of a table."""
+    if not isinstance(text, str):
+        raise GmaskError(f"{name} is {type_name(text)}, where a text is expected")
+
+
 def check_text(text: str, name: str = "the text") -> str:
     """Returns the text if UTF-8 can write it. A Python string may also hold half of a surrogate pair, or a raw byte.
 
     Raises:
-        GmaskError: UTF-8 cannot write it.
+        GmaskError: UTF-8 cannot write it, or it is no text.
     """
+    require_text(text, name)
     if not text.isascii():
         try:
             text.encode()
@@ -367,8 +374,9 @@ class Vocabulary(Protocol):
 def check_characters(text: str, most: int, tokenizer: Vocabulary, *, name: str = "the text") -> None:
     """Raises `GmaskError` for a text that is longer than ``most`` of the longest tokens.
 
-    Tokenizing takes seconds a megabyte, only to find too many tokens.
+    Tokenizing takes seconds a megabyte, only to find too many tokens. What is no text is refused, too.
     """
+    require_text(text, name)
     if len(text) > most * LONGEST_TOKEN and len(text) > most * _longest_token(tokenizer):
         raise GmaskError(f"{name} has {len(text)} characters, and there is room for {most} tokens: shorten it")
 
@@ -419,9 +427,12 @@ def _refuse_pointer(path: Path | str, data: bytes) -> None:
 
 
 def _refuse_start(path: Path | str, data: bytes) -> None:
-    """Raises `GmaskError` if the first bytes of a file are those of a Git LFS pointer or of UTF-16."""
+    """Raises `GmaskError` if the first bytes of a file are those of a Git LFS pointer or of UTF-16.
+
+    UTF-16 without a byte order mark has a null byte in each letter of ASCII, and no text begins with one.
+    """
     _refuse_pointer(path, data)
-    if data.startswith(UTF16_MARKS):
+    if data.startswith(UTF16_MARKS) or b"\0" in data[:2]:
         raise GmaskError(f"{path}: UTF-16 text; save the file as UTF-8")
 
 

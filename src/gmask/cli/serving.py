@@ -93,7 +93,7 @@ def serve(
 
     check_name(name)  # before torch is imported, which takes seconds
     from gmask.checkpoints.load import load
-    from gmask.serving.app import create_app, make_server, open_port
+    from gmask.serving.app import create_app, make_server, open_port, web_address
     from gmask.serving.backend import make_backend
     from gmask.serving.middleware import log_as_json
 
@@ -115,7 +115,7 @@ def serve(
         app = mount_page(app)
     page = ", a page at /ui" if shows_page else ""
     names = settings.model_name if chat_backend is None else f"{settings.model_name} and {CHAT_MODEL}"
-    print(f"{names} at http://{host}:{port}/v1, documented at /docs{page}", file=sys.stderr)
+    print(f"{names} at {web_address(host, port)}/v1, documented at /docs{page}", file=sys.stderr)
     try:
         make_server(app, host=host, port=port).run(sockets=sockets)
     finally:

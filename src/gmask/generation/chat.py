@@ -226,9 +226,11 @@ class Chat:
             GmaskError: not such a file, or the last message is not the assistant's.
         """
         values = read_json(path)
+        if not isinstance(values, dict) or not isinstance(values.get("messages"), list):
+            raise GmaskError(f'{path}: not a saved conversation (it is no object with a list of "messages")')
         try:
             found = read_conversation(values["messages"])
-        except (GmaskError, KeyError, TypeError) as error:
+        except GmaskError as error:
             raise GmaskError(f"{path}: not a saved conversation ({error})") from error
         if found.query is not None:
             raise GmaskError(f"{path}: not a saved conversation (the last message is the user's, and has no reply)")

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
-from gmask.generation.encoding import Context, TextReader
+from gmask.generation.encoding import Context, TextReader, list_texts
 from gmask.generation.padding import batches_by_length, check_numbers, stack_contexts
 from gmask.models.glm import GLMForConditionalGeneration
 
@@ -62,7 +62,7 @@ def embed(
     if isinstance(texts, str):
         raise GmaskError("embed takes a list of texts, not one text: write [text]")
     embedder = Embedder(model, tokenizer, pooling, layer, normalize, truncate, batch_size)
-    return embedder.embed([embedder.read(text) for text in texts])
+    return embedder.embed([embedder.read(text) for text in list_texts(texts)])
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,16 @@
 
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gmask.conversation import Rounds
-from gmask.errors import GmaskError
-from gmask.files import LONGEST_TOKEN, check_characters, check_text, cut_characters
+from gmask.errors import GmaskError, type_name
+from gmask.files import LONGEST_TOKEN, check_characters, check_text, cut_characters, require_text
 from gmask.infilling.blanks import BlankTokens
 from gmask.models.chatglm import ChatGLMConfig
 from gmask.models.chatglm_chat import FULL_WIDTH, TRAINING_TIME, build_prompt, clean_reply
@@ -81,6 +81,17 @@ class BlankedText:
         return SplicedText(text, fitted, tuple(spans))
 
 
+def list_texts(texts: Any) -> list[str]:
+    """Returns several texts, of a list, an array or an iterator, as a list; each is checked where it is read.
+
+    Raises:
+        GmaskError: one text, or what holds none.
+    """
+    if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
+        raise GmaskError(f"the texts are {type_name(texts)}: give a list of texts")
+    return list(texts)
+
+
 def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Returns the ids of a text. Special tokens in it are read as plain text.
 
@@ -147,6 +158,7 @@ class TextReader:
             most: tokens of the context that its reader keeps. Far longer pieces of the text are cut at their end, or
                 with ``cut_start``, before the first blank, at their start, before they are tokenized.
         """
+        require_text(text)
         if positions is not None:
             check_characters(text, positions, self.tokenizer)
         pieces: list[str] = [""]
@@ -344,9 +356,11 @@ def fit_prompt(
             but one token.
 
     Raises:
-        GmaskError: the query alone does not fit.
+        GmaskError: the query alone does not fit, or no prompt would.
     """
     room, most = (longest // 2, longest - 1) if max_tokens is None else (longest - max_tokens,) * 2
+    if most < 0:
+        raise GmaskError(f"max_tokens {max_tokens} leaves no room for a prompt in {longest} tokens")
     check_characters(query, most, prompt_format.tokenizer, name="the message")
 
     def read(left_out: int) -> Prompt:

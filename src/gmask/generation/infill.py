@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from gmask.errors import GmaskError
 from gmask.generation.answers import Answer, AnswerStream, Hypothesis, Infilling, assemble_infilling, stable_answer
 from gmask.generation.decode import Decoder, make_decoder
-from gmask.generation.encoding import BlankedText, TextReader
+from gmask.generation.encoding import BlankedText, TextReader, list_texts
 from gmask.generation.engine import Request, Stepper
 from gmask.generation.sampling import Sampler
 from gmask.generation.score import ChoiceLists, read_choice_lists, score_choices
@@ -79,7 +79,7 @@ def infill(
     infiller = Infiller(model, tokenizer, make_sampling(settings), batch_size=batch_size)
     if isinstance(text, str):
         return infiller.fill([text], choices)[0]
-    return infiller.fill(text, choices)
+    return infiller.fill(list_texts(text), choices)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gmask.config import show
 from gmask.errors import GmaskError
 from gmask.files import check_characters
 from gmask.generation.answers import Answer, Choices, Combination, Token, rank_scores, token_texts
-from gmask.generation.encoding import BlankedText, Context, TextReader
+from gmask.generation.encoding import BlankedText, Context, TextReader, list_texts
 from gmask.generation.padding import batches_by_length, log_softmax, stack_contexts
 from gmask.infilling.blanks import BlankTokens
 from gmask.models.cache import GrowingCache
@@ -134,13 +135,16 @@ def score(
     scorer = Scorer(model, tokenizer, normalization, batch_size)
     if isinstance(text, str):
         return scorer.score([scorer.read(text, cast(Sequence[str], answers))])[0]
-    lists = _read_lists(answers, len(text))
-    return scorer.score([scorer.read(one, candidates) for one, candidates in zip(text, lists, strict=True)])
+    texts = list_texts(text)
+    lists = _read_lists(answers, len(texts))
+    return scorer.score([scorer.read(one, candidates) for one, candidates in zip(texts, lists, strict=True)])
 
 
 def _read_lists(answers: Sequence[str] | Sequence[Sequence[str]], texts: int) -> list[Sequence[str]]:
     """Returns a list of answers for each text."""
-    if not isinstance(answers, str) and all(map(_is_text, answers)):
+    if isinstance(answers, str) or not isinstance(answers, Sequence):
+        raise GmaskError(f"the answers must be a list of texts, or one for each text, not {show(answers)}")
+    if all(map(_is_text, answers)):
         return [cast(Sequence[str], answers)] * texts
     if len(answers) != texts:
         raise GmaskError(f"lists of answers for {len(answers)} texts, but there are {texts}: give one for each")
@@ -242,8 +246,10 @@ def read_choice_lists(choices: ChoiceLists, blanks: int) -> list[Sequence[str]]:
     """Returns a list of candidates for each blank.
 
     Raises:
-        GmaskError: a blank without candidates, or lists for blanks that the text does not have.
+        GmaskError: a blank without candidates, lists for blanks that the text does not have, or what is no list.
     """
+    if isinstance(choices, str) or not isinstance(choices, Mapping | Sequence):
+        raise GmaskError(f"choices is {show(choices)}: give a list of texts, or such a list for each blank")
     if isinstance(choices, Mapping):
         if unknown := [blank for blank in choices if blank not in range(blanks)]:
             raise GmaskError(f"choices for blank {unknown[0]}, but the text has only blanks 0 to {blanks - 1}")
@@ -251,11 +257,15 @@ def read_choice_lists(choices: ChoiceLists, blanks: int) -> list[Sequence[str]]:
     elif all(isinstance(choice, str) for choice in choices):
         lists = [cast(Sequence[str], choices)]
     else:
-        lists = [[choice] if isinstance(choice, str) else choice for choice in choices]
+        lists = list(choices)
+    lists = [[candidates] if isinstance(candidates, str) else candidates for candidates in lists]
     if len(lists) != blanks:
         raise GmaskError(f"choices for {len(lists)} blanks, but the text has {blanks}: give a list for each")
     if empty := [blank for blank, candidates in enumerate(lists) if not candidates]:
         raise GmaskError(f"blank {empty[0]} (from 0) has no choices: give at least one for every blank")
+    for candidates in lists:
+        if not isinstance(candidates, Sequence) or not all(map(_is_text, candidates)):
+            raise GmaskError(f"the choices of a blank must be a list of texts, not {show(candidates)}")
     return list(lists)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from gmask.config import Count, NotEmpty, NotNegative, Positive, Range, Whole, check_fields
 from gmask.errors import GmaskError, nearest
+from gmask.files import check_text
 
 if TYPE_CHECKING:  # the command line reads the defaults without loading torch
     from gmask.generation.constraints import Constraint
@@ -73,6 +74,8 @@ class Sampling:
             raise GmaskError(
                 f"n is {self.n}: at most the best {MOST_BEAMS // 2} are found; set a temperature to draw more"
             )
+        for text in self.stop:
+            check_text(text, "a stop text")
         if self.temperature > 0 and self.num_beams > 1:
             raise GmaskError("num_beams searches for the best answers and temperature draws them: set one of the two")
 

@@ -10,7 +10,7 @@ import queue
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -103,6 +103,16 @@ class TokenQueue(BaseStreamer, StoppingCriteria):
         return torch.full((len(input_ids),), self.is_cancelled, device=input_ids.device, dtype=torch.bool)
 
 
+PROMPT_ARGUMENTS = ("input_ids", "inputs_embeds", "attention_mask", "layout", "sequence_ids")
+
+
+def _refuse_prompts(arguments: Mapping[str, Any]) -> None:
+    """Raises `GmaskError` for arguments of ``generate`` that would be a prompt beside that of a chat."""
+    for name in PROMPT_ARGUMENTS:
+        if arguments.get(name) is not None:
+            raise GmaskError(f"a chat makes the prompt of query and history: leave out {name}, or use generate")
+
+
 class ChatMixin(GenerationMixin):
     """``chat``, ``stream_chat`` and ``stream_generate`` for models with the prompt format of ChatGLM-6B."""
 
@@ -139,6 +149,7 @@ class ChatMixin(GenerationMixin):
                 one reply.
             FloatingPointError: scores that are not finite.
         """
+        _refuse_prompts(kwargs)
         settings = self._chat_settings(max_length, num_beams, do_sample, top_p, temperature, logits_processor, kwargs)
         conversation = read_conversation(history, query)
         inputs = self._chat_inputs(tokenizer, conversation, settings)
@@ -163,6 +174,7 @@ class ChatMixin(GenerationMixin):
         The last reply is that of `chat`. Arguments, warning and errors are those of `chat`, without beams. Closing the
         iterator stops the model.
         """
+        _refuse_prompts(kwargs)
         settings = self._chat_settings(max_length, 1, do_sample, top_p, temperature, logits_processor, kwargs)
         conversation = read_conversation(history, query)
         rounds, asked = conversation.rounds, conversation.require_query()

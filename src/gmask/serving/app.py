@@ -202,13 +202,18 @@ class Server(uvicorn.Server):
         """Starts to listen, and logs the address, which uvicorn does only for sockets that it opened."""
         await super().startup(sockets)
         if sockets and self.started:
-            message = "Uvicorn running on http://%s:%d (Press CTRL+C to quit)"
-            logging.getLogger("uvicorn.error").info(message, self.config.host, sockets[0].getsockname()[1])
+            address = web_address(self.config.host, sockets[0].getsockname()[1])
+            logging.getLogger("uvicorn.error").info("Uvicorn running on %s (Press CTRL+C to quit)", address)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serves until shutdown."""
         self.loop = asyncio.get_running_loop()
         await super().serve(sockets)
+
+
+def web_address(host: str, port: int) -> str:
+    """Returns the address of a server as a browser takes it: a host of IPv6 in brackets."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def open_port(host: str, port: int) -> list[socket.socket]:
@@ -218,7 +223,7 @@ def open_port(host: str, port: int) -> list[socket.socket]:
         GmaskError: the port is taken, or the host is not this machine's.
     """
     opened: list[socket.socket] = []
-    fault: OSError | None = None
+    fault: OSError | ValueError | None = None
     try:
         for family, kind, protocol, _, address in dict.fromkeys(
             socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -229,7 +234,7 @@ def open_port(host: str, port: int) -> list[socket.socket]:
                 fault = error
                 if error.errno == errno.EADDRINUSE:
                     raise
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a ValueError comes from a name that no host can have
         fault = error
         for one in opened:
             one.close()

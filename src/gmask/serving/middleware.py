@@ -253,7 +253,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
     async def answer_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        response = ApiError(error.status_code, str(error.detail)).response()
+        told = explain_unread_body(error.__cause__) or str(error.detail)
+        response = ApiError(error.status_code, told).response()
         response.headers.update(error.headers or {})
         return response
 
@@ -273,8 +274,21 @@ OUR_WORDS = {
     "model_type": "should be an object",
     "model_attributes_type": "should be an object",
     "dict_type": "should be an object",
+    "none_required": "is nothing that these models take: leave it out",
+    "string_unicode": "holds half of a character (a lone surrogate): write it in UTF-8",
 }
-"""Messages by the type of pydantic's error, where its own name our classes or Python's types."""
+"""Messages by the type of pydantic's error, where its own name our classes or Python's types, or say too little."""
+
+
+def explain_unread_body(cause: BaseException | None) -> str | None:
+    """Returns what is wrong with a body of which FastAPI only says that it could not be parsed."""
+    if isinstance(cause, UnicodeDecodeError):
+        return "the body is not UTF-8 text"
+    if isinstance(cause, RecursionError):
+        return "the body is not read, since its values are nested too deeply"
+    if isinstance(cause, ValueError):  # what is not JSON is another error of FastAPI's, with the place
+        return "the body is not read, since a number in it has too many digits"
+    return None
 
 
 def explain_invalid_body(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:

@@ -76,14 +76,14 @@ StopText = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(ch
 EMPTY: Sequence[Any] = (None, "", "none", [], {})
 OFTEN_EMPTY = frozenset(
     {"tools", "tool_choice", "functions", "function_call", "parallel_tool_calls", "response_format", "stream_options",
-     "logit_bias", "metadata", "service_tier", "encoding_format"}
+     "logit_bias", "metadata", "service_tier", "encoding_format", "tool_calls", "refusal", "annotations", "audio"}
 )  # fmt: skip
 """OpenAI's parameters that clients send empty; of others, such as a stop text, an empty one is a mistake."""
 
 UNSAID: dict[str, Sequence[Any]] = {
     "n": [1], "best_of": [1], "stream": [False], "echo": [False], "logprobs": [False],
     "response_format": [{"type": "text"}], "tool_choice": ["auto"], "function_call": ["auto"],
-    "parallel_tool_calls": [True, False],
+    "parallel_tool_calls": [True, False], "modalities": [["text"]],
 }  # fmt: skip
 """What OpenAI's clients may send of parameters that an endpoint has not, for it is what happens without them."""
 
@@ -192,7 +192,7 @@ class ChatMessage(Body):
     annotations: list[Any] | None = None
     audio: None = None
     function_call: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_calls: Tools | None = None
 
 
 ChatMessages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]

@@ -15,6 +15,7 @@ import gradio as gr
 
 from gmask.conversation import Conversation
 from gmask.errors import GmaskError, is_shortage
+from gmask.files import require_text
 from gmask.generation.answers import Infilling
 from gmask.generation.chat import DEFAULTS, Reply
 from gmask.generation.encoding import Prompt
@@ -48,6 +49,8 @@ async def fill_blanks(
         ApiError: too many requests; a timeout.
     """
     check_length(text)
+    if not isinstance(n, int):
+        raise GmaskError(f"n is {n!r}: expected int")
     model = backend.require_blanks("filling blanks")
     if choices or (n > 1 and not settings.get("temperature")):
         search = partial(infill, model, backend.tokenizer, text, choices=choices or None, n=n, **settings)
@@ -85,7 +88,8 @@ def make_reply(text: str, prompt: Prompt, progress: SampleProgress) -> Reply:
 
 
 def check_length(text: str) -> None:
-    """Raises `GmaskError` for a text of more than `MAX_CHARACTERS`."""
+    """Raises `GmaskError` for a text of more than `MAX_CHARACTERS`, or what is no text."""
+    require_text(text)
     if len(text) > MAX_CHARACTERS:
         raise GmaskError(f"the text has {len(text)} characters, but the page takes {MAX_CHARACTERS}: shorten it")
 
@@ -235,6 +239,7 @@ def read_seed(text: str) -> int | None:
     Raises:
         GmaskError: not a whole number from 0.
     """
+    require_text(text, "the seed")
     if not text.strip():
         return None
     if not re.fullmatch("[0-9]{1,18}", text.strip()):

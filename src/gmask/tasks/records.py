@@ -295,9 +295,25 @@ def _read_parquet(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[
     try:
         with parquet.ParquetFile(path) as file:
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches())
-            yield from enumerate(rows, 1)
-    except (OSError, pyarrow.ArrowException) as error:
+            for row, values in enumerate(rows, 1):
+                try:
+                    values = _without_nan(values)
+                    check_values(values)
+                except GmaskError as error:
+                    on_bad(at_line(path, row, error))
+                else:
+                    yield row, values
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise GmaskError(f"{path}: cannot be read as parquet ({one_line(error)})") from error
+
+
+def _without_nan(value: Any) -> Any:
+    """The value with None in place of NaN, which pandas writes for a cell that is missing."""
+    if isinstance(value, dict):
+        return {key: _without_nan(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return list(map(_without_nan, value))
+    return None if value != value else value
 
 
 def _read_source(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[tuple[int, dict[str, str]]]:

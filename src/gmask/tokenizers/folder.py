@@ -1,5 +1,9 @@
 """The tokenizer of a folder, from its vocabulary files."""
 
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from gmask.architectures import CHATGLM, GLM
 from gmask.config import show
 from gmask.errors import GmaskError, one_line
-from gmask.files import COPY_AGAIN, MOST_KEYS, read_object, refuse_placeholder
+from gmask.files import COPY_AGAIN, MOST_KEYS, UTF8_MARK, read_object, refuse_placeholder
 from gmask.tokenizers import glm
 from gmask.tokenizers.chat_template import attach_chat_template
 from gmask.tokenizers.chatglm import VOCABULARY_FILE, ChatGLMTokenizer
@@ -34,6 +38,9 @@ VOCABULARY_FILES = {
     *(name for tokenizer_class in CLASSES.values() for name in tokenizer_class.vocab_files_names.values()),
 } - SETTINGS_FILES
 """Files with a vocabulary; a folder of a tokenizer has one of them."""
+
+FILES = VOCABULARY_FILES | SETTINGS_FILES | {"chat_template.jinja"}
+"""All files of a tokenizer."""
 
 WANTED = {
     "chinese": "cog-pretrain.model",
@@ -114,13 +121,46 @@ def _from_folder(tokenizer_class: type[Any], folder: Path, path: Path) -> PreTra
     if path.name in tokenizer_class.vocab_files_names.values() and not path.is_file():
         raise GmaskError(f"{path}: missing; download or copy it there")
     try:
-        tokenizer: PreTrainedTokenizerBase = tokenizer_class.from_pretrained(folder, local_files_only=True)
+        with _without_marks(folder) as clean:
+            tokenizer: PreTrainedTokenizerBase = tokenizer_class.from_pretrained(clean, local_files_only=True)
     except GmaskError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception, transformers whatever its parts raise
         message = one_line(error)
         raise GmaskError(f"{path}: not that of a tokenizer, download or copy it again ({message})") from error
+    if clean != folder:
+        _name_files(tokenizer, folder)
     return tokenizer
+
+
+@contextmanager
+def _without_marks(folder: Path) -> Iterator[Path]:
+    """Gives the folder or, if a byte order mark begins one of its files, a copy of them without marks.
+
+    transformers reads most of them itself, and refuses the mark.
+    """
+    found = {path: path.read_bytes() for path in folder.iterdir() if path.name in FILES and path.is_file()}
+    if not any(data.startswith(UTF8_MARK) for data in found.values()):
+        yield folder
+        return
+    clean = Path(tempfile.mkdtemp())
+    try:
+        for path, data in found.items():
+            (clean / path.name).write_bytes(data.removeprefix(UTF8_MARK))
+        yield clean
+    finally:
+        shutil.rmtree(clean)
+
+
+def _name_files(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Names the files of a folder as those of the tokenizer, which copies them when it is saved."""
+    tokenizer.name_or_path = str(folder)
+    for key, name in tokenizer.vocab_files_names.items():
+        if (folder / name).is_file():
+            if getattr(tokenizer, key, None):
+                setattr(tokenizer, key, str(folder / name))
+            if tokenizer.init_kwargs.get(key):
+                tokenizer.init_kwargs[key] = str(folder / name)
 
 
 def _check_config(path: Path, config: dict[str, Any]) -> None:

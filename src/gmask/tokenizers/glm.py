@@ -17,7 +17,7 @@ from transformers import BatchEncoding, PreTrainedTokenizer
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from gmask.errors import GmaskError
-from gmask.files import read_object, read_text, write_json
+from gmask.files import read_object, read_text, refuse_placeholder, write_json
 from gmask.tokenizers.glm_build_inputs import BlankFilling
 from gmask.tokenizers.special_tokens import (
     COMMANDS,
@@ -251,11 +251,12 @@ def check_file(path: str | None, tokenizer: Any, key: str, settings: Mapping[str
         key: of the tokenizer's ``vocab_files_names``.
 
     Raises:
-        GmaskError: there is no such file.
+        GmaskError: there is no such file, or a Git LFS pointer in its place.
     """
     if path is None or not os.path.isfile(path):
         expected = path or os.path.join(str(settings.get("name_or_path") or "."), tokenizer.vocab_files_names[key])
         raise GmaskError(f"{expected}: missing; {type(tokenizer).__name__} needs it, so download or copy it there")
+    refuse_placeholder(Path(path))
     return path
 
 

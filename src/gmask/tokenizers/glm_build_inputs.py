@@ -1,6 +1,7 @@
 """Inputs of a GLM from texts with a mask, as published: for generation, training and multiple choice."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 from transformers import BatchEncoding
 
 from gmask.errors import GmaskError
+from gmask.files import refuse_placeholder
 from gmask.tokenizers.special_tokens import GLM_SPELLINGS
 
 
@@ -44,6 +46,14 @@ class BlankFilling:
     pad_token_id: int
     encode: Callable[..., list[int]]
     get_added_vocab: Callable[[], dict[str, int]]
+
+    @classmethod
+    def _from_pretrained(cls, resolved_vocab_files: dict[str, str | None], *args: Any, **kwargs: Any) -> Any:
+        """Reads the files that ``from_pretrained`` found. Raises `GmaskError` for a Git LFS pointer."""
+        for path in resolved_vocab_files.values():
+            if path is not None:
+                refuse_placeholder(Path(path))
+        return super()._from_pretrained(resolved_vocab_files, *args, **kwargs)  # type: ignore[misc]
 
     @property
     def sop_token(self) -> str:
