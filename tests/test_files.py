@@ -35,6 +35,7 @@ from gmask.files import (
     write_json,
     write_json_lines,
     write_text,
+    writing,
     written,
     written_folder,
 )
@@ -484,3 +485,13 @@ def test_names_that_no_file_can_have_are_one_line(name: str) -> None:
     for read in (read_text, lambda path: list(read_lines(path))):
         with pytest.raises(GmaskError, match="cannot be read"):
             read(name)
+
+
+def test_a_name_that_a_library_cannot_write_is_told_as_the_name(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xff")
+    for name, reason in (
+        (path, "its name holds bytes that are not UTF-8"),
+        (tmp_path / "a", "a text in it holds half"),
+    ):
+        with pytest.raises(GmaskError, match=reason), writing(name, name):
+            "\udcff".encode()

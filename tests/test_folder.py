@@ -1,6 +1,7 @@
 """Is a folder opened once, and each of its files read once, whatever is done with it?"""
 
 import dataclasses
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from gmask.checkpoints import zoo
 from gmask.checkpoints.convert import convert, merge_folder, quantize_folder
 from gmask.checkpoints.folder import Folder
 from gmask.checkpoints.tensor_files import PickledFile, SafetensorsFile
+from gmask.errors import GmaskError
 from gmask.quantization.quantizer import QuantizationConfig
 from gmask.recipes.tuning import MethodSettings
 from gmask.training.methods import apply_method
@@ -143,3 +145,19 @@ def test_an_adapter_and_every_rewriting_open_their_folders_once(ours: Path, tmp_
     opened.clear()
     merge_folder(ours, tmp_path / "adapter", tmp_path / "merged")
     assert_once(opened, ours)
+
+
+def test_a_path_that_no_library_opens_is_not_called_a_damaged_file(ours: Path, tmp_path: Path) -> None:
+    place = tmp_path / os.fsdecode(b"m\xff")
+    try:
+        shutil.copytree(ours, place)
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 alone")
+    ways: list[Callable[[], object]] = [
+        lambda: gmask.load(place),
+        lambda: convert(place, tmp_path / "converted"),
+        lambda: quantize_folder(place, tmp_path / "quantized", QuantizationConfig(bits=8)),
+    ]
+    for way in ways:
+        with pytest.raises(GmaskError, match="the path of a model holds half of a character"):
+            way()

@@ -3,12 +3,14 @@
 import asyncio
 import json
 import logging
+import os
 import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,9 +22,10 @@ import gmask
 from fake_engine import FakeEngine
 from gmask.cli import main
 from gmask.errors import GmaskError
+from gmask.generation.adapters import AdapterSet
 from gmask.serving.app import create_app, open_port, web_address
 from gmask.serving.middleware import JsonFormatter, explain_invalid_body, host_name, is_authorized
-from gmask.serving.settings import ServerSettings
+from gmask.serving.settings import ServerSettings, default_model_name
 from tiny_folder import make_folder
 
 COMPLETION = {"prompt": "The dog", "max_tokens": 3}
@@ -500,3 +503,19 @@ def test_json_at_the_edge_is_refused(fuzzed: TestClient, body: bytes) -> None:
     response = fuzzed.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     check_calm(response)
+
+
+def test_names_that_no_answer_could_hold_are_refused_or_escaped(tmp_path: Path, loaded, serve: Any) -> None:
+    with pytest.raises(GmaskError, match="the name of the model holds half of a character"):
+        ServerSettings(model_name="m\udcff")
+    folder = tmp_path / os.fsdecode(b"m\xff")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 alone")
+    name = default_model_name(str(folder))
+    assert name.isascii()
+    with serve(model_name=name) as client:
+        assert client.get("/v1/models").json()["data"][0]["id"] == name
+    with pytest.raises(GmaskError, match="the name of an adapter holds half of a character"):
+        AdapterSet(loaded[0], {"a\udcff": folder})

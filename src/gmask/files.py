@@ -471,6 +471,8 @@ def _draft_of(path: Path) -> Path:
 
 def _reason(error: Exception, path: Path, draft: Path) -> str:
     if isinstance(error, UnicodeEncodeError):
+        if any("\udc80" <= letter <= "\udcff" for letter in str(path)):  # of a library that writes names as UTF-8
+            return "its name holds bytes that are not UTF-8: name another one"
         return "a text in it holds half of a character"
     if isinstance(error, SafetensorError) and (found := SAFETENSORS_REASON.search(str(error))):
         return found[1]

@@ -20,7 +20,7 @@ from gmask.checkpoints.special_ids import special_ids
 from gmask.checkpoints.tensor_files import SCALES
 from gmask.checkpoints.zoo import FAMILIES, Family, family_of_shape, find_family
 from gmask.errors import GmaskError, one_line
-from gmask.files import MOST_KEYS, read_object
+from gmask.files import MOST_KEYS, check_text, read_object
 from gmask.models.base import Mismatch, check_config_values
 from gmask.models.chatglm import ChatGLMConfig
 from gmask.models.glm import GLMConfig
@@ -46,6 +46,9 @@ class Folder:
         heads: instead of ``like``, the number of attention heads; the config then lacks the special ids.
         tokenizer: the folder with the vocabulary, if it is not beside the weights.
         config: instead of the one in the folder.
+
+    Raises:
+        GmaskError: the path holds bytes that are not UTF-8.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Folder:
         tokenizer: Path | None = None,
         config: Config | None = None,
     ) -> None:
+        check_text(str(path), "the path of a model")  # safetensors and tokenizers open files by names in UTF-8
         self.path = path
         self.like = like
         self.heads = heads

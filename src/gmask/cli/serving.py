@@ -242,7 +242,7 @@ def webui(
         backends = []
         for name in names:
             network, tokenizer = load(name, dtype=dtype, quantize=quantize, adapter=adapter)
-            backends.append(make_backend(network, tokenizer, name=Path(name).name or name))
+            backends.append(make_backend(network, tokenizer, name=default_model_name(name)))
             stack.callback(backends[-1].close)
         serve_page(draw_page(backends[0], chat_backend=backends[-1], language=language), host, port, share=share)
 

@@ -27,6 +27,7 @@ from gmask.checkpoints.adapters import (
     require_peft,
 )
 from gmask.errors import GmaskError, one_line
+from gmask.files import check_text
 from gmask.models.cache import GrowingCache
 from gmask.models.layout import continues
 
@@ -46,8 +47,10 @@ class AdapterSet:
 
         Raises:
             GmaskError: a folder that is missing, damaged, or for another model; a kind of adapter that cannot be chosen
-                by row; a model that has a fixed adapter already.
+                by row; a model that has a fixed adapter already; a name with half of a character.
         """
+        for name in folders:
+            check_text(name, "the name of an adapter")
         self.model = model
         self.names = tuple(folders)
         self._prefixes: dict[str, Tensor] = {}  # L 2 N P D

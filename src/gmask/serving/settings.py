@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gmask.config import Count, Positive, check_fields
 from gmask.errors import GmaskError
+from gmask.files import check_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,7 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_text(self.model_name, "the name of the model")  # every answer has it
         if not all(self.api_keys):
             raise GmaskError("an API key is empty")
         if not all(key.isascii() and key.isprintable() for key in self.api_keys):
@@ -38,8 +40,12 @@ class ServerSettings:
 
 
 def default_model_name(model: str) -> str:
-    """Returns the default name of a model for clients: the last part of a folder's path, else the name as given."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
+    """Returns the default name of a model for clients: the last part of a folder's path, else the name as given.
+
+    Bytes of it that are not UTF-8 are escaped, as ``\\udcff``.
+    """
+    name = Path(model).resolve().name if Path(model).is_dir() else model
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def environment_keys() -> tuple[str, ...]:
