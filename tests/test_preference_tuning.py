@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from gmask.training.feedback import PreferenceEncoder
 from gmask.training.losses import TaskObjective
 from gmask.training.methods import make_peft_config
 from gmask.training.preference_tuning import PreferenceTuning, check_first_batch, kto_rows, run_preference_tuning
+from gmask.training.trl_run import TRLRun
 from tiny_folder import make_folder
 from tuning_data import read_log
 
@@ -395,8 +397,30 @@ def test_two_processes_make_the_steps_of_one(stage: str, tmp_path: Path) -> None
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-def test_processes_that_would_make_a_step_larger_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("stage", "batch_size", "accumulation", "expected"),
+    [
+        ("dpo", 4, 1, (2, 1)),
+        ("dpo", 4, 3, (3, 2)),
+        ("dpo", 2, 2, (2, 1)),
+        ("dpo", 3, 1, "3 pairs .* by 2 processes"),
+        ("kto", 2, 2, (2, 1)),
+        ("kto", 4, 3, "accumulation is 3, and 2 processes share the passes"),
+    ],
+)
+def test_processes_share_a_step_of_the_same_size(
+    stage: Any, batch_size: int, accumulation: int, expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    path = write_feedback_recipe(tmp_path, optimization={"accumulation": 3})
-    with pytest.raises(gmask.GmaskError, match="accumulation is 3, and 2 processes share the passes"):
-        run_preference_tuning(path, "dpo", [f"run.out={tmp_path / 'out'}"])
+    found: dict[str, Any] = {}
+    monkeypatch.setattr(TRLRun, "_arguments", lambda self, name, **values: found.update(values))
+    run = object.__new__(PreferenceTuning)
+    run.stage, run.splits = stage, SimpleNamespace(validation=[])  # type: ignore[assignment]
+    path = write_feedback_recipe(tmp_path, optimization={"batch_size": batch_size, "accumulation": accumulation})
+    run.recipe = load_feedback_recipe(path, stage)
+    if isinstance(expected, str):
+        with pytest.raises(gmask.GmaskError, match=expected):
+            run._make_arguments()
+    else:
+        run._make_arguments()
+        assert (found["per_device_train_batch_size"], found["gradient_accumulation_steps"]) == expected

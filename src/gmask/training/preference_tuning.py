@@ -99,15 +99,24 @@ class PreferenceTuning(TRLRun, FeedbackRun):
         optimization, processes = self.recipe.optimization, int(os.environ.get("WORLD_SIZE", "1"))
         if self.stage == "kto" and self.recipe.trl.get("precompute_ref_log_probs"):
             raise GmaskError("trl.precompute_ref_log_probs is for dpo: leave it out")
-        if optimization.accumulation % processes:
+        per_pass, passes = optimization.batch_size, optimization.accumulation
+        if self.stage == "kto" and passes % processes:  # whose batches are made beforehand
             raise GmaskError(
-                f"optimization.accumulation is {optimization.accumulation}, and {processes} processes share the passes "
-                f"of a step: give a multiple of {processes}, and a batch_size that is smaller by as much"
+                f"optimization.accumulation is {passes}, and {processes} processes share the passes of a step: give a "
+                f"multiple of {processes}, and a batch_size that is smaller by as much"
             )
+        samples, rest = divmod(per_pass * passes, processes)
+        if rest:
+            raise GmaskError(
+                f"a step of {per_pass * passes} pairs (optimization.batch_size x accumulation) cannot be shared evenly "
+                f"by {processes} processes: change one of them"
+            )
+        passes = next(count for count in range(1, samples + 1) if samples % count == 0 and samples // count <= per_pass)
         return self._arguments(
             "KTOConfig" if self.stage == "kto" else "DPOConfig",
             left_out=("precompute_ref_log_probs",),
-            gradient_accumulation_steps=optimization.accumulation // processes,
+            per_device_train_batch_size=samples // passes,
+            gradient_accumulation_steps=passes,
             warmup_steps=optimization.warmup,
             num_train_epochs=optimization.epochs or 1,
             max_steps=optimization.steps or -1,
