@@ -47,6 +47,7 @@ bench: $(VENV)/.installed-dev  ## measure against peers, all in one run
 	$(BIN)/python benchmarks/decoding.py
 	$(BIN)/python benchmarks/cold_start.py
 	$(BIN)/python benchmarks/scoring.py
+	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/matmul.py
 	$(BIN)/python benchmarks/loading.py --like GLM-Large
 	$(BIN)/python benchmarks/forward.py

@@ -314,7 +314,9 @@ def test_every_verb_has_help_and_few_options_of_its_own(run: Run, verb: str) -> 
     options = [line.split()[0] for line in done.out.splitlines() if line.startswith("  -")]
     assert done.code == 0
     shared = {"--adapter", "--set", "--dtype", "--quantize", "--help"}
-    limit = 17 if verb == "evaluate" else 9  # it measures tasks or held-out text, compares runs, and lists the tasks
+    limit = (
+        18 if verb == "evaluate" else 9
+    )  # it measures tasks or held-out text, compares runs, lists and exports tasks
     assert len(set(options) - shared) <= limit
     assert "[sMASK]" in done.out or verb != "infill"
 

@@ -162,11 +162,11 @@ def test_a_text_is_too_long_where_not_even_the_longest_tokens_hold_it(vocabulary
 
 
 SLASHES = """
-from gmask.generation.predict import LAST_BLANK
+from gmask.tasks.templates import LIKE_A_BLANK
 from test_infill_text import READER
 row = chr(92) * 1_000_000
 assert [len(match[1]) for match in READER.pattern.finditer(row + "a" + row + "[MASK]")] == [1_000_000]
-assert [len(match[1]) for match in LAST_BLANK.finditer(row + "a" + row + "[MASK]")] == [1_000_000]
+assert [len(match[1]) for match in LIKE_A_BLANK.finditer(row + "a" + row + "[MASK]")] == [1_000_000]
 """
 
 

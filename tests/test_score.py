@@ -63,6 +63,28 @@ def test_a_score_is_what_a_full_pass_over_text_and_answer_gives(pair) -> None:
             assert found.text == answer == "".join(token.text for token in found.tokens).strip() or answer[0] == " "
 
 
+def test_choices_cost_one_read_of_their_context_and_score_as_one_by_one(pair) -> None:
+    """The answers of a text stand behind the keys and values of one context, so its tokens are run once."""
+    model, _ = pair
+    text, answers = (
+        "The old man took his dog to the river, and it was [MASK] there.",
+        ["sunny", "the rainy season", "a"],
+    )
+    ran = list[int]()
+    hook = model.base_model.register_forward_hook(
+        lambda module, args, kwargs, output: ran.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    found = [answer.logprob for answer in score(*pair, text, answers).answers]
+    together, ran[:] = list(ran), []
+    alone = [score(*pair, text, [answer]).best.logprob for answer in answers]
+    hook.remove()
+    assert found == pytest.approx(alone, abs=1e-4)
+    question = Scorer(*pair).read(text, answers)
+    context, longest = len(question.blanked.context.ids), max(map(len, question.ids)) + 1
+    assert together == [context, len(answers) * longest], "the context, and the answers with <sop> and padding"
+    assert sum(ran[::2]) == len(answers) * context
+
+
 @pytest.mark.parametrize("flavour", ["hf-glm-tiny", "hf-glm-10b-tiny", "hf-glm-tiny-fullvocab"])
 def test_sums_are_those_of_the_published_multiple_choice(flavour: str) -> None:
     folder = GOLDEN / flavour

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gmask.errors import GmaskError
 from gmask.generation.encoding import TextReader
-from gmask.tasks.templates import count_blanks, parse_template, split_marks
+from gmask.tasks.templates import count_blanks, parse_template, split_final_blank, split_marks
 from gmask.training.tokenizer import GLM_TOKEN_ROLES, TOKEN_ROLES
 from tiny_folder import train_tiny_tokenizer
 
@@ -97,3 +97,21 @@ def test_a_record_that_does_not_fit_is_refused(values: dict[str, object], messag
     with pytest.raises(GmaskError) as caught:
         parse_template("{text}").fill(values)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Who? [MASK]", ("Who? ", "[MASK]")),
+        ("问：谁？答：[gMASK] \n", ("问：谁？答：", "[gMASK]")),
+        (r"a \[MASK] \\[sMASK]", ("a [MASK] \\", "[sMASK]")),
+        (r"a \[mask] [MASK]", ("a [mask] ", "[MASK]")),
+        ("[MASK]", ("", "[MASK]")),
+        ("It is [MASK].", None),
+        (r"It is [MASK] \[MASK]", None),
+        ("[MASK] and [MASK]", None),
+        ("no blank", None),
+    ],
+)
+def test_the_text_before_a_blank_that_ends_it(text: str, found: tuple[str, str] | None) -> None:
+    assert split_final_blank(text) == found

@@ -128,6 +128,12 @@ def record_tasks(session: Session) -> dict[str, Any]:
         session.write("table.csv", "source,target\nWhat is it?,A dog\n")
         outcome = session.run(f"evaluate {command} --json")
         found[name] = {"exit": outcome.code, "report": _read_tasks(outcome.out), "err": outcome.err}
+    printed = session.must("evaluate --tasks cloze.yaml --data records.jsonl --limit 2 --export-lm-eval exported").out
+    found["for lm-eval"] = {
+        "printed": printed.splitlines(),
+        **{path.name: path.read_text("utf-8").replace(str(session.folder.resolve()), "FOLDER").splitlines()
+           for path in sorted((session.folder / "exported").iterdir())},
+    }  # fmt: skip
     found["a table"] = session.must("evaluate tiny --tasks cloze.yaml --data records.jsonl").out.splitlines()
     return found
 

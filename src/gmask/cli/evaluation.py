@@ -99,6 +99,15 @@ def evaluate(
     list_tasks: Annotated[
         bool, typer.Option("--list", help="List the tasks, and whether --data or the hub has their records.")
     ] = False,
+    export: Annotated[
+        str | None,
+        typer.Option(
+            "--export-lm-eval",
+            metavar="DIR",
+            help="Measure nothing: write the tasks for lm-eval, with their samples, into this folder.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model: on held-out text, or on tasks.
@@ -111,6 +120,11 @@ def evaluate(
         return
     if compare:
         _compare(models or [], out, as_json)
+        return
+    if export is not None:
+        names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+        seed = _parse_seeds(seeds or "0")[0]
+        _export(export, names, suite, as_json, data=corpus, train=train, limit=limit, shots=shots, seed=seed)
         return
     if len(models or []) > 1:
         raise GmaskError("one model is measured at a time; --compare sets the results of several side by side")
@@ -196,6 +210,25 @@ def _compare(folders: list[str], out: str | None, as_json: bool) -> None:
         print_json({label: report.to_dict() for label, report in reports.items()})
     else:
         Console().print(compare_rows(reports).to_rich("Scores with their 95 % intervals"))
+
+
+def _export(out: str, tasks: list[str], suite: str | None, as_json: bool, **options: Any) -> None:
+    """Exit code 2 if a task could not be written for another reason than that its records are not here."""
+    if not tasks and suite is None:
+        raise GmaskError(
+            "--export-lm-eval writes tasks: name some with --tasks, such as superglue/copa, or with --suite"
+        )
+    from gmask.evaluation.export import export_tasks
+
+    export = export_tasks(out, tasks=tasks, suite=suite, **options)
+    for refusal in export.refused:
+        print(f"gmask: not written: {refusal.reason}", file=sys.stderr)
+    if as_json:
+        print_json({name: str(path) for name, path in export.written.items()})
+    else:
+        print("\n".join(export.written))
+    if any(not refusal.is_missing for refusal in export.refused):
+        raise typer.Exit(2)
 
 
 def _list_tasks(patterns: str | None, data: str | None, as_json: bool) -> None:

@@ -22,7 +22,7 @@ from gmask.checkpoints.load import find_folder, load
 from gmask.errors import GmaskError, is_shortage
 from gmask.evaluation.pages import print_report, write_reports
 from gmask.evaluation.prediction_log import PredictionLog, key_of, refuse_file
-from gmask.evaluation.preparation import DataPlace, Examples, PreparedTask, prepare_task
+from gmask.evaluation.preparation import DataPlace, Examples, PreparedTask, find_place, prepare_task
 from gmask.evaluation.processes import Team, join_team
 from gmask.evaluation.results import (
     EvaluationReport,
@@ -156,7 +156,7 @@ def run_tasks(
     make_sampling(settings or {})  # a mistake is reported before a model is fetched
     _check_options(batch_size, normalization, shots, seeds)
     planned = plan_tasks(tasks, suite, limit=limit, shots=shots)
-    place = _find_place(planned, data, train)
+    place = find_place(planned, data, train)
     if out is not None:
         refuse_file(Path(out))
     shuffle = seeds[0] if shuffle_labels else None
@@ -463,16 +463,6 @@ def _prepare(
     if not prepared:
         raise GmaskError(f"none of the {len(planned)} tasks can be measured; the first: {refused[0].reason}")
     return prepared, refused
-
-
-def _find_place(planned: Sequence[PlannedTask], data: str | None, train: str | None) -> DataPlace:
-    """Where records are looked for: ``data`` is a folder, or the file of the one task."""
-    root = None if data is None or not Path(data).is_dir() else Path(data)
-    if data is None or root is not None:
-        return DataPlace(root=root, train=train)
-    if len(planned) > 1:
-        raise GmaskError(f"{data}: is no folder; several tasks take the folder that their files are in")
-    return DataPlace(file=data, train=train)
 
 
 def _check_options(

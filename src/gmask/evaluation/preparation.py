@@ -33,6 +33,16 @@ class DataPlace:
     train: str | None = None  # a file of examples
 
 
+def find_place(planned: Sequence[PlannedTask], data: str | None, train: str | None) -> DataPlace:
+    """Where records are looked for: ``data`` is a folder, or the file of the one task."""
+    root = None if data is None or not Path(data).is_dir() else Path(data)
+    if data is None or root is not None:
+        return DataPlace(root=root, train=train)
+    if len(planned) > 1:
+        raise GmaskError(f"{data}: is no folder; several tasks take the folder that their files are in")
+    return DataPlace(file=data, train=train)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedTask:
     """A task and its records, which were read through once."""

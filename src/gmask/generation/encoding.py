@@ -206,6 +206,13 @@ class TextReader:
             f"the text {kind} {token}: blanks are {', '.join(known)}; write \\{token} if it is meant as text"
         )
 
+    def find_blank(self, blank: str) -> int:
+        """Returns the id of a blank. Raises `GmaskError` for one that the model was not trained with."""
+        if blank not in self.blank_ids:
+            known = [one for one in BLANKS if one in self.blank_ids]
+            raise GmaskError(f"this model has no {blank}: take {' or '.join(known)}")
+        return self.blank_ids[blank]
+
     def read_blank(self, blank: int, before: str = "", *, most: int | None = None, cut_start: bool = False) -> Context:
         """Returns a context that ends with a blank of this id, behind a text in which special tokens are plain text.
 

@@ -152,11 +152,7 @@ class DocumentScorer:
     def blank_id(self) -> int:
         if self.is_chatglm:
             return format_of(self.model.config, self.tokenizer).special.gmask
-        known = TextReader(self.tokenizer, self._prompt_ids).blank_ids
-        if self.settings.blank not in known:
-            blanks = [blank for blank in get_args(BlankToken) if blank in known]
-            raise GmaskError(f"this model has no {self.settings.blank}: take {' or '.join(blanks)}")
-        return known[self.settings.blank]
+        return TextReader(self.tokenizer, self._prompt_ids).find_blank(self.settings.blank)
 
     @cached_property
     def room(self) -> int:

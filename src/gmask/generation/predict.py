@@ -6,7 +6,6 @@ reads a text with blanks; a ChatGLM reads a prompt and answers behind it.
 Shape letters: B samples of a batch, T positions, L labels.
 """
 
-import re
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from gmask.tasks.records import (
     CHOICES,
     LABELLED,
     MEASURED,
+    BlankToken,
     Direction,
     LikelihoodSettings,
     Prediction,
@@ -46,6 +46,7 @@ from gmask.tasks.records import (
     TaskKind,
     Truncation,
 )
+from gmask.tasks.templates import split_final_blank
 
 GREEDY = Sampling()
 PUBLISHED = LikelihoodSettings()
@@ -223,6 +224,25 @@ class SampleReader:
         except GmaskError as error:
             raise locate(error, sample) from error
 
+    def read_before_blank(self, text: str, blank: BlankToken, answers: Sequence[str] = ()) -> ReadSample:
+        """Returns the context of a text that a blank follows, and the ids of answers. Special tokens in it are text.
+
+        A ChatGLM has but one blank. Errors as of `read`.
+        """
+        if self.blanks is None:
+            plain = [answer.removeprefix(" ") for answer in answers]
+            ids = tuple(tuple(encode_plain(self.tokenizer, answer)) for answer in plain)
+            whole, blanked = self.format.encode(self._shorten_source(text.rstrip()), ()), None
+        else:
+            whole = self.blanks.read_blank(
+                self.blanks.find_blank(blank), text, most=self.max_source, cut_start=self.truncation == "left"
+            )
+            blanked = BlankedText((text, ""), whole)
+            ids = tuple(self.blanks.encode_answer(answer, blanked, 0) for answer in answers)
+        for answer, tokens in zip(answers, ids, strict=True):
+            self._check_answer(answer, tokens)
+        return self._fit(whole, ids, blanked)
+
     def read_bare(self, question: ReadSample) -> Context:
         """Returns a context that is nothing but the blank of a question: for ``normalization="unconditional"``."""
         if self.blanks is None:
@@ -250,7 +270,7 @@ class SampleReader:
         return {*range(head), *range(len(ids) - tail, len(ids))}
 
     def _read_text(self, sample: Sample) -> ReadSample:
-        blanked, is_left = None, self.kind == "likelihood" and self.direction == "left"
+        blanked = None
         if self.blanks is None:
             text = sample.text if self.kind == "language-model" else before_last_blank(sample.text)
             whole = self.format.encode(self._shorten_source(text), ())
@@ -263,6 +283,13 @@ class SampleReader:
             self._check_blanks(len(blanked.context.blanks), sample)
             whole = blanked.context
         answers = tuple(self._encode_answer(sample, index, blanked) for index in range(len(sample.answers)))
+        return self._fit(whole, answers, blanked)
+
+    def _fit(
+        self, whole: Context, answers: tuple[tuple[int, ...], ...], blanked: BlankedText | None = None
+    ) -> ReadSample:
+        """Cuts a context to the room that it has, and lays it out by the direction."""
+        is_left = self.kind == "likelihood" and self.direction == "left"
         room = self.max_source
         if self.kind == "likelihood" and answers and (is_left or self.blanks is None):  # they share the positions
             room = min(room, self.config.max_position_embeddings - len(answers[0]) - 1)
@@ -309,11 +336,7 @@ class SampleReader:
             ids = tuple(encode_plain(self.tokenizer, answer))
         else:
             ids = self.blanks.encode_answer(answer, blanked, index if self.kind == "infill" else 0)
-        if self.kind in (*CHOICES, "likelihood"):
-            if not ids:
-                raise GmaskError("an answer is empty: only texts with at least one token can be scored")
-            if len(ids) >= self.config.max_position_embeddings:
-                raise GmaskError(f"the answer {answer[:20]!r} has {len(ids)} tokens, more than the model has positions")
+        self._check_answer(answer, ids)
         return ids
 
     def _shorten_source(self, text: str) -> str:
@@ -323,6 +346,15 @@ class SampleReader:
     def _shorten(self, answer: str) -> str:
         """Returns the start of an answer, if it is far longer than the positions of the model."""
         return cut_characters(answer, self.config.max_position_embeddings, self.tokenizer)
+
+    def _check_answer(self, answer: str, ids: tuple[int, ...]) -> None:
+        """Raises `GmaskError` for an answer that cannot be scored, if it is one that is."""
+        if self.kind not in (*CHOICES, "likelihood"):
+            return
+        if not ids:
+            raise GmaskError("an answer is empty: only texts with at least one token can be scored")
+        if len(ids) >= self.config.max_position_embeddings:
+            raise GmaskError(f"the answer {answer[:20]!r} has {len(ids)} tokens, more than the model has positions")
 
     def _cut(self, context: Context, kept: Collection[int], room: int) -> Context:
         """Returns the context cut to ``room`` tokens. Control tokens and those at the indices ``kept`` stay."""
@@ -471,27 +503,16 @@ def warn_of_cuts(questions: Sequence[ReadSample], max_source: int) -> None:
         )
 
 
-LAST_BLANK = re.compile(rf"(?<!\\)(\\*)({'|'.join(map(re.escape, BLANKS))})")
-
-
 def before_last_blank(text: str) -> str:
     r"""Returns the text before the one blank that ends it; ``\[MASK]`` is the text "[MASK]".
 
     Raises:
         GmaskError: no blank, several, or one that does not end the text.
     """
-    pieces, end = [""], 0
-    for match in LAST_BLANK.finditer(text):
-        slashes, token = match.groups()
-        pieces[-1] += text[end : match.start()] + "\\" * (len(slashes) // 2)
-        end = match.end()
-        if len(slashes) % 2:
-            pieces[-1] += token
-        else:
-            pieces.append("")
-    if len(pieces) != 2 or (pieces[1] + text[end:]).strip():
+    found = split_final_blank(text)
+    if found is None:
         raise GmaskError("a ChatGLM answers behind its prompt: the text must end with its one blank, [gMASK]")
-    return pieces[0].rstrip()
+    return found[0].rstrip()
 
 
 def locate(error: GmaskError, sample: Sample) -> GmaskError:

@@ -12,7 +12,7 @@ from gmask.errors import GmaskError, nearest
 
 BLANK = re.compile(r"(\\*)(\[[sg]?MASK\])")
 """A blank with the backslashes before it. An odd number of them makes it plain text, as in `gmask.infill`."""
-LIKE_A_BLANK = re.compile(r"(\\*)(\[(?i:[a-z]*mask)\])")
+LIKE_A_BLANK = re.compile(r"(?<!\\)(\\*)(\[(?i:[a-z]*mask)\])")
 """A blank, or what `gmask.infill` refuses because it looks like one."""
 MARKED_BLANK = re.compile(r"\[([sg]?MASK)=((?:[^\]\\]|\\.)+)\]")
 """A blank with its answer, as in ``[MASK=Paris]``; a backslash makes the next character part of the answer."""
@@ -113,6 +113,21 @@ def count_words(text: str) -> int:
 def escape_blanks(text: str) -> str:
     """Makes the blanks of a text, and what looks like one, plain text by a backslash."""
     return LIKE_A_BLANK.sub(r"\1\1\\\2", text)
+
+
+def split_final_blank(text: str) -> tuple[str, str] | None:
+    r"""Returns the text before its one blank, without escapes, and the blank; None unless the blank ends the text."""
+    pieces, blanks, end = [""], list[str](), 0
+    for match in LIKE_A_BLANK.finditer(text):
+        slashes, token = match.groups()
+        pieces[-1] += text[end : match.start()] + "\\" * (len(slashes) // 2)
+        end = match.end()
+        if len(slashes) % 2 or not BLANK.fullmatch(token):
+            pieces[-1] += token
+        else:
+            blanks.append(token)
+            pieces.append("")
+    return (pieces[0], blanks[0]) if len(blanks) == 1 and not (pieces[1] + text[end:]).strip() else None
 
 
 def write_answers(text: str, answers: Sequence[str]) -> str:
