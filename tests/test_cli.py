@@ -316,7 +316,7 @@ def test_every_verb_has_help_and_few_options_of_its_own(run: Run, verb: str) -> 
     shared = {"--adapter", "--set", "--dtype", "--quantize", "--help"}
     limit = (
         18 if verb == "evaluate" else 9
-    )  # it measures tasks or held-out text, compares runs, lists and exports tasks
+    )  # tasks, held-out text, comparisons, lists, exports
     assert len(set(options) - shared) <= limit
     assert "[sMASK]" in done.out or verb != "infill"
 
