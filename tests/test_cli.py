@@ -314,9 +314,7 @@ def test_every_verb_has_help_and_few_options_of_its_own(run: Run, verb: str) -> 
     options = [line.split()[0] for line in done.out.splitlines() if line.startswith("  -")]
     assert done.code == 0
     shared = {"--adapter", "--set", "--dtype", "--quantize", "--help"}
-    limit = (
-        18 if verb == "evaluate" else 9
-    )  # tasks, held-out text, comparisons, lists, exports
+    limit = 18 if verb == "evaluate" else 9  # tasks, held-out text, comparisons, lists, exports
     assert len(set(options) - shared) <= limit
     assert "[sMASK]" in done.out or verb != "infill"
 
