@@ -33,6 +33,7 @@ def run(setup: tuple[str, str, str], out: Path) -> None:
     run_tasks(model, tasks=[task], data=data, out=str(out), batch_size=4, device="cpu", tables=False)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_with_the_same_numbers(tmp_path: Path, setup: tuple[str, str, str]) -> None:
     run(setup, tmp_path / "whole")
     out = tmp_path / "killed"

@@ -304,6 +304,7 @@ def test_a_batch_that_is_too_large_is_halved(
         run_tasks(tiny, tasks=[mood], data=data, batch_size=8, **MODEL)
 
 
+@pytest.mark.slow
 def test_many_records_are_held_in_a_window(
     tiny: str, mood: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

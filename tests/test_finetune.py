@@ -371,6 +371,7 @@ def test_options_of_the_library_pass_through(tmp_path: Path) -> None:
     assert adamw[1][1] != sgd[1][1]
 
 
+@pytest.mark.slow
 def test_the_command_prints_results_or_one_line(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, optimization={"steps": 1})
     start = [sys.executable, "-m", "gmask", "finetune", path]

@@ -175,6 +175,7 @@ def grade(completions, completion_ids, **_):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "method"), [("grpo", {"name": "full"}), ("rloo", {**LORA, "dropout": 0.3})], ids=["grpo", "rloo"]
 )

@@ -213,6 +213,7 @@ def test_lm_eval_keeps_what_was_answered(loaded: Any, folder: str, tmp_path: Pat
     assert ask(lm, tmp_path / "out", use_cache=cache)["acc"] == first["acc"]
 
 
+@pytest.mark.slow
 def test_one_command_of_lm_eval(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

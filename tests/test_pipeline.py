@@ -197,6 +197,7 @@ def grade(completions, completion_ids, **_):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "last", [pytest.param(3, id="in a stage"), pytest.param(6, id="in the report", marks=pytest.mark.slow)]
 )

@@ -98,6 +98,7 @@ def test_a_bandit_ends_at_the_optimum_of_its_regularised_reward(tmp_path: Path, 
     assert float(found @ worth) == pytest.approx(float(optimum @ worth), abs=0.04)
 
 
+@pytest.mark.slow
 def test_a_bandit_without_a_reference_takes_the_best_arms(tmp_path: Path) -> None:
     folder = run_bandit(tmp_path, 0.0)
     assert float(first_token(folder) @ (torch.arange(448) % 3 / 2)) > 0.97
@@ -133,6 +134,7 @@ def grade(completions, completion_ids, **_):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sections",
     [
