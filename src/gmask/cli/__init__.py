@@ -20,11 +20,11 @@ import typer
 from gmask import __version__
 from gmask.cli.estimate import estimate
 from gmask.cli.evaluation import evaluate
-from gmask.cli.feedback import dpo, grpo, kto, pipeline, reward, sft
+from gmask.cli.feedback import dpo, grpo, kto, pipeline, ppo, reward, sft
 from gmask.cli.generation import chat, embed, infill, score
 from gmask.cli.models import convert, info, merge, quantize
 from gmask.cli.serving import serve, webui
-from gmask.cli.training import finetune, ppo, pretrain, train_tokenizer
+from gmask.cli.training import finetune, pretrain, train_tokenizer
 from gmask.errors import GmaskError, StoppedError, is_shortage
 
 app = typer.Typer(

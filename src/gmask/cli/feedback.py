@@ -1,24 +1,15 @@
-"""``gmask sft``, ``reward``, ``dpo``, ``kto``, ``grpo`` and ``pipeline``."""
+"""``gmask sft``, ``reward``, ``dpo``, ``kto``, ``grpo``, ``ppo`` and ``pipeline``."""
 
-import contextlib
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from gmask.cli.options import AsJson, Resume, overrides_argument, recipe_argument
+from gmask.cli.training import run_and_print
 
-from gmask.cli.options import AsJson, Resume
-from gmask.cli.printing import print_json
-
-FeedbackRecipeFile = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="YAML file: model, data, method, optimization.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Values to change, such as optimization.steps=200.", show_default=False),
-]
+FeedbackRecipeFile = Annotated[str, recipe_argument("model, data, method, optimization")]
+RewardedRecipeFile = Annotated[str, recipe_argument("model, task, data, reward")]
+Overrides = Annotated[list[str] | None, overrides_argument("optimization.steps=200")]
 
 
 def sft(
@@ -58,11 +49,8 @@ def kto(
 
 
 def grpo(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file: model, task, data, reward.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Values to change, such as grpo.algorithm=rloo.", show_default=False),
-    ] = None,
+    recipe: RewardedRecipeFile,
+    overrides: Annotated[list[str] | None, overrides_argument("grpo.algorithm=rloo")] = None,
     resume: Resume = True,
     as_json: AsJson = False,
 ) -> None:
@@ -72,14 +60,21 @@ def grpo(
     _run(lambda: run_grpo(recipe, overrides or [], resume=resume), as_json)
 
 
+def ppo(
+    recipe: RewardedRecipeFile,
+    overrides: Annotated[list[str] | None, overrides_argument("optimization.rollouts=20")] = None,
+    resume: Resume = True,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model by rewards of its own answers (PPO). A run that was stopped goes on with the same command."""
+    from gmask.training.ppo import run_ppo
+
+    _run(lambda: run_ppo(recipe, overrides or [], resume=resume), as_json)
+
+
 def pipeline(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file: run, stages, report.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE", help="Values to change, such as stages.dpo.optimization.steps=50.", show_default=False
-        ),
-    ] = None,
+    recipe: Annotated[str, recipe_argument("run, stages, report")],
+    overrides: Annotated[list[str] | None, overrides_argument("stages.dpo.optimization.steps=50")] = None,
     resume: Resume = True,
     as_json: AsJson = False,
 ) -> None:
@@ -95,11 +90,4 @@ def pipeline(
 def _run(train: Callable[[], Path], as_json: bool) -> None:
     from gmask.training.finetune import read_results
 
-    with contextlib.redirect_stdout(sys.stderr):  # transformers' Trainer prints its log on standard output
-        folder = train()
-    if os.environ.get("RANK", "0") != "0":  # of several processes only the first one prints
-        return
-    if as_json:
-        print_json({"folder": str(folder), **read_results(folder)})
-    else:
-        print(folder)
+    run_and_print(train, read_results, as_json=as_json)

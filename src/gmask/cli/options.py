@@ -33,6 +33,16 @@ def output_option(help: str, *aliases: str, show_default: bool | str = False) ->
     return typer.Option("--output", *aliases, "-o", help=help, show_default=show_default)
 
 
+def recipe_argument(sections: str) -> Any:
+    """Makes the argument RECIPE of a verb that trains; ``sections``: the first ones of its YAML file."""
+    return typer.Argument(metavar="RECIPE", help=f"YAML file: {sections}.")
+
+
+def overrides_argument(example: str) -> Any:
+    """Makes the arguments KEY=VALUE behind a recipe."""
+    return typer.Argument(metavar="KEY=VALUE", help=f"Values to change, such as {example}.", show_default=False)
+
+
 ModelName = Annotated[
     str, typer.Option("--model", "-m", help="Folder or name of a model, or bundled, or bundled-chat.")
 ]

@@ -1,13 +1,16 @@
-"""``gmask pretrain``, ``finetune``, ``ppo`` and ``train-tokenizer``."""
+"""``gmask pretrain``, ``finetune`` and ``train-tokenizer``, and how every training verb runs and prints."""
 
+import contextlib
+import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gmask.cli.options import AsJson, Resume, output_option
+from gmask.cli.options import AsJson, Resume, output_option, overrides_argument, recipe_argument
 from gmask.cli.printing import print_json
 from gmask.errors import GmaskError
 
@@ -17,75 +20,37 @@ if TYPE_CHECKING:
 
 
 def pretrain(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file: texts, model, objective, optimization.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE", help="Values to change, such as optimization.steps=8000.", show_default=False
-        ),
-    ] = None,
+    recipe: Annotated[str, recipe_argument("texts, model, objective, optimization")],
+    overrides: Annotated[list[str] | None, overrides_argument("optimization.steps=8000")] = None,
     resume: Resume = True,
     as_json: AsJson = False,
 ) -> None:
     """Train a GLM from scratch. A run that was stopped goes on when the same command is given again."""
     from gmask.training.pretrain import describe_run, run_pretraining
 
-    folder = run_pretraining(recipe, overrides or [], resume=resume)
-    if as_json:
-        print_json({"folder": str(folder), **describe_run(folder)})
-    else:
-        print(folder)
+    run_and_print(lambda: run_pretraining(recipe, overrides or [], resume=resume), describe_run, as_json=as_json)
 
 
 def finetune(
-    recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="YAML file: model, task, data, method, optimization.")
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE", help="Values to change, such as optimization.epochs=5.", show_default=False
-        ),
-    ] = None,
+    recipe: Annotated[str, recipe_argument("model, task, data, method, optimization")],
+    overrides: Annotated[list[str] | None, overrides_argument("optimization.epochs=5")] = None,
     resume: Resume = True,
     as_json: AsJson = False,
 ) -> None:
     """Tune a model to a task: LoRA, P-tuning or all weights. A run that was stopped goes on with the same command."""
-    import os
-
     from gmask.training.finetune import read_results, run_finetuning
 
-    folder = run_finetuning(recipe, overrides or [], resume=resume)
+    run_and_print(lambda: run_finetuning(recipe, overrides or [], resume=resume), read_results, as_json=as_json)
+
+
+def run_and_print(train: Callable[[], Path], read: Callable[[Path], dict[str, Any]], *, as_json: bool) -> None:
+    """Trains, and prints the folder that ``train`` returns; as JSON with the figures that ``read`` finds in it."""
+    with contextlib.redirect_stdout(sys.stderr):  # transformers' Trainer prints its log on standard output
+        folder = train()
     if os.environ.get("RANK", "0") != "0":  # of several processes only the first one prints
         return
     if as_json:
-        print_json({"folder": str(folder), **read_results(folder)})
-    else:
-        print(folder)
-
-
-def ppo(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file: model, task, data, reward.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE", help="Values to change, such as optimization.rollouts=20.", show_default=False
-        ),
-    ] = None,
-    resume: Resume = True,
-    as_json: AsJson = False,
-) -> None:
-    """Train a model by rewards of its own answers (PPO). A run that was stopped goes on with the same command."""
-    import os
-
-    from gmask.training.finetune import read_results
-    from gmask.training.ppo import run_ppo
-
-    folder = run_ppo(recipe, overrides or [], resume=resume)
-    if os.environ.get("RANK", "0") != "0":
-        return
-    if as_json:
-        print_json({"folder": str(folder), **read_results(folder)})
+        print_json({"folder": str(folder), **read(folder)})
     else:
         print(folder)
 
