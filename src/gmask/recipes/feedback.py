@@ -121,7 +121,12 @@ def load_feedback_recipe(path: Path | str, stage: Stage, overrides: Sequence[str
         GmaskError: no such file, not YAML, an unknown key (the nearest one is named), settings that exclude each other
             or do not belong to the stage.
     """
-    recipe = build_recipe(FeedbackRecipe, load_tree(path, overrides, field_names(FeedbackRecipe)))
+    return read_feedback_recipe(load_tree(path, overrides, field_names(FeedbackRecipe)), stage)
+
+
+def read_feedback_recipe(tree: Mapping[str, Any], stage: Stage) -> FeedbackRecipe:
+    """The recipe of a tree of plain values, checked."""
+    recipe = build_recipe(FeedbackRecipe, tree)
     optimization, method = recipe.optimization, recipe.method.name
     if method not in METHODS_OF_STAGES[stage]:
         raise GmaskError(f"method.name is {method}: {stage} takes {', '.join(METHODS_OF_STAGES[stage])}")

@@ -3,18 +3,16 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from gmask.config import Count, Positive, check_fields, field_names, load_tree
 from gmask.errors import GmaskError
 from gmask.recipes.feedback import METHODS_OF_STAGES, REFUSED_OPTIONS
-from gmask.recipes.ppo import PPOOptimizationSettings, PPORewardSettings, RolloutSettings, as_tuning, check_prompts
+from gmask.recipes.ppo import PPOOptimizationSettings, PPORewardSettings, RolloutRecipe, RolloutSettings, check_prompts
 from gmask.recipes.tuning import (
     MethodSettings,
     ModelSettings,
-    RunRecipe,
     TuningDataSettings,
-    TuningRecipe,
     TuningRunSettings,
     build_recipe,
 )
@@ -34,7 +32,7 @@ class GroupSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GRPORecipe(RunRecipe):
+class GRPORecipe(RolloutRecipe):
     """A run of GRPO or RLOO. ``data.max_target`` is the most tokens of a sampled answer."""
 
     run: TuningRunSettings
@@ -52,17 +50,8 @@ class GRPORecipe(RunRecipe):
         check_fields(self)
 
     @property
-    def answers(self) -> int:
-        """The answers of a rollout."""
-        return self.rollout.prompts * self.rollout.answers
-
-    @property
-    def tuning(self) -> TuningRecipe:
-        """The recipe of a fine-tuning run with the same model, method and optimizer; its steps are the rollouts."""
-        return as_tuning(self, minibatches=self.grpo.minibatches)
-
-    def portable(self) -> Self:
-        return dataclasses.replace(super().portable(), reward=self.reward.portable())
+    def minibatches(self) -> int:
+        return self.grpo.minibatches
 
 
 GROUPED = "answers are drawn from the whole distribution that is scored: set rollout.temperature alone"

@@ -2,8 +2,8 @@
 
 import dataclasses
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,23 +23,23 @@ from gmask.config import (
     to_yaml,
 )
 from gmask.errors import GmaskError, nearest
-from gmask.recipes.feedback import load_feedback_recipe
-from gmask.recipes.grpo import load_grpo_recipe
-from gmask.recipes.ppo import load_ppo_recipe
-from gmask.recipes.tuning import differing_keys, load_tuning_recipe
+from gmask.recipes.feedback import read_feedback_recipe
+from gmask.recipes.grpo import read_grpo_recipe
+from gmask.recipes.ppo import read_ppo_recipe
+from gmask.recipes.tuning import differing_keys, read_tuning_recipe
 
 Verb = Literal["sft", "reward", "dpo", "kto", "grpo", "ppo"]
 STAGE_VERBS: tuple[Verb, ...] = get_args(Verb)
 
-RECIPE_LOADERS: Mapping[Verb, Callable[[Path], Any]] = {
-    "sft": load_tuning_recipe,
-    "reward": lambda path: load_feedback_recipe(path, "reward"),
-    "dpo": lambda path: load_feedback_recipe(path, "dpo"),
-    "kto": lambda path: load_feedback_recipe(path, "kto"),
-    "grpo": load_grpo_recipe,
-    "ppo": load_ppo_recipe,
+RECIPE_READERS: Mapping[Verb, Callable[[Mapping[str, Any]], Any]] = {
+    "sft": read_tuning_recipe,
+    "reward": partial(read_feedback_recipe, stage="reward"),
+    "dpo": partial(read_feedback_recipe, stage="dpo"),
+    "kto": partial(read_feedback_recipe, stage="kto"),
+    "grpo": read_grpo_recipe,
+    "ppo": read_ppo_recipe,
 }
-"""Each reads and checks the recipe of its verb."""
+"""Each makes the recipe of its verb of plain values, and checks it."""
 
 STAGE_NAME = re.compile(r"\w[\w-]*")  # a folder, and a part of a dotted key
 MODEL_KEYS = (("model", "name"), ("reward", "model"))
@@ -243,13 +243,10 @@ def _lay_over(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, A
 
 def _read_recipe(name: str, verb: Verb, tree: Mapping[str, Any]) -> Any:
     """The recipe of a stage, as its verb reads and checks it."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "stage.yaml"
-        path.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
-        try:
-            return RECIPE_LOADERS[verb](path)
-        except GmaskError as error:
-            raise GmaskError(f"stages.{name}: {error}") from error
+    try:
+        return RECIPE_READERS[verb](tree)
+    except GmaskError as error:
+        raise GmaskError(f"stages.{name}: {error}") from error
 
 
 def _check_stage(stage: PipelineStage, before: Sequence[PipelineStage], names: Sequence[str]) -> None:

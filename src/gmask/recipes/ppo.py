@@ -138,8 +138,47 @@ class PPOOptimizationSettings:
     trainer: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+class RolloutRecipe(RunRecipe):
+    """What the recipes of runs that learn from rewarded answers have in common; a base of dataclasses."""
+
+    task: str | dict[str, Any]
+    data: TuningDataSettings
+    reward: PPORewardSettings
+    rollout: RolloutSettings
+    optimization: PPOOptimizationSettings
+
+    @property
+    def answers(self) -> int:
+        """The answers of a rollout."""
+        return self.rollout.prompts * self.rollout.answers
+
+    @property
+    def minibatches(self) -> int:
+        """The steps of the optimizer that share the answers of a rollout."""
+        raise NotImplementedError
+
+    @property
+    def tuning(self) -> TuningRecipe:
+        """The recipe of a fine-tuning run with the same model, method and optimizer; its steps are the rollouts."""
+        shared = {field.name for field in dataclasses.fields(TuningOptimizationSettings)}
+        values = {name: value for name, value in vars(self.optimization).items() if name in shared}
+        values["accumulation"] = -(-(self.answers // self.minibatches) // self.optimization.batch_size)
+        return TuningRecipe(
+            run=self.run,
+            model=self.model,
+            task=self.task,
+            data=self.data,
+            method=self.method,
+            optimization=TuningOptimizationSettings(steps=self.optimization.rollouts, **values),
+            forgetting=ForgettingSettings(skip=True),
+        )
+
+    def portable(self) -> Self:
+        return dataclasses.replace(super().portable(), reward=self.reward.portable())  # type: ignore[type-var]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PPORecipe(RunRecipe):
+class PPORecipe(RolloutRecipe):
     """A PPO run. ``data.max_target`` is the most tokens of a sampled answer."""
 
     run: TuningRunSettings
@@ -156,17 +195,8 @@ class PPORecipe(RunRecipe):
     mix: MixSettings | None = None
 
     @property
-    def answers(self) -> int:
-        """The answers of a rollout."""
-        return self.rollout.prompts * self.rollout.answers
-
-    @property
-    def tuning(self) -> TuningRecipe:
-        """The recipe of a fine-tuning run with the same model, method and optimizer; its steps are the rollouts."""
-        return as_tuning(self, minibatches=self.ppo.minibatches)
-
-    def portable(self) -> Self:
-        return dataclasses.replace(super().portable(), reward=self.reward.portable())
+    def minibatches(self) -> int:
+        return self.ppo.minibatches
 
 
 def load_ppo_recipe(path: Path | str, overrides: Sequence[str] = ()) -> PPORecipe:
@@ -218,19 +248,3 @@ def check_prompts(reward: PPORewardSettings, data: TuningDataSettings) -> None:
     for key in ("packing", "folds", "fold", "test"):
         if getattr(data, key) is not None:
             raise GmaskError(f"data.{key} is for fine-tuning: leave it out")
-
-
-def as_tuning(recipe: Any, *, minibatches: int) -> TuningRecipe:
-    """The recipe of a fine-tuning run with the model, method and optimizer of PPO or GRPO; its steps are rollouts."""
-    shared = {field.name for field in dataclasses.fields(TuningOptimizationSettings)}
-    values = {name: value for name, value in vars(recipe.optimization).items() if name in shared}
-    values["accumulation"] = -(-(recipe.answers // minibatches) // recipe.optimization.batch_size)
-    return TuningRecipe(
-        run=recipe.run,
-        model=recipe.model,
-        task=recipe.task,
-        data=recipe.data,
-        method=recipe.method,
-        optimization=TuningOptimizationSettings(steps=recipe.optimization.rollouts, **values),
-        forgetting=ForgettingSettings(skip=True),
-    )
