@@ -9,6 +9,7 @@ from torch import Tensor
 
 from conftest import EOP, GMASK, MASK, PAD, SOP
 from gmask.generation.encoding import Context
+from gmask.models.base import stop_dropout
 from gmask.models.glm import GLMConfig
 from gmask.recipes.ppo import CriticSettings, KLSettings, UpdateSettings
 from gmask.recipes.tuning import MethodSettings
@@ -20,7 +21,6 @@ from gmask.training.policies import (
     adapter_off,
     copy_frozen,
     make_critic,
-    stop_dropout,
 )
 from gmask.training.ppo import (
     Experience,

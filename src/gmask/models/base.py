@@ -84,11 +84,14 @@ class MatrixAttention(torch.autograd.Function):
     bfloat16 there. With rows of 128 tokens both passes take three to four times as long, with 256 up to twice as long.
     """
 
+    most_keys = 256
+
     @staticmethod
     def takes(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
-        """Whether this is the faster way to attend: in training, with bfloat16 on a CPU, over at most 256 keys."""
+        """Whether this is the faster way to attend: in training, with bfloat16 on a CPU, over up to `most_keys`."""
         is_learnt = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
-        if not is_learnt or query.device.type != "cpu" or key.shape[2] > 256 or torch.compiler.is_compiling():
+        is_long = key.shape[2] > MatrixAttention.most_keys
+        if not is_learnt or query.device.type != "cpu" or is_long or torch.compiler.is_compiling():
             return False
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
         return dtype == torch.bfloat16 and not (mask is not None and mask.requires_grad)
@@ -179,6 +182,18 @@ class SelfAttention(nn.Module):
             )
         output: Tensor = self.dense(mixed.reshape(batch, length, -1))
         return output, weights
+
+
+def stop_dropout(model: nn.Module) -> None:
+    """Turns the dropout of a model off for good, that of adapters in it, too.
+
+    Where probabilities of one run are compared with others, they must not hang on which parts chance left out.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, SelfAttention):
+            module.attention_dropout = 0.0
 
 
 RANGES: Mapping[str, tuple[float, float]] = {

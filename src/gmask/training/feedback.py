@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from gmask.errors import GmaskError
 from gmask.files import write_text
 from gmask.generation.reward import AnswerEncoder, TooLongError
-from gmask.models.base import SelfAttention
 from gmask.recipes.feedback import FeedbackRecipe, Stage, load_feedback_recipe
 from gmask.recipes.tuning import with_usual_rate
 from gmask.tasks.preferences import AnswerPair, Intake, Judgement, Question, read_judgements, read_preferences
@@ -196,15 +194,6 @@ def hold_out_prompts(items: Sequence[Any], share: float, *, seed: int) -> tuple[
     if not rest:
         raise GmaskError("data.validation takes all prompts, and none is left to train on")
     return rest, [item for item in items if item.question in held]
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Sets the dropout of a model to 0: the two answers of a pair would be compared with different parts missing."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(module, SelfAttention):
-            module.attention_dropout = 0.0
 
 
 def show_pair(pair: EncodedPair, tokenizer: PreTrainedTokenizerBase) -> str:

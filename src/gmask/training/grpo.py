@@ -23,11 +23,11 @@ from transformers import PreTrainedModel
 from gmask.errors import GmaskError, one_line
 from gmask.generation.padding import check_numbers
 from gmask.generation.settings import Sampling
+from gmask.models.base import stop_dropout
 from gmask.recipes.grpo import GRPORecipe, load_grpo_recipe
 from gmask.training.accelerator import RECIPE_KEYS, is_sharded
 from gmask.training.examples import BatchOrder
 from gmask.training.methods import apply_method, count_trainable
-from gmask.training.policies import stop_dropout
 from gmask.training.rewarded_run import CHECKED_ALONE, RewardedRun
 from gmask.training.rollouts import Rollout, rollout_seeds
 from gmask.training.run_folder import LOG_FILE, read_metrics

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from gmask.checkpoints.adapters import has_layers, require_peft
 from gmask.errors import GmaskError
 from gmask.infilling.blanks import NOT_SCORED
-from gmask.models.base import SelfAttention
 from gmask.recipes.ppo import CriticSettings
 from gmask.recipes.tuning import MethodSettings
 from gmask.training.examples import Batch
@@ -142,15 +141,6 @@ def _new_head(start: PreTrainedModel) -> nn.Linear:
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head
-
-
-def stop_dropout(model: nn.Module) -> None:
-    """Turns dropout off for good, adapters' too: a ratio of probabilities must not hang on chance."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(module, SelfAttention):
-            module.attention_dropout = 0.0
 
 
 class Reference:

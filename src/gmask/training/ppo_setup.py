@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from gmask.errors import GmaskError
 from gmask.infilling.blanks import NOT_SCORED
+from gmask.models.base import stop_dropout
 from gmask.models.glm import GLMConfig
 from gmask.recipes.ppo import PPORecipe, load_ppo_recipe
 from gmask.tasks.records import read_records
@@ -30,7 +31,6 @@ from gmask.training.policies import (
     can_switch_off,
     copy_frozen,
     make_critic,
-    stop_dropout,
 )
 from gmask.training.rewarded_run import CHECKED_ALONE, RewardedRun
 from gmask.training.rollouts import Rollout, collate_rollouts

@@ -24,6 +24,7 @@ from gmask.checkpoints.load import load
 from gmask.errors import GmaskError, one_line
 from gmask.files import write_json, write_text
 from gmask.generation.padding import check_numbers
+from gmask.models.base import stop_dropout
 from gmask.models.glm import GLMConfig
 from gmask.recipes.feedback import FeedbackRecipe, Stage, load_feedback_recipe
 from gmask.recipes.tuning import check_model
@@ -32,7 +33,6 @@ from gmask.training.feedback import (
     EncodedPair,
     FeedbackRun,
     PreferenceEncoder,
-    disable_dropout,
     show_pair,
 )
 from gmask.training.methods import apply_method, peak_memory
@@ -156,7 +156,7 @@ class PreferenceTuning(TRLRun, FeedbackRun):
         except (ValueError, NotImplementedError) as error:
             raise GmaskError(f"trl: {one_line(error)}") from error
         if self.args.disable_dropout:  # TRL knows modules alone, and the dropout of attention weights is a number
-            disable_dropout(trainer.model)
+            stop_dropout(trainer.model)
         trainer.train_dataset = self._as_dataset(items, shuffled=True)
         if held:
             trainer.eval_dataset = self._as_dataset(held[: self.recipe.data.validation_limit], shuffled=False)

@@ -20,10 +20,11 @@ from gmask.checkpoints.load import load
 from gmask.evaluation.rewards import PlainRules, RewardReport, ScoredPair, report_rewards
 from gmask.files import write_json, write_json_lines, write_text
 from gmask.generation.reward import RewardScorer, pad_rows
+from gmask.models.base import stop_dropout
 from gmask.models.reward import RewardHead
 from gmask.recipes.feedback import FeedbackRecipe, RewardLoss, RewardSettings, load_feedback_recipe
 from gmask.training.examples import Batch
-from gmask.training.feedback import EncodedPair, FeedbackRun, PreferenceEncoder, disable_dropout, show_pair
+from gmask.training.feedback import EncodedPair, FeedbackRun, PreferenceEncoder, show_pair
 from gmask.training.loop import StepData, StepResult, unsharded
 from gmask.training.methods import choose_trainable, peak_memory, save_tuned_model
 from gmask.training.report import CURVES_FILE, draw_curves
@@ -141,7 +142,7 @@ class RewardTraining(FeedbackRun):
         )
         torch.manual_seed(self.recipe.run.seed)
         self.model = as_reward_model(network)
-        disable_dropout(self.model)  # that of an adapter, which the method adds below, stays
+        stop_dropout(self.model)  # that of an adapter, which the method adds below, stays
         encoder = PreferenceEncoder(self.tokenizer, self.model.config, self.recipe)
         self.pad = encoder.answers.special.pad
         self.pairs = encoder.encode_pairs(self.splits.train, self.intake_of("train"))
