@@ -133,7 +133,8 @@ def run_tasks(
         tasks: names of gmask's tasks, patterns such as ``"superglue/*"``, YAML files of others.
         suite: the name of a suite, or its YAML file.
         data: the folder in which the tasks' files are looked for, or a folder above; of a single task also a file of
-            records, or a glob. Sets that are not there are read from the hub, where the library ``datasets`` can.
+            records, or a glob. Without it the records are read from the hub, where the library ``datasets`` can; with
+            it the network is never asked.
         train: a file of the records that examples are drawn from, for a task that does not say where they are.
         adapter: a folder that was trained for the model.
         out: the folder for predictions, which are written while they are made, and for reports.

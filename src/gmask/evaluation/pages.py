@@ -43,14 +43,14 @@ def score_rows(report: EvaluationReport) -> Rows:
 
 def short_rows(report: EvaluationReport) -> Rows:
     """`score_rows` for a terminal: without the samples, and with published numbers alone."""
-    columns, rows = score_rows(report).columns, score_rows(report).rows
+    whole = score_rows(report)
     known = read_published()
     found = [find_published(known, task, metric) for task in report.tasks for metric in task.scores]
     short = [
         (*row[:2], *row[3:-1], "-" if score is None else f"{score.value:.2f} †")
-        for row, score in zip(rows, found, strict=True)
+        for row, score in zip(whole.rows, found, strict=True)
     ]
-    return Rows((*columns[:2], *columns[3:]), short, n_labels=2)
+    return Rows((*whole.columns[:2], *whole.columns[3:]), short, n_labels=2)
 
 
 def _cite(report: EvaluationReport) -> Iterator[str]:

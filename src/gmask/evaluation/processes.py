@@ -1,4 +1,7 @@
-"""The processes that share an evaluation, as torchrun starts them: each answers its batches, the first one writes."""
+"""The processes that share an evaluation, as torchrun starts them: each answers its batches, the first one writes.
+
+Training leaves this to accelerate, which belongs to the extra ``train``; a model is measured without it.
+"""
 
 import os
 from collections.abc import Iterator

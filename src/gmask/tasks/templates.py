@@ -10,8 +10,11 @@ from typing import Any
 
 from gmask.errors import GmaskError, nearest
 
-BLANK = re.compile(r"(\\*)(\[[sg]?MASK\])")
-"""A blank with the backslashes before it. An odd number of them makes it plain text, as in `gmask.infill`."""
+BLANK = re.compile(r"(?<!\\)(\\*)(\[[sg]?MASK\])")
+"""A blank with the backslashes before it. An odd number of them makes it plain text, as in `gmask.infill`.
+
+A search begins at the first backslash of a row: one from each of them would take the square of their number.
+"""
 LIKE_A_BLANK = re.compile(r"(?<!\\)(\\*)(\[(?i:[a-z]*mask)\])")
 """A blank, or what `gmask.infill` refuses because it looks like one."""
 MARKED_BLANK = re.compile(r"\[([sg]?MASK)=((?:[^\]\\]|\\.)+)\]")
