@@ -2,6 +2,11 @@
 
 import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +68,31 @@ def read_numbers(out: Path) -> list[dict[str, Any]]:
     """The log of a run without its times: what a repeated run must give again, bit for bit."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
     return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+KILLING = """
+import os, signal, pathlib
+def grade(completions, completion_ids, **_):
+    calls = pathlib.Path({calls!r})
+    with calls.open("a") as file:
+        file.write("x")
+    if len(calls.read_text()) == {last}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [1 / (1 + len(ids)) + 0.5 * ("a" in text) for text, ids in zip(completions, completion_ids)]
+"""
+
+
+def make_killing(folder: Path, *, last: int) -> str:
+    """The source of the reward `SHORT`, which kills its process once, at the call that is counted as ``last``."""
+    return KILLING.format(calls=str(folder / "calls"), last=last)
+
+
+def run_until_killed(function: str, path: str, overrides: Sequence[str] = ()) -> None:
+    """Makes a run in a process of its own, on one thread, which has to be killed.
+
+    function: that makes the run, such as ``gmask.training.ppo:run_ppo``.
+    """
+    module, name = function.split(":")
+    code = f"import torch; torch.set_num_threads(1); from {module} import {name}; {name}({path!r}, {list(overrides)!r})"
+    killed = subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
+    assert killed.returncode == -signal.SIGKILL

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 import yaml
 
 import gmask
@@ -212,7 +213,12 @@ def test_the_usual_patterns_of_an_adapter_are_read(folder: Path, tmp_path: Path)
     path = tmp_path / "adapter" / "adapter_config.json"
     pattern = r".*\.layers\.(0|1)\.attention\.(?:query_key_value|key)"
     path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": pattern}))
-    gmask.load(folder, adapter=tmp_path / "adapter", device="cpu")
+    again, _ = gmask.load(folder, adapter=tmp_path / "adapter", device="cpu")
+    learnt, found = (
+        {name: value for name, value in one.state_dict().items() if "lora_" in name} for one in (model, again)
+    )
+    assert len(learnt) == 4 and learnt.keys() == found.keys()  # two matrices in each of two layers
+    assert all(torch.equal(learnt[name], found[name]) for name in learnt)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -25,7 +23,7 @@ from gmask.training.grpo import GRPO, NEVER, run_grpo
 from gmask.training.reward import as_reward_model
 from gmask.training.rollouts import RolloutWriter
 from grpo_data import write_grpo_recipe
-from ppo_data import read_numbers
+from ppo_data import make_killing, read_numbers, run_until_killed
 from tiny_folder import make_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning")
@@ -163,18 +161,6 @@ def test_a_chatglm_is_trained_too(algorithm: str, tmp_path: Path) -> None:
     assert len(read_numbers(tmp_path / "out")) == 2
 
 
-KILLED = """
-import os, signal, pathlib
-def grade(completions, completion_ids, **_):
-    calls = pathlib.Path({calls!r})
-    with calls.open("a") as file:
-        file.write("x")
-    if len(calls.read_text()) == {last}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return [1 / (1 + len(ids)) + 0.5 * ("a" in text) for text, ids in zip(completions, completion_ids)]
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "method"), [("grpo", {"name": "full"}), ("rloo", {**LORA, "dropout": 0.3})], ids=["grpo", "rloo"]
@@ -183,14 +169,11 @@ def test_a_run_that_is_killed_in_the_middle_of_a_rollout_goes_on_bit_for_bit(
     algorithm: str, method: dict[str, Any], tmp_path: Path
 ) -> None:
     """Six prompts, four in a rollout: the third begins a second round of them."""
-    calls = tmp_path / "calls"
     path = write_grpo_recipe(
-        tmp_path, algorithm=algorithm, source=KILLED.format(calls=str(calls), last=8), method=method,
+        tmp_path, algorithm=algorithm, source=make_killing(tmp_path, last=8), method=method,
         grpo={"minibatches": 2}, trl={"num_iterations": 2}, optimization={"rollouts": 6, "save_every": 2},
     )  # fmt: skip
-    code = f"import torch; torch.set_num_threads(1); from gmask.training.grpo import run_grpo; run_grpo({path!r}, [])"
-    killed = subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
-    assert killed.returncode == -signal.SIGKILL
+    run_until_killed("gmask.training.grpo:run_grpo", path)
     assert not (tmp_path / "out" / "results.json").exists() and list((tmp_path / "out").glob("checkpoint-*"))
     resumed = run_grpo(path)
     whole = run_grpo(path, [f"run.out={tmp_path / 'whole'}"])

@@ -66,7 +66,9 @@ def test_labels_that_are_one_position_off_are_refused(kind: str) -> None:
 def test_a_repeated_token_may_follow_itself() -> None:
     ids = torch.tensor([[20, GMASK, SOP, 30, 30, 30]])
     labels = torch.tensor([[-100, -100, -100, 30, 30, -100]])
-    build_glm_of()(input_ids=ids, labels=labels)
+    output = build_glm_of()(input_ids=ids, labels=labels)
+    expected = F.cross_entropy(output.logits[0, 3:5], torch.tensor([30, 30]))
+    assert output.loss.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", BUILDERS)

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from gmask.cli import main
 from gmask.errors import GmaskError
 from gmask.recipes.pipeline import load_pipeline_recipe
 from gmask.training.pipeline import count_samples, run_pipeline
-from ppo_data import NUMBERS, SHORT
+from ppo_data import NUMBERS, SHORT, make_killing, run_until_killed
 from tiny_folder import make_folder
 from tuning_data import write_lines
 
@@ -185,32 +184,14 @@ def test_a_stage_is_not_mixed_with_another_result_of_an_earlier_one(finished: Pa
     assert without_times(one) == without_times(other)
 
 
-KILLED = """
-import os, pathlib, signal
-def grade(completions, completion_ids, **_):
-    calls = pathlib.Path({calls!r})
-    with calls.open("a") as file:
-        file.write("x")
-    if len(calls.read_text()) == {last}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return [1 / (1 + len(ids)) + 0.5 * ("a" in text) for text, ids in zip(completions, completion_ids)]
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "last", [pytest.param(3, id="in a stage"), pytest.param(6, id="in the report", marks=pytest.mark.slow)]
 )
 def test_a_pipeline_that_is_killed_ends_as_one_that_is_not(tmp_path: Path, last: int) -> None:
-    calls = tmp_path / "calls"
-    path = write_pipeline(tmp_path, source=KILLED.format(calls=str(calls), last=last))
+    path = write_pipeline(tmp_path, source=make_killing(tmp_path, last=last))
     override = "stages.ppo.optimization.rollouts=4"
-    code = (
-        "import torch; torch.set_num_threads(1); from gmask.training.pipeline import run_pipeline; "
-        f"run_pipeline({path!r}, [{override!r}])"
-    )
-    killed = subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
-    assert killed.returncode == -signal.SIGKILL
+    run_until_killed("gmask.training.pipeline:run_pipeline", path, [override])
     assert not (tmp_path / "out" / "results.json").exists()
     assert (tmp_path / "out" / "ppo" / "results.json").exists() == (last == 6)
     resumed = run_pipeline(path, [override])

@@ -3,11 +3,7 @@
 import dataclasses
 import itertools
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +26,7 @@ from gmask.training.ppo import PPO, run_ppo
 from gmask.training.reward import run_reward
 from gmask.training.rollouts import RolloutWriter, load_function
 from gmask.training.run_folder import list_checkpoints
-from ppo_data import RECORDS, read_numbers, write_ppo_recipe
+from ppo_data import RECORDS, make_killing, read_numbers, run_until_killed, write_ppo_recipe
 from test_chatglm_chat import VOCABULARY, needs_vocabulary
 from tiny_folder import make_folder
 
@@ -122,17 +118,6 @@ def test_answers_of_several_tokens_learn_what_is_rewarded(tmp_path: Path) -> Non
 
 # Exact resume
 
-KILLED = """
-import os, signal, pathlib
-def grade(completions, completion_ids, **_):
-    calls = pathlib.Path({calls!r})
-    with calls.open("a") as file:
-        file.write("x")
-    if len(calls.read_text()) == {last}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return [1 / (1 + len(ids)) + 0.5 * ("a" in text) for text, ids in zip(completions, completion_ids)]
-"""
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -151,11 +136,8 @@ def test_a_run_that_is_killed_in_the_middle_of_a_rollout_goes_on_bit_for_bit(
     tmp_path: Path, sections: dict[str, Any]
 ) -> None:
     sections = {**sections, "optimization": {"rollouts": 6, "save_every": 2, **sections.get("optimization", {})}}
-    calls = tmp_path / "calls"
-    path = write_ppo_recipe(tmp_path, source=KILLED.format(calls=str(calls), last=8), **sections)
-    code = f"import torch; torch.set_num_threads(1); from gmask.training.ppo import run_ppo; run_ppo({path!r}, [])"
-    killed = subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
-    assert killed.returncode == -signal.SIGKILL
+    path = write_ppo_recipe(tmp_path, source=make_killing(tmp_path, last=8), **sections)
+    run_until_killed("gmask.training.ppo:run_ppo", path)
     done = read_numbers(tmp_path / "out")
     assert done and done[-1]["rollout"] < 6 and not (tmp_path / "out" / "results.json").exists()
     resumed = run_ppo(path)

@@ -467,12 +467,12 @@ INNER = re.compile(r"function-|\b0x[0-9a-f]{6}|pydantic|instance of|[a-z]+Reques
 """What no client is told: names from inside, addresses in memory, links to the documentation of our libraries."""
 
 
-def check_calm(response: Any) -> None:
-    assert response.status_code < 500, response.text
-    assert response.status_code == 200 or not INNER.search(response.text), response.text
-    if response.status_code != 200:
-        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
-        assert "Traceback" not in response.text
+def is_calm(response: Any) -> bool:
+    """Whether a request was answered, or refused by a message that says nothing of the server's inside."""
+    if response.status_code == 200:
+        return True
+    is_error = set(response.json()["error"]) == {"message", "type", "param", "code"}
+    return response.status_code < 500 and is_error and not INNER.search(response.text)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -481,7 +481,8 @@ def test_no_json_makes_the_server_fail(fuzzed: TestClient, path: str, body: dict
     needed = {"/": ["prompt"], "/v1/chat/completions": ["messages"], "/v1/completions": ["prompt"],
               "/v1/embeddings": ["input"], "/v1/infill": ["text"], "/v1/score": ["text", "answers"]}[path]  # fmt: skip
     text = json.dumps({**{name: GOOD[name] for name in needed}, **body})
-    check_calm(fuzzed.post(path, content=text, headers={"Content-Type": "application/json"}))
+    response = fuzzed.post(path, content=text, headers={"Content-Type": "application/json"})
+    assert is_calm(response), response.text
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -491,7 +492,8 @@ def test_no_bytes_and_no_header_make_the_server_fail(
 ) -> None:
     clean = bytes(byte for byte in header if byte not in b"\r\n\0")
     headers = {"Content-Type": "application/json", "Authorization": clean, "X-Request-ID": clean, "Accept": clean}
-    check_calm(fuzzed.post(path, content=content, headers=headers))
+    response = fuzzed.post(path, content=content, headers=headers)
+    assert is_calm(response), response.text
 
 
 @pytest.mark.parametrize(
@@ -501,8 +503,7 @@ def test_no_bytes_and_no_header_make_the_server_fail(
 )  # fmt: skip
 def test_json_at_the_edge_is_refused(fuzzed: TestClient, body: bytes) -> None:
     response = fuzzed.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
-    assert response.status_code == 400
-    check_calm(response)
+    assert response.status_code == 400 and is_calm(response), response.text
 
 
 def test_names_that_no_answer_could_hold_are_refused_or_escaped(tmp_path: Path, loaded, serve: Any) -> None:
