@@ -77,6 +77,10 @@ def eager_attention(
     return (weights @ value).transpose(1, 2), weights
 
 
+# A constant of the module, since torch.compile cannot read an attribute of an autograd function.
+MATRIX_ATTENTION_KEYS = 256
+
+
 class MatrixAttention(torch.autograd.Function):
     """Attention without dropout, both ways by matrix products; it keeps queries, keys, values and weights.
 
@@ -84,13 +88,11 @@ class MatrixAttention(torch.autograd.Function):
     bfloat16 there. With rows of 128 tokens both passes take three to four times as long, with 256 up to twice as long.
     """
 
-    most_keys = 256
-
     @staticmethod
     def takes(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
-        """Whether this is the faster way to attend: in training, with bfloat16 on a CPU, over up to `most_keys`."""
+        """Whether this is the faster way to attend: in training, with bfloat16 on a CPU, over up to 256 keys."""
         is_learnt = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
-        is_long = key.shape[2] > MatrixAttention.most_keys
+        is_long = key.shape[2] > MATRIX_ATTENTION_KEYS
         if not is_learnt or query.device.type != "cpu" or is_long or torch.compiler.is_compiling():
             return False
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
