@@ -29,7 +29,7 @@ from gmask.checkpoints.load import find_folder
 from gmask.errors import GmaskError
 from gmask.estimation.inference import DeviceKind, read_shape_config, shape_at, weight_bytes
 from gmask.hardware import format_bytes, free_bytes
-from gmask.models.base import MatrixAttention, PrefixEncoder
+from gmask.models.base import MATRIX_ATTENTION_KEYS, PrefixEncoder
 from gmask.models.glm import GLMConfig, PromptEncoder
 from gmask.quantization.linear import QuantizedLayer
 from gmask.quantization.quantizer import QuantizationConfig, read_form
@@ -499,7 +499,7 @@ class Tape:
             self.keep(query if keys else fused, State(2 * positions, size))
         else:
             self.keep(fused, *(State(step.rows * step.config.hidden_size, size) for _ in range(2 * keys)))
-        is_short = step.length + step.prefix_length <= MatrixAttention.most_keys
+        is_short = step.length + step.prefix_length <= MATRIX_ATTENTION_KEYS
         if size == 2 and not step.is_fused and not step.has_dropout and is_short:
             self.keep(State(weights, size))
         else:  # the sums of the rows, and an additive mask
