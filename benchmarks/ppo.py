@@ -50,9 +50,11 @@ def write_recipe(folder: Path, **sections: Any) -> str:
 
 
 def make_run(path: str) -> Any:
+    from gmask.allocator import keep_freed_memory
     from gmask.recipes.ppo import load_ppo_recipe
     from gmask.training.ppo import PPO
 
+    keep_freed_memory()  # as the command does
     return PPO(load_ppo_recipe(path), folders=[RECIPES])
 
 

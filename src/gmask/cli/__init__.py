@@ -18,6 +18,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from gmask import __version__
+from gmask.allocator import keep_freed_memory
 from gmask.cli.estimate import estimate
 from gmask.cli.evaluation import evaluate
 from gmask.cli.feedback import dpo, grpo, kto, pipeline, ppo, reward, sft
@@ -66,6 +67,7 @@ def main() -> None:
     """
     _prepare_streams()
     _quiet_libraries()
+    keep_freed_memory()
     reported = threading.excepthook
     threading.excepthook = partial(_report_thread, reported)
     try:

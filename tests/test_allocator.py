@@ -1,0 +1,60 @@
+"""Does a process keep freed memory, unless it is told otherwise?"""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource, sys
+import torch
+from gmask.allocator import keep_freed_memory
+
+changed = keep_freed_memory() if "keep" in sys.argv else False
+for _ in range(3):
+    torch.ones(8, 1 << 20)  # the first ones take what the heap does not have yet
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    held = [torch.ones(1 << 22) for _ in range(4)]  # 16 MB each
+    del held
+print(int(changed), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+is_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of GNU's C library")
+
+
+def count_faults(*arguments: str, **environment: str) -> tuple[int, int]:
+    """Whether a process changed the setting, and the pages that it asked the system for."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS, *arguments], env=own | environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    changed, faults = map(int, done.stdout.split())
+    return changed, faults
+
+
+@is_glibc
+def test_freed_memory_is_used_again() -> None:
+    (changed, kept), (_, returned) = count_faults("keep"), count_faults()
+    assert changed == 1
+    assert kept < returned / 4  # 64 MB are 16,384 pages, and they were freed 20 times
+
+
+@is_glibc
+@pytest.mark.parametrize(
+    "setting", [{"MALLOC_TRIM_THRESHOLD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"}]
+)
+def test_what_the_environment_sets_stays(setting: dict[str, str]) -> None:
+    changed, faults = count_faults("keep", **setting)
+    assert changed == 0
+    assert faults > 20 * 4096
+
+
+def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gmask import allocator
+
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    assert allocator.keep_freed_memory() is False
