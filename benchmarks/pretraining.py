@@ -26,12 +26,13 @@ import numpy as np
 import torch
 from transformers import logging
 
+from gmask.corpus.shards import Shard, TokenSource
 from gmask.infilling.blanks import BlankTokens
 from gmask.infilling.collator import collate
 from gmask.infilling.objectives import Mixture
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from gmask.recipes.pretraining import OptimizationSettings
-from gmask.training.corpus_rows import RowStream, TokenSource
+from gmask.training.corpus_rows import RowStream
 from gmask.training.pretrain import make_optimizers
 from machine import describe_machine
 from measuring import compare, make_gpt2, spread, take_turns
@@ -149,7 +150,7 @@ def made_rows(shape: Shape) -> RowStream:
     tokens = rng.integers(16, shape.vocab_size, int(offsets[-1])).astype(np.uint16)
     sentence_ends = rng.random(shape.vocab_size) < 1 / SENTENCE_LENGTH
     mixture = Mixture(special=SPECIAL, sentence_ends=sentence_ends)
-    source = TokenSource("made", 1.0, tokens, offsets)
+    source = TokenSource("made", 1.0, [Shard(tokens, offsets)])
     return RowStream([source], mixture, row_length=shape.row_length, seed=0)
 
 

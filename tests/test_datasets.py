@@ -12,19 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from gmask.corpus.shards import Shard, TokenSource, hash_tokenizer
 from gmask.errors import GmaskError
 from gmask.infilling.blanks import BlankTokens, InfillingExample
 from gmask.infilling.collator import collate
 from gmask.infilling.objectives import OBJECTIVES, Mixture
 from gmask.tasks.records import TXT_DOCUMENT_CHARS, Source, find_files, read_documents
-from gmask.training.corpus_rows import (
-    RowStream,
-    TokenSource,
-    build_cache,
-    hash_tokenizer,
-    open_sources,
-    validation_rows,
-)
+from gmask.training.corpus_rows import RowStream, build_cache, open_sources, validation_rows
 from gmask.training.tokenizer import train_tokenizer
 
 SPECIAL = BlankTokens(mask=5, smask=6, gmask=7, sop=8, eop=9, pad=0, cls=2, eos=1, dblock=10)
@@ -53,7 +47,7 @@ def make_source(name: str, lengths: list[int], *, weight: float = 1.0) -> TokenS
     """Documents of these lengths; every token of the source is another one."""
     offsets = np.cumsum([0, *lengths])
     tokens = np.arange(16, 16 + offsets[-1], dtype=np.uint16)
-    return TokenSource(name, weight, tokens, offsets)
+    return TokenSource(name, weight, [Shard(tokens, offsets)])
 
 
 def text_of(example: InfillingExample) -> list[int]:
@@ -137,7 +131,8 @@ def test_files_that_are_not_there_or_not_text_are_named(tmp_path: Path) -> None:
 
 def test_the_cache_holds_each_document_without_special_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    tokens, offsets = build_cache([path], tokenizer, tmp_path / "cache", progress=False)
+    (shard,) = build_cache([path], tokenizer, tmp_path / "cache", progress=False)
+    tokens, offsets = shard.tokens, shard.offsets
     assert tokens.dtype == np.uint16
     assert tokens.min() >= 16, "a literal [MASK] in a text is no blank"
     documents = [tokens[start:end] for start, end in pairwise(offsets)]
@@ -149,11 +144,11 @@ def test_the_cache_is_used_again_until_texts_or_tokenizer_change(
 ) -> None:
     path, folder = write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
     build_cache([path], tokenizer, folder, progress=False)
-    made = (folder / "meta.json").stat()
+    made = (folder / "manifest.json").stat()
     build_cache([path], tokenizer, folder, progress=False)
-    assert (folder / "meta.json").stat().st_ino == made.st_ino
+    assert (folder / "manifest.json").stat().st_ino == made.st_ino
     write_jsonl(path, TEXTS[:2])
-    assert len(build_cache([path], tokenizer, folder, progress=False)[1]) == 3
+    assert len(build_cache([path], tokenizer, folder, progress=False)[0].offsets) == 3
     assert "tokenising them again" in caplog.text
     build_cache([path], train_tokenizer(TEXTS * 5, vocab_size=425), folder, progress=False)
     assert caplog.text.count("tokenising them again") == 2
@@ -170,13 +165,13 @@ def test_padding_and_truncation_do_not_change_the_fingerprint(tokenizer: Tokeniz
 @pytest.mark.parametrize(
     ("file", "damage", "fault"),
     [
-        ("tokens.bin", lambda data: data[:-2], r"cache is damaged .*:"),
-        ("tokens.bin", lambda data: data[:-1] + bytes([data[-1] ^ 1]), r"cache is damaged .*:"),
-        ("offsets.npy", lambda data: data[:-8], r"cache is damaged .*:"),
-        ("meta.json", lambda data: data[: len(data) // 2], r"cache/meta\.json, line \d+: not JSON .*;"),
-        ("meta.json", lambda data: b"", r"cache/meta\.json: truncated or damaged,"),
+        ("00000.bin", lambda data: data[:-2], r"cache are damaged .*:"),
+        ("00000.bin", lambda data: data[:-1] + bytes([data[-1] ^ 1]), r"cache are damaged .*:"),
+        ("00000.npy", lambda data: data[:-8], r"cache are damaged .*:"),
+        ("manifest.json", lambda data: data[: len(data) // 2], r"cache/manifest\.json, line \d+: not JSON .*;"),
+        ("manifest.json", lambda data: b"", r"cache/manifest\.json: truncated or damaged,"),
     ],
-    ids=["truncated", "changed", "offsets", "meta", "empty"],
+    ids=["truncated", "changed", "offsets", "manifest", "empty"],
 )
 def test_a_damaged_cache_is_an_error_that_names_the_folder(tmp_path, tokenizer, file, damage, fault) -> None:
     path, folder = write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
@@ -205,7 +200,7 @@ def test_bad_lines_are_counted_when_skipped_and_no_text_is_an_error(
     with pytest.raises(GmaskError, match="line 2"):
         build_cache([path], tokenizer, tmp_path / "cache", progress=False)
     build_cache([path], tokenizer, tmp_path / "cache", skip_bad_lines=True, progress=False)
-    assert json.loads((tmp_path / "cache" / "meta.json").read_text())["bad_lines"] == 2
+    assert json.loads((tmp_path / "cache" / "manifest.json").read_text())["bad_lines"] == 2
     assert "2 bad lines skipped" in caplog.text
     path.write_text("\n")
     with pytest.raises(GmaskError, match="no text in"):
@@ -239,13 +234,13 @@ def test_every_token_is_seen_once_an_epoch(lengths: list[int], row_length: int, 
         seen += words_of([stream.next_row()])
     for epoch in range(3):
         part = seen[epoch * source.n_tokens : (epoch + 1) * source.n_tokens]
-        assert sorted(part) == source.tokens.tolist()
+        assert sorted(part) == source.shards[0].tokens.tolist()
 
 
 def test_pieces_begin_with_cls_and_end_with_the_document() -> None:
     source = make_source("a", [5, 40, 700])
     stream = RowStream([source], MIXTURE, row_length=128, seed=0)
-    last = {int(source.tokens[end - 1]) for end in source.offsets[1:]}
+    last = {int(source.shards[0].tokens[end - 1]) for end in source.shards[0].offsets[1:]}
     for example in (example for row in islice(stream, 40) for example in row):
         text = text_of(example)
         assert text[0] == SPECIAL.cls

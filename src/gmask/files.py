@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, cast
 
 from safetensors import SafetensorError
 
@@ -237,9 +237,9 @@ def read_json_lines(
 
 
 def read_lines(
-    path: Path | str, *, start: int = 0, max_bytes: int | None = None
+    path: Path | str, *, start: int = 0, max_bytes: int | None = None, stream: io.IOBase | None = None
 ) -> Iterator[tuple[int, str | GmaskError]]:
-    """The lines of a UTF-8 file with their ends, and their numbers from 1; a .zst file is decompressed.
+    """The lines of a UTF-8 file with their ends, and their numbers from 1; .zst and .gz files are decompressed.
 
     In place of a line that cannot be read comes its error, which names neither file nor line: `at_line` adds them. A
     byte order mark is dropped.
@@ -247,36 +247,53 @@ def read_lines(
     Args:
         start: lines at the beginning that are left out.
         max_bytes: a longer line is an error; it is never held in memory.
+        stream: the bytes of the file, where it is opened already; the path then only names it, and says by its end how
+            it is compressed. It is closed.
 
     Raises:
         GmaskError: the file cannot be read, its compression is damaged, it is UTF-16 or a Git LFS pointer.
     """
-    path = Path(path)
     number = 0
     damage: tuple[type[Exception], ...] = ()
     try:
-        refuse_device(path)
-        with path.open("rb") as file:
-            _refuse_start(path, file.peek(len(LFS_POINTER)))
-            stream: BinaryIO = file
-            if path.suffix == ".zst":
-                import zstandard
-
-                damage = (zstandard.ZstdError,)
-                reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-                stream = io.BufferedReader(reader, READ_BYTES)
-            for number, line in enumerate(_cut_lines(stream, max_bytes), 1):
+        if stream is None:
+            refuse_device(Path(path))
+        raw = Path(path).open("rb", buffering=0) if stream is None else cast(io.RawIOBase, stream)  # noqa: SIM115
+        with io.BufferedReader(raw) as buffered:
+            _refuse_start(path, buffered.peek(len(LFS_POINTER)))
+            plain, damage = _decompress(str(path), cast(BinaryIO, buffered))
+            for number, line in enumerate(_cut_lines(plain, max_bytes), 1):
                 if number == 1 and line is not None:
                     _refuse_start(path, line)
                     line = line.removeprefix(UTF8_MARK)
                 if number > start:
                     yield number, _decode_line(line, max_bytes)
     except damage as error:
-        raise GmaskError(f"{path}, after line {number}: the zstd file is damaged ({error})") from error
+        raise GmaskError(
+            f"{path}, after line {number}: the {COMPRESSIONS[Path(path).suffix]} file is damaged ({error})"
+        ) from error
     except (OSError, ValueError) as error:
         if isinstance(error, GmaskError):
             raise
         raise GmaskError(f"{path}: cannot be read ({_system_reason(error)})") from error
+
+
+COMPRESSIONS = {".zst": "zstd", ".gz": "gzip"}
+
+
+def _decompress(name: str, file: BinaryIO) -> tuple[BinaryIO, tuple[type[Exception], ...]]:
+    """The bytes of a file that is compressed as its name ends, and what is raised where they are damaged."""
+    if name.endswith(".zst"):
+        import zstandard
+
+        unpacked = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+        return cast(BinaryIO, io.BufferedReader(unpacked, READ_BYTES)), (zstandard.ZstdError,)
+    if name.endswith(".gz"):
+        import gzip
+        import zlib
+
+        return cast(BinaryIO, gzip.GzipFile(fileobj=file)), (gzip.BadGzipFile, EOFError, zlib.error)
+    return file, ()
 
 
 def at_line(path: Path | str, number: int, fault: object) -> GmaskError:

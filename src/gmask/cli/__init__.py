@@ -25,7 +25,7 @@ from gmask.cli.feedback import dpo, grpo, kto, pipeline, ppo, reward, sft
 from gmask.cli.generation import chat, embed, infill, score
 from gmask.cli.models import convert, info, merge, quantize
 from gmask.cli.serving import serve, webui
-from gmask.cli.training import finetune, pretrain, train_tokenizer
+from gmask.cli.training import finetune, prepare, pretrain, train_tokenizer
 from gmask.errors import GmaskError, StoppedError, is_shortage
 
 app = typer.Typer(
@@ -36,8 +36,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # else [sMASK] would be markup
 )
 VERBS = (
-    infill, chat, score, embed, serve, webui, convert, quantize, info, estimate, merge, pretrain, finetune, sft,
-    reward, dpo, kto, grpo, ppo, pipeline, evaluate, train_tokenizer,
+    infill, chat, score, embed, serve, webui, convert, quantize, info, estimate, merge, prepare, pretrain, finetune,
+    sft, reward, dpo, kto, grpo, ppo, pipeline, evaluate, train_tokenizer,
 )  # fmt: skip
 for verb in VERBS:
     app.command()(verb)

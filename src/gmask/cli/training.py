@@ -1,4 +1,4 @@
-"""``gmask pretrain``, ``finetune`` and ``train-tokenizer``, and how every training verb runs and prints."""
+"""``gmask prepare``, ``pretrain``, ``finetune``, ``train-tokenizer``, and how every training verb runs and prints."""
 
 import contextlib
 import os
@@ -17,6 +17,18 @@ from gmask.errors import GmaskError
 if TYPE_CHECKING:
     from gmask.recipes.pretraining import TokenizerSettings
     from gmask.tasks.records import Source
+
+
+def prepare(
+    recipe: Annotated[str, recipe_argument("texts, tokenizer, filters, duplicates, decontamination")],
+    overrides: Annotated[list[str] | None, overrides_argument("run.processes=8")] = None,
+    resume: Resume = True,
+    as_json: AsJson = False,
+) -> None:
+    """Filter, deduplicate and tokenize texts at scale. A run that was stopped goes on with the same command."""
+    from gmask.corpus.preparation import describe_prepared, run_preparation
+
+    run_and_print(lambda: run_preparation(recipe, overrides or [], resume=resume), describe_prepared, as_json=as_json)
 
 
 def pretrain(

@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 from gmask.config import (
     Count,
     Fraction,
-    NotEmpty,
     NotNegative,
     Part,
     PassSize,
@@ -55,9 +54,12 @@ class TokenizerSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """The texts, and how they are cut into rows."""
+    """The texts, and how they are cut into rows: the files of ``sources``, or a folder of `gmask prepare`."""
 
-    sources: Annotated[tuple[Source, ...], NotEmpty()]
+    sources: tuple[Source, ...] = ()
+    prepared: str | None = None
+    weights: dict[str, Positive] = dataclasses.field(default_factory=dict)  # of prepared sources, if others than theirs
+    check_hashes: bool = True  # of all tokens, when a run begins or goes on; sizes are always compared
     root: str = "."  # what the sources' paths are relative to
     cache: str = ".cache/pretrain"  # tokenised texts
     row_length: Size = 512  # tokens
@@ -66,15 +68,10 @@ class DataSettings:
 
     @property
     def resolved_sources(self) -> list[Source]:
-        """The sources with their paths under ``root``."""
-
-        def resolve(pattern: str | None) -> str | None:
-            return None if pattern is None else str(Path(self.root) / pattern)
-
-        return [
-            dataclasses.replace(source, train=str(resolve(source.train)), validation=resolve(source.validation))
-            for source in self.sources
-        ]
+        """The sources with their paths under ``root``. Raises `GmaskError` if there are tokens in place of texts."""
+        if self.prepared is not None:
+            raise GmaskError(f"data.prepared: {self.prepared} has tokens, and texts are needed here: name data.sources")
+        return [source.under(self.root) for source in self.sources]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +149,8 @@ class PretrainingRecipe:
     def portable(self) -> "PretrainingRecipe":
         """The recipe without the settings of one machine: folders, device, threads."""
         tokenizer = dataclasses.replace(self.tokenizer, path=None)
-        data = dataclasses.replace(self.data, root=DataSettings.root, cache=DataSettings.cache)
+        prepared = None if self.data.prepared is None else Path(self.data.prepared).name
+        data = dataclasses.replace(self.data, root=DataSettings.root, cache=DataSettings.cache, prepared=prepared)
         run = dataclasses.replace(self.run, out=Path(self.run.out).name, device=None, threads=None)
         return dataclasses.replace(self, run=run, data=data, tokenizer=tokenizer)
 
@@ -169,6 +167,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> PretrainingR
 def read_recipe(tree: Mapping[str, Any]) -> PretrainingRecipe:
     """The recipe of a tree of plain values, checked."""
     recipe = build_settings(PretrainingRecipe, tree, title="the recipe")
+    _check_texts(recipe)
     objective = _read_objective(recipe.objective, "objective")
     decay = dataclasses.replace(
         recipe.decay, objective=_read_objective(recipe.decay.objective, "decay.objective", objective)
@@ -181,6 +180,23 @@ def read_recipe(tree: Mapping[str, Any]) -> PretrainingRecipe:
         objective=objective,
         decay=decay,
     )
+
+
+def _check_texts(recipe: PretrainingRecipe) -> None:
+    """Raises `GmaskError` unless the texts come from one place, with what a prepared folder has."""
+    data = recipe.data
+    if data.prepared is None:
+        if not data.sources:
+            raise GmaskError("data: name sources, or a folder of gmask prepare as data.prepared")
+        if data.weights:
+            raise GmaskError("data.weights: are of the sources of data.prepared; set the weights of data.sources there")
+        return
+    if data.sources:
+        raise GmaskError("data: give sources or prepared, not both")
+    if data.skip_bad_lines:
+        raise GmaskError("data.skip_bad_lines: has no effect on data.prepared: leave it out")
+    if recipe.run.validation_sentences:
+        raise GmaskError("run.validation_sentences: needs texts, and data.prepared has tokens: set it to 0")
 
 
 def _objective_hints() -> dict[str, Any]:

@@ -8,7 +8,7 @@ import itertools
 import json
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -383,7 +383,7 @@ class Document:
     """One text, in NFC, with its file and line."""
 
     text: str
-    path: Path
+    path: Path | str  # a name of another kind for a part of a file, or a file elsewhere
     line: int  # where it begins, from 1
 
 
@@ -392,7 +392,7 @@ class Source:
     """One entry of a recipe's ``sources``: some texts, and how much of them to use.
 
     Args:
-        train, validation: a path or a glob of .jsonl, .jsonl.zst or .txt files.
+        train, validation: a path or a glob of `TEXT_FILES`.
         weight: share of the training tokens, relative to the other sources' weights.
         epochs: instead of a weight, the number of passes relative to the other such sources (weight = epochs x tokens
             of the source). Neither given: epochs = 1.
@@ -411,6 +411,17 @@ class Source:
             raise GmaskError(f"source {self.name}: give weight or epochs, not both")
         check_fields(self, f"source {self.name}: ")
 
+    def under(self, root: str) -> "Source":
+        """The source with its paths under a folder; a URL and an absolute path stay."""
+
+        def resolve(pattern: str) -> str:
+            if "://" in pattern:
+                return pattern
+            return f"{root.rstrip('/')}/{pattern}" if "://" in root else str(Path(root) / pattern)
+
+        validation = None if self.validation is None else resolve(self.validation)
+        return replace(self, train=resolve(self.train), validation=validation)
+
     def share_of(self, size: int) -> float:
         """The weight of the source, if it has ``size`` tokens (or bytes)."""
         if self.weight is not None:
@@ -428,10 +439,18 @@ def find_files(pattern: str) -> list[Path]:
     return files
 
 
+TEXT_FILES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".txt", ".txt.zst", ".txt.gz")
+"""The files of texts: JSON lines and plain text. A .json.gz file has JSON lines, as C4 is published."""
+
+
 def read_documents(
-    path: Path | str, *, field: str = "text", on_bad_line: Callable[[GmaskError], None] | None = None
+    path: Path | str,
+    *,
+    field: str = "text",
+    on_bad_line: Callable[[GmaskError], None] | None = None,
+    stream: io.IOBase | None = None,
 ) -> Iterator[Document]:
-    """Reads the documents of one file: .jsonl and .jsonl.zst hold one object a line, .txt is plain text.
+    """Reads the documents of one of `TEXT_FILES`: of JSON lines, an object a line; of plain text, its parts.
 
     A .txt file is one document up to `TXT_DOCUMENT_CHARS` characters; a longer one is cut at blank lines into
     documents just above that size. Documents without any text are left out.
@@ -439,15 +458,18 @@ def read_documents(
     Args:
         on_bad_line: called with the error of each line that is no UTF-8, no JSON object or has no string ``field``;
             the line is skipped. Without it the first such line raises.
+        stream: as of `read_lines`.
 
     Raises:
         GmaskError: a file of another kind, or a bad line, with its file and number.
     """
-    path = Path(path)
+    name = str(path)
     on_bad = on_bad_line or _raise
-    if not path.name.endswith((".jsonl", ".jsonl.zst", ".txt")):
-        raise GmaskError(f"{path}: only .jsonl, .jsonl.zst and .txt files are read")
-    texts = _read_txt(path, on_bad) if path.suffix == ".txt" else _read_text_lines(path, field, on_bad)
+    if not name.endswith(TEXT_FILES):
+        raise GmaskError(f"{path}: only {', '.join(TEXT_FILES[:-1])} and {TEXT_FILES[-1]} files are read")
+    lines = read_lines(path, stream=stream)
+    is_plain = ".txt" in name[-len(".txt.zst") :]
+    texts = _cut_txt(path, lines, on_bad) if is_plain else _read_text_lines(path, lines, field, on_bad)
     for line, text in texts:
         if text.strip():
             yield Document(unicodedata.normalize("NFC", text), path, line)
@@ -460,9 +482,15 @@ def read_texts(files: Sequence[Path], *, on_bad_line: Callable[[GmaskError], Non
             yield document.text
 
 
-def _read_text_lines(path: Path, field: str, on_bad: Callable[[GmaskError], None]) -> Iterator[tuple[int, str]]:
+Lines: TypeAlias = Iterator[tuple[int, str | GmaskError]]
+"""What `read_lines` gives."""
+
+
+def _read_text_lines(
+    path: Path | str, lines: Lines, field: str, on_bad: Callable[[GmaskError], None]
+) -> Iterator[tuple[int, str]]:
     """The texts of JSON lines; the other values of a line are not checked."""
-    for number, line in read_lines(path):
+    for number, line in lines:
         try:
             if isinstance(line, GmaskError):
                 raise line
@@ -477,18 +505,19 @@ def _read_text_lines(path: Path, field: str, on_bad: Callable[[GmaskError], None
             on_bad(at_line(path, number, error))
 
 
-def _read_txt(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[tuple[int, str]]:
-    begin, size, lines = 1, 0, list[str]()
-    for number, line in read_lines(path):
+def _cut_txt(path: Path | str, lines: Lines, on_bad: Callable[[GmaskError], None]) -> Iterator[tuple[int, str]]:
+    """The parts of a plain text."""
+    begin, size, part = 1, 0, list[str]()
+    for number, line in lines:
         if isinstance(line, GmaskError):
             on_bad(at_line(path, number, line))
             continue
-        lines.append(line)
+        part.append(line)
         size += len(line)
         if size >= (TXT_DOCUMENT_MAX_CHARS if line.strip() else TXT_DOCUMENT_CHARS):
-            yield begin, "".join(lines).strip("\r\n")
-            begin, size, lines = number + 1, 0, []
-    yield begin, "".join(lines).strip("\r\n")
+            yield begin, "".join(part).strip("\r\n")
+            begin, size, part = number + 1, 0, []
+    yield begin, "".join(part).strip("\r\n")
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction], samples: Sequence[Sample]) -> None:

@@ -2,55 +2,61 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import zlib
-from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from gmask.corpus.preparation import open_prepared
+from gmask.corpus.shards import (
+    MANIFEST_FILE,
+    SHARDS_VERSION,
+    Shard,
+    TokenArray,
+    TokenSource,
+    hash_tokenizer,
+    make_encoder,
+    open_shards,
+    read_shards_manifest,
+    write_shards_manifest,
+    writing_shard,
+)
 from gmask.errors import GmaskError
-from gmask.files import read_object, write_json, written_folder
+from gmask.files import written_folder
 from gmask.infilling.blanks import BlankTokens, InfillingExample, IntArray
 from gmask.infilling.objectives import Mixture, Objective
+from gmask.recipes.pretraining import DataSettings
 from gmask.tasks.records import Source, find_files, read_texts
 
 logger = logging.getLogger(__name__)
-CACHE_VERSION = 1
-DOCUMENTS_PER_BATCH = 512
-TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+CACHE_REMEDY = "delete that folder and run again"
 
 
-@dataclass(frozen=True, slots=True)
-class TokenSource:
-    """The documents of one source as memory-mapped token ids, without `[CLS]` and end-of-text."""
+def open_texts(data: DataSettings, tokenizer: Tokenizer, *, split: str) -> list[TokenSource]:
+    """The tokens of a recipe's texts: of the folder that was prepared, or of the sources, tokenised once.
 
-    name: str
-    weight: float  # share of the tokens, relative to the other sources
-    tokens: TokenArray  # [N]
-    offsets: IntArray  # [D + 1]: document i is tokens[offsets[i] : offsets[i + 1]]
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def n_tokens(self) -> int:
-        return len(self.tokens)
-
-    def document(self, index: int) -> TokenArray:
-        """The ids [L] of one document: a view of the file."""
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+    Raises:
+        GmaskError: as `open_prepared` or `build_cache`.
+    """
+    if data.prepared is not None:
+        return open_prepared(
+            data.prepared, tokenizer, split=split, weights=data.weights, check_hashes=data.check_hashes
+        )
+    return open_sources(
+        data.resolved_sources,
+        tokenizer,
+        data.cache,
+        split=split,
+        skip_bad_lines=data.skip_bad_lines,
+        check_hashes=data.check_hashes,
+    )
 
 
 def open_sources(
@@ -60,6 +66,7 @@ def open_sources(
     *,
     split: str = "train",
     skip_bad_lines: bool = False,
+    check_hashes: bool = True,
     progress: bool = True,
 ) -> list[TokenSource]:
     """The tokens of the sources' `train` or `validation` texts. Those that the cache folder lacks are tokenised first.
@@ -72,15 +79,16 @@ def open_sources(
         if pattern is None:
             continue
         folder = Path(cache) / hash_tokenizer(tokenizer)[:12] / source.name / split
-        tokens, offsets = build_cache(
+        shards = build_cache(
             find_files(pattern),
             tokenizer,
             folder,
             name=source.name,
             skip_bad_lines=skip_bad_lines,
+            check_hashes=check_hashes,
             progress=progress,
         )
-        opened.append(TokenSource(source.name, source.share_of(len(tokens)), tokens, offsets))
+        opened.append(TokenSource(source.name, source.share_of(sum(len(shard.tokens) for shard in shards)), shards))
     return opened
 
 
@@ -91,13 +99,13 @@ def build_cache(
     *,
     name: str = "text",
     skip_bad_lines: bool = False,
+    check_hashes: bool = True,
     progress: bool = True,
-) -> tuple[TokenArray, IntArray]:
-    """Tokenises `files` into `folder`, once; returns the tokens [N] and the document offsets [D + 1].
+) -> list[Shard]:
+    """Tokenises `files` into a folder of shards (`gmask.corpus.shards`), once, and opens it.
 
-    The folder holds tokens.bin (uint16, or uint32 for a vocabulary above 65536), offsets.npy and meta.json. It is
-    written whole or not at all. It is used again as long as the tokenizer and the files (name, size, time of change)
-    are the same, else written anew. Special tokens spelt out in a text are text here.
+    It is written whole or not at all. It is used again as long as the tokenizer and the files (name, size, time of
+    change) are the same, else written anew. Special tokens spelt out in a text are text here.
 
     Raises:
         GmaskError: a bad line (with file and number; `skip_bad_lines` counts and skips those), no text, a damaged
@@ -105,94 +113,30 @@ def build_cache(
     """
     folder = Path(folder)
     made_from = {
-        "version": CACHE_VERSION,
-        "tokenizer": hash_tokenizer(tokenizer),
         "files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
         "skip_bad_lines": skip_bad_lines,
     }
+    expected = made_from | {"version": SHARDS_VERSION, "tokenizer": hash_tokenizer(tokenizer)}
     if folder.exists():
-        meta = read_object(folder / "meta.json", remedy="delete that folder and run again")
-        if {key: meta.get(key) for key in made_from} == made_from:
-            return _open_cache(folder, meta)
+        # A cache of version 1 has no manifest, and is written anew.
+        is_old = not (folder / MANIFEST_FILE).exists() and (folder / "meta.json").exists()
+        manifest = {} if is_old else read_shards_manifest(folder, CACHE_REMEDY)
+        if {key: manifest.get(key) for key in expected} == expected:
+            return open_shards(folder, manifest, remedy=CACHE_REMEDY, check_hashes=check_hashes)
         logger.warning("%s: the tokenizer or the texts have changed; tokenising them again", folder)
     with written_folder(folder) as draft:
-        counts = _tokenise(files, tokenizer, draft, name=name, skip_bad_lines=skip_bad_lines, progress=progress)
-        meta = made_from | counts
-        write_json(draft / "meta.json", meta, indent=2)
-    return _open_cache(folder, meta)
-
-
-def hash_tokenizer(tokenizer: Tokenizer) -> str:
-    """SHA-256 of the settings by which a tokenizer maps text to ids (not of padding, truncation or the template)."""
-    settings = json.loads(tokenizer.to_str())
-    decisive = [settings[key] for key in ("normalizer", "pre_tokenizer", "added_tokens", "model")]
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-
-
-def _tokenise(
-    files: Sequence[Path],
-    tokenizer: Tokenizer,
-    folder: Path,
-    *,
-    name: str,
-    skip_bad_lines: bool,
-    progress: bool,
-) -> dict[str, Any]:
-    """Writes tokens.bin and offsets.npy; returns what meta.json holds about them."""
-    encoder = Tokenizer.from_str(tokenizer.to_str())
-    encoder.no_padding()
-    encoder.no_truncation()
-    encoder.encode_special_tokens = True  # a literal "[MASK]" in a text is no blank
-    dtype = np.uint16 if encoder.get_vocab_size() <= 1 << 16 else np.uint32
-    bad_lines: list[GmaskError] = []
-    documents = read_texts(files, on_bad_line=bad_lines.append if skip_bad_lines else None)
-    ends = array("q", [0])
-    checksum = 0
-    with (
-        (folder / "tokens.bin").open("wb") as file,
-        tqdm(desc=name, unit=" docs", disable=not progress) as bar,
-    ):
-        while texts := list(islice(documents, DOCUMENTS_PER_BATCH)):
-            encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
-            encoded = [encoding.ids for encoding in encodings]
-            for ids in encoded:
-                ends.append(ends[-1] + len(ids))
-            data = np.concatenate([np.array(ids, dtype) for ids in encoded]).tobytes()
-            checksum = zlib.crc32(data, checksum)
-            file.write(data)
-            bar.update(len(texts))
-            bar.set_postfix(tokens=f"{ends[-1]:,}", refresh=False)
-    if bad_lines:
-        logger.warning("%s: %d bad lines skipped, the first: %s", name, len(bad_lines), bad_lines[0])
-    if len(ends) == 1:
-        raise GmaskError(f"no text in {', '.join(map(str, files))}")
-    np.save(folder / "offsets.npy", np.array(ends, np.int64))
-    return {
-        "dtype": np.dtype(dtype).name,
-        "documents": len(ends) - 1,
-        "tokens": ends[-1],
-        "crc32": checksum,
-        "bad_lines": len(bad_lines),
-    }
-
-
-def _open_cache(folder: Path, meta: dict[str, Any]) -> tuple[TokenArray, IntArray]:
-    try:
-        tokens = np.memmap(folder / "tokens.bin", np.dtype(meta["dtype"]), "r")
-        offsets: IntArray = np.load(folder / "offsets.npy")
-    except (OSError, ValueError) as error:
-        raise _damaged(folder, str(error)) from error
-    if len(tokens) != meta["tokens"]:
-        raise _damaged(folder, f"tokens.bin holds {len(tokens)} tokens, not {meta['tokens']}")
-    if len(offsets) != meta["documents"] + 1 or offsets[-1] != len(tokens):
-        raise _damaged(folder, "offsets.npy does not fit tokens.bin")
-    if zlib.crc32(tokens.data) != meta["crc32"]:
-        raise _damaged(folder, "the checksum of tokens.bin is wrong")
-    return tokens, offsets
-
-
-def _damaged(folder: Path, fault: str) -> GmaskError:
-    return GmaskError(f"the token cache {folder} is damaged ({fault}): delete that folder and run again")
+        bad_lines: list[GmaskError] = []
+        encoder = make_encoder(tokenizer)
+        documents = read_texts(files, on_bad_line=bad_lines.append if skip_bad_lines else None)
+        with writing_shard(draft, "00000", encoder) as shard:
+            for text in tqdm(documents, desc=name, unit=" docs", disable=not progress):
+                shard.add(text)
+        if bad_lines:
+            logger.warning("%s: %d bad lines skipped, the first: %s", name, len(bad_lines), bad_lines[0])
+        if not shard.entry["tokens"]:
+            raise GmaskError(f"no text in {', '.join(map(str, files))}")
+        manifest = write_shards_manifest(draft, encoder, [shard.entry], made_from | {"bad_lines": len(bad_lines)})
+    return open_shards(folder, manifest, remedy=CACHE_REMEDY, check_hashes=False)  # just written
 
 
 OPEN_DOCUMENTS = 8

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from gmask.corpus.shards import TokenSource
 from gmask.errors import GmaskError
 from gmask.estimation.inference import weight_bytes
 from gmask.files import write_text, written_folder
@@ -34,7 +35,7 @@ from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from gmask.recipes.pretraining import OptimizationSettings, PretrainingRecipe, load_recipe, make_mixture
 from gmask.tasks.records import Source
 from gmask.training.accelerator import find_device, make_accelerator, make_arguments
-from gmask.training.corpus_rows import RowStream, TokenSource, open_sources, validation_rows
+from gmask.training.corpus_rows import RowStream, open_texts, validation_rows
 from gmask.training.examples import Batch
 from gmask.training.loop import Loop, Schedule, StepData, StepResult
 from gmask.training.report import CURVES_FILE, draw_curves
@@ -77,8 +78,9 @@ class Pretraining:
         bound_primitive_cache()
         torch.manual_seed(settings.seed)
         data = self.recipe.data
-        sources = data.resolved_sources
-        self.tokenizer_folder = Path(self.recipe.tokenizer.path or self.out / "tokenizer")
+        sources = [] if data.prepared is not None else data.resolved_sources
+        prepared = None if data.prepared is None else str(Path(data.prepared) / "tokenizer")
+        self.tokenizer_folder = Path(self.recipe.tokenizer.path or prepared or self.out / "tokenizer")
         tokenizer = self._load_tokenizer(sources)
         self.mixture = make_mixture(tokenizer, self.recipe.objective)
         self.decay_mixture = make_mixture(tokenizer, self.recipe.objective | self.recipe.decay.objective)
@@ -90,9 +92,8 @@ class Pretraining:
             self.model.activation_checkpointing_enable()
         accelerator = make_accelerator(make_arguments(settings.out, device=self.device.type, dtype=self.dtype))
         self.model.to(accelerator.device)
-        cache = {"cache": data.cache, "skip_bad_lines": data.skip_bad_lines}
-        self.train_sources = open_sources(sources, tokenizer, split="train", **cache)  # type: ignore[arg-type]
-        self.validation_sources = open_sources(sources, tokenizer, split="validation", **cache)  # type: ignore[arg-type]
+        self.train_sources = open_texts(data, tokenizer, split="train")
+        self.validation_sources = open_texts(data, tokenizer, split="validation")
         # No position in a layout may lie beyond the model's tables, in training or in validation.
         self.max_piece = min(data.max_piece or data.row_length, self.model.config.max_position_embeddings)
         self.stream = RowStream(
@@ -136,7 +137,7 @@ class Pretraining:
         """The recipe's tokenizer. Without a path in the recipe it is learnt into the run's folder, once."""
         settings, path = self.recipe.tokenizer, self.tokenizer_folder / "tokenizer.json"
         if not path.is_file():
-            if settings.path:
+            if settings.path or self.recipe.data.prepared:
                 raise GmaskError(f"{self.tokenizer_folder}: no tokenizer.json there")
             train_from_sources(
                 sources,
