@@ -7,8 +7,8 @@ import torch
 
 from gmask.checkpoints.zoo import find_family
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
-from gmask.recipes.pretraining import PretrainingRecipe, load_recipe
-from gmask.training.pretrain import VOCABULARY_MULTIPLE, learning_rate
+from gmask.recipes.pretraining import VOCABULARY_MULTIPLE, PretrainingRecipe, load_recipe
+from gmask.training.pretrain import learning_rate
 
 FOLDER = Path(__file__).parents[1] / "recipes/published"
 FAMILIES = {
