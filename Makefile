@@ -18,7 +18,7 @@ KERNEL := setup.py $(wildcard src/gmask/native/csrc/*)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check bench bundled bundled-chat docs clean
+.PHONY: help demo test test-all check bench gpu bundled bundled-chat docs clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ bench: $(VENV)/.installed-dev  ## measure against peers, all in one run
 	$(BIN)/python benchmarks/forward.py
 	$(BIN)/python benchmarks/tuning_speed.py
 	$(if $(CORPUS),$(BIN)/python benchmarks/tokenizer.py $(CORPUS) --ours src/gmask/pretrained)
+
+gpu: $(VENV)/.installed-dev  ## test and measure all that needs a GPU, on one H100 or H200, in nine minutes
+	$(BIN)/python benchmarks/gpu.py --out runs/gpu
 
 bundled: $(VENV)/.installed-dev  ## train, evaluate and ship the bundled model: make bundled CORPUS=folder
 	$(BIN)/gmask pretrain recipes/bundled.yaml data.root=$(CORPUS)

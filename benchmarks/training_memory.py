@@ -1,13 +1,14 @@
-"""Does tuning take the memory that `gmask estimate --method` says?
+"""Does training take the memory that `gmask estimate` says?
 
     python benchmarks/training_memory.py [--shape 335M] [--method lora ...] [--size 1x128 ...] [--as-it-comes]
 
 A model of that shape is made in a process of its own, made ready by `gmask.training.methods`, and makes two steps with
-the loss of `gmask finetune` or of a stage of feedback, AdamW and, for bfloat16, accelerate's autocast. Measured is the
-largest resident memory of the process (VmHWM), against the estimated peak; and without what the process held before the
-model was made, against the peak without the libraries. Both ought to be within 15 % of each other. What is freed goes
-back at once (MALLOC_MMAP_THRESHOLD_=65536); with `--as-it-comes` the allocator of the C library keeps some of it, which
-no estimate counts. Full tuning at 335M takes 6 GB.
+the loss of `gmask finetune` or of a stage of feedback, AdamW and, for bfloat16, accelerate's autocast; or by a recipe
+of pretraining (`--method pretraining ...`), with its optimizers and average. Measured is the largest resident memory of
+the process (VmHWM), against the estimated peak; and without what the process held before the model was made, against
+the peak without the libraries. Both ought to be within 15 % of each other. What is freed goes back at once
+(MALLOC_MMAP_THRESHOLD_=65536); with `--as-it-comes` the allocator of the C library keeps some of it, which no estimate
+counts. Full tuning at 335M takes 6 GB.
 """
 
 import argparse
@@ -58,7 +59,16 @@ FEEDBACK: dict[str, dict[str, Any]] = {
 }
 """Learning from feedback; the rows are pairs with reward and dpo."""
 
-METHODS |= FEEDBACK
+PRETRAINING: dict[str, dict[str, Any]] = {
+    "pretraining": {"recipe": {"dtype": "float32"}},
+    "pretraining bf16": {"recipe": {"dtype": "bfloat16"}},
+    "pretraining checkpointing": {"recipe": {"dtype": "float32", "gradient_checkpointing": True}},
+    "pretraining bf16 checkpointing": {"recipe": {"dtype": "bfloat16", "gradient_checkpointing": True}},
+    "pretraining muon ema": {"recipe": {"dtype": "float32", "optimizer": "muon", "ema": 0.999}},
+}
+"""Pretraining by a recipe with these keys of its section optimization, in two passes a step."""
+
+METHODS |= FEEDBACK | PRETRAINING
 STEPS = 2  # from the second on the optimizer has its state
 TINY = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -119,6 +129,60 @@ def train(config: Any, case: dict[str, Any], *, batch_size: int, length: int) ->
         optimizer.step()
         optimizer.zero_grad()
     accelerator.free_memory()
+
+
+def make_recipe(case: dict[str, Any], shape: dict[str, Any], *, batch_size: int, length: int) -> Any:
+    """The recipe of a case of pretraining."""
+    from gmask.recipes.pretraining import read_recipe
+
+    rates = dict.fromkeys(("embedding_dropout", "attention_dropout", "hidden_dropout"), 0.0)
+    return read_recipe(
+        {
+            "run": {"out": "nowhere"},
+            "data": {"row_length": length, "sources": [{"name": "made", "train": "nowhere.txt"}]},
+            "tokenizer": {"vocab_size": shape["vocab_size"]},
+            "model": {key: value for key, value in shape.items() if key not in ("kind", "vocab_size")} | rates,
+            "optimization": {"steps": 2, "rows_per_step": 2 * batch_size, "rows_per_pass": batch_size} | case["recipe"],
+        }
+    )
+
+
+def pretrain(recipe: Any) -> None:
+    """Makes the model of a recipe and two steps, with as many labels as the estimate expects."""
+    import torch
+    from torch.optim.swa_utils import AveragedModel
+
+    from gmask.estimation.pretraining import config_of_recipe, count_labels
+    from gmask.models.glm import GLMForConditionalGeneration
+    from gmask.training.pretrain import make_optimizers, moving_average
+
+    settings = recipe.optimization
+    with torch.device("meta"):
+        model = GLMForConditionalGeneration(config_of_recipe(recipe))
+    values = {name: torch.full_like(weight, 0.01, device="cpu") for name, weight in model.named_parameters()}
+    model.load_state_dict(values, strict=False, assign=True)
+    del values
+    model.tie_weights()
+    if settings.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    average = None if settings.ema is None else AveragedModel(model, multi_avg_fn=moving_average(settings.ema))
+    optimizers = make_optimizers(model.train(), settings)
+    batch = make_batch(settings.rows_per_pass, recipe.data.row_length)
+    labelled = round(count_labels(recipe).most * recipe.data.row_length)
+    batch["labels"][:, : recipe.data.row_length - labelled] = -100
+    batch["labels"][:, recipe.data.row_length - labelled :] = 10
+    for _ in range(STEPS):
+        for _ in range(settings.rows_per_step // settings.rows_per_pass):
+            with torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+                losses = model.token_losses(**batch)
+            losses.sum().backward()
+            del losses
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if average is not None:
+            average.update_parameters(model)
 
 
 def make_loss(model: Any, case: dict[str, Any], *, batch_size: int, length: int) -> tuple[Any, Any]:
@@ -206,7 +270,11 @@ def measure(cases: list[dict[str, Any]]) -> None:
             warm_up()  # a copy has none of the libraries' pages until it reads them
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
             before = resident_bytes("VmRSS")
-            train(config_of(case["shape"]), case["method"], batch_size=case["batch_size"], length=case["length"])
+            size = {name: case[name] for name in ("batch_size", "length")}
+            if "recipe" in case["method"]:
+                pretrain(make_recipe(case["method"], case["shape"], **size))
+            else:
+                train(config_of(case["shape"]), case["method"], **size)
             print(json.dumps({"before": held, "peak": held + resident_bytes("VmHWM") - before}), flush=True)
             os._exit(0)
         if os.waitpid(child, 0)[1]:
@@ -220,6 +288,11 @@ def estimate(case: dict[str, Any]) -> Any:
     from gmask.recipes.tuning import MethodSettings
 
     method, length = case["method"], case["length"]
+    if "recipe" in method:
+        from gmask.estimation.pretraining import estimate_memory
+
+        recipe = make_recipe(method, case["shape"], batch_size=case["batch_size"], length=length)
+        return estimate_memory(recipe, device_kind="cpu")
     return estimate_training(
         config_of(case["shape"]),
         method=MethodSettings(name=method["name"]),
@@ -249,7 +322,7 @@ def compare(cases: list[dict[str, Any]], *, threads: int, return_freed: bool) ->
             grown = measured["peak"] - measured["before"]
             yield {
                 **{name: case[name] for name in ("shape_name", "method_name", "batch_size", "length")},
-                "trainable": found.trainable,
+                "trainable": found.gradients // 4,
                 "estimated": found.peak,
                 "measured": measured["peak"],
                 "before": measured["before"],
@@ -274,7 +347,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["335M"])
     parser.add_argument(
-        "--method", nargs="+", choices=METHODS, default=[name for name in METHODS if name not in FEEDBACK]
+        "--method", nargs="+", choices=METHODS, default=[name for name in METHODS if name not in FEEDBACK | PRETRAINING]
     )
     parser.add_argument("--size", nargs="+", default=["1x128"], help="rows x tokens, such as 4x128")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))

@@ -1,6 +1,6 @@
-"""``gmask estimate``: the memory that a model takes in use, or while it is tuned."""
+"""``gmask estimate``: the memory that a model takes in use, or while it is tuned; what a pretraining run takes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +13,11 @@ from gmask.errors import GmaskError
 if TYPE_CHECKING:
     from gmask.checkpoints.folder import Config
     from gmask.estimation.inference import MemoryEstimate
+    from gmask.estimation.pretraining import PretrainingMemory, PretrainingTime
+    from gmask.estimation.scaling import Assumptions, ParallelLayout
     from gmask.estimation.training import TrainingEstimate
     from gmask.quantization.quantizer import QuantizationConfig
+    from gmask.recipes.pretraining import PretrainingRecipe
     from gmask.recipes.tuning import MethodSettings
 
 CONTEXT_LENGTHS = (512, 2048)
@@ -47,7 +50,10 @@ class WeightForm:
 def estimate(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="Folder or checkpoint of a model, or the name of a published one."),
+        typer.Argument(
+            metavar="MODEL",
+            help="Folder or checkpoint of a model, or the name of a published one; or a recipe of pretraining (.yaml).",
+        ),
     ] = "bundled",
     dtype: Annotated[
         str | None,
@@ -87,11 +93,47 @@ def estimate(
         ),
     ] = None,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="With --method: blocks are computed twice.")
+        bool,
+        typer.Option("--gradient-checkpointing", help="With --method or a recipe: blocks are computed twice."),
     ] = False,
     gpus: Annotated[
         int | None,
-        typer.Option(help="With --method: GPUs that FSDP divides the model among.", show_default="this machine"),
+        typer.Option(
+            help="With --method: GPUs that FSDP divides the model among. With a recipe: GPUs of the run.",
+            show_default="this machine",
+        ),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="v100|a100|h100|...", help="With a recipe: their kind; time and cost too.", show_default="none"
+        ),
+    ] = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ddp|zero2|fsdp|tp=K|fsdp,tp=K",
+            help="With a recipe: how the model is divided among them.",
+            show_default="ddp, zero2 and fsdp",
+        ),
+    ] = None,
+    checkpointing: Annotated[
+        str | None,
+        typer.Option(
+            metavar="none|selective|full",
+            help="With a recipe: what is computed twice; selective: what is between the products.",
+            show_default="each",
+        ),
+    ] = None,
+    utilization: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01, max=1.0, help="With a recipe: share of a GPU's peak by the products.", show_default="0.4, assumed"
+        ),
+    ] = None,
+    price: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="With a recipe: US dollars an hour of a GPU.", show_default="assumed by kind"),
     ] = None,
     pairs: Annotated[
         list[str] | None,
@@ -99,13 +141,31 @@ def estimate(
             "--set",
             metavar="KEY=VALUE",
             help="With --method: its settings, such as rank=16; optimizer, answer_length, accumulation; for ppo critic "
-            "and reward_model.",
+            "and reward_model. With a recipe: its keys, such as optimization.steps=1000.",
             show_default=False,
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell how much memory a model takes to run or to tune, and what fits here, without loading or fetching it."""
+    """Tell how much memory a model takes to run or to tune, and what fits here, without loading or fetching it.
+
+    Of a recipe of pretraining: the memory of each GPU, and the time and the cost of the run.
+    """
+    if model.endswith((".yaml", ".yml")):
+        tuned = (dtype, quantize, group_size, context_length, method, stage, embeddings or None)
+        if any(value is not None for value in tuned) or batch_size != 1:
+            raise GmaskError(
+                f"{model} is a recipe, which says all but --gpus, --gpu, --parallel, --checkpointing, --utilization, "
+                "--price: leave the other options out, and change its keys by --set section.key=value"
+            )
+        kept = "full" if gradient_checkpointing and checkpointing is None else checkpointing
+        print_run(PlannedRun.read(model, pairs or [], gpus, gpu, parallel, kept, utilization, price), as_json=as_json)
+        return
+    if any(value is not None for value in (gpu, parallel, checkpointing, utilization, price)):
+        raise GmaskError(
+            "--gpu, --parallel, --checkpointing, --utilization and --price are for a recipe of pretraining: "
+            "name its .yaml file in place of a model"
+        )
     config = find_config(model)
     from gmask.hardware import best_device
 
@@ -385,3 +445,168 @@ def _sizes(*sizes: int) -> list[str]:
     from gmask.hardware import format_bytes
 
     return [format_bytes(size) for size in sizes]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRun:
+    """A pretraining run, as the command line describes it."""
+
+    recipe: "PretrainingRecipe"
+    layouts: "tuple[ParallelLayout, ...]"
+    checkpointings: tuple[Any, ...]
+    gpu: Any  # None: this machine, whose speed is not known
+    device_kind: Any
+    assumed: "Assumptions"
+    price: float | None  # None: that of the GPU's kind
+
+    @staticmethod
+    def read(
+        path: str,
+        pairs: Sequence[str],
+        gpus: int | None,
+        gpu: str | None,
+        parallel: str | None,
+        checkpointing: str | None,
+        utilization: float | None,
+        price: float | None,
+    ) -> "PlannedRun":
+        """Reads the options of the command line.
+
+        Raises:
+            GmaskError: a mistake in the recipe, an unknown GPU, layout or checkpointing.
+        """
+        from typing import get_args
+
+        from gmask.estimation.gpus import find_gpu
+        from gmask.estimation.scaling import Assumptions, DataParallel, ParallelLayout
+        from gmask.estimation.training import Checkpointing
+        from gmask.hardware import best_device
+        from gmask.recipes.pretraining import load_recipe
+
+        recipe = load_recipe(path, pairs)
+        if gpu is None and (gpus is not None or utilization is not None or price is not None):
+            raise GmaskError("the kind of the GPUs is missing: add --gpu h100")
+        if checkpointing is not None and checkpointing not in get_args(Checkpointing):
+            raise GmaskError(f"--checkpointing {checkpointing}: choose {', '.join(get_args(Checkpointing))}")
+        count = 1 if gpus is None else gpus
+        names = (parallel,) if parallel else get_args(DataParallel) if count > 1 else ("ddp",)
+        return PlannedRun(
+            recipe,
+            tuple(ParallelLayout.read(name, count) for name in names),
+            (checkpointing,) if checkpointing else get_args(Checkpointing),
+            None if gpu is None else find_gpu(gpu),
+            best_device() if gpu is None else "cuda",
+            Assumptions() if utilization is None else Assumptions(utilization=utilization),
+            price,
+        )
+
+    def estimates(self) -> "Iterator[tuple[ParallelLayout, str, PretrainingMemory, PretrainingTime | None]]":
+        """Yields memory and time for each layout and checkpointing; without a kind of GPU there is no time."""
+        from gmask.estimation.pretraining import estimate_memory, estimate_time
+
+        for layout in self.layouts:
+            for kept in self.checkpointings:
+                memory = estimate_memory(self.recipe, layout=layout, checkpointing=kept, device_kind=self.device_kind)
+                if self.gpu is None:
+                    yield layout, kept, memory, None
+                    continue
+                time = estimate_time(
+                    self.recipe,
+                    gpu=self.gpu,
+                    layout=layout,
+                    checkpointing=kept,
+                    assumed=self.assumed,
+                    price=self.price,
+                )
+                yield layout, kept, memory, time
+
+    @property
+    def room(self) -> int:
+        """Bytes of a GPU, or free ones of this machine."""
+        return _free_bytes(self.device_kind) if self.gpu is None else int(self.gpu.memory)
+
+
+def print_run(run: PlannedRun, *, as_json: bool) -> None:
+    """Prints the memory of each GPU by part, and the time and the cost of a pretraining run."""
+    import torch
+
+    from gmask.estimation.inference import shape_at
+    from gmask.estimation.pretraining import config_of_recipe, count_labels
+
+    found = list(run.estimates())
+    model = shape_at(config_of_recipe(run.recipe), dtype=torch.float32)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    labels, settings = count_labels(run.recipe), run.recipe.optimization
+    if as_json:
+        rows = [
+            {
+                "parallel": str(layout),
+                "checkpointing": kept,
+                "memory": asdict(memory),
+                "time": None if time is None else {**asdict(time), "exposed": time.step.exposed},
+            }
+            for layout, kept, memory, time in found
+        ]
+        print_json(
+            {
+                "parameters": parameters,
+                "steps": settings.steps,
+                "labelled_share": labels.share,
+                "gpus": run.layouts[0].gpus,
+                "gpu": None if run.gpu is None else asdict(run.gpu),
+                "device": run.device_kind,
+                "room": run.room,
+                "assumptions": asdict(run.assumed),
+                "estimates": rows,
+            },
+            indent=2,
+        )
+        return
+    columns = ["weights", "gradi-\nents", "opti-\nmizer", "acti-\nvations", "logits", "peak"]
+    sizes = [
+        [
+            f"{layout}, {kept}",
+            *_sizes(memory.weights + memory.gathered, memory.gradients, memory.optimizer),
+            *_sizes(memory.activations, memory.logits, memory.peak),
+        ]
+        for layout, kept, memory, _ in found
+    ]
+    print_table(["", *columns], sizes, figures=columns)
+    if run.gpu is not None:
+        columns = ["prod-\nucts", "waits", "update", "step", "MFU", "days", "cost"]
+        times = [
+            [
+                f"{layout}, {kept}",
+                *(f"{part:.2f} s" for part in (time.step.products, time.step.exposed, time.step.optimizer)),
+                *(f"{time.step.total:.2f} s", f"{time.mfu:.0%}", f"{time.days:.1f}", f"${time.cost:,.0f}"),
+            ]
+            for layout, kept, _, time in found
+            if time is not None
+        ]
+        print_table(["", *columns], times, figures=columns)
+    positions = settings.rows_per_step * run.recipe.data.row_length
+    print(
+        f"{parameters:,} parameters; {settings.steps:,} steps of {positions:,} positions, "
+        f"{labels.share:.0%} of them predicted."
+    )
+    print(_describe_room(run, [(f"{layout}, {kept}", memory.peak) for layout, kept, memory, _ in found]))
+
+
+def _describe_room(run: PlannedRun, peaks: Sequence[tuple[str, int]]) -> str:
+    """Says what fits, and what the figures assume."""
+    from gmask.hardware import format_bytes
+
+    fitting = [name for name, peak in peaks if peak <= run.room]
+    fits = f"fits {'; '.join(fitting)}" if fitting else "nothing of this fits"
+    if len(fitting) == len(peaks):
+        fits = "all of this fits"
+    if run.gpu is None:
+        return f"{format_bytes(run.room)} are free on {run.device_kind}: {fits}."
+    price = run.gpu.price if run.price is None else run.price
+    assumed, gpu = run.assumed, run.gpu
+    return (
+        f"{format_bytes(run.room)} on each {gpu.name}: {fits}.\n"
+        f"Computed, not measured. Assumed: products at {assumed.utilization:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s; "
+        f"links at {assumed.link_efficiency:.0%} of {gpu.link / 1e9:.0f} GB/s in a machine of 8, and of "
+        f"{gpu.network / 1e9:g} GB/s a GPU between machines; ${price:.2f} an hour of a GPU; no validation, no failures."
+    )

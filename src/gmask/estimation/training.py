@@ -153,13 +153,15 @@ def estimate_training(
     weights = weight_bytes(shaped) + FLOAT * added
     others = _other_bytes(shaped, method, stage, reward_model=reward_model)
     gradients, states = FLOAT * trainable, OPTIMIZER_BYTES[optimizer] * trainable
-    activations, moments = _moments(shaped, step, gradients, checkpointing=gradient_checkpointing, shards=shards)
+    checkpointing: Checkpointing = "full" if gradient_checkpointing else "none"
+    moments = find_moments(shaped, step, gradients, checkpointing=checkpointing, shards=shards)
+    activations = moments.kept
     accumulated = gradients // shards if accumulation > 1 else 0  # those of earlier passes
     valued = 0
     if stage == "ppo" and critic in ("own", "joint"):  # its backward pass comes first, and leaves its gradients
         count = _count_body(shaped)
         own = replace(step, method=MethodSettings(name="full"), head="score", quantized=frozenset())
-        kept, _ = _moments(shaped, own, 0, checkpointing=False, shards=1)
+        kept = find_moments(shaped, own, 0, checkpointing="none", shards=1).kept
         valued, trainable = FLOAT * count, trainable + count
         weights, states = weights + valued, states + OPTIMIZER_BYTES[optimizer] * count
         gradients, activations = gradients + valued, activations + kept
@@ -172,7 +174,6 @@ def estimate_training(
         )
     held = (weights + states) // shards + others + (_gathered_bytes(shaped) if shards > 1 else 0)
     runtime = RUNTIME_BYTES[device_kind]
-    moment = max(moments.loss + accumulated, moments.last_block + accumulated, moments.first_block, moments.embeddings)
     return TrainingEstimate(
         weights=weights // shards,
         gradients=gradients // shards,
@@ -180,7 +181,7 @@ def estimate_training(
         activations=activations,
         working=moments.working,
         runtime=runtime,
-        peak=held + moment + runtime,
+        peak=held + moments.most(accumulated) + runtime,
         trainable=trainable,
         others=others,
     )
@@ -249,6 +250,8 @@ class Step:
     answer_length: int  # tokens of a row that are predicted
     is_fused: bool  # on a CUDA device
     head: Head = "tokens"
+    tensor_parallel: int = 1  # processes among which the matrices of a block are divided
+    keeps_rounded: bool = True  # autocast keeps its rounded copies of the weights; FSDP's are freed behind each block
 
     @property
     def rows(self) -> int:
@@ -311,7 +314,7 @@ def _shape_of(config: Config, layer: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Moments:
+class Moments:
     """Bytes at the large moments of a step, beside weights and optimizer."""
 
     kept: int  # by all blocks and both ends, behind the forward pass
@@ -321,20 +324,34 @@ class _Moments:
     embeddings: int
     working: int
 
+    def most(self, accumulated: int = 0) -> int:
+        """The bytes at the largest of them.
 
-def _moments(
-    model: PreTrainedModel, step: Step, gradients: int, *, checkpointing: bool, shards: int
-) -> tuple[int, _Moments]:
-    """The bytes of activations that are kept at the loss, and the moments."""
+        Args:
+            accumulated: bytes of the gradients of earlier passes, which are there before this pass makes its own.
+        """
+        return max(self.loss + accumulated, self.last_block + accumulated, self.first_block, self.embeddings)
+
+
+Checkpointing = Literal["none", "selective", "full"]
+"""What a block keeps: all that its backward pass reads; the outputs of its products and of its attention, from which
+the rest is computed again; its input alone."""
+
+
+def find_moments(
+    model: PreTrainedModel, step: Step, gradients: int, *, checkpointing: Checkpointing, shards: int
+) -> Moments:
+    """The large moments of a step."""
     layers = step.config.num_hidden_layers
-    inputs = state_between(step).nbytes
     block, first = block_bytes(step, is_first=False), block_bytes(step, is_first=True)
-    again = block if checkpointing else 0  # the block whose backward pass runs is computed again
-    blocks = layers * inputs if checkpointing else first + (layers - 1) * block
+    kept = {"none": block, "selective": min(block, _products_bytes(step)), "full": state_between(step).nbytes}
+    again = 0 if checkpointing == "none" else block  # the block whose backward pass runs is computed again
+    blocks = layers * kept[checkpointing] + (first - block if checkpointing == "none" else 0)
     ends = end_bytes(step)
     logits = FLOAT * step.batch_size * step.answer_length * step.config.vocab_size
     working = _block_working_bytes(step)
     table = FLOAT * model.get_input_embeddings().weight.numel() if step.trains_embeddings else 0
+    table //= step.tensor_parallel
     if step.head == "score":  # the embeddings have one gradient, behind the first block
         table = logits = 0
     rounded = table // 2 if step.autocast else 0
@@ -343,15 +360,22 @@ def _moments(
         scored = step.batch_size * (step.answer_length if step.is_fused else step.length)  # without Triton all
         tile = FLOAT * min(TILE[0], scored) * min(TILE[1], step.config.vocab_size)
         more = tile * (1 if step.is_fused else TILES) + table
-    moments = _Moments(
+    return Moments(
         kept=blocks + ends,
         loss=blocks + ends + more,
         last_block=blocks + ends - LOGITS_KEPT[step.head] * logits + table + again + working,
-        first_block=gradients // shards + (block if checkpointing else first) + working,
+        first_block=gradients // shards + (first if checkpointing == "none" else block) + working,
         embeddings=gradients // shards + table,
         working=max(more - table, working + again),
     )
-    return blocks + ends, moments
+
+
+def _products_bytes(step: Step) -> int:
+    """Bytes of the outputs of the four products of a block and of its attention, and of its input."""
+    size = 2 if step.autocast else step.itemsize
+    divided = 4 * step.config.hidden_size + step.config.intermediate_size
+    outputs = step.rows * (divided // step.tensor_parallel + 2 * step.config.hidden_size)
+    return outputs * size + state_between(step).nbytes
 
 
 def _block_working_bytes(step: Step) -> int:
@@ -359,11 +383,13 @@ def _block_working_bytes(step: Step) -> int:
     config = step.config
     size = 2 if step.autocast else step.itemsize
     residual = step.rows * config.hidden_size * state_between(step).itemsize
-    wide = step.rows * config.intermediate_size * size
+    wide = step.rows * config.intermediate_size * size // step.tensor_parallel
     weight = config.intermediate_size * config.hidden_size * (size if step.trains_weights else 0)
+    weight //= step.tensor_parallel
     integers = FLOAT * step.rows * config.intermediate_size if step.quantized else 0
     perceptron = residual + 2 * wide + weight + 2 * integers
     scores = step.batch_size * config.num_attention_heads * step.length * (step.length + step.prefix_length)
+    scores //= step.tensor_parallel
     attention = residual + 3 * FLOAT * scores - 2 * wide if step.has_dropout and not step.is_fused else 0
     norms = 13 * FLOAT * config.hidden_size**2 if step.method.name == "dora" else 0
     return max(perceptron, attention) + norms
@@ -428,7 +454,7 @@ class Tape:
         trains = self.step.trains_weights if trains is None else trains
         is_quantized = layer in self.step.quantized
         read = self.as_read(x)
-        columns = self.columns(layer)
+        columns = self.columns(layer)  # of this process
         size = x.itemsize if is_quantized else read.itemsize
         out = State(x.numbers // columns * outputs, size, x.has_grad or trains)
         if layer in self.step.method.adapted_layers and self.step.method.name == "ia3":
@@ -443,11 +469,12 @@ class Tape:
 
     def columns(self, layer: str) -> int:
         config = self.step.config
-        return config.intermediate_size if layer == "dense_4h_to_h" else config.hidden_size
+        columns: int = config.intermediate_size if layer == "dense_4h_to_h" else config.hidden_size
+        return columns // (self.step.tensor_parallel if layer in ("dense", "dense_4h_to_h") else 1)
 
     def _keep_weight(self, numbers: int, itemsize: int) -> None:
         """Keeps the rounded copy that autocast makes of a float32 weight."""
-        if self.step.autocast and itemsize == FLOAT:
+        if self.step.autocast and itemsize == FLOAT and self.step.keeps_rounded:
             self.keep(State(numbers, 2))
 
     def _scale(self, layer: str, x: State, out: State) -> State:
@@ -479,26 +506,27 @@ class Tape:
 
     def attention(self, fused: State) -> State:
         """Attention, of queries, keys and values in one tensor ``[B, T, 3 H]``."""
-        step, heads = self.step, self.step.config.num_attention_heads
+        step, heads = self.step, self.step.config.num_attention_heads // self.step.tensor_parallel
+        width = step.config.hidden_size // step.tensor_parallel
         if isinstance(step.config, GLMConfig):
             query, keys = fused, 0
         else:  # rotated queries and keys, and the values
-            query, keys = State(step.rows * step.config.hidden_size, fused.itemsize), 1
+            query, keys = State(step.rows * width, fused.itemsize), 1
             self._keep_angles(fused.itemsize)
-        prefix = step.prefix_length * step.batch_size * step.config.hidden_size
-        positions = step.rows * step.config.hidden_size + prefix
+        prefix = step.prefix_length * step.batch_size * width
+        positions = step.rows * width + prefix
         size = 2 if step.autocast else fused.itemsize
         weights = step.batch_size * heads * step.length * (step.length + step.prefix_length)
-        out = State(step.rows * step.config.hidden_size, size, fused.has_grad or bool(prefix))
+        out = State(step.rows * width, size, fused.has_grad or bool(prefix))
         if step.has_dropout and not step.is_fused:  # attention operation by operation, in float32
-            self.keep(State(step.rows * step.config.hidden_size + 2 * positions, FLOAT), State(3 * weights, FLOAT))
+            self.keep(State(step.rows * width + 2 * positions, FLOAT), State(3 * weights, FLOAT))
             return out
         if size < fused.itemsize:  # rounded by autocast
-            self.keep(State(step.rows * step.config.hidden_size + 2 * positions, size))
+            self.keep(State(step.rows * width + 2 * positions, size))
         elif prefix:
             self.keep(query if keys else fused, State(2 * positions, size))
         else:
-            self.keep(fused, *(State(step.rows * step.config.hidden_size, size) for _ in range(2 * keys)))
+            self.keep(fused, *(State(step.rows * width, size) for _ in range(2 * keys)))
         is_short = step.length + step.prefix_length <= MATRIX_ATTENTION_KEYS
         if size == 2 and not step.is_fused and not step.has_dropout and is_short:
             self.keep(State(weights, size))
@@ -530,11 +558,11 @@ class Tape:
 def run_block(tape: Tape, hidden: State) -> State:
     """A block of a GLM or a ChatGLM."""
     config = tape.step.config
-    size, width = config.hidden_size, config.intermediate_size
+    size, width = config.hidden_size, config.intermediate_size // tape.step.tensor_parallel
     is_glm = isinstance(config, GLMConfig)
     rate = config.hidden_dropout if isinstance(config, GLMConfig) else 0.0
     normed = tape.norm(hidden)
-    mixed = tape.attention(tape.linear("query_key_value", normed, 3 * size))
+    mixed = tape.attention(tape.linear("query_key_value", normed, 3 * size // tape.step.tensor_parallel))
     hidden = tape.add(hidden if is_glm else normed, tape.dropout(tape.linear("dense", mixed, size), rate))
     normed = tape.norm(hidden)
     wide = tape.gelu(tape.linear("dense_h_to_4h", normed, width))

@@ -40,6 +40,9 @@ from gmask.tokenizers.special_tokens import find_token_id
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
+VOCABULARY_MULTIPLE = 128
+"""Rows of the embedding are a multiple of it, as published, for the tiles of matrix kernels."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerSettings:

@@ -32,7 +32,13 @@ from gmask.infilling.blanks import InfillingExample
 from gmask.infilling.collator import collate
 from gmask.infilling.objectives import OBJECTIVES, Objective
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
-from gmask.recipes.pretraining import OptimizationSettings, PretrainingRecipe, load_recipe, make_mixture
+from gmask.recipes.pretraining import (
+    VOCABULARY_MULTIPLE,
+    OptimizationSettings,
+    PretrainingRecipe,
+    load_recipe,
+    make_mixture,
+)
 from gmask.tasks.records import Source
 from gmask.training.accelerator import find_device, make_accelerator, make_arguments
 from gmask.training.corpus_rows import RowStream, open_texts, validation_rows
@@ -42,8 +48,6 @@ from gmask.training.report import CURVES_FILE, draw_curves
 from gmask.training.run_folder import LOG_FILE, RunProgress, last_checkpoint, read_metrics
 from gmask.training.tokenizer import train_from_sources
 from gmask.training.validation import BlankSet, choose_blanks, score_blanks
-
-VOCABULARY_MULTIPLE = 128  # rows of the embedding are a multiple of it, as published, for the tiles of matrix kernels
 
 
 def run_pretraining(recipe_path: str, overrides: Sequence[str] = (), *, resume: bool = True) -> Path:
