@@ -2,7 +2,6 @@
 
 import errno
 import itertools
-import json
 import os
 import re
 import shutil
@@ -15,52 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from gmask.errors import GmaskError
-from gmask.models.glm import GLMForConditionalGeneration
 from gmask.recipes.pretraining import load_recipe
 from gmask.training import pretrain, run_folder
 from gmask.training.loop import Loop
 from gmask.training.run_folder import read_metrics
-
-SENTENCES = [
-    "The small brown dog ran over the green hill.",
-    "A cold wind blew from the north all day.",
-    "She put the old book on the wooden table.",
-    "今天天气很好，我们去公园散步。",
-    "他把旧书放在木桌上，然后出门了。",
-    "Every morning the baker opens his shop at six.",
-]
-
-NO_DROPOUT = [f"model.{where}_dropout=0.0" for where in ("embedding", "attention", "hidden")]
-
-
-@pytest.fixture
-def recipe_path(tmp_path: Path) -> Path:
-    """Twenty short documents, a tiny model, float32 on one thread: deterministic."""
-    documents = [" ".join(SENTENCES[(i + k) % len(SENTENCES)] for k in range(4)) for i in range(20)]
-    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in documents]
-    (tmp_path / "train.jsonl").write_text("\n".join(lines[:18]), "utf-8")
-    (tmp_path / "val.jsonl").write_text("\n".join(lines[18:]), "utf-8")
-    tree = {
-        "run": {"out": "out", "threads": 1, "log_every": 1, "save_every": 4, "validate_every": 8, "validation_rows": 1},
-        "tokenizer": {"vocab_size": 420},
-        "model": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128},
-        "objective": {},
-        "optimization": {"steps": 16, "rows_per_step": 4, "rows_per_pass": 2, "warmup_steps": 4, "dtype": "float32"},
-        "data": {
-            "root": str(tmp_path),
-            "cache": str(tmp_path / "cache"),
-            "row_length": 64,
-            "sources": [{"name": "toy", "train": "train.jsonl", "validation": "val.jsonl"}],
-        },
-    }
-    tree["run"]["out"] = str(tmp_path / "out")
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
+from pretraining_data import NO_DROPOUT
 
 
 def losses(out: Path) -> list[tuple[int, float, Any]]:
@@ -178,15 +139,15 @@ def test_the_loss_does_not_depend_on_how_a_step_is_split(recipe_path: Path, tmp_
 def test_a_loss_that_is_not_finite_stops_with_the_batch_named(
     recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = GLMForConditionalGeneration.token_losses
+    honest = pretrain.Pretraining.loss
     calls = []
 
-    def poisoned(self: GLMForConditionalGeneration, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def poisoned(self: pretrain.Pretraining, model: torch.nn.Module, batch: Any) -> torch.Tensor:
         calls.append(1)
-        found = honest(self, *args, **kwargs)
-        return found * float("nan") if len(calls) > 2 * 5 and self.training else found
+        found = honest(self, model, batch)
+        return found * float("nan") if len(calls) > 2 * 5 and model.training else found
 
-    monkeypatch.setattr(GLMForConditionalGeneration, "token_losses", poisoned)
+    monkeypatch.setattr(pretrain.Pretraining, "loss", poisoned)
     with pytest.raises(GmaskError, match=r"step 6: the loss is nan .* rows 20 to 23 are kept in .*bad-batch-00000006"):
         pretrain.run_pretraining(str(recipe_path))
     batches = torch.load(tmp_path / "out" / "bad-batch-00000006.pt")

@@ -122,6 +122,7 @@ class RunSettings:
     validation_sentences: Whole = 0  # of each language, in which one word or character is hidden
     save_every: Count = 100
     keep_last: Count = 2  # checkpoints
+    timeout: Annotated[int, Range(above=0), Range(most=10**6)] = 1800  # seconds that a process waits for the others
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ from transformers.trainer_pt_utils import LayerWiseDummyOptimizer, get_parameter
 from gmask.config import check_keys, hints_of, read_values
 from gmask.errors import GmaskError, one_line
 from gmask.hardware import best_device, training_dtype
+from gmask.recipes.pretraining import RunSettings
 from gmask.recipes.tuning import TuningRecipe
 
 RECIPE_KEYS = {
@@ -115,6 +116,20 @@ def make_arguments(out: str, *, device: str, dtype: torch.dtype, **values: Any) 
     except (ValueError, TypeError, ImportError) as error:
         raise GmaskError(f"optimization: {one_line(error)}") from error
     return arguments
+
+
+def join_processes(settings: RunSettings, *, device: str, dtype: torch.dtype) -> Accelerator:
+    """The accelerator of a pretraining run. Under torchrun this joins the process group, over gloo on CPUs."""
+    is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    arguments = make_arguments(
+        settings.out,
+        device=device,
+        dtype=dtype,
+        ddp_find_unused_parameters=False,
+        ddp_backend="gloo" if device == "cpu" and not is_alone else None,
+        ddp_timeout=settings.timeout,
+    )
+    return make_accelerator(arguments)
 
 
 def make_accelerator(args: TrainingArguments) -> Accelerator:

@@ -27,13 +27,13 @@ from gmask.errors import GmaskError
 from gmask.estimation.inference import weight_bytes
 from gmask.files import write_text, written_folder
 from gmask.hardware import bound_primitive_cache, check_room, cpu_instructions, describe_training_dtype, training_dtype
-from gmask.infilling.blanks import InfillingExample
+from gmask.infilling.blanks import NOT_SCORED, InfillingExample
 from gmask.infilling.collator import collate
 from gmask.infilling.objectives import OBJECTIVES, Objective
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from gmask.recipes.pretraining import OptimizationSettings, PretrainingRecipe, load_recipe, make_mixture
 from gmask.tasks.records import Source
-from gmask.training.accelerator import find_device, make_accelerator, make_arguments
+from gmask.training.accelerator import find_device, join_processes
 from gmask.training.corpus_rows import RowStream, TokenSource, open_sources, validation_rows
 from gmask.training.examples import Batch
 from gmask.training.loop import Loop, Schedule, StepData, StepResult
@@ -70,16 +70,19 @@ class Pretraining:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.out = Path(settings.out)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise GmaskError("pretraining runs in one process as yet: start it without torchrun")
+        self._check_processes(int(os.environ.get("WORLD_SIZE", "1")))
         self.device = torch.device(find_device(settings.device))
         self.dtype = training_dtype(self.recipe.optimization.dtype, self.device)
         bound_primitive_cache()
+        self.accelerator = join_processes(settings, device=self.device.type, dtype=self.dtype)
+        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         torch.manual_seed(settings.seed)
         data = self.recipe.data
         sources = data.resolved_sources
         self.tokenizer_folder = Path(self.recipe.tokenizer.path or self.out / "tokenizer")
-        tokenizer = self._load_tokenizer(sources)
+        with self.accelerator.main_process_first():  # which writes the tokenizer and the tokens for the others
+            tokenizer = self._load_tokenizer(sources)
+            self._open_data(sources, tokenizer)
         self.mixture = make_mixture(tokenizer, self.recipe.objective)
         self.decay_mixture = make_mixture(tokenizer, self.recipe.objective | self.recipe.decay.objective)
         self.special = self.mixture.special
@@ -88,11 +91,9 @@ class Pretraining:
             start_with_neighbours(self.model)
         if self.recipe.optimization.gradient_checkpointing:
             self.model.activation_checkpointing_enable()
-        accelerator = make_accelerator(make_arguments(settings.out, device=self.device.type, dtype=self.dtype))
-        self.model.to(accelerator.device)
-        cache = {"cache": data.cache, "skip_bad_lines": data.skip_bad_lines}
-        self.train_sources = open_sources(sources, tokenizer, split="train", **cache)  # type: ignore[arg-type]
-        self.validation_sources = open_sources(sources, tokenizer, split="validation", **cache)  # type: ignore[arg-type]
+        self.model.to(self.device)
+        if replica := self.accelerator.process_index:
+            torch.manual_seed(settings.seed + replica)  # else all processes would leave out the same activations
         # No position in a layout may lie beyond the model's tables, in training or in validation.
         self.max_piece = min(data.max_piece or data.row_length, self.model.config.max_position_embeddings)
         self.stream = RowStream(
@@ -109,7 +110,7 @@ class Pretraining:
             self,
             self.model,
             make_optimizers(self.model, self.recipe.optimization),
-            accelerator=accelerator,
+            accelerator=self.accelerator,
             out=self.out,
             schedule=Schedule(
                 steps=self.recipe.optimization.steps,
@@ -131,6 +132,22 @@ class Pretraining:
                 sentences=settings.validation_sentences,
                 longest=self.model.config.max_position_embeddings,
             )
+
+    def _check_processes(self, processes: int) -> None:
+        """Raises `GmaskError` if the processes cannot share the rows of a step."""
+        rows = self.recipe.optimization.rows_per_step
+        if rows % processes:
+            raise GmaskError(
+                f"optimization.rows_per_step is {rows}, which {processes} processes cannot share evenly: make it a "
+                f"multiple of {processes}, or start as many processes as divide it"
+            )
+
+    def _open_data(self, sources: Sequence[Source], tokenizer: Tokenizer) -> None:
+        """Opens the tokens of the sources. Those that the cache lacks are tokenised first."""
+        data = self.recipe.data
+        settings = {"cache": data.cache, "skip_bad_lines": data.skip_bad_lines, "progress": self.is_main}
+        self.train_sources = open_sources(sources, tokenizer, split="train", **settings)
+        self.validation_sources = open_sources(sources, tokenizer, split="validation", **settings)
 
     def _load_tokenizer(self, sources: Sequence[Source]) -> Tokenizer:
         """The recipe's tokenizer. Without a path in the recipe it is learnt into the run's folder, once."""
@@ -179,36 +196,54 @@ class Pretraining:
         checkpoint = last_checkpoint(self.out)
         if checkpoint is not None and not resume:
             raise GmaskError(f"{self.out} holds a run already: resume it, or choose another run.out")
-        tqdm.write(describe_training_dtype(self.recipe.optimization.dtype, self.device), file=sys.stderr)
+        self._report(describe_training_dtype(self.recipe.optimization.dtype, self.device))
         if checkpoint is not None:
             state = self.loop.restore()
             self._resume_stream(checkpoint, self.loop.progress, state["stream"])
         self.loop.progress.arithmetic = self._arithmetic()
-        write_text(self.out / "recipe.yaml", self.recipe.to_yaml())
+        if self.is_main:
+            write_text(self.out / "recipe.yaml", self.recipe.to_yaml())
         self.loop.fit()
-        draw_curves(read_metrics(self.out / LOG_FILE), self.out / CURVES_FILE)
-        return self.export()
+        if self.is_main:
+            draw_curves(read_metrics(self.out / LOG_FILE), self.out / CURVES_FILE)
+            self.export()
+        self.accelerator.wait_for_everyone()
+        return self.out / "model"
+
+    def _report(self, line: str) -> None:
+        """Prints a line, once for all processes."""
+        if self.is_main:
+            tqdm.write(line, file=sys.stderr)
 
     # The protocol `Run` of the loop
 
     def data(self, step: int) -> Iterator[StepData]:
-        """The data of the next steps, from the stream, which is at the run's step already."""
+        """This process's rows of the next steps, from the stream, which is at the run's step already.
+
+        Every process draws all rows of a step and takes its share of them, so that they are the same rows in the same
+        order for any number of processes.
+        """
+        share = self.recipe.optimization.rows_per_step // self.accelerator.num_processes
         while True:
             if self.loop.progress.step == self.recipe.decay_start:
                 self._begin_decay()
-            first = self.stream.row
-            rows = [self.stream.next_row() for _ in range(self.recipe.optimization.rows_per_step)]
+            first = self.stream.row + share * self.accelerator.process_index
+            drawn = [self.stream.next_row() for _ in range(self.recipe.optimization.rows_per_step)]
+            rows = drawn[share * self.accelerator.process_index :][:share]
             batches = list(self._batches(rows))
-            numbers = iter(range(first, self.stream.row))
+            numbers = iter(range(first, first + share))
             yield StepData(
                 batches,
                 numbers=[[next(numbers) for _ in batch["input_ids"]] for batch in batches],
-                labelled=sum(int((batch["labels"] != -100).sum()) for batch in batches),
+                labelled=sum(int((batch["labels"] != NOT_SCORED).sum()) for batch in batches),
                 tokens=sum(int((batch["sequence_ids"] >= 0).sum()) for batch in batches),
             )
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self._losses(batch).sum()
+        """The sum over the labelled tokens; by a call of the model as a whole, which DDP and FSDP need."""
+        with self.accelerator.autocast():
+            total: Tensor = model(**batch, use_cache=False, skip_logits=True, num_items_in_batch=1).loss
+        return total
 
     def learning_rate(self, step: int) -> float:
         return learning_rate(step, self.recipe)
@@ -230,7 +265,7 @@ class Pretraining:
         found: dict[str, Any] = {"validation": self.validate_sources()}
         if self.blanks is not None:
             found["blanks"] = self.validate_blanks(self.blanks)
-            tqdm.write(f"step {self.loop.progress.step}: {describe_blanks(found['blanks'])}", file=sys.stderr)
+            self._report(f"step {self.loop.progress.step}: {describe_blanks(found['blanks'])}")
         return found
 
     def describe(self, data: StepData) -> str:
@@ -265,12 +300,6 @@ class Pretraining:
                 pad_id=self.special.pad,
             )
 
-    def _losses(self, batch: Batch, model: GLMForConditionalGeneration | None = None) -> Tensor:
-        """The loss of every label in a batch, which is on the device."""
-        with self.loop.accelerator.autocast():
-            losses: Tensor = (model or self.model).token_losses(**batch)
-        return losses
-
     @torch.no_grad()
     def validate_sources(self) -> dict[str, dict[str, float]]:
         """Mean loss in nats of every source and objective, on rows that never change."""
@@ -289,7 +318,7 @@ class Pretraining:
     def validate_blanks(self, blanks: BlankSet) -> dict[str, dict[str, float]]:
         """The scores of `score_blanks`, for each language and kind of text."""
         self.final_model.eval()
-        with self.loop.accelerator.autocast():
+        with self.accelerator.autocast():
             found = score_blanks(self.final_model, blanks, pad_id=self.special.pad)
         self.final_model.train()
         return found
@@ -310,14 +339,18 @@ class Pretraining:
             max_rows=self.recipe.run.validation_rows,
             max_piece=self.max_piece,
         )
-        batches = self._batches(rows, self.recipe.data.row_length)
-        losses = torch.cat(
-            [
-                self._losses({name: tensor.to(self.device) for name, tensor in batch.items()}, self.final_model)
-                for batch in batches
-            ]
-        )
-        return float(losses.mean())
+        batches = list(self._batches(rows, self.recipe.data.row_length))
+        found = torch.zeros(2, dtype=torch.float64, device=self.device)  # the sum of the losses, and their number
+        # The processes share the batches. All of them make as many passes: one whose turn finds none repeats the first.
+        for start in range(0, len(batches), self.accelerator.num_processes):
+            index = start + self.accelerator.process_index
+            batch = batches[index if index < len(batches) else 0]
+            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            total = self.loss(self.final_model, batch)
+            if index < len(batches):
+                found += torch.stack((total.double(), (batch["labels"] != NOT_SCORED).sum().double()))
+        total, count = self.accelerator.reduce(found, reduction="sum")
+        return float(total / count)
 
     def _resume_stream(self, checkpoint: Path, progress: RunProgress, stream: dict[str, Any]) -> None:
         """Restores the stream to where the checkpoint was made, and warns if this machine computes in another way.
@@ -340,10 +373,9 @@ class Pretraining:
             )
         self.stream.load_state_dict(stream)
         if progress.arithmetic and progress.arithmetic != self._arithmetic():
-            tqdm.write(
+            self._report(
                 f"warning: {checkpoint} was made with {progress.arithmetic}, and this is {self._arithmetic()}: the run "
-                "goes on, but not bit for bit as it would have there",
-                file=sys.stderr,
+                "goes on, but not bit for bit as it would have there"
             )
 
     def _arithmetic(self) -> str:
