@@ -18,7 +18,9 @@ from gmask.training.run_folder import read_metrics
 from pretraining_data import NO_DROPOUT
 
 TESTS = Path(__file__).parent
-COMMON = [*NO_DROPOUT, "optimization.steps=20", "optimization.rows_per_pass=2", "run.save_every=10"]
+COMMON = [*NO_DROPOUT, "optimization.steps=20", "optimization.ema=0.9", "run.save_every=10", "run.timeout=300"]
+SHARD = "parallel.shard=true"
+MUON = ["optimization.optimizer=muon", "optimization.steps=5"]
 Jobs = Mapping[str, Sequence[str]]
 
 
@@ -74,24 +76,41 @@ def out_of(recipe: Path, name: str) -> str:
     return f"run.out={recipe.parent / name}"
 
 
+def branch(recipe: Path, source: Path, name: str) -> str:
+    """Copies a run as it was at its tenth step; returns the override that continues the copy."""
+    shutil.copytree(source, recipe.parent / name)
+    shutil.rmtree(recipe.parent / name / "checkpoint-00000020")
+    return out_of(recipe, name)
+
+
 def test_two_processes_make_the_steps_of_one(recipe_path: Path) -> None:
     folder = recipe_path.parent
+    one = run_alone(recipe_path, *COMMON, out_of(recipe_path, "one"))
+    muon = run_alone(recipe_path, *COMMON, *MUON, out_of(recipe_path, "muon-one"))
+    selective = "optimization.gradient_checkpointing=selective"
     jobs = {
         "ddp": [*COMMON, out_of(recipe_path, "ddp")],
         "uneven": [*COMMON, "optimization.rows_per_step=3", out_of(recipe_path, "uneven")],
+        "shards": [*COMMON, SHARD, "optimization.loss_chunk=16", out_of(recipe_path, "shards")],
+        "then": [*COMMON, SHARD, selective, branch(recipe_path, one, "then")],
+        "offload": [*COMMON, SHARD, "parallel.offload=true", out_of(recipe_path, "offload")],
+        "muon": [*COMMON, SHARD, *MUON, out_of(recipe_path, "muon")],
     }
-    one = run_alone(recipe_path, *COMMON, out_of(recipe_path, "one"))
-    shutil.copytree(one / "tokenizer", folder / "ddp" / "tokenizer")
+    for name in ("ddp", "shards", "muon"):
+        shutil.copytree(one / "tokenizer", folder / name / "tokenizer")
     run_together(recipe_path, jobs)
-    check_same_run(folder / "ddp", one)
+    # "then" goes on divided from the tenth step of the one process.
+    for name in ("ddp", "shards", "then"):
+        check_same_run(folder / name, one)
+    assert numbers(folder / "muon")["tokens"] == numbers(muon)["tokens"]
+    # Muon's products are in bfloat16, and are summed in another order.
+    assert numbers(folder / "muon")["loss"] == pytest.approx(numbers(muon)["loss"], rel=1e-3)
+    assert not (folder / "shards" / "checkpoint-00000010" / "model.safetensors").exists()
     for rank in range(2):
-        assert "rows_per_step is 3, which 2 processes cannot share" in (
-            folder / f"jobs-2.json.uneven.{rank}"
-        ).read_text("utf-8")
-    assert not (folder / "uneven").exists()
-    # Both runs go on alone from the tenth step of the two processes, by the same rows.
-    resumed = folder / "resumed"
-    shutil.copytree(folder / "ddp", resumed)
-    shutil.rmtree(resumed / "checkpoint-00000020")
-    run_alone(recipe_path, *COMMON, out_of(recipe_path, "resumed"))
-    check_same_run(resumed, one)
+        for name, message in (("uneven", "rows_per_step is 3, which 2 processes cannot share"), ("offload", "GPUs")):
+            assert message in (folder / f"jobs-2.json.{name}.{rank}").read_text("utf-8")
+            assert not (folder / name).exists()
+    # A checkpoint of two processes is continued by one, whole or divided.
+    for name in ("ddp", "shards"):
+        run_alone(recipe_path, *COMMON, branch(recipe_path, folder / name, f"{name}-alone"))
+        check_same_run(folder / f"{name}-alone", one)

@@ -20,7 +20,9 @@ from typing import Any, cast
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from tqdm import tqdm
 
 from gmask.errors import GmaskError
@@ -35,8 +37,10 @@ from gmask.recipes.pretraining import OptimizationSettings, PretrainingRecipe, l
 from gmask.tasks.records import Source
 from gmask.training.accelerator import find_device, join_processes
 from gmask.training.corpus_rows import RowStream, TokenSource, open_sources, validation_rows
+from gmask.training.diagnostics import SpikeGuard, training_flops
 from gmask.training.examples import Batch
 from gmask.training.loop import Loop, Schedule, StepData, StepResult
+from gmask.training.parallel import is_divided, shard_model, unsharded, whole_weights
 from gmask.training.report import CURVES_FILE, draw_curves
 from gmask.training.run_folder import LOG_FILE, RunProgress, last_checkpoint, read_metrics
 from gmask.training.tokenizer import train_from_sources
@@ -70,8 +74,8 @@ class Pretraining:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.out = Path(settings.out)
-        self._check_processes(int(os.environ.get("WORLD_SIZE", "1")))
         self.device = torch.device(find_device(settings.device))
+        self._check_processes(int(os.environ.get("WORLD_SIZE", "1")))
         self.dtype = training_dtype(self.recipe.optimization.dtype, self.device)
         bound_primitive_cache()
         self.accelerator = join_processes(settings, device=self.device.type, dtype=self.dtype)
@@ -89,8 +93,7 @@ class Pretraining:
         self.model = self._make_model(self._model_config(tokenizer))
         if self.recipe.optimization.initialization == "neighbours":
             start_with_neighbours(self.model)
-        if self.recipe.optimization.gradient_checkpointing:
-            self.model.activation_checkpointing_enable()
+        self._choose_activations()
         self.model.to(self.device)
         if replica := self.accelerator.process_index:
             torch.manual_seed(settings.seed + replica)  # else all processes would leave out the same activations
@@ -106,6 +109,9 @@ class Pretraining:
         self.average: AveragedModel | None = None
         if self.recipe.optimization.ema is not None:
             self.average = AveragedModel(self.model, multi_avg_fn=moving_average(self.recipe.optimization.ema))
+        if self.recipe.parallel.shard and self.accelerator.num_processes > 1:
+            for model in (self.model, *([] if self.average is None else [self.average.module])):
+                shard_model(model, device=self.device, dtype=self.dtype, offload=self.recipe.parallel.offload)
         self.loop = Loop(
             self,
             self.model,
@@ -122,6 +128,10 @@ class Pretraining:
             ),
             clip_norm=self.recipe.optimization.clip_norm,
             average=self.average,
+            timeout=settings.timeout,
+            time_limit=settings.time_limit,
+            guard=self._guard(),
+            layers_every=settings.layers_every,
         )
         self.blanks: BlankSet | None = None
         if settings.validation_sentences:
@@ -141,6 +151,27 @@ class Pretraining:
                 f"optimization.rows_per_step is {rows}, which {processes} processes cannot share evenly: make it a "
                 f"multiple of {processes}, or start as many processes as divide it"
             )
+        if self.recipe.parallel.offload and (not self.recipe.parallel.shard or self.device.type != "cuda"):
+            raise GmaskError(
+                "parallel.offload moves the shards of GPUs to the host's memory: leave it out, or set parallel.shard "
+                "and run on GPUs"
+            )
+
+    def _guard(self) -> SpikeGuard | None:
+        settings = self.recipe.optimization
+        if settings.spike_factor is None:
+            return None
+        return SpikeGuard(settings.spike_factor, settings.spike_window, stops=settings.on_spike == "stop")
+
+    def _choose_activations(self) -> None:
+        """Sets which activations are kept for the backward pass, and compiles the blocks if the recipe says so."""
+        optimization = self.recipe.optimization
+        if optimization.gradient_checkpointing:
+            kept = {"context_fn": keep_products} if optimization.gradient_checkpointing == "selective" else {}
+            self.model.activation_checkpointing_enable({"use_reentrant": False, **kept})
+        if optimization.compile:
+            for block in self.model.glm.transformer.layers:
+                block.compile()
 
     def _open_data(self, sources: Sequence[Source], tokenizer: Tokenizer) -> None:
         """Opens the tokens of the sources. Those that the cache lacks are tokenised first."""
@@ -206,7 +237,7 @@ class Pretraining:
         self.loop.fit()
         if self.is_main:
             draw_curves(read_metrics(self.out / LOG_FILE), self.out / CURVES_FILE)
-            self.export()
+        self.export()
         self.accelerator.wait_for_everyone()
         return self.out / "model"
 
@@ -242,15 +273,23 @@ class Pretraining:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The sum over the labelled tokens; by a call of the model as a whole, which DDP and FSDP need."""
         with self.accelerator.autocast():
-            total: Tensor = model(**batch, use_cache=False, skip_logits=True, num_items_in_batch=1).loss
+            total: Tensor = model(
+                **batch,
+                use_cache=False,
+                skip_logits=True,
+                num_items_in_batch=1,
+                loss_chunk=self.recipe.optimization.loss_chunk,
+            ).loss
         return total
 
     def learning_rate(self, step: int) -> float:
         return learning_rate(step, self.recipe)
 
     def record(self, result: StepResult) -> dict[str, Any]:
-        now = self.loop.progress
-        return {
+        now, peak = self.loop.progress, self.recipe.run.peak_tflops
+        if result.is_skipped:
+            self._report(f"step {now.step}: skipped, for its loss of {result.loss:.3f} is a spike")
+        found: dict[str, Any] = {
             "step": now.step,
             "loss": result.loss,
             "learning_rate": result.learning_rate,
@@ -260,6 +299,16 @@ class Pretraining:
             "tokens_per_second": result.tokens / result.seconds,
             "seconds": now.seconds,
         }
+        if peak is not None:
+            flops = training_flops(
+                self.model.config, tokens=result.tokens, labelled=result.labelled, row_length=self.stream.row_length
+            )
+            found["mfu"] = flops / (result.seconds * peak * 1e12 * self.accelerator.num_processes)
+        return (
+            found
+            | ({"skipped": True} if result.is_skipped else {})
+            | ({"layers": result.layers} if result.layers else {})
+        )
 
     def validate(self) -> dict[str, Any]:
         found: dict[str, Any] = {"validation": self.validate_sources()}
@@ -318,7 +367,7 @@ class Pretraining:
     def validate_blanks(self, blanks: BlankSet) -> dict[str, dict[str, float]]:
         """The scores of `score_blanks`, for each language and kind of text."""
         self.final_model.eval()
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), unsharded(self.final_model):
             found = score_blanks(self.final_model, blanks, pad_id=self.special.pad)
         self.final_model.train()
         return found
@@ -384,9 +433,21 @@ class Pretraining:
         return f"{str(self.dtype).removeprefix('torch.')} on {unit}"
 
     def export(self) -> Path:
-        """Writes ``out/model``: bfloat16 weights, configuration, tokenizer and the curves."""
+        """Writes ``out/model``: bfloat16 weights, configuration, tokenizer and the curves.
+
+        All processes must call this together; the first one writes.
+        """
+        weights = None
+        if is_divided(self.final_model):
+            weights = {name: value.to(torch.bfloat16) for name, value in whole_weights(self.final_model).items()}
+        if not self.is_main:
+            return self.out / "model"
         with written_folder(self.out / "model", kept="the run, to be resumed,") as folder:
-            self.final_model.to(torch.bfloat16).save_pretrained(folder)
+            if weights is None:
+                self.final_model.to(torch.bfloat16).save_pretrained(folder)
+            else:
+                self.final_model.config.dtype = torch.bfloat16
+                self.final_model.save_pretrained(folder, state_dict=weights)
             for name in ("tokenizer.json", "tokenizer_config.json"):
                 (folder / name).write_bytes((self.tokenizer_folder / name).read_bytes())
             for name in (CURVES_FILE, LOG_FILE):
@@ -435,6 +496,24 @@ def make_optimizers(model: GLMForConditionalGeneration, settings: OptimizationSe
     return optimizers
 
 
+PRODUCTS = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+"""The operations whose results selective checkpointing keeps: they take most of the time of a block."""
+
+
+def keep_products() -> tuple[Any, Any]:
+    """The contexts of `torch.utils.checkpoint` in which norms, activations and dropouts alone are computed again."""
+    contexts: tuple[Any, Any] = create_selective_checkpoint_contexts(PRODUCTS)  # type: ignore[no-untyped-call]
+    return contexts
+
+
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
@@ -448,6 +527,9 @@ def moving_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], N
 
     def update(average: Tensors, current: Tensors, count: Tensor | int) -> None:
         updates = int(count)
+        average, current = (
+            [t.to_local() if isinstance(t, DTensor) else t for t in group] for group in (average, current)
+        )
         torch._foreach_lerp_(average, current, 1 - min(decay, (1 + updates) / (10 + updates)))
 
     return update
