@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import settings
 
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
+from pretraining_data import write_recipe
 
 settings.register_profile("gmask", deadline=None)  # no test asserts a time: the machine may be busy
 settings.load_profile("gmask")
@@ -54,3 +56,9 @@ def build_glm() -> Callable[..., GLMForConditionalGeneration]:
             return GLMForConditionalGeneration(config).eval()
 
     return build
+
+
+@pytest.fixture
+def recipe_path(tmp_path: Path) -> Path:
+    """The recipe of a tiny pretraining run."""
+    return write_recipe(tmp_path)

@@ -15,8 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from gmask.models.glm import GLMForConditionalGeneration
-from gmask.training.loop import unsharded
 from gmask.training.losses import token_loss
+from gmask.training.parallel import unsharded
 from test_fully_shard import train_one_step
 
 

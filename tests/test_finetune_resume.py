@@ -131,7 +131,7 @@ def test_any_method_and_optimizer_resumes_bit_for_bit(
 def test_a_sharded_run_resumes_bit_for_bit_from_the_files_of_accelerate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "is_sharded", lambda accelerator: True)
+    monkeypatch.setattr(loop, "uses_deepspeed", lambda accelerator: True)
     path = write_recipe(tmp_path, method=DROPOUT)
     finetune.run_finetuning(path, [f"run.out={tmp_path / 'whole'}"])
     stopped = tmp_path / "stopped"

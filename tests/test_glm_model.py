@@ -11,12 +11,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel
 
 from conftest import EOP, GMASK, MASK, ORDINARY, PAD, SOP
 from gmask.errors import GmaskError
 from gmask.infilling.blanks import BlankTokens, InfillingExample, blank_out
 from gmask.infilling.collator import collate
+from gmask.models.generate import summed_loss
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration, GLMModel
 
 SPECIAL = BlankTokens(mask=MASK, smask=6, gmask=GMASK, sop=SOP, eop=EOP, pad=PAD, cls=2, eos=1)
@@ -98,6 +100,52 @@ def test_the_head_at_labels_alone_gives_the_same_loss(build_glm: BuildGLM, packe
     assert torch.allclose(losses.mean(), output.loss, atol=1e-6)
     losses.mean().backward()
     assert_close(expected, gradients(model))
+
+
+@pytest.mark.parametrize("chunk", [None, 3, 1000])
+def test_a_loss_in_chunks_is_the_loss_of_the_whole(
+    build_glm: BuildGLM, packed: dict[str, Tensor], chunk: int | None
+) -> None:
+    model = build_glm()
+    whole = model(**packed, num_items_in_batch=1)
+    whole.loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    found = model(**packed, num_items_in_batch=1, skip_logits=True, loss_chunk=chunk)
+    assert found.logits is None
+    assert float(found.loss.detach()) == pytest.approx(float(whole.loss.detach()), rel=1e-6)
+    found.loss.backward()
+    ours = gradients(model)
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert float((ours[name] - gradient).abs().max()) <= 1e-6 * largest, name
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that an operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for one in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(one, Tensor):
+                self.elements = max(self.elements, one.numel())
+        return made
+
+
+def test_a_loss_in_chunks_never_holds_all_logits() -> None:
+    rows, width, vocabulary, chunk = 200, 8, 4000, 16
+    head = torch.nn.Linear(width, vocabulary, bias=False)
+    states = torch.randn(4, rows // 4, width, requires_grad=True)
+    targets = torch.randint(vocabulary, (4, rows // 4))
+    largest = {}
+    for size in (None, chunk):
+        with LargestTensor() as seen:
+            summed_loss(head, states, targets, chunk=size).backward()
+        largest[size] = seen.elements
+    assert largest[None] == rows * vocabulary
+    assert largest[chunk] == chunk * vocabulary
 
 
 def test_the_loss_ignores_the_padding_id_and_divides_as_told(build_glm: BuildGLM, packed: dict[str, Tensor]) -> None:

@@ -2,7 +2,6 @@
 
 import errno
 import itertools
-import json
 import os
 import re
 import shutil
@@ -15,52 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from gmask.errors import GmaskError
-from gmask.models.glm import GLMForConditionalGeneration
+from gmask.errors import GmaskError, StoppedError
 from gmask.recipes.pretraining import load_recipe
 from gmask.training import pretrain, run_folder
 from gmask.training.loop import Loop
 from gmask.training.run_folder import read_metrics
-
-SENTENCES = [
-    "The small brown dog ran over the green hill.",
-    "A cold wind blew from the north all day.",
-    "She put the old book on the wooden table.",
-    "今天天气很好，我们去公园散步。",
-    "他把旧书放在木桌上，然后出门了。",
-    "Every morning the baker opens his shop at six.",
-]
-
-NO_DROPOUT = [f"model.{where}_dropout=0.0" for where in ("embedding", "attention", "hidden")]
-
-
-@pytest.fixture
-def recipe_path(tmp_path: Path) -> Path:
-    """Twenty short documents, a tiny model, float32 on one thread: deterministic."""
-    documents = [" ".join(SENTENCES[(i + k) % len(SENTENCES)] for k in range(4)) for i in range(20)]
-    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in documents]
-    (tmp_path / "train.jsonl").write_text("\n".join(lines[:18]), "utf-8")
-    (tmp_path / "val.jsonl").write_text("\n".join(lines[18:]), "utf-8")
-    tree = {
-        "run": {"out": "out", "threads": 1, "log_every": 1, "save_every": 4, "validate_every": 8, "validation_rows": 1},
-        "tokenizer": {"vocab_size": 420},
-        "model": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128},
-        "objective": {},
-        "optimization": {"steps": 16, "rows_per_step": 4, "rows_per_pass": 2, "warmup_steps": 4, "dtype": "float32"},
-        "data": {
-            "root": str(tmp_path),
-            "cache": str(tmp_path / "cache"),
-            "row_length": 64,
-            "sources": [{"name": "toy", "train": "train.jsonl", "validation": "val.jsonl"}],
-        },
-    }
-    tree["run"]["out"] = str(tmp_path / "out")
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
+from pretraining_data import NO_DROPOUT
 
 
 def losses(out: Path) -> list[tuple[int, float, Any]]:
@@ -178,15 +140,15 @@ def test_the_loss_does_not_depend_on_how_a_step_is_split(recipe_path: Path, tmp_
 def test_a_loss_that_is_not_finite_stops_with_the_batch_named(
     recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = GLMForConditionalGeneration.token_losses
+    honest = pretrain.Pretraining.loss
     calls = []
 
-    def poisoned(self: GLMForConditionalGeneration, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def poisoned(self: pretrain.Pretraining, model: torch.nn.Module, batch: Any) -> torch.Tensor:
         calls.append(1)
-        found = honest(self, *args, **kwargs)
-        return found * float("nan") if len(calls) > 2 * 5 and self.training else found
+        found = honest(self, model, batch)
+        return found * float("nan") if len(calls) > 2 * 5 and model.training else found
 
-    monkeypatch.setattr(GLMForConditionalGeneration, "token_losses", poisoned)
+    monkeypatch.setattr(pretrain.Pretraining, "loss", poisoned)
     with pytest.raises(GmaskError, match=r"step 6: the loss is nan .* rows 20 to 23 are kept in .*bad-batch-00000006"):
         pretrain.run_pretraining(str(recipe_path))
     batches = torch.load(tmp_path / "out" / "bad-batch-00000006.pt")
@@ -402,3 +364,98 @@ def test_blanks_in_held_out_sentences_are_measured_by_language_and_kind(
     assert found[0]["English"] == found[0]["English, modern"]
     assert all(0 <= group["top1"] <= 1 and group["nats"] > 0 and group["blanks"] > 0 for group in found[1].values())
     assert "step 16: first token of one-unit blanks: English" in capsys.readouterr().err
+
+
+SHORT = ["optimization.steps=12", "optimization.warmup_steps=1", "run.save_every=6", "run.validate_every=100"]
+
+
+def test_a_spike_changes_no_weight_and_is_told(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    honest = pretrain.Pretraining.loss
+    weights: dict[int, torch.Tensor] = {}
+
+    def spiky(self: pretrain.Pretraining, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        step = self.loop.progress.step
+        weights[step] = self.model.glm.word_embeddings.weight.detach().clone()
+        return honest(self, model, batch) * (3.0 if step == 8 else 1.0)
+
+    guarded = [*SHORT, "optimization.spike_factor=2", "optimization.spike_window=4"]
+    monkeypatch.setattr(pretrain.Pretraining, "loss", spiky)
+    pretrain.run_pretraining(str(recipe_path), guarded)
+    assert "step 9: skipped" in capsys.readouterr().err
+    records = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert [record["step"] for record in records if record.get("skipped")] == [9]
+    assert torch.equal(weights[8], weights[9]) and not torch.equal(weights[9], weights[10])
+    stopped = [*guarded, "optimization.on_spike=stop", f"run.out={tmp_path / 'stopped'}"]
+    with pytest.raises(GmaskError, match=r"step 9: the loss is .* more than 2 times the median of the last 4"):
+        pretrain.run_pretraining(str(recipe_path), stopped)
+    assert [folder.name for folder in run_folder.list_checkpoints(tmp_path / "stopped")] == ["checkpoint-00000006"]
+    monkeypatch.undo()
+    pretrain.run_pretraining(str(recipe_path), stopped)
+    assert [record["step"] for record in read_metrics(tmp_path / "stopped" / "metrics.jsonl")] == list(range(1, 13))
+
+
+def test_the_norms_of_each_layer_and_the_use_of_the_device_are_logged(recipe_path: Path, tmp_path: Path) -> None:
+    logged = [*SHORT, "optimization.steps=4", "run.layers_every=2", "run.peak_tflops=1", "optimization.clip_norm=0.01"]
+    pretrain.run_pretraining(str(recipe_path), logged)
+    records = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert ["layers" in record for record in records] == [False, True, False, True]
+    for record in records:
+        assert 0 < record["mfu"] < 1
+    for record in (records[1], records[3]):
+        assert set(record["layers"]) == {"layer 000", "layer 001", "others"}
+        squares = [norms["gradient_norm"] ** 2 for norms in record["layers"].values()]
+        assert sum(squares) ** 0.5 == pytest.approx(record["gradient_norm"], rel=1e-4), "before clipping"
+    weights = load_file(tmp_path / "out" / "checkpoint-00000004" / "model.safetensors")
+    first = torch.cat([weight.flatten() for name, weight in weights.items() if ".layers.0." in name])
+    assert records[3]["layers"]["layer 000"]["weight_norm"] == pytest.approx(float(first.norm()), rel=1e-2)
+    names = dict(run_folder.flatten_record(records[3]))
+    assert "gradient_norm/layer 001" in names and "training/layers" not in names
+
+
+def test_a_run_whose_time_is_up_saves_and_goes_on(recipe_path: Path, tmp_path: Path) -> None:
+    pretrain.run_pretraining(str(recipe_path), [*SHORT, f"run.out={tmp_path / 'whole'}"])
+    with pytest.raises(StoppedError, match=r"stopped by run\.time_limit after step 1; .* from checkpoint-00000001"):
+        pretrain.run_pretraining(str(recipe_path), [*SHORT, "run.time_limit=1e-6"])
+    pretrain.run_pretraining(str(recipe_path), SHORT)
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kept", ["selective", "true"])
+def test_activations_that_are_computed_again_change_no_loss(recipe_path: Path, tmp_path: Path, kept: str) -> None:
+    dropout = ["model.hidden_dropout=0.1", "optimization.steps=3", "run.validate_every=100"]
+    pretrain.run_pretraining(str(recipe_path), [*dropout, f"run.out={tmp_path / 'plain'}"])
+    again = f"optimization.gradient_checkpointing={kept}"
+    pretrain.run_pretraining(str(recipe_path), [*dropout, again, f"run.out={tmp_path / kept}"])
+    plain, found = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("plain", kept))
+    for name in ("loss", "gradient_norm"):
+        assert [record[name] for record in found] == pytest.approx([record[name] for record in plain], rel=1e-5)
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products and GELUs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = {"addmm": 0, "gelu": 0}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).split(".")[1]
+        if name in self.counts:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_selective_checkpointing_computes_no_product_again(recipe_path: Path) -> None:
+    counts = {}
+    for mode in ("false", "selective", "true"):
+        overrides = [*NO_DROPOUT, f"optimization.gradient_checkpointing={mode}", "optimization.steps=1"]
+        training = pretrain.Pretraining(load_recipe(recipe_path, overrides))
+        training.model.train()
+        batch = next(training.data(0)).batches[0]
+        with Products() as seen:
+            training.loss(training.loop.model, batch).backward()
+        counts[mode] = seen.counts
+    assert counts["selective"]["addmm"] == counts["false"]["addmm"] < counts["true"]["addmm"]
+    assert counts["false"]["gelu"] < counts["selective"]["gelu"] == counts["true"]["gelu"]

@@ -10,8 +10,9 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.generation.utils import GenerateOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
@@ -38,6 +39,33 @@ def _take_columns(values: Tensor, columns: Tensor) -> Tensor:
     return values.gather(2, columns[:, None].expand(-1, values.shape[1], -1))
 
 
+def summed_loss(head: nn.Module, states: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
+    """Returns the cross-entropy in nats, summed over the targets that are not -100; float32.
+
+    A chunk's logits are not kept: the backward pass computes them again. So no more than ``[chunk, V]`` of them exist
+    at a time, in any dtype, for one more product with the head.
+
+    Args:
+        head: from ``[n, H]`` to logits ``[n, V]``.
+        states: ``[B, T, H]``.
+        targets: ``[B, T]``.
+        chunk: positions that have logits at a time; by default all.
+    """
+    scored = targets != -100
+    states, targets = states[scored], targets[scored]
+
+    def total(states: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(head(states).float(), targets, reduction="sum")
+
+    if chunk is None or len(targets) <= chunk:
+        return total(states, targets)
+    sums = [
+        checkpoint(total, *part, use_reentrant=False, preserve_rng_state=False)
+        for part in zip(torch.split(states, chunk), torch.split(targets, chunk), strict=True)
+    ]
+    return torch.stack(sums).sum()
+
+
 class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin):
     """A model with the head ``lm_head``, which predicts tokens; the base of both language models."""
 
@@ -58,12 +86,15 @@ class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin)
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        skip_logits: bool = False,
+        loss_chunk: int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Returns logits ``[B, T, V]``, and the mean cross-entropy in nats if ``labels [B, T]`` are given.
 
         The labels are described at the model's class. The other arguments are those of `PrefixLMModel.forward`;
-        ``logits_to_keep`` as of `keep_positions`.
+        ``logits_to_keep`` as of `keep_positions`. With ``skip_logits`` the head runs at the labelled positions
+        only, and no logits are returned; ``loss_chunk`` of these have logits at a time, as of `summed_loss`.
 
         Raises:
             ValueError: labels that are one position off.
@@ -71,7 +102,7 @@ class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin)
         Warns:
             UserWarning: labels in the context.
         """
-        if labels is not None and input_ids is not None and not torch.compiler.is_compiling():
+        if labels is not None and input_ids is not None and not skip_logits and not torch.compiler.is_compiling():
             is_plain = layout is None and sequence_ids is None and past_key_values is None
             self._check_labels(input_ids, labels, is_plain=is_plain)
         outputs = self.base_model(
@@ -85,11 +116,16 @@ class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin)
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
-        loss = None
+        loss, logits = None, None
+        if labels is not None and skip_logits:
+            states, targets = self._pair_labels(outputs.last_hidden_state, labels)
+            total = summed_loss(self.lm_head, states, targets, chunk=loss_chunk)
+        else:
+            logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
+            if labels is not None:
+                predictions, targets = self._pair_labels(logits, labels)
+                total = F.cross_entropy(predictions.flatten(0, 1).float(), targets.flatten(), reduction="sum")
         if labels is not None:
-            predictions, targets = self._pair_labels(logits, labels)
-            total = F.cross_entropy(predictions.flatten(0, 1).float(), targets.flatten(), reduction="sum")
             loss = total / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -133,7 +169,7 @@ class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin)
                 )
 
     def _pair_labels(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the logits that are scored, and the label of each; -100 is not scored."""
+        """Returns the logits, or hidden states, that are scored, and the label of each; -100 is not scored."""
         raise NotImplementedError
 
     def generate(

@@ -94,8 +94,13 @@ class OptimizationSettings:
     ema: Part | None = None  # decay of a moving average of the weights, such as 0.999: it is validated and exported
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
     clip_norm: Positive = 1.0
+    spike_factor: Annotated[float, Range(above=1), Range(most=1000)] | None = None  # times the median of recent losses
+    spike_window: Size = 64  # recent losses
+    on_spike: Literal["skip", "stop"] = "skip"
     dtype: Precision = "auto"  # of a pass; auto: bfloat16 where the device has instructions for it; weights are float32
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["selective"] = False  # selective: keeps the results of matrix products
+    compile: bool = False  # the blocks, by torch.compile
+    loss_chunk: Size | None = None  # labels that have logits at a time; by default all of a pass
     initialization: Literal["normal", "neighbours"] = "normal"  # neighbours: for small models and short runs
 
 
@@ -122,6 +127,18 @@ class RunSettings:
     validation_sentences: Whole = 0  # of each language, in which one word or character is hidden
     save_every: Count = 100
     keep_last: Count = 2  # checkpoints
+    layers_every: Count | None = None  # steps; logs the norms of gradients and weights of each layer
+    peak_tflops: Positive | None = None  # 10^12 operations a second of one device, to log the share that is used (MFU)
+    time_limit: Positive | None = None  # seconds after which the run saves and ends, to be resumed
+    timeout: Annotated[int, Range(above=0), Range(most=10**6)] = 1800  # seconds that a process waits for the others
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelSettings:
+    """What the processes of a run divide beside the rows of a step. One process leaves everything whole."""
+
+    shard: bool = False  # weights, gradients and moments (FSDP2)
+    offload: bool = False  # a GPU's shards lie in the host's memory between their uses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,6 +152,7 @@ class PretrainingRecipe:
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     objective: dict[str, Any] = dataclasses.field(default_factory=dict)
     decay: DecaySettings = DecaySettings()
+    parallel: ParallelSettings = ParallelSettings()
 
     @property
     def decay_start(self) -> int:

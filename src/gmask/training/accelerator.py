@@ -27,6 +27,7 @@ from transformers.trainer_pt_utils import LayerWiseDummyOptimizer, get_parameter
 from gmask.config import check_keys, hints_of, read_values
 from gmask.errors import GmaskError, one_line
 from gmask.hardware import best_device, training_dtype
+from gmask.recipes.pretraining import RunSettings
 from gmask.recipes.tuning import TuningRecipe
 
 RECIPE_KEYS = {
@@ -117,6 +118,20 @@ def make_arguments(out: str, *, device: str, dtype: torch.dtype, **values: Any) 
     return arguments
 
 
+def join_processes(settings: RunSettings, *, device: str, dtype: torch.dtype) -> Accelerator:
+    """The accelerator of a pretraining run. Under torchrun this joins the process group, over gloo on CPUs."""
+    is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    arguments = make_arguments(
+        settings.out,
+        device=device,
+        dtype=dtype,
+        ddp_find_unused_parameters=False,
+        ddp_backend="gloo" if device == "cpu" and not is_alone else None,
+        ddp_timeout=settings.timeout,
+    )
+    return make_accelerator(arguments)
+
+
 def make_accelerator(args: TrainingArguments) -> Accelerator:
     """The accelerator of these arguments. It does not accumulate: the loop divides its losses itself.
 
@@ -157,6 +172,10 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether the weights are divided among the processes."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def uses_deepspeed(accelerator: Accelerator) -> bool:
+    return bool(accelerator.distributed_type == DistributedType.DEEPSPEED)
 
 
 NO_DECAY = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 CACHE_REMEDY = "delete that folder and run again"
 
 
-def open_texts(data: DataSettings, tokenizer: Tokenizer, *, split: str) -> list[TokenSource]:
+def open_texts(data: DataSettings, tokenizer: Tokenizer, *, split: str, progress: bool = True) -> list[TokenSource]:
     """The tokens of a recipe's texts: of the folder that was prepared, or of the sources, tokenised once.
 
     Raises:
@@ -56,6 +56,7 @@ def open_texts(data: DataSettings, tokenizer: Tokenizer, *, split: str) -> list[
         split=split,
         skip_bad_lines=data.skip_bad_lines,
         check_hashes=data.check_hashes,
+        progress=progress,
     )
 
 

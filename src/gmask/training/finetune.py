@@ -25,9 +25,10 @@ from gmask.tasks.metrics import LOWER_IS_BETTER, Rows
 from gmask.tasks.records import Sample, hash_file, write_predictions
 from gmask.tasks.task import Task, read_task
 from gmask.training.examples import Batch, Splits, read_splits
-from gmask.training.loop import StepData, StepResult, unsharded
+from gmask.training.loop import StepData, StepResult
 from gmask.training.losses import EncodedSamples, TaskObjective, count_items, examples_of
 from gmask.training.methods import choose_trainable, load_tuned_model, peak_memory, save_tuned_model
+from gmask.training.parallel import unsharded
 from gmask.training.report import (
     CURVES_FILE,
     StartSummary,

@@ -11,29 +11,33 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
-from accelerate.utils import DistributedType, gather_object  # type: ignore[import-untyped]
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object  # type: ignore[import-untyped]
 from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from gmask.errors import GmaskError, StoppedError
-from gmask.files import written
-from gmask.training.accelerator import is_sharded
+from gmask.files import writing, written
+from gmask.training.accelerator import uses_deepspeed
+from gmask.training.diagnostics import SKIPS_IN_A_ROW, SpikeGuard, layer_norms
 from gmask.training.examples import Batch
 from gmask.training.methods import RankSchedule
+from gmask.training.parallel import Meeting, is_divided, placed_like, unsharded
 from gmask.training.run_folder import (
     BEST_FILE,
+    KEPT_ON_ERROR,
+    SHARDED_FOLDER,
     MetricsLog,
     RunProgress,
     average_tensors,
@@ -43,6 +47,8 @@ from gmask.training.run_folder import (
     read_checkpoint,
     read_tensors,
     set_random_state,
+    wait_for_shards,
+    write_shards,
     write_state,
     write_tensors,
     written_checkpoint,
@@ -69,6 +75,8 @@ class StepResult:
     labelled: int
     tokens: int
     seconds: float
+    is_skipped: bool = False  # its loss was a spike, and no weight has changed
+    layers: dict[str, dict[str, float]] = field(default_factory=dict)  # the norms of each, if they are measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +161,10 @@ class Loop:
         clip_norm: float,
         average: AveragedModel | None = None,
         empty_cache_every: int | None = None,
+        timeout: float = 1800,
+        time_limit: float | None = None,
+        guard: SpikeGuard | None = None,
+        layers_every: int | None = None,
     ) -> None:
         """
         Args:
@@ -160,14 +172,29 @@ class Loop:
             clip_norm: of all gradients together; 0 clips nothing.
             average: a moving average of the weights, brought up to date after every step.
             empty_cache_every: steps after which the device's unused memory is given back.
+            timeout: seconds that a process waits for the others.
+            time_limit: seconds from now after which the run saves and stops, as by SIGTERM.
+            guard: of the loss.
+            layers_every: steps after which the norms of each layer are measured.
         """
         self.run, self.accelerator, self.out, self.schedule = run, accelerator, out, schedule
         self.clip_norm, self.average, self.empty_cache_every = clip_norm or math.inf, average, empty_cache_every
         self.progress, self.termination, self.is_stopping = RunProgress(), Termination(), False
         self.bare_model, self.bare_optimizers = model, list(optimizers)  # as they were before accelerate wrapped them
-        self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
+        # A model that is divided already has all that accelerate would wrap it in.
+        prepared = accelerator.prepare(*(optimizers if is_divided(model) else [model, *optimizers]))
+        prepared = list(prepared) if isinstance(prepared, (tuple, list)) else [prepared]
+        self.model = model if is_divided(model) else prepared.pop(0)
+        self.optimizers: list[Any] = prepared
         self.rank_schedule = RankSchedule.of(model, steps=schedule.steps)  # of adalora
-        self.is_sharded = is_sharded(accelerator)
+        self.guard, self.layers_every = guard, layers_every
+        self.deadline = math.inf if time_limit is None else time.monotonic() + time_limit
+        self.uses_deepspeed = uses_deepspeed(accelerator)
+        self.is_divided = is_divided(model)
+        self.meeting, self.timeout = Meeting(timeout=timeout), timeout
+        self.saving: tuple[Future[Any], ExitStack] | None = None  # the checkpoint that is being written, and its draft
+        if self.is_divided:
+            self.saving_group = distributed.new_group(backend="gloo")
 
     # Steps
 
@@ -195,6 +222,7 @@ class Loop:
         )  # fmt: skip
         with ExitStack() as stack:
             stack.enter_context(bar)
+            stack.callback(self.finish_saving)
             stack.enter_context(self.termination)
             log = None
             if is_main:
@@ -205,24 +233,36 @@ class Loop:
                 if log is not None and ("validation" in record or self._is_due(self.schedule.log_every)):
                     log.add(record)
                 alone = self.accelerator.num_processes == 1  # and need not agree with others, which a step does
-                stops = (self.is_stopping or (alone and self.termination.is_requested)) and not self.is_finished
+                stops = (self.is_stopping or (alone and self._is_asked_to_stop)) and not self.is_finished
+                if self.saving is not None and self.saving[0].done():
+                    self.finish_saving()
                 if self._is_due(self.schedule.save_every) or (stops and self.schedule.save_every):
                     self.save()
                 speed = f", {record['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in record else ""
                 bar.set_postfix_str(f"loss {record['loss']:.3f}{speed}")
                 bar.update()
                 if stops:
+                    self.finish_saving()
                     raise StoppedError(self._describe_stop())
+
+    @property
+    def _is_asked_to_stop(self) -> bool:
+        return self.termination.is_requested or time.monotonic() >= self.deadline
 
     def _describe_stop(self) -> str:
         saved = last_checkpoint(self.out)
         goes_on = "from its beginning" if saved is None else f"from {saved.name}"
-        return f"stopped by SIGTERM after step {self.progress.step}; the same command goes on {goes_on}"
+        cause = "SIGTERM" if time.monotonic() < self.deadline else "run.time_limit"
+        return f"stopped by {cause} after step {self.progress.step}; the same command goes on {goes_on}"
 
     def _advance(self, data: Iterator[StepData]) -> dict[str, Any]:
         """Makes a step, and a validation if one is due; returns the record of both."""
         started = time.monotonic()
-        result = self.step(next(data), started=started)
+        self.meeting.wait(self.progress.step + 1)
+        try:
+            result = self.step(next(data), started=started)
+        except RuntimeError as error:
+            self.meeting.explain(self.progress.step + 1, error)
         now = self.progress
         now.step += 1
         now.tokens += result.tokens
@@ -253,7 +293,7 @@ class Loop:
             GmaskError: nothing is labelled; a loss or a gradient that is not finite, before a weight has changed.
         """
         number, processes = self.progress.step + 1, self.accelerator.num_processes
-        labelled, tokens, stops = self._sums(data.labelled, data.tokens, int(self.termination.is_requested))
+        labelled, tokens, stops = self._sums(data.labelled, data.tokens, int(self._is_asked_to_stop))
         self.is_stopping = stops > 0  # all processes stop behind the same step
         if not labelled:
             raise GmaskError(
@@ -273,20 +313,49 @@ class Loop:
                 if self.rank_schedule is not None:
                     loss = loss + self.rank_schedule.penalty() / len(data.batches)
                 self.accelerator.backward(loss, **self._backward_options(rate))
-        total = torch.stack(losses).sum()
+        local = torch.stack(losses).sum()
+        total = float(self.accelerator.reduce(local, reduction="sum") if processes > 1 else local)
+        measures = self.layers_every is not None and number % self.layers_every == 0
+        layers = layer_norms(self.bare_model) if measures else {}
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         gradient_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        if not (math.isfinite(float(total)) and math.isfinite(gradient_norm)):
-            self._refuse_step(data, float(total), gradient_norm)
-        self._update(number)
+        if not (math.isfinite(total) and math.isfinite(gradient_norm)):
+            self._refuse_step(data, total, gradient_norm)
+        is_skipped = self._skips(total, data)
+        self._update(number, changes=not is_skipped)
         return StepResult(
-            loss=float(self.accelerator.reduce(total, reduction="sum") if processes > 1 else total),
+            loss=total,
             learning_rate=rate,
             gradient_norm=gradient_norm,
             labelled=labelled,
             tokens=tokens,
             seconds=time.monotonic() - started,
+            is_skipped=is_skipped,
+            layers=layers,
         )
+
+    def _skips(self, loss: float, data: StepData) -> bool:
+        """Whether the guard has a step skipped; notes its loss.
+
+        Raises:
+            GmaskError: the run is to end at a spike, or has skipped too many steps in a row. No weight has changed.
+        """
+        if self.guard is None:
+            return False
+        now = self.progress
+        if not self.guard.is_spike(loss, now.recent_losses):
+            now.recent_losses = [*now.recent_losses, loss][-self.guard.window :]
+            now.skipped_in_a_row = 0
+            return False
+        now.skipped, now.skipped_in_a_row = now.skipped + 1, now.skipped_in_a_row + 1
+        if self.guard.stops or now.skipped_in_a_row >= SKIPS_IN_A_ROW:
+            many = f", the {now.skipped_in_a_row}th in a row," if not self.guard.stops else ""
+            raise GmaskError(
+                f"step {now.step + 1}: the loss is {loss:.3f}{many} more than {self.guard.factor:g} times the median "
+                f"of the last {self.guard.window}, in {self.run.unit} {self.run.describe(data)}; lower "
+                "optimization.learning_rate and resume, or set optimization.spike_factor higher"
+            )
+        return True
 
     def _backward_options(self, rate: float) -> dict[str, Any]:
         if self.accelerator.has_lomo_optimizer:
@@ -295,14 +364,15 @@ class Loop:
             return {"scale_wrt_gas": False}  # the losses have been divided
         return {}
 
-    def _update(self, number: int) -> None:
-        for optimizer in self.optimizers:
+    def _update(self, number: int, *, changes: bool = True) -> None:
+        """Makes the step of the optimizers if it ``changes`` weights; drops the gradients in any case."""
+        for optimizer in self.optimizers if changes else ():
             optimizer.step()
-        if self.rank_schedule is not None:
+        if self.rank_schedule is not None and changes:
             self.rank_schedule.update(number)  # weighs the ranks by the gradients
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        if self.average is not None:
+        if self.average is not None and changes:
             self.average.update_parameters(self.bare_model)
         if self.empty_cache_every and number % self.empty_cache_every == 0:
             clear_device_cache()
@@ -313,7 +383,8 @@ class Loop:
         at_once = is_last or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         self.accelerator.sync_gradients = is_last  # if set, DeepSpeed makes its step in this backward pass
         try:
-            with nullcontext() if at_once else self.accelerator.no_sync(self.model):
+            # A divided model sums its gradients in every pass: else each process would hold those of the whole model.
+            with nullcontext() if at_once or self.is_divided else self.accelerator.no_sync(self.model):
                 yield
         finally:
             self.accelerator.sync_gradients = True
@@ -345,28 +416,62 @@ class Loop:
     # Checkpoints
 
     def save(self) -> None:
-        """Writes ``checkpoint-STEP`` whole or not at all. All processes must call this together."""
-        step = self.progress.step
-        random_states = gather_object([random_state()])
+        """Writes ``checkpoint-STEP`` whole or not at all. All processes must call this together.
+
+        Of a model that they divide, they write copies of their parts while the run goes on; `finish_saving` ends that.
+        """
+        self.finish_saving()
+        step, schedule = self.progress.step, self.schedule
+        own: dict[str, Tensor] = {}
+        if self.rank_schedule is not None:
+            own |= {f"ranks.{name}": value for name, value in self.rank_schedule.state().items()}
+        for process, random in enumerate(gather_object([random_state()])):
+            suffix = f".{process}" if process else ""
+            own |= {f"random.{name}{suffix}": value for name, value in random.items()}
+        optimizers = [] if self.uses_deepspeed else self.bare_optimizers
+        tensors, numbers = optimizer_state(self.bare_model, optimizers)
+        tensors |= average_tensors(self.average)
         sharded = self.out / f".sharded-{step:08d}"
-        if self.is_sharded:
+        if self.uses_deepspeed:
             self.accelerator.save_state(str(sharded))
-        if self.accelerator.is_main_process:
-            schedule = self.schedule
-            with written_checkpoint(self.out, step, keep_last=schedule.keep_last, keep=schedule.keep) as folder:
-                if self.is_sharded:
-                    os.replace(sharded, folder / "sharded")
-                else:
-                    self.run.save_weights(folder)
-                tensors, numbers = optimizer_state(self.bare_model, [] if self.is_sharded else self.bare_optimizers)
-                tensors |= average_tensors(self.average)
-                if self.rank_schedule is not None:
-                    tensors |= {f"ranks.{name}": value for name, value in self.rank_schedule.state().items()}
-                for process, random in enumerate(random_states):
-                    suffix = f".{process}" if process else ""
-                    tensors |= {f"random.{name}{suffix}": value for name, value in random.items()}
-                write_state(folder, self.progress, self.run.state(), tensors, numbers)
-        self.accelerator.wait_for_everyone()
+        with ExitStack() as stack:
+            place: list[str | None] = [None, None]  # the draft, or why there is none
+            if self.accelerator.is_main_process:
+                try:
+                    folder = stack.enter_context(
+                        written_checkpoint(self.out, step, keep_last=schedule.keep_last, keep=schedule.keep)
+                    )
+                    if self.uses_deepspeed:
+                        os.replace(sharded, folder / SHARDED_FOLDER)
+                    elif not self.is_divided:
+                        self.run.save_weights(folder)
+                    whole = own if self.is_divided else own | tensors
+                    write_state(folder, self.progress, self.run.state(), whole, numbers)
+                    place = [str(folder / SHARDED_FOLDER), None]
+                except GmaskError as error:
+                    place = [None, str(error)]
+                    if not self.is_divided:
+                        raise
+            if self.is_divided:
+                draft, fault = broadcast_object_list(place)
+                if draft is None:
+                    raise GmaskError(fault)
+                weights = {f"weights.{name}": value.detach() for name, value in self.bare_model.named_parameters()}
+                self.saving = write_shards(Path(draft), weights | tensors, self.saving_group), stack.pop_all()
+        if not self.is_divided:
+            self.accelerator.wait_for_everyone()
+
+    def finish_saving(self) -> None:
+        """Waits for the checkpoint that is being written, if there is one, and gives it its name.
+
+        Raises:
+            GmaskError: a process could not write its part; the last complete checkpoint is kept.
+        """
+        if self.saving is None:
+            return
+        (future, draft), self.saving = self.saving, None
+        with writing(self.out, self.out, kept=KEPT_ON_ERROR), draft:
+            wait_for_shards(future)
 
     def restore(self) -> dict[str, Any]:
         """Loads the last checkpoint in place, if there is one; returns the state that `Run.state` saved in it.
@@ -377,9 +482,9 @@ class Loop:
         folder = last_checkpoint(self.out)
         if folder is None:
             return {}
-        checkpoint = read_checkpoint(folder)
-        if self.is_sharded:
-            self.accelerator.load_state(str(folder / "sharded"))
+        checkpoint = read_checkpoint(folder, self.bare_model)
+        if self.uses_deepspeed:
+            self.accelerator.load_state(str(folder / SHARDED_FOLDER))
         else:
             checkpoint.load_weights(self.bare_model)
             checkpoint.load_optimizers(self.bare_model, self.bare_optimizers)
@@ -396,7 +501,7 @@ class Loop:
     def trained_weights(self) -> dict[str, Tensor]:
         """Copies of the parameters that train, by name, on the CPU. Sharded parameters are put together."""
         trained = [name for name, parameter in self.bare_model.named_parameters() if parameter.requires_grad]
-        if self.is_sharded and not isinstance(self.bare_model, FSDPModule):  # DeepSpeed
+        if self.uses_deepspeed:
             state = self.accelerator.get_state_dict(self.model)
             return {name: state[name].cpu() for name in trained}
         with unsharded(self.bare_model):
@@ -417,25 +522,4 @@ class Loop:
         parameters = dict(self.bare_model.named_parameters())
         with torch.no_grad():
             for name, weight in read_tensors(self.out / BEST_FILE).items():
-                parameter = parameters[name]
-                if isinstance(parameter, DTensor):
-                    weight = distribute_tensor(weight.to(parameter.device), parameter.device_mesh, parameter.placements)
-                parameter.copy_(weight)
-
-
-@contextmanager
-def unsharded(model: nn.Module) -> Iterator[None]:
-    """Within the block every process holds all weights, and may call the model without the other processes.
-
-    All processes must enter it together. A model that is not sharded is left as it is.
-    """
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.reshard()
-            part.set_reshard_after_forward(True, recurse=False)
+                parameters[name].copy_(placed_like(weight, parameters[name]))

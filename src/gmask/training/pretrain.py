@@ -20,7 +20,9 @@ from typing import Any, cast
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from tqdm import tqdm
 
 from gmask.corpus.shards import TokenSource
@@ -28,7 +30,7 @@ from gmask.errors import GmaskError
 from gmask.estimation.inference import weight_bytes
 from gmask.files import write_text, written_folder
 from gmask.hardware import bound_primitive_cache, check_room, cpu_instructions, describe_training_dtype, training_dtype
-from gmask.infilling.blanks import InfillingExample
+from gmask.infilling.blanks import NOT_SCORED, InfillingExample
 from gmask.infilling.collator import collate
 from gmask.infilling.objectives import OBJECTIVES, Objective
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
@@ -40,10 +42,12 @@ from gmask.recipes.pretraining import (
     make_mixture,
 )
 from gmask.tasks.records import Source
-from gmask.training.accelerator import find_device, make_accelerator, make_arguments
+from gmask.training.accelerator import find_device, join_processes
 from gmask.training.corpus_rows import RowStream, open_texts, validation_rows
+from gmask.training.diagnostics import SpikeGuard, training_flops
 from gmask.training.examples import Batch
 from gmask.training.loop import Loop, Schedule, StepData, StepResult
+from gmask.training.parallel import is_divided, shard_model, unsharded, whole_weights
 from gmask.training.report import CURVES_FILE, draw_curves
 from gmask.training.run_folder import LOG_FILE, RunProgress, last_checkpoint, read_metrics
 from gmask.training.tokenizer import train_from_sources
@@ -75,29 +79,32 @@ class Pretraining:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.out = Path(settings.out)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise GmaskError("pretraining runs in one process as yet: start it without torchrun")
         self.device = torch.device(find_device(settings.device))
+        self._check_processes(int(os.environ.get("WORLD_SIZE", "1")))
         self.dtype = training_dtype(self.recipe.optimization.dtype, self.device)
         bound_primitive_cache()
+        self.accelerator = join_processes(settings, device=self.device.type, dtype=self.dtype)
+        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         torch.manual_seed(settings.seed)
         data = self.recipe.data
         sources = [] if data.prepared is not None else data.resolved_sources
         prepared = None if data.prepared is None else str(Path(data.prepared) / "tokenizer")
         self.tokenizer_folder = Path(self.recipe.tokenizer.path or prepared or self.out / "tokenizer")
-        tokenizer = self._load_tokenizer(sources)
+        with self.accelerator.main_process_first():  # which writes the tokenizer and the tokens for the others
+            tokenizer = self._load_tokenizer(sources)
+            self.train_sources, self.validation_sources = (
+                open_texts(data, tokenizer, split=split, progress=self.is_main) for split in ("train", "validation")
+            )
         self.mixture = make_mixture(tokenizer, self.recipe.objective)
         self.decay_mixture = make_mixture(tokenizer, self.recipe.objective | self.recipe.decay.objective)
         self.special = self.mixture.special
         self.model = self._make_model(self._model_config(tokenizer))
         if self.recipe.optimization.initialization == "neighbours":
             start_with_neighbours(self.model)
-        if self.recipe.optimization.gradient_checkpointing:
-            self.model.activation_checkpointing_enable()
-        accelerator = make_accelerator(make_arguments(settings.out, device=self.device.type, dtype=self.dtype))
-        self.model.to(accelerator.device)
-        self.train_sources = open_texts(data, tokenizer, split="train")
-        self.validation_sources = open_texts(data, tokenizer, split="validation")
+        self._choose_activations()
+        self.model.to(self.device)
+        if replica := self.accelerator.process_index:
+            torch.manual_seed(settings.seed + replica)  # else all processes would leave out the same activations
         # No position in a layout may lie beyond the model's tables, in training or in validation.
         self.max_piece = min(data.max_piece or data.row_length, self.model.config.max_position_embeddings)
         self.stream = RowStream(
@@ -110,11 +117,14 @@ class Pretraining:
         self.average: AveragedModel | None = None
         if self.recipe.optimization.ema is not None:
             self.average = AveragedModel(self.model, multi_avg_fn=moving_average(self.recipe.optimization.ema))
+        if self.recipe.parallel.shard and self.accelerator.num_processes > 1:
+            for model in (self.model, *([] if self.average is None else [self.average.module])):
+                shard_model(model, device=self.device, dtype=self.dtype, offload=self.recipe.parallel.offload)
         self.loop = Loop(
             self,
             self.model,
             make_optimizers(self.model, self.recipe.optimization),
-            accelerator=accelerator,
+            accelerator=self.accelerator,
             out=self.out,
             schedule=Schedule(
                 steps=self.recipe.optimization.steps,
@@ -126,6 +136,10 @@ class Pretraining:
             ),
             clip_norm=self.recipe.optimization.clip_norm,
             average=self.average,
+            timeout=settings.timeout,
+            time_limit=settings.time_limit,
+            guard=self._guard(),
+            layers_every=settings.layers_every,
         )
         self.blanks: BlankSet | None = None
         if settings.validation_sentences:
@@ -136,6 +150,36 @@ class Pretraining:
                 sentences=settings.validation_sentences,
                 longest=self.model.config.max_position_embeddings,
             )
+
+    def _check_processes(self, processes: int) -> None:
+        """Raises `GmaskError` if the processes cannot share the rows of a step."""
+        rows = self.recipe.optimization.rows_per_step
+        if rows % processes:
+            raise GmaskError(
+                f"optimization.rows_per_step is {rows}, which {processes} processes cannot share evenly: make it a "
+                f"multiple of {processes}, or start as many processes as divide it"
+            )
+        if self.recipe.parallel.offload and (not self.recipe.parallel.shard or self.device.type != "cuda"):
+            raise GmaskError(
+                "parallel.offload moves the shards of GPUs to the host's memory: leave it out, or set parallel.shard "
+                "and run on GPUs"
+            )
+
+    def _guard(self) -> SpikeGuard | None:
+        settings = self.recipe.optimization
+        if settings.spike_factor is None:
+            return None
+        return SpikeGuard(settings.spike_factor, settings.spike_window, stops=settings.on_spike == "stop")
+
+    def _choose_activations(self) -> None:
+        """Sets which activations are kept for the backward pass, and compiles the blocks if the recipe says so."""
+        optimization = self.recipe.optimization
+        if optimization.gradient_checkpointing:
+            kept = {"context_fn": keep_products} if optimization.gradient_checkpointing == "selective" else {}
+            self.model.activation_checkpointing_enable({"use_reentrant": False, **kept})
+        if optimization.compile:
+            for block in self.model.glm.transformer.layers:
+                block.compile()
 
     def _load_tokenizer(self, sources: Sequence[Source]) -> Tokenizer:
         """The recipe's tokenizer. Without a path in the recipe it is learnt into the run's folder, once."""
@@ -184,43 +228,69 @@ class Pretraining:
         checkpoint = last_checkpoint(self.out)
         if checkpoint is not None and not resume:
             raise GmaskError(f"{self.out} holds a run already: resume it, or choose another run.out")
-        tqdm.write(describe_training_dtype(self.recipe.optimization.dtype, self.device), file=sys.stderr)
+        self._report(describe_training_dtype(self.recipe.optimization.dtype, self.device))
         if checkpoint is not None:
             state = self.loop.restore()
             self._resume_stream(checkpoint, self.loop.progress, state["stream"])
         self.loop.progress.arithmetic = self._arithmetic()
-        write_text(self.out / "recipe.yaml", self.recipe.to_yaml())
+        if self.is_main:
+            write_text(self.out / "recipe.yaml", self.recipe.to_yaml())
         self.loop.fit()
-        draw_curves(read_metrics(self.out / LOG_FILE), self.out / CURVES_FILE)
-        return self.export()
+        if self.is_main:
+            draw_curves(read_metrics(self.out / LOG_FILE), self.out / CURVES_FILE)
+        self.export()
+        self.accelerator.wait_for_everyone()
+        return self.out / "model"
+
+    def _report(self, line: str) -> None:
+        """Prints a line, once for all processes."""
+        if self.is_main:
+            tqdm.write(line, file=sys.stderr)
 
     # The protocol `Run` of the loop
 
     def data(self, step: int) -> Iterator[StepData]:
-        """The data of the next steps, from the stream, which is at the run's step already."""
+        """This process's rows of the next steps, from the stream, which is at the run's step already.
+
+        Every process draws all rows of a step and takes its share of them, so that they are the same rows in the same
+        order for any number of processes.
+        """
+        share = self.recipe.optimization.rows_per_step // self.accelerator.num_processes
         while True:
             if self.loop.progress.step == self.recipe.decay_start:
                 self._begin_decay()
-            first = self.stream.row
-            rows = [self.stream.next_row() for _ in range(self.recipe.optimization.rows_per_step)]
+            first = self.stream.row + share * self.accelerator.process_index
+            drawn = [self.stream.next_row() for _ in range(self.recipe.optimization.rows_per_step)]
+            rows = drawn[share * self.accelerator.process_index :][:share]
             batches = list(self._batches(rows))
-            numbers = iter(range(first, self.stream.row))
+            numbers = iter(range(first, first + share))
             yield StepData(
                 batches,
                 numbers=[[next(numbers) for _ in batch["input_ids"]] for batch in batches],
-                labelled=sum(int((batch["labels"] != -100).sum()) for batch in batches),
+                labelled=sum(int((batch["labels"] != NOT_SCORED).sum()) for batch in batches),
                 tokens=sum(int((batch["sequence_ids"] >= 0).sum()) for batch in batches),
             )
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self._losses(batch).sum()
+        """The sum over the labelled tokens; by a call of the model as a whole, which DDP and FSDP need."""
+        with self.accelerator.autocast():
+            total: Tensor = model(
+                **batch,
+                use_cache=False,
+                skip_logits=True,
+                num_items_in_batch=1,
+                loss_chunk=self.recipe.optimization.loss_chunk,
+            ).loss
+        return total
 
     def learning_rate(self, step: int) -> float:
         return learning_rate(step, self.recipe)
 
     def record(self, result: StepResult) -> dict[str, Any]:
-        now = self.loop.progress
-        return {
+        now, peak = self.loop.progress, self.recipe.run.peak_tflops
+        if result.is_skipped:
+            self._report(f"step {now.step}: skipped, for its loss of {result.loss:.3f} is a spike")
+        found: dict[str, Any] = {
             "step": now.step,
             "loss": result.loss,
             "learning_rate": result.learning_rate,
@@ -230,12 +300,22 @@ class Pretraining:
             "tokens_per_second": result.tokens / result.seconds,
             "seconds": now.seconds,
         }
+        if peak is not None:
+            flops = training_flops(
+                self.model.config, tokens=result.tokens, labelled=result.labelled, row_length=self.stream.row_length
+            )
+            found["mfu"] = flops / (result.seconds * peak * 1e12 * self.accelerator.num_processes)
+        return (
+            found
+            | ({"skipped": True} if result.is_skipped else {})
+            | ({"layers": result.layers} if result.layers else {})
+        )
 
     def validate(self) -> dict[str, Any]:
         found: dict[str, Any] = {"validation": self.validate_sources()}
         if self.blanks is not None:
             found["blanks"] = self.validate_blanks(self.blanks)
-            tqdm.write(f"step {self.loop.progress.step}: {describe_blanks(found['blanks'])}", file=sys.stderr)
+            self._report(f"step {self.loop.progress.step}: {describe_blanks(found['blanks'])}")
         return found
 
     def describe(self, data: StepData) -> str:
@@ -270,12 +350,6 @@ class Pretraining:
                 pad_id=self.special.pad,
             )
 
-    def _losses(self, batch: Batch, model: GLMForConditionalGeneration | None = None) -> Tensor:
-        """The loss of every label in a batch, which is on the device."""
-        with self.loop.accelerator.autocast():
-            losses: Tensor = (model or self.model).token_losses(**batch)
-        return losses
-
     @torch.no_grad()
     def validate_sources(self) -> dict[str, dict[str, float]]:
         """Mean loss in nats of every source and objective, on rows that never change."""
@@ -294,7 +368,7 @@ class Pretraining:
     def validate_blanks(self, blanks: BlankSet) -> dict[str, dict[str, float]]:
         """The scores of `score_blanks`, for each language and kind of text."""
         self.final_model.eval()
-        with self.loop.accelerator.autocast():
+        with self.accelerator.autocast(), unsharded(self.final_model):
             found = score_blanks(self.final_model, blanks, pad_id=self.special.pad)
         self.final_model.train()
         return found
@@ -315,14 +389,18 @@ class Pretraining:
             max_rows=self.recipe.run.validation_rows,
             max_piece=self.max_piece,
         )
-        batches = self._batches(rows, self.recipe.data.row_length)
-        losses = torch.cat(
-            [
-                self._losses({name: tensor.to(self.device) for name, tensor in batch.items()}, self.final_model)
-                for batch in batches
-            ]
-        )
-        return float(losses.mean())
+        batches = list(self._batches(rows, self.recipe.data.row_length))
+        found = torch.zeros(2, dtype=torch.float64, device=self.device)  # the sum of the losses, and their number
+        # The processes share the batches. All of them make as many passes: one whose turn finds none repeats the first.
+        for start in range(0, len(batches), self.accelerator.num_processes):
+            index = start + self.accelerator.process_index
+            batch = batches[index if index < len(batches) else 0]
+            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            total = self.loss(self.final_model, batch)
+            if index < len(batches):
+                found += torch.stack((total.double(), (batch["labels"] != NOT_SCORED).sum().double()))
+        total, count = self.accelerator.reduce(found, reduction="sum")
+        return float(total / count)
 
     def _resume_stream(self, checkpoint: Path, progress: RunProgress, stream: dict[str, Any]) -> None:
         """Restores the stream to where the checkpoint was made, and warns if this machine computes in another way.
@@ -345,10 +423,9 @@ class Pretraining:
             )
         self.stream.load_state_dict(stream)
         if progress.arithmetic and progress.arithmetic != self._arithmetic():
-            tqdm.write(
+            self._report(
                 f"warning: {checkpoint} was made with {progress.arithmetic}, and this is {self._arithmetic()}: the run "
-                "goes on, but not bit for bit as it would have there",
-                file=sys.stderr,
+                "goes on, but not bit for bit as it would have there"
             )
 
     def _arithmetic(self) -> str:
@@ -357,9 +434,21 @@ class Pretraining:
         return f"{str(self.dtype).removeprefix('torch.')} on {unit}"
 
     def export(self) -> Path:
-        """Writes ``out/model``: bfloat16 weights, configuration, tokenizer and the curves."""
+        """Writes ``out/model``: bfloat16 weights, configuration, tokenizer and the curves.
+
+        All processes must call this together; the first one writes.
+        """
+        weights = None
+        if is_divided(self.final_model):
+            weights = {name: value.to(torch.bfloat16) for name, value in whole_weights(self.final_model).items()}
+        if not self.is_main:
+            return self.out / "model"
         with written_folder(self.out / "model", kept="the run, to be resumed,") as folder:
-            self.final_model.to(torch.bfloat16).save_pretrained(folder)
+            if weights is None:
+                self.final_model.to(torch.bfloat16).save_pretrained(folder)
+            else:
+                self.final_model.config.dtype = torch.bfloat16
+                self.final_model.save_pretrained(folder, state_dict=weights)
             for name in ("tokenizer.json", "tokenizer_config.json"):
                 (folder / name).write_bytes((self.tokenizer_folder / name).read_bytes())
             for name in (CURVES_FILE, LOG_FILE):
@@ -408,6 +497,24 @@ def make_optimizers(model: GLMForConditionalGeneration, settings: OptimizationSe
     return optimizers
 
 
+PRODUCTS = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+"""The operations whose results selective checkpointing keeps: they take most of the time of a block."""
+
+
+def keep_products() -> tuple[Any, Any]:
+    """The contexts of `torch.utils.checkpoint` in which norms, activations and dropouts alone are computed again."""
+    contexts: tuple[Any, Any] = create_selective_checkpoint_contexts(PRODUCTS)  # type: ignore[no-untyped-call]
+    return contexts
+
+
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
@@ -421,6 +528,9 @@ def moving_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], N
 
     def update(average: Tensors, current: Tensors, count: Tensor | int) -> None:
         updates = int(count)
+        average, current = (
+            [t.to_local() if isinstance(t, DTensor) else t for t in group] for group in (average, current)
+        )
         torch._foreach_lerp_(average, current, 1 - min(decay, (1 + updates) / (10 + updates)))
 
     return update

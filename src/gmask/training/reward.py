@@ -25,8 +25,9 @@ from gmask.models.reward import RewardHead
 from gmask.recipes.feedback import FeedbackRecipe, RewardLoss, RewardSettings, load_feedback_recipe
 from gmask.training.examples import Batch
 from gmask.training.feedback import EncodedPair, FeedbackRun, PreferenceEncoder, show_pair
-from gmask.training.loop import StepData, StepResult, unsharded
+from gmask.training.loop import StepData, StepResult
 from gmask.training.methods import choose_trainable, peak_memory, save_tuned_model
+from gmask.training.parallel import unsharded
 from gmask.training.report import CURVES_FILE, draw_curves
 from gmask.training.run_folder import LOG_FILE, RESULTS_FILE, TRAINED_FILE, read_metrics
 

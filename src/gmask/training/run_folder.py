@@ -3,24 +3,34 @@
 A checkpoint holds the weights that train (``trained.safetensors``, or ``model.safetensors`` in a folder that loads like
 any model folder), ``training.safetensors`` (the optimizers' moments as ``exp_avg.NAME`` and so on, the moving average
 of the weights as ``average.NAME``, adalora's ranks, random states) and ``training.json`` (`RunProgress` and the numbers
-of the optimizers). A sharded run keeps accelerate's own files in ``sharded`` instead of weights and moments.
+of the optimizers). A run whose processes divide the model keeps weights, moments and average in ``sharded``, in the
+form of torch.distributed.checkpoint, which any number of processes reads; with DeepSpeed these are its own files.
 """
 
 import dataclasses
 import json
 import logging
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
@@ -35,6 +45,7 @@ from gmask.files import (
     written,
     written_folder,
 )
+from gmask.training.parallel import placed_like
 
 logger = logging.getLogger(__name__)
 _Fields = TypeVar("_Fields")
@@ -43,6 +54,7 @@ STATE_FILE = "training.json"
 TENSORS_FILE = "training.safetensors"
 TRAINED_FILE = "trained.safetensors"
 MODEL_FILE = "model.safetensors"
+SHARDED_FOLDER = "sharded"
 BEST_FILE = "best.safetensors"
 KEPT_ON_ERROR = "the last complete checkpoint"
 LOG_FILE = "metrics.jsonl"
@@ -72,6 +84,9 @@ class RunProgress:
     decay_start: int | None = None  # the step at which pretraining's last part begins, once it has begun
     best_step: int | None = None
     best_value: float | None = None
+    recent_losses: list[float] = dataclasses.field(default_factory=list)  # of the steps before, to know a spike by
+    skipped: int = 0  # steps, whose loss was a spike
+    skipped_in_a_row: int = 0
     stopped: bool = False  # early, by optimization.early_stop
     arithmetic: str = ""  # dtype and CPU instructions of the forward pass: a run is bit-exact on the same ones only
 
@@ -192,7 +207,7 @@ class RunCheckpoint:
             )
         with torch.no_grad():
             for name, parameter in trained.items():
-                parameter.copy_(self.weights[name])
+                parameter.copy_(placed_like(self.weights[name], parameter))
 
     def load_optimizers(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Raises `GmaskError` where the checkpoint is of other optimizers."""
@@ -214,7 +229,14 @@ class RunCheckpoint:
                         "optimization.optimizer; set it as it was, or choose another run.out"
                     )
             whole = optimizer.state_dict()
-            whole["state"] = {index: kept for index, kept in states.items() if kept}
+            whole["state"] = {
+                index: {
+                    key: placed_like(value, p) if isinstance(value, Tensor) and value.shape == p.shape else value
+                    for key, value in states[index].items()
+                }
+                for index, p in enumerate(parameters)
+                if states[index]
+            }
             for group, changed in zip(whole["param_groups"], groups[number] if groups else (), strict=False):
                 group.update(changed)
             optimizer.load_state_dict(whole)
@@ -225,7 +247,7 @@ class RunCheckpoint:
             return
         with torch.no_grad():
             for name, parameter in average.module.named_parameters():
-                parameter.copy_(self.tensors[f"average.{name}"])
+                parameter.copy_(placed_like(self.tensors[f"average.{name}"], parameter))
             average.get_buffer("n_averaged").copy_(self.tensors["average_count"])
 
     def load_random_state(self, process: int) -> None:
@@ -235,8 +257,10 @@ class RunCheckpoint:
         set_random_state({name: state for name, state in states.items() if state is not None})
 
 
-def read_checkpoint(folder: Path) -> RunCheckpoint:
+def read_checkpoint(folder: Path, model: nn.Module) -> RunCheckpoint:
     """Reads a checkpoint, also one that an earlier version of gmask wrote in pretraining.
+
+    Of a divided one, each process reads the parts that it holds of this model. All processes must call this together.
 
     Raises:
         GmaskError: a damaged file.
@@ -250,12 +274,51 @@ def read_checkpoint(folder: Path) -> RunCheckpoint:
         paths = [path for name in (MODEL_FILE, TRAINED_FILE) if (path := folder / name).is_file()]
         weights = {name: tensor for path in paths for name, tensor in load_file(path).items()}
         tensors = load_file(folder / TENSORS_FILE)
-    except (OSError, ValueError, SafetensorError) as error:
+        if (folder / SHARDED_FOLDER / ".metadata").is_file():
+            for key, tensor in _read_shards(folder / SHARDED_FOLDER, dict(model.named_parameters())).items():
+                group, _, name = key.partition(".")
+                (weights if group == "weights" else tensors)[name if group == "weights" else key] = tensor
+    except (OSError, ValueError, SafetensorError, CheckpointException) as error:
         raise GmaskError(f"{folder}: damaged ({error}); {remedy}") from error
     known = {field.name for field in dataclasses.fields(RunProgress)}
     progress = RunProgress(**{name: value for name, value in saved.items() if name in known})
     state = {name: value for name, value in saved.items() if name not in known}
     return RunCheckpoint(folder, progress, state, weights, tensors, values.get("optimizers", {}))
+
+
+def write_shards(folder: Path, tensors: Mapping[str, Tensor], group: ProcessGroup) -> "Future[Any]":
+    """Begins to write this process's parts of tensors, from a copy, in a thread. All processes must call this together.
+
+    Args:
+        tensors: by name; those that are not divided are the same in every process.
+        group: over gloo, which nothing else uses meanwhile.
+    """
+    writer = FileSystemWriter(folder)
+    return cast("Future[Any]", async_save(dict(tensors), storage_writer=writer, process_group=group))
+
+
+def wait_for_shards(writing_shards: "Future[Any]") -> None:
+    """Waits until all processes have written their parts. Raises what went wrong in the first that failed."""
+    try:
+        writing_shards.result()
+    except CheckpointException as error:
+        failed, _ = next(iter(error.failures.values()))
+        raise failed from error
+
+
+def _read_shards(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `write_shards`: this process's parts of those that are divided like a parameter, others whole."""
+    reader = FileSystemReader(folder)
+    found: dict[str, Tensor] = {}
+    for key, saved in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(saved, TensorStorageMetadata)
+        like, dtype = parameters.get(key.partition(".")[2]), saved.properties.dtype
+        is_part = isinstance(like, DTensor) and like.shape == saved.size
+        found[key] = torch.empty_like(like, dtype=dtype) if is_part else torch.empty(saved.size, dtype=dtype)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads all parts
+        load_shards(dict(found), storage_reader=reader)
+    return found
 
 
 def optimizer_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -272,6 +335,8 @@ def optimizer_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, PLAIN):
                     numbers[f"{key}.{name}"] = value
+                elif isinstance(value, DTensor):
+                    tensors[f"{key}.{name}"] = value
                 elif isinstance(value, Tensor):
                     # safetensors refuses tensors that share storage, and 8-bit optimizers share their tables.
                     tensors[f"{key}.{name}"] = value.clone() if value.data_ptr() in stored else value.contiguous()
@@ -382,8 +447,11 @@ class MetricsLog:
 def flatten_record(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """The numbers of a record by the names that they have in TensorBoard."""
     for name, value in record.items():
-        if name not in ("step", "validation", "blanks"):
+        if name not in ("step", "validation", "blanks", "layers"):
             yield f"training/{name}", value
+    for layer, norms in record.get("layers", {}).items():
+        for name, value in norms.items():
+            yield f"{name}/{layer}", value
     for source, found in record.get("validation", {}).items():
         for name, value in found.items():
             yield f"validation_{name}/{source}", value

@@ -35,8 +35,8 @@ from gmask.tasks.heldout import HELD_OUT_LANGUAGES, HeldOutBlank, draw_sentences
 from gmask.tasks.metrics import Rows, as_cell
 from gmask.tasks.records import Prediction, Record, Sample, Source, TaskKind, find_files, read_records, read_texts
 from gmask.tasks.task import Task
-from gmask.training.loop import unsharded
 from gmask.training.losses import TaskObjective, count_items
+from gmask.training.parallel import unsharded
 from gmask.training.run_folder import read_fields
 
 EVALUATION_SHARE = 0.25
