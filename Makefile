@@ -25,8 +25,10 @@ help:  ## show this list
 
 demo: $(VENV)/.installed  ## fill blanks in English and Chinese with the bundled model
 	$(BIN)/gmask infill \
-	  "He did not [MASK] what to do, so he went [MASK] the house." \
-	  "中华人民共和国[MASK]法，由[MASK]公布。"
+	  "She poured a cup of [MASK] and sat down by the window." "Please close the [MASK] when you leave the room." \
+	  "He did not say a [MASK], but she knew what he [MASK]." "他每天早上七点[MASK]床。" "今天天气很[MASK]，我们去公园散步吧。"
+	$(BIN)/gmask infill "The dog ran after the [MASK]." -n 5
+	@echo "The first five are of forty plain sentences, 25 of which the model fills acceptably; its card has them all."
 
 test: $(VENV)/.installed-dev  ## run the default tests
 	$(PYTEST) -m "not slow and not gpu"
@@ -60,18 +62,18 @@ gpu: $(VENV)/.installed-dev  ## test and measure all that needs a GPU, on one H1
 bundled: $(VENV)/.installed-dev  ## train, evaluate and ship the bundled model: make bundled CORPUS=folder
 	$(BIN)/gmask pretrain recipes/bundled.yaml data.root=$(CORPUS)
 	cp runs/bundled/model/* src/gmask/pretrained/
-	$(BIN)/gmask evaluate bundled --recipe recipes/bundled.yaml --corpus $(CORPUS)
+	$(BIN)/gmask evaluate bundled --recipe recipes/bundled.yaml --corpus $(CORPUS) --sentences 1000
+	$(BIN)/python recipes/judge_sentences.py answer --output runs/bundled/answers.jsonl
 	$(BIN)/python recipes/bundled_card.py src/gmask/pretrained --output src/gmask/pretrained/README.md \
 	  $(if $(HARDWARE),--hardware "$(HARDWARE)")
 
 bundled-chat: $(VENV)/.installed-dev  ## tune, measure and ship the bundled chat model: make bundled-chat SFT=folder
 	$(BIN)/python recipes/chat_data.py $(SFT) data/chat
 	$(BIN)/gmask finetune recipes/bundled-chat.yaml
-	$(BIN)/gmask finetune recipes/bundled-chat-rounds.yaml
 	mkdir -p src/gmask/pretrained/chat
-	cp runs/bundled-chat-rounds/model/* runs/bundled-chat-rounds/results.json src/gmask/pretrained/chat/
-	$(BIN)/python benchmarks/chat_quality.py data/chat/validation.jsonl --json > src/gmask/pretrained/chat/quality.json
-	$(BIN)/python recipes/chat_card.py runs/bundled-chat runs/bundled-chat-rounds src/gmask/pretrained/chat/quality.json \
+	cp runs/bundled-chat/model/* runs/bundled-chat/results.json src/gmask/pretrained/chat/
+	$(BIN)/python benchmarks/chat_quality.py data/chat/validation.jsonl --limit 400 --json > src/gmask/pretrained/chat/quality.json
+	$(BIN)/python recipes/chat_card.py runs/bundled-chat src/gmask/pretrained/chat/quality.json \
 	  --output src/gmask/pretrained/chat/README.md $(if $(HARDWARE),--hardware "$(HARDWARE)")
 
 docs: $(VENV)/.installed-dev  ## build the documentation into site/

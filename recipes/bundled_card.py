@@ -15,11 +15,15 @@ from typing import Any
 
 import yaml
 
-from gmask.evaluation.report import describe_leads, fill_rows, loss_rows
+from gmask.evaluation.report import describe_context, describe_leads, fill_rows, kind_rows, loss_rows
 from gmask.tasks.metrics import Rows
 
 RECIPE = "recipes/bundled.yaml"
 SOURCES = Path(__file__).with_name("bundled-sources.yaml")
+PLAIN_ANSWERS = Path(__file__).with_name("plain_answers.jsonl")
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon for the matrices of the layers, AdamW for the rest"}
+SCHEDULES = {"cosine": "a cosine to the end", "constant": "constant, then in a line to the end"}
+DTYPES = {"auto": "bfloat16 where the device has instructions for it, else float32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,7 @@ class Card:
     recipe: Mapping[str, Any]  # recipe.yaml
     origins: Mapping[str, Mapping[str, str]]  # by source: origin, licence, credit
     hardware: str | None
+    plain: Sequence[Mapping[str, Any]] = ()  # plain_answers.jsonl of judge_sentences.py
 
 
 def render_card(card: Card) -> str:
@@ -41,6 +46,7 @@ def render_card(card: Card) -> str:
         _introduction(card),
         _intended_use(),
         _quality(card),
+        _plain_sentences(card),
         _examples(card),
         _losses(card),
         _training(card),
@@ -99,7 +105,11 @@ def _quality(card: Card) -> str:
         f"{name}: {report['counted_symbols']:,} counted, {report['vocabulary']:,} different"
         for name, report in languages.items()
     )
-    leads = "\n".join(f"- {line}" for name in languages for line in describe_leads(evaluation, name))
+    leads = "\n".join(
+        f"- {line}"
+        for name in languages
+        for line in (*describe_leads(evaluation, name), describe_context(evaluation, name))
+    )
     return f"""## Filling blanks in held-out sentences
 
 {counts} sentences of documents that were held out of training, drawn with the sources' training weights (seed
@@ -117,7 +127,35 @@ hidden in other sentences and as long (the unigram model goes by the product of 
 
 {fill_rows(evaluation).to_markdown()}
 
-{leads}"""
+{leads}
+
+### By the kind of text
+
+One hidden word or character. Laws, manuals and other formulas are easier than prose, so each kind stands for itself.
+
+{kind_rows(evaluation).to_markdown()}"""
+
+
+def _plain_sentences(card: Card) -> str:
+    if not card.plain:
+        return ""
+    sentences = [record for record in card.plain if record["kind"] == "sentence"]
+    stories = {
+        way: [record["counts"] for record in card.plain if record.get("way") == way] for way in ("greedy", "drawn")
+    }
+    rows = [
+        (_cell(record["text"]), _cell(" / ".join(record["answers"][0])), "yes" if record["counts"] else "no")
+        for record in sentences
+    ]
+    accepted = sum(record["counts"] for record in sentences)
+    return f"""### Plain sentences
+
+{accepted} of {len(sentences)} first answers are acceptable, by two readers who judged apart. The sentences and the rule
+were written before the training (`recipes/plain_sentences.yaml`). Of {len(stories["drawn"])} openings of stories
+{sum(stories["drawn"])} were continued by 40 words without a loop and in their language where words were drawn
+(temperature 0.8, top-p 0.9), and {sum(stories["greedy"])} where the most probable token was taken at every step.
+
+{Rows(("sentence", "first answer", "acceptable"), rows, 3).to_markdown()}"""
 
 
 def _example_rows(evaluation: Mapping[str, Any], language: str) -> Rows:
@@ -153,14 +191,20 @@ at most {tokens:,} tokens of each source. Small sources have only one or two hel
 def _training(card: Card) -> str:
     last, recipe = card.metrics[-1], card.recipe
     optimization, objective = recipe.get("optimization", {}), recipe.get("objective", {})
+    dtype = optimization.get("dtype", "auto")
     shares = ", ".join(f"{name} {objective[name]}" for name in ("token", "sentence", "document") if name in objective)
     facts = [
         ("tokens seen", f"{last['tokens']:,}, of which {last['labelled_tokens']:,} to be predicted"),
         ("steps", f"{last['step']:,} of {optimization.get('rows_per_step', 16)} rows"),
-        ("longest text in training", f"{recipe['data'].get('max_piece') or recipe['data']['row_length']} tokens"),
+        ("longest text in training", f"{_longest_text(recipe)} tokens"),
         ("objectives", shares or "as published"),
-        ("peak learning rate", f"{optimization.get('learning_rate', 1e-3):g}, AdamW"),
-        ("arithmetic", f"{optimization.get('dtype', 'bfloat16')}, weights float32 in training"),
+        ("blanks", _describe_blanks(objective)),
+        ("optimizer", OPTIMIZERS[optimization.get("optimizer", "adamw")]),
+        (
+            "learning rate",
+            f"at most {optimization.get('learning_rate', 1e-3):g}, {SCHEDULES[optimization.get('schedule', 'cosine')]}",
+        ),
+        ("arithmetic", f"{DTYPES.get(dtype, dtype)}; weights float32 in training"),
         ("last training loss", f"{last['loss']:.3f} nats"),
         ("time", f"{last['seconds'] / 3600:.2f} hours, {last['tokens'] / last['seconds']:,.0f} tokens/s"),
     ]
@@ -171,6 +215,19 @@ def _training(card: Card) -> str:
 {Rows(("", ""), facts, 2).to_markdown()}
 
 ![Training and validation loss, learning rate and gradient norm over the tokens seen](curves.png)"""
+
+
+def _longest_text(recipe: Mapping[str, Any]) -> int:
+    """Tokens of the longest piece of text that the training had, in either part of it."""
+    data = recipe["data"]
+    return max(data.get("max_piece") or data["row_length"], recipe.get("decay", {}).get("row_length") or 0)
+
+
+def _describe_blanks(objective: Mapping[str, Any]) -> str:
+    """What the token objective hides."""
+    share, length = objective.get("token_ratio", 0.15), objective.get("mean_span_length", 3.0)
+    units = "whole words, " if objective.get("whole_words") else ""
+    return f"{units}{100 * share:g} % of a text, {length:g} tokens on average"
 
 
 def _data(card: Card) -> str:
@@ -202,8 +259,8 @@ def _credits(card: Card) -> str:
 
 
 def _limits(card: Card) -> str:
-    positions, data = card.config["max_position_embeddings"], card.recipe["data"]
-    seen = min(data.get("max_piece") or data["row_length"], positions)
+    positions = card.config["max_position_embeddings"]
+    seen = min(_longest_text(card.recipe), positions)
     return f"""## Limits
 
 - It is small and has read little: it knows few facts, and what it fills in may be wrong, empty of sense or offensive.
@@ -234,12 +291,17 @@ def read_card(folder: Path, hardware: str | None = None) -> Card:
 
     return Card(
         evaluation=json.loads(read("evaluation.json")),
-        metrics=[json.loads(line) for line in read("metrics.jsonl").splitlines()],
+        metrics=_read_lines(read("metrics.jsonl")),
         config=json.loads(read("config.json")),
         recipe=yaml.safe_load(read("recipe.yaml")),
         origins={entry["name"]: entry for entry in yaml.safe_load(SOURCES.read_text("utf-8"))},
         hardware=hardware,
+        plain=_read_lines(PLAIN_ANSWERS.read_text("utf-8")) if PLAIN_ANSWERS.is_file() else [],
     )
+
+
+def _read_lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def main() -> None:

@@ -1,9 +1,8 @@
 """What is the bundled chat model, in the words of its card? Writes README.md from the numbers of its run.
 
-    python recipes/chat_card.py RUN ROUNDS QUALITY.json --output src/gmask/pretrained/chat/README.md [--hardware WORDS]
+    python recipes/chat_card.py RUN QUALITY.json --output src/gmask/pretrained/chat/README.md [--hardware WORDS]
 
-RUN is run.out of recipes/bundled-chat.yaml, ROUNDS that of recipes/bundled-chat-rounds.yaml, QUALITY.json what
-benchmarks/chat_quality.py --json printed.
+RUN is run.out of recipes/bundled-chat.yaml, QUALITY.json what benchmarks/chat_quality.py --json printed.
 """
 
 import argparse
@@ -12,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from chat_data import VALIDATION_SUMS
 
+RECIPE = "recipes/bundled-chat.yaml"
 SOURCES = Path(__file__).with_name("bundled-chat-sources.yaml")
 NAMES = {"exact": "exact", "rouge-l": "ROUGE-L", "bleu-4": "BLEU-4"}
 
@@ -39,8 +40,9 @@ gmask.Chat(model, tokenizer).ask("What is 7 + 5?").text
 ## Intended use
 
 Trying out chat, streaming, serving and tuning without a download, in tests and in lessons. It exchanges greetings,
-does sums of the kind that it was taught ({sums:.0f} % of the held-out ones are right), and knows what a translation, a
-saying or a poem looks like; whether that is right is another matter, which the table tells. Stories are beyond it.
+does sums of the kind that it was taught ({sums:.0f} % of {asked} held-out ones are right, {later:.0f} % of them in a
+second round), and knows what a saying or a poem looks like; whether that is right is another matter, which the table
+tells. Stories are beyond it, and translations were not taught: it is too small for them.
 
 ## Quality
 
@@ -53,12 +55,12 @@ Greedy replies to held-out questions, in per cent, beside the model that it was 
 
 ## Training
 
-Two stages, each of rows of tokens that several samples share, with AdamW, a cosine to 0 and a bfloat16 forward, on
-{hardware}, in {minutes:.0f} minutes. Of each the best evaluation by validation loss is kept.
+Rows of tokens that several samples share, with AdamW and a cosine to 0, on {hardware}, in {minutes:.0f} minutes. The
+best evaluation by validation loss is kept.
 
-{stages}
+{training}
 
-![Losses, metrics, learning rate and gradient norm over the steps of the last stage](curves.png)
+![Losses, metrics, learning rate and gradient norm over the steps](curves.png)
 
 ## Training data
 
@@ -74,9 +76,7 @@ Two stages, each of rows of tokens that several samples share, with AdamW, a cos
 
 - It is wrong more often than right wherever a question is not of a kind in the table, and makes facts up. Nothing
   that it says should be relied on.
-- Translations of more than a few words are mostly wrong, and practically all of the pairs that they were measured
-  by stand in the texts that the bundled model was pretrained on. Poems asked for by name are recited from memory,
-  often of another poem.
+- Poems asked for by name are recited from memory, often of another poem.
 - It was not tuned to refuse anything. Its texts are old books, laws, poems and encyclopaedias, with their views.
 - 512 tokens of conversation; earlier rounds are left out beyond that.
 
@@ -97,31 +97,27 @@ def render_quality(quality: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def render_stages(runs: list[dict[str, Any]]) -> str:
-    lines = ["| recipe | steps | rows x tokens | passes | peak rate | seed | best step | loss there, nats per token |"]
-    lines.append("|---|---:|---:|---:|---:|---:|---:|---:|")
-    for run in runs:
-        recipe, results = run["recipe"], run["results"]
-        optimization = recipe["optimization"]
-        cells = [
-            f"`recipes/{Path(recipe['run']['out']).name}.yaml`", results["steps"],
-            f"{optimization['batch_size']} x {recipe['data']['packing']}", f"{optimization['epochs']:g}",
-            f"{optimization['learning_rate']:g}", recipe["run"]["seed"], results["best_step"],
-            f"{results['metrics']['validation']['loss']:.3f}",
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+def render_training(run: dict[str, Any]) -> str:
+    recipe, results = run["recipe"], run["results"]
+    optimization = recipe["optimization"]
+    heads = ["recipe", "steps", "rows x tokens", "passes", "peak rate", "seed", "best step"]
+    cells = [
+        f"`{RECIPE}`", results["steps"], f"{optimization['batch_size']} x {recipe['data']['packing']}",
+        f"{optimization['epochs']:g}", f"{optimization['learning_rate']:g}", recipe["run"]["seed"],
+        results["best_step"], f"{results['metrics']['validation']['loss']:.3f}",
+    ]  # fmt: skip
+    heads.append("loss there, nats per token")
+    return "\n".join(
+        "| " + " | ".join(map(str, row)) + " |" for row in (heads, ["---"] + ["---:"] * (len(heads) - 1), cells)
+    )
 
 
-def render_forgetting(runs: list[dict[str, Any]]) -> str:
-    """From before the first stage to after the last."""
-    first, last = (runs[index]["results"]["forgetting"] for index in (0, -1))
-    values = {name: (first if name.endswith("before") else last)[name] for name in last}
-    found = {name: f"{value:.3f}" for name, value in values.items()}
+def render_forgetting(found: dict[str, float]) -> str:
+    values = {name: f"{value:.3f}" for name, value in found.items()}
     return (
-        "What it forgot (a fixed general set that it was not tuned on, nats per token, before and after): general "
-        f"texts {found['text_loss_before']} and {found['text_loss_after']}, replies {found['reply_loss_before']} and "
-        f"{found['reply_loss_after']}."
+        "What it forgot (a fixed general set that it was not tuned on, nats per token, before and after): "
+        f"general texts {values['text_loss_before']} and {values['text_loss_after']}, "
+        f"replies {values['reply_loss_before']} and {values['reply_loss_after']}."
     )
 
 
@@ -135,24 +131,25 @@ def read_run(folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("run", type=Path)
-    parser.add_argument("rounds", type=Path)
     parser.add_argument("quality", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--hardware", default="a CPU")
     options = parser.parse_args()
-    runs = [read_run(options.run), read_run(options.rounds)]
-    results = [run["results"] for run in runs]
+    run = read_run(options.run)
+    results = run["results"]
     quality = json.loads(options.quality.read_text("utf-8"))
     sources = yaml.safe_load(SOURCES.read_text("utf-8"))
     card = CARD.format(
-        parameters=results[0]["parameters"] / 1e6,
-        tokens=f"{sum(one['supervised_tokens'] for one in results):,}",
+        parameters=results["parameters"] / 1e6,
+        tokens=f"{results['supervised_tokens']:,}",
         quality=render_quality(quality),
         sums=quality["bundled-chat"]["arithmetic"]["exact"],
-        forgetting=render_forgetting(runs),
+        later=quality["bundled-chat"]["arithmetic, second round"]["exact"],
+        asked=VALIDATION_SUMS,
+        forgetting=render_forgetting(results["forgetting"]),
         hardware=options.hardware,
-        minutes=sum(one["seconds"] for one in results) / 60,
-        stages=render_stages(runs),
+        minutes=results["seconds"] / 60,
+        training=render_training(run),
         table="\n".join(f"| {entry['name']} | {entry['origin']} | {entry['licence']} |" for entry in sources),
         credits="\n".join(f"- {entry['name']}: {entry['credit']}" for entry in sources if "credit" in entry),
     )

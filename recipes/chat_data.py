@@ -1,10 +1,11 @@
-"""What is the bundled chat model taught? Writes the data of recipes/bundled-chat.yaml and bundled-chat-rounds.yaml.
+"""What is the bundled chat model taught? Writes the data of recipes/bundled-chat.yaml.
 
     python recipes/chat_data.py CORPUS/sft OUT
 
 CORPUS/sft holds the files named in `SHARES` as NAME.train.jsonl and NAME.val.jsonl (instruction, input, output, or
-messages). Sums and numbers to sort are drawn here, apart from the sums of the validation file. Nothing but the seed
-decides what comes out.
+messages). Sums and numbers to sort are drawn here, apart from the sums of the validation file, to which more are
+drawn. Single questions and conversations of several rounds are mixed: taught one after the other, the second make the
+model forget the first. Nothing but the seed decides what comes out.
 """
 
 import argparse
@@ -17,17 +18,21 @@ from pathlib import Path
 from typing import Any
 
 SHARES = {
-    "arithmetic": 1, "translation": 1, "poems_zh": 1, "xiehouyu_zh": 1, "word_tasks": 2, "stories_en": 1,
+    "arithmetic": 1, "poems_zh": 1, "xiehouyu_zh": 1, "word_tasks": 2, "stories_en": 1,
     "stories_zh": 2, "factbook_qa_en": 1, "identity": 4, "multiturn": 1,
 }  # fmt: skip
-"""How often each file is taken. Commands, recipes, reading and the seed tasks ask for more than the model can learn."""
+"""How often each file is taken. Commands, recipes, reading, translations and the seed tasks are too much for it."""
+
+TRANSLATION = re.compile("[Tt]ranslat|翻译|怎么说|in (?:English|Chinese)")
+"""What asks for a translation, in the conversations of `multiturn`."""
 
 SMALL_TALK = Path(__file__).with_name("small_talk.jsonl")
 SMALL_TALK_SHARE = 4
-LONGEST = 900  # characters of English of a sample, a third of it of Chinese: what 256 tokens hold
+LONGEST = 560  # characters of English of a sample, a third of it of Chinese: what a row of 256 tokens holds
 SUMS = 40_000
 LISTS = 5_000
 CONVERSATIONS = 12_000
+VALIDATION_SUMS = 400  # with those of the corpus
 LATER = "arithmetic, second round"
 NAMES = {"{{name}}": "gmask", "{{author}}": "the gmask authors"}
 OPERATIONS = {"+": ("plus", "加"), "-": ("minus", "减"), "×": ("times", "乘")}
@@ -53,6 +58,11 @@ def messages_of(record: dict[str, Any]) -> list[dict[str, str]]:
         prompt = "\n".join(filter(None, (record["instruction"], record.get("input"))))
         found = [{"role": "user", "content": prompt}, {"role": "assistant", "content": record["output"]}]
     return [{**message, "content": fill_names(message["content"])} for message in found]
+
+
+def is_taught(messages: list[dict[str, str]]) -> bool:
+    """Whether a conversation is short enough, and asks for no translation."""
+    return is_short(messages) and not any(TRANSLATION.search(m["content"]) for m in messages if m["role"] == "user")
 
 
 def is_short(messages: list[dict[str, str]]) -> bool:
@@ -97,7 +107,7 @@ def asked_sum(text: str) -> tuple[int, str, int] | None:
 
 def training_samples(corpus: Path, held_out: set[Any], rng: random.Random) -> Iterator[list[dict[str, str]]]:
     for name, share in SHARES.items():
-        samples = filter(is_short, map(messages_of, read(corpus / f"{name}.train.jsonl")))
+        samples = filter(is_taught, map(messages_of, read(corpus / f"{name}.train.jsonl")))
         for messages in samples:
             if name == "arithmetic" and asked_sum(messages[0]["content"]) in held_out:
                 continue
@@ -140,7 +150,7 @@ def conversations(corpus: Path, held_out: set[Any], rng: random.Random) -> Itera
         messages = make_conversation(small_talk, others, held_out, rng)
         if is_short(messages):
             yield messages
-    yield from filter(is_short, map(messages_of, read(corpus / "multiturn.train.jsonl")))
+    yield from filter(is_taught, map(messages_of, read(corpus / "multiturn.train.jsonl")))
 
 
 Messages = list[dict[str, str]]
@@ -157,13 +167,21 @@ def make_records(corpus: Path, held_out: set[Any], seed: int) -> tuple[list[Mess
 
 
 def validation_records(corpus: Path) -> list[dict[str, Any]]:
-    return [
+    """The held-out samples of the corpus, and sums drawn until there are `VALIDATION_SUMS` different ones."""
+    records = [
         {"messages": messages, "kind": name}
         for name in SHARES
         if (path := corpus / f"{name}.val.jsonl").is_file()
         for messages in map(messages_of, read(path))
         if is_short(messages)
     ]
+    rng, sums = random.Random("validation"), held_out_sums(records)
+    while len(sums) < VALIDATION_SUMS:
+        asked, messages = make_sum(rng)
+        if asked not in sums:
+            sums.add(asked)
+            records.append({"messages": messages, "kind": "arithmetic"})
+    return records
 
 
 def held_out_sums(validation: list[dict[str, Any]]) -> set[Any]:
@@ -173,7 +191,7 @@ def held_out_sums(validation: list[dict[str, Any]]) -> set[Any]:
 
 
 def taught_sums(corpus: Path, seed: int = 0) -> set[Any]:
-    """Every sum that the bundled chat model was tuned on, in either stage, or validated with."""
+    """Every sum that the bundled chat model was tuned on or validated with."""
     held_out = held_out_sums(validation_records(corpus))
     samples = itertools.chain(*make_records(corpus, held_out, seed))
     asked = {asked_sum(message["content"]) for messages in samples for message in messages if message["role"] == "user"}
@@ -192,11 +210,9 @@ def main() -> None:
     sums = [record["messages"] for record in validation if record["kind"] == "arithmetic"]
     validation += [{"messages": greeting + messages, "kind": LATER} for messages in sums]
     options.out.mkdir(parents=True, exist_ok=True)
-    written = {
-        "train": [{"messages": messages} for messages in training],
-        "rounds": [{"messages": messages} for messages in rounds],
-        "validation": validation,
-    }
+    mixed = training + rounds
+    random.Random(options.seed).shuffle(mixed)
+    written = {"train": [{"messages": messages} for messages in mixed], "validation": validation}
     for name, records in written.items():
         draft = options.out / f".{name}.jsonl"
         draft.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")

@@ -1,11 +1,12 @@
 """The bundled model's answers to the plain sentences and openings, and how many of them count.
 
     python recipes/judge_sentences.py answer --model bundled --output answers.jsonl
-    python recipes/judge_sentences.py count answers.jsonl FIRST-READER.json SECOND-READER.json
+    python recipes/judge_sentences.py count answers.jsonl FIRST-READER.json SECOND-READER.json --output JUDGED.jsonl
 
-`answer` fills every sentence of plain_sentences.yaml once, greedily, and continues every opening; whether a
-continuation counts is decided by its rule here. Each reader's file is a JSON list of true and false, one for each
-sentence in the order of answers.jsonl, made without seeing the other's; a sentence counts if both say true.
+`answer` fills every sentence of plain_sentences.yaml once, and continues every opening twice: with the most probable
+tokens, and drawn as `DRAWN` says. Whether a continuation counts is decided by its rule here. Each reader's file is a
+JSON list of true and false, one for each sentence in the order of answers.jsonl, made without seeing the other's; a
+sentence counts if both say true.
 """
 
 import argparse
@@ -22,6 +23,7 @@ HERE = Path(__file__).parent
 HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]")
 WORD = re.compile(r"[A-Za-z]+(?:['’][a-z]+)?")
 LENGTH = 40  # words or characters of a continuation that are looked at
+DRAWN = {"temperature": 0.8, "top_p": 0.9, "seed": 0}
 LONGEST_REPEAT = {"English": 4, "Chinese": 6}  # words or characters that may not come twice
 
 
@@ -38,17 +40,19 @@ def answer(model_name: str) -> list[dict[str, object]]:
             )
     for language, texts in plan["stories"].items():
         for text in texts:
-            filled = gmask.infill(model, tokenizer, f"{text} [gMASK]", max_tokens=2 * LENGTH)
-            units = units_of(filled.blanks[0].text, language)[:LENGTH]
-            records.append(
-                {
-                    "kind": "story",
-                    "language": language,
-                    "text": text,
-                    "filled": filled.text,
-                    "counts": is_sound(units, filled.blanks[0].text, language),
-                }
-            )
+            for way, settings in (("greedy", {}), ("drawn", DRAWN)):
+                filled = gmask.infill(model, tokenizer, f"{text} [gMASK]", max_tokens=2 * LENGTH, **settings)
+                units = units_of(filled.blanks[0].text, language)[:LENGTH]
+                records.append(
+                    {
+                        "kind": "story",
+                        "language": language,
+                        "way": way,
+                        "text": text,
+                        "filled": filled.text,
+                        "counts": is_sound(units, filled.blanks[0].text, language),
+                    }
+                )
     return records
 
 
@@ -65,23 +69,35 @@ def is_sound(units: Sequence[str], text: str, language: str) -> bool:
     return len(units) >= LENGTH // 2 and len(other) <= len(units) // 10 and len(runs) == len(set(runs))
 
 
-def count(answers: Path, readers: Sequence[Path]) -> dict[str, str]:
-    """How many sentences and stories count, by language."""
-    records = [json.loads(line) for line in answers.read_text("utf-8").splitlines()]
+def judge(answers: Path, readers: Sequence[Path]) -> list[dict[str, object]]:
+    """The records, each sentence with whether it counts."""
+    records: list[dict[str, object]] = [json.loads(line) for line in answers.read_text("utf-8").splitlines()]
     sentences = [record for record in records if record["kind"] == "sentence"]
     verdicts = [json.loads(reader.read_text("utf-8")) for reader in readers]
     if any(len(verdict) != len(sentences) for verdict in verdicts):
         raise SystemExit(f"each reader judges {len(sentences)} sentences")
-    accepted = [all(votes) for votes in zip(*verdicts, strict=True)]
-    table = {}
-    for language in LONGEST_REPEAT:
-        own = [ok for record, ok in zip(sentences, accepted, strict=True) if record["language"] == language]
-        stories = [
-            record["counts"] for record in records if (record["kind"], record["language"]) == ("story", language)
-        ]
-        table[language] = f"{sum(own)} of {len(own)} sentences, {sum(stories)} of {len(stories)} stories"
-    table["all"] = f"{sum(accepted)} of {len(accepted)} sentences"
-    return table
+    for record, votes in zip(sentences, zip(*verdicts, strict=True), strict=True):
+        record["counts"] = all(votes)
+    return records
+
+
+def count(records: Sequence[dict[str, object]]) -> dict[str, str]:
+    """How many sentences and stories count, by language."""
+
+    def share(kind: str, languages: Sequence[str], way: str | None = None) -> str:
+        own = [r for r in records if (r["kind"], r.get("way")) == (kind, way) and r["language"] in languages]
+        return f"{sum(r['counts'] is True for r in own)} of {len(own)}"
+
+    parts = {**{language: [language] for language in LONGEST_REPEAT}, "all": list(LONGEST_REPEAT)}
+    return {
+        name: f"{share('sentence', languages)} sentences; stories: {share('story', languages, 'greedy')} greedily,"
+        f" {share('story', languages, 'drawn')} drawn"
+        for name, languages in parts.items()
+    }
+
+
+def write(records: Sequence[dict[str, object]], path: Path) -> None:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
 
 
 def main() -> None:
@@ -93,12 +109,15 @@ def main() -> None:
     counting = verbs.add_parser("count", help="count what both readers accept")
     counting.add_argument("answers", type=Path)
     counting.add_argument("readers", type=Path, nargs=2)
+    counting.add_argument("--output", type=Path, help="write the answers with their verdicts, for bundled_card.py")
     arguments = parser.parse_args()
     if arguments.verb == "answer":
-        lines = [json.dumps(record, ensure_ascii=False) for record in answer(arguments.model)]
-        arguments.output.write_text("\n".join(lines) + "\n", "utf-8")
+        write(answer(arguments.model), arguments.output)
     else:
-        for language, line in count(arguments.answers, arguments.readers).items():
+        records = judge(arguments.answers, arguments.readers)
+        if arguments.output is not None:
+            write(records, arguments.output)
+        for language, line in count(records).items():
             print(f"{language}: {line}")
 
 

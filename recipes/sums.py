@@ -4,8 +4,8 @@
 
 Wordings and ranges are those of recipes/chat_data.py. The sums of validation.jsonl are not in train.jsonl. With
 ``--corpus``, of which the data of bundled-chat was made, they were not taught to it either: what was drawn for it is
-drawn again here and left out. Without it that holds for its first stage of tuning alone: the rounds of the second hang
-on the other files of the corpus, and asked 187 of the 400 sums that seed 1 gives.
+drawn again here and left out. Without it that holds for its single questions alone: the conversations of several rounds
+hang on the other files of the corpus, and ask 203 of the 400 sums that seed 1 gives.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def result_of(left: int, sign: str, right: int) -> int:
 
 
 def drawn_for_tuning(seed: int = 0) -> set[Any]:
-    """The sums that recipes/chat_data.py drew for its first stage: its random numbers begin with them."""
+    """The sums that recipes/chat_data.py drew as single questions: its random numbers begin with them."""
     rng = random.Random(seed)
     return {make_sum(rng)[0] for _ in range(SUMS)}
 

@@ -17,6 +17,8 @@ SECTIONS = (
     "# The bundled gmask model",
     "## Intended use",
     "## Filling blanks in held-out sentences",
+    "### By the kind of text",
+    "### Plain sentences",
     "### The first blanks of the sample",
     "## Held-out loss",
     "## Training",

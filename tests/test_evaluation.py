@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import zstandard
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
+import gmask
 from gmask.checkpoints.load import load
 from gmask.cli import app
 from gmask.errors import GmaskError
@@ -22,13 +24,15 @@ from gmask.evaluation.infilling import (
     evaluate_held_out,
     fill_greedily,
     fill_to_length,
+    measure_context,
     measure_losses,
     sample_training_texts,
+    shuffle_context,
 )
 from gmask.evaluation.report import describe_leads
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from gmask.recipes.pretraining import make_mixture
-from gmask.tasks.heldout import ENGLISH, HeldOutBlank
+from gmask.tasks.heldout import CHINESE, ENGLISH, HeldOutBlank
 from gmask.tasks.records import Source
 from gmask.training.tokenizer import save_tokenizer, train_tokenizer
 
@@ -62,8 +66,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_texts(folder / f"{language}.train.jsonl.zst", texts[:-4])
         write_texts(folder / f"{language}.val.jsonl.zst", texts[-4:])
     sources = [
-        {"name": n, "train": f"{n}.train.jsonl.zst", "validation": f"{n}.val.jsonl.zst", "weight": w}
-        for n, w in (("en", 3), ("zh", 1))
+        {"name": n, "train": f"{n}.train.jsonl.zst", "validation": f"{n}.val.jsonl.zst", "weight": w, "kind": kind}
+        for n, w, kind in (("en", 3, "fables"), ("zh", 1, None))
     ]
     objective = {"token": 0.5, "sentence": 0.0, "document": 0.5}
     recipe = {
@@ -131,6 +135,43 @@ def test_on_texts_made_by_a_pattern_counting_beats_random_weights(evaluated: dic
     assert scores["trigram"]["exact"]["mean"] > 0.5
     assert scores["model"]["exact"]["mean"] == 0
     assert "less often than the 3-gram" in describe_leads(evaluated, "English")[0]
+
+
+def test_each_kind_of_text_has_its_own_scores(evaluated: dict[str, Any]) -> None:
+    english, chinese = (evaluated["languages"][name] for name in ("English", "Chinese"))
+    assert list(english["kinds"]) == ["fables"]
+    assert english["kinds"]["fables"]["n_blanks"] == english["comparisons"]["1 word"]["n_blanks"]
+    found, all_of_them = (
+        part["scores"]["trigram"]["exact"]["mean"]
+        for part in (english["kinds"]["fables"], english["comparisons"]["1 word"])
+    )
+    assert found == all_of_them
+    assert chinese["kinds"] == {}  # a source without a kind
+
+
+def test_the_cost_of_a_shuffled_context_is_a_difference_of_scores(workplace: Path) -> None:
+    model, tokenizer = load(workplace / "model")
+    blank = HeldOutBlank("en", "The old fox, at night, ", "slept", " under a large tree.", 1)
+    moved = shuffle_context(blank, ENGLISH, rng=np.random.default_rng(0))
+    assert moved != blank
+    assert re.sub("[A-Za-z]", "", moved.text) == re.sub("[A-Za-z]", "", blank.text)  # punctuation stays
+    assert sorted(ENGLISH.unit.findall(moved.text)) == sorted(ENGLISH.unit.findall(blank.text))
+    found = measure_context(model, tokenizer, [blank], ENGLISH, rng=np.random.default_rng(0))
+    true, shuffled = (
+        -gmask.score(model, tokenizer, one.text, [one.answer]).answers[0].logprob for one in (blank, moved)
+    )
+    assert found.true.mean == pytest.approx(true, rel=1e-5)
+    assert found.shuffled.mean == pytest.approx(shuffled, rel=1e-5)
+    assert found.cost.mean == pytest.approx(shuffled - true, abs=1e-5)
+
+
+def test_a_model_that_does_not_read_pays_nothing_for_a_shuffled_context(workplace: Path) -> None:
+    model, tokenizer = load(workplace / "model")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.zero_()
+    blanks = [HeldOutBlank("zh", "那只狐狸走到", "河", "边喝水。", 1)]
+    cost = measure_context(model, tokenizer, blanks, CHINESE, rng=np.random.default_rng(0)).cost
+    assert cost.mean == pytest.approx(0, abs=1e-5)
 
 
 def test_the_same_seed_gives_the_same_evaluation(evaluated: dict[str, Any], workplace: Path) -> None:

@@ -27,9 +27,9 @@ from tokenizers import Tokenizer
 from corpus_data import PLANTED, check_prepared, make_recipe, read_kept, write_corpus
 from gmask.cli import main
 from gmask.corpus import documents, duplicates, preparation
-from gmask.corpus.documents import Block, CorpusFile, Piece, find_blocks, find_corpus_files, read_block
+from gmask.corpus.documents import Block, CorpusFile, FileRange, find_blocks, find_corpus_files, read_block
 from gmask.corpus.duplicates import EXACT, FIRST_BAND, BlockSignatures, match_documents, writing_signatures
-from gmask.corpus.filters import cut_units, find_contamination, find_fault, find_language, hash_ngrams
+from gmask.corpus.filters import cut_units, find_contamination, find_fault, hash_ngrams, identify_language
 from gmask.corpus.preparation import open_prepared, run_preparation
 from gmask.corpus.shards import hash_tokenizer
 from gmask.errors import GmaskError
@@ -123,7 +123,7 @@ def test_documents_do_not_depend_on_blocks_and_parts(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(duplicates, "PART_DOCUMENTS", 40)
-    monkeypatch.setattr(duplicates, "CHUNK", 7)
+    monkeypatch.setattr(duplicates, "CHUNK_DOCUMENTS", 7)
     monkeypatch.setattr(duplicates, "PAIRS_AT_ONCE", 3)
     run_preparation(write_recipe(corpus, tmp_path, data__block_bytes=20_000))
     tokenizer = load_tokenizer(corpus)
@@ -305,7 +305,7 @@ def test_each_rule_drops_what_it_names(text: str, reason: str | None) -> None:
 
 def test_units_are_words_and_single_characters() -> None:
     assert cut_units("Hello, 世界! It's 42。") == ["hello", "世", "界", "it", "s", "42"]
-    assert (find_language(EN), find_language(ZH)) == ("en", "zh")
+    assert (identify_language(EN), identify_language(ZH)) == ("en", "zh")
 
 
 def test_contamination_is_thirteen_words_or_characters_in_a_row() -> None:
@@ -335,7 +335,7 @@ def test_pieces_of_a_file_have_each_line_once(
     path.write_bytes((data + "\n" * ends).encode())
     size = path.stat().st_size
     bounds = [size * at // cuts for at in range(cuts + 1)]
-    pieces = tuple(Piece(str(path), *pair) for pair in pairwise(bounds))
+    pieces = tuple(FileRange(str(path), *pair) for pair in pairwise(bounds))
     found = read_block(Block(0, "a", "train", size, pieces), "text", on_bad_line=None, on_bad_file=None)
     assert [int(document.text.split()[0]) for document in found] == list(range(len(lines)))
 
@@ -658,7 +658,7 @@ def test_pretraining_takes_texts_from_one_place() -> None:
     base: dict[str, Any] = {"run": {"out": "out"}, "optimization": {"steps": 1}}
     sources = [{"name": "a", "train": "a.txt"}]
     for data, says in (
-        ({}, "name sources, or a folder of gmask prepare"),
+        ({}, "name some, or a folder of gmask prepare"),
         ({"sources": sources, "prepared": "p"}, "sources or prepared, not both"),
         ({"sources": sources, "weights": {"a": 1}}, "data.weights"),
         ({"prepared": "p", "skip_bad_lines": True}, "skip_bad_lines"),

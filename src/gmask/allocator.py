@@ -12,7 +12,7 @@ import platform
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """The numbers of the settings, from GNU's malloc.h."""
 
-KEPT = 1 << 30
+KEPT_BYTES = 1 << 30
 """Freed bytes at the end of the heap that a process keeps."""
 
 LARGEST = 128 << 20
@@ -33,4 +33,6 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc" or "glibc.malloc" in tunables or any(name in os.environ for name in SETTINGS):
         return False
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    return set_option is not None and bool(set_option(M_MMAP_THRESHOLD, LARGEST) and set_option(M_TRIM_THRESHOLD, KEPT))
+    return set_option is not None and bool(
+        set_option(M_MMAP_THRESHOLD, LARGEST) and set_option(M_TRIM_THRESHOLD, KEPT_BYTES)
+    )

@@ -32,7 +32,7 @@ class CorpusFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class FileRange:
     """A part of a file: bytes of JSON lines, row groups of a .parquet file; else the whole file, from 0 to -1.
 
     A line belongs to the piece in which its first byte is.
@@ -58,7 +58,7 @@ class Block:
     source: str
     split: str
     size: int  # bytes, as stored
-    pieces: tuple[Piece, ...]
+    pieces: tuple[FileRange, ...]
 
 
 def block_name(number: int) -> str:
@@ -111,9 +111,9 @@ def find_blocks(data: PreparationDataSettings) -> tuple[list[CorpusFile], list[B
     return files, blocks
 
 
-def _group(files: Sequence[CorpusFile], block_bytes: int) -> Iterator[tuple[int, tuple[Piece, ...]]]:
+def _group(files: Sequence[CorpusFile], block_bytes: int) -> Iterator[tuple[int, tuple[FileRange, ...]]]:
     """Small files together, and large ones in pieces where their format can be read from the middle."""
-    pieces, size = list[Piece](), 0
+    pieces, size = list[FileRange](), 0
     for file in files:
         for piece, length in _cut_file(file, block_bytes):
             if pieces and size + length > block_bytes:
@@ -124,7 +124,7 @@ def _group(files: Sequence[CorpusFile], block_bytes: int) -> Iterator[tuple[int,
     yield size, tuple(pieces)
 
 
-def _cut_file(file: CorpusFile, block_bytes: int) -> Iterator[tuple[Piece, int]]:
+def _cut_file(file: CorpusFile, block_bytes: int) -> Iterator[tuple[FileRange, int]]:
     if file.name.endswith(PARQUET_FILES) and file.size > block_bytes:
         with _opened_table(file.name) as table:
             sizes = [table.metadata.row_group(index).total_byte_size for index in range(table.num_row_groups)]
@@ -134,14 +134,14 @@ def _cut_file(file: CorpusFile, block_bytes: int) -> Iterator[tuple[Piece, int]]
             end, size = start + 1, sizes[start] * scale
             while end < len(sizes) and size + sizes[end] * scale <= block_bytes:
                 size, end = size + sizes[end] * scale, end + 1
-            yield Piece(file.name, start, end), int(size)
+            yield FileRange(file.name, start, end), int(size)
             start = end
     elif file.name.endswith(".jsonl"):
         count = max(1, -(-file.size // block_bytes))
         bounds = [file.size * index // count for index in range(count + 1)]
-        yield from ((Piece(file.name, *pair), pair[1] - pair[0]) for pair in itertools.pairwise(bounds))
+        yield from ((FileRange(file.name, *pair), pair[1] - pair[0]) for pair in itertools.pairwise(bounds))
     else:
-        yield Piece(file.name), file.size
+        yield FileRange(file.name), file.size
 
 
 def read_block(block: Block, field: str, *, on_bad_line: OnBad | None, on_bad_file: OnBad | None) -> Iterator[Document]:
@@ -175,7 +175,7 @@ def read_block(block: Block, field: str, *, on_bad_line: OnBad | None, on_bad_fi
             yield document
 
 
-def _read_piece(piece: Piece, field: str, on_bad_line: OnBad) -> Iterator[Document]:
+def _read_piece(piece: FileRange, field: str, on_bad_line: OnBad) -> Iterator[Document]:
     if piece.name.endswith(PARQUET_FILES):
         yield from _read_rows(piece, field, on_bad_line)
         return
@@ -241,7 +241,7 @@ def _opened_table(name: str) -> Iterator[Any]:
             raise GmaskError(f"{name}: cannot be read as parquet ({one_line(error)})") from error
 
 
-def _read_rows(piece: Piece, field: str, on_bad_line: OnBad) -> Iterator[Document]:
+def _read_rows(piece: FileRange, field: str, on_bad_line: OnBad) -> Iterator[Document]:
     with _opened_table(piece.name) as table:
         if field not in table.schema_arrow.names:
             raise GmaskError(f"{piece.name}: has no column {field!r}, but {', '.join(table.schema_arrow.names)}")

@@ -27,7 +27,7 @@ from gmask.infilling.blanks import IntArray
 from gmask.infilling.spans import BoolArray
 from gmask.recipes.preparation import DuplicateSettings
 
-CHUNK = 8192
+CHUNK_DOCUMENTS = 8192
 """Documents whose hashes are written together, column by column."""
 
 PART_DOCUMENTS = 1 << 23
@@ -53,7 +53,7 @@ def hash_text(text: str) -> bytes:
 class Signatures:
     """The hashes of a block's documents, on the disk."""
 
-    hashes: npt.NDArray[np.uint64]  # [D * columns], in chunks of `CHUNK` documents, each column by column
+    hashes: npt.NDArray[np.uint64]  # [D * columns], in chunks of `CHUNK_DOCUMENTS` documents, each column by column
     signatures: npt.NDArray[np.uint32]  # [D, bands * rows]
     columns: int
 
@@ -62,8 +62,8 @@ class Signatures:
 
     def column(self, column: int) -> Iterator[tuple[int, HashArray]]:
         """The hashes of a column, chunk by chunk, each with the number of its first document."""
-        for start in range(0, len(self), CHUNK):
-            size = min(CHUNK, len(self) - start)
+        for start in range(0, len(self), CHUNK_DOCUMENTS):
+            size = min(CHUNK_DOCUMENTS, len(self) - start)
             first = start * self.columns + column * size
             yield start, self.hashes[first : first + size]
 
@@ -132,7 +132,7 @@ class SignatureWriter:
             # A text without a word or character, of signs alone, is like itself only.
             self.minhash.update_batch(ngrams.tolist() or [int.from_bytes(self._texts[-1][:4], "little")])
         self._rows.append(self.minhash.digest().astype(np.uint32))
-        if len(self._texts) == CHUNK:
+        if len(self._texts) == CHUNK_DOCUMENTS:
             self.flush()
 
     def flush(self) -> None:

@@ -93,7 +93,7 @@ def find_fault(text: str, units: Sequence[str], rules: FilterSettings) -> str | 
     lowered = text.lower()
     if any(phrase.lower() in lowered for phrase in rules.phrases):
         return "phrases"
-    if rules.languages is not None and find_language(text) not in rules.languages:
+    if rules.languages is not None and identify_language(text) not in rules.languages:
         return "languages"
     return None
 
@@ -124,7 +124,7 @@ def _exceeds(count: int, total: int, share: float | None) -> bool:
     return share is not None and count > share * max(total, 1)
 
 
-def find_language(text: str) -> str:
+def identify_language(text: str) -> str:
     """The ISO 639-1 code that py3langid gives to the middle of a text."""
     import py3langid
 

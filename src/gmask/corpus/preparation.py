@@ -42,7 +42,7 @@ from gmask.corpus.duplicates import (
     writing_signatures,
 )
 from gmask.corpus.filters import check_languages, collect_ngrams, cut_units, find_contamination, find_fault
-from gmask.corpus.report import Tally, write_preparation_report
+from gmask.corpus.report import DocumentTally, write_preparation_report
 from gmask.corpus.shards import (
     MANIFEST_FILE,
     ShardWriter,
@@ -61,13 +61,13 @@ from gmask.tasks.records import Source, find_files, hash_file
 
 PREPARED_VERSION = 1
 PREPARED_REMEDY = "copy the folder again, or delete it and run gmask prepare again"
-SPLITS = ("train", "validation")
+SPLIT_NAMES = ("train", "validation")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class StageTask:
     """A part of a stage. It is done when its last file, ``done``, is there."""
 
     argument: Any
@@ -91,15 +91,16 @@ def run_preparation(recipe_path: str, overrides: Sequence[str] = (), *, resume: 
         return recipe.out
     _begin(recipe, plan, resume=resume)
     work, count = recipe.out / "work", len(blocks)
-    _run_stage(recipe, "evaluation sets", _collect, [Task(None, work / "contamination.npy")])
-    tasks = [Task(block, work / f"{block_name(block.number)}.read.json", block.size) for block in blocks]
+    _run_stage(recipe, "evaluation sets", _collect, [StageTask(None, work / "contamination.npy")])
+    tasks = [StageTask(block, work / f"{block_name(block.number)}.read.json", block.size) for block in blocks]
     _run_stage(recipe, "read and filter", _read, tasks)
     parts = count_parts(len(BlockSignatures(work, count, recipe.duplicates)))
     places = [(column, part) for column in _match_columns(recipe) for part in range(parts)]
-    tasks = [Task((count, *place, parts), _match_file(work, *place)) for place in places]
+    tasks = [StageTask((count, *place, parts), _match_file(work, *place)) for place in places]
     _run_stage(recipe, "duplicates", _match, tasks)
     tasks = [
-        Task((count, block, parts), work / f"{block_name(block.number)}.tokenized.json", block.size) for block in blocks
+        StageTask((count, block, parts), work / f"{block_name(block.number)}.tokenized.json", block.size)
+        for block in blocks
     ]
     _run_stage(recipe, "tokenize", _tokenize, tasks)
     if recipe.run.machine == 0:
@@ -171,7 +172,7 @@ def _collect(recipe: PreparationRecipe, _: None) -> None:
 
 def _read(recipe: PreparationRecipe, block: Block) -> None:
     """Reads and filters a block; writes NAME.jsonl.zst, the signatures, and NAME.read.json."""
-    work, name, tally = recipe.out / "work", block_name(block.number), Tally()
+    work, name, tally = recipe.out / "work", block_name(block.number), DocumentTally()
     known = np.load(work / "contamination.npy", mmap_mode="r")
     documents = read_block(
         block,
@@ -219,7 +220,7 @@ def _match_columns(recipe: PreparationRecipe) -> list[int]:
 def _tokenize(recipe: PreparationRecipe, argument: tuple[int, Block, int]) -> None:
     """Tokenizes what is left of a block; writes its shard, or one for each split, and NAME.tokenized.json."""
     count, block, parts = argument
-    work, name, tally = recipe.out / "work", block_name(block.number), Tally()
+    work, name, tally = recipe.out / "work", block_name(block.number), DocumentTally()
     first = BlockSignatures(work, count, recipe.duplicates).first[block.number : block.number + 2]
     matches = [_match_file(work, column, part) for column in _match_columns(recipe) for part in range(parts)]
     reasons = _find_duplicates(matches, *first)
@@ -229,7 +230,7 @@ def _tokenize(recipe: PreparationRecipe, argument: tuple[int, Block, int]) -> No
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(writing_shard(tokens_folder(recipe.out, source.name, split), name, encoder))
-            for split in ((block.split,) if share is None else SPLITS)
+            for split in ((block.split,) if share is None else SPLIT_NAMES)
         }
         lines = read_json_lines(work / f"{name}.jsonl.zst", checked=False)
         for reason, (_, record) in zip(reasons, lines, strict=True):
@@ -272,7 +273,7 @@ def _finish(recipe: PreparationRecipe, plan: Mapping[str, Any], blocks: Sequence
     """Writes the manifests, the tokenizer and the report, and removes the work."""
     out, work = recipe.out, recipe.out / "work"
     encoder = load_encoder(recipe.tokenizer.path)
-    tallies = {source.name: Tally() for source in recipe.data.sources}
+    tallies = {source.name: DocumentTally() for source in recipe.data.sources}
     shards: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for block in blocks:
         read = read_object(work / f"{block_name(block.number)}.read.json", remedy=PREPARED_REMEDY)
@@ -283,7 +284,7 @@ def _finish(recipe: PreparationRecipe, plan: Mapping[str, Any], blocks: Sequence
     described = []
     for source in recipe.data.sources:
         values: dict[str, Any] = {"name": source.name, "weight": source.weight, "epochs": source.epochs}
-        for split in SPLITS:
+        for split in SPLIT_NAMES:
             entries = [entry for entry in shards.get((source.name, split), []) if entry["tokens"]]
             if not entries:
                 continue
@@ -376,7 +377,7 @@ def load_encoder(folder: str) -> Tokenizer:
 
 
 def _run_stage(
-    recipe: PreparationRecipe, title: str, work: Callable[[PreparationRecipe, Any], None], tasks: Sequence[Task]
+    recipe: PreparationRecipe, title: str, work: Callable[[PreparationRecipe, Any], None], tasks: Sequence[StageTask]
 ) -> None:
     """Does this machine's tasks that are not done, and waits for those of others."""
     run = recipe.run
@@ -391,8 +392,8 @@ def _run_stage(
 
 
 def _do_tasks(
-    recipe: PreparationRecipe, work: Callable[[PreparationRecipe, Any], None], tasks: Sequence[Task]
-) -> Iterator[Task]:
+    recipe: PreparationRecipe, work: Callable[[PreparationRecipe, Any], None], tasks: Sequence[StageTask]
+) -> Iterator[StageTask]:
     """Does the tasks, and gives each when it is done. After an error no further one is begun."""
     if recipe.run.processes == 1:
         for task in tasks:
@@ -404,7 +405,7 @@ def _do_tasks(
     pool = ProcessPoolExecutor(recipe.run.processes, context, initializer=_begin_worker, initargs=(os.getpid(),))
     try:
         todo = iter(tasks)
-        running = dict[Future[None], Task]()
+        running = dict[Future[None], StageTask]()
         while True:
             for task in todo:
                 running[pool.submit(work, recipe, task.argument)] = task

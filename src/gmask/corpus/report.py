@@ -32,7 +32,7 @@ class Dropped:
 
 
 @dataclass
-class Tally:
+class DocumentTally:
     """What became of the documents of a block, or of a source. Its values are ready for JSON."""
 
     documents: int = 0
@@ -110,7 +110,7 @@ class Tally:
 
 
 def write_preparation_report(
-    folder: Path, tallies: Mapping[str, Tally], sources: Sequence[Mapping[str, Any]]
+    folder: Path, tallies: Mapping[str, DocumentTally], sources: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Writes report.json, report.md, report.html and the plots into a folder; returns the values of the JSON file.
 
@@ -126,7 +126,7 @@ def write_preparation_report(
     return values
 
 
-def _measure(tallies: Mapping[str, Tally], sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _measure(tallies: Mapping[str, DocumentTally], sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found = {}
     for source in sources:
         tally = tallies[source["name"]]

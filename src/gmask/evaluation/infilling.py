@@ -11,7 +11,7 @@ import math
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from gmask.evaluation.report import print_evaluation
 from gmask.files import read_json_lines, write_json
 from gmask.generation.infill import infill
 from gmask.generation.padding import batches_by_length
+from gmask.generation.score import score
 from gmask.infilling.blanks import NOT_SCORED, BlankTokens, InfillingExample, IntArray
 from gmask.infilling.collator import collate
 from gmask.infilling.objectives import OBJECTIVES, Mixture, Objective
@@ -161,6 +162,15 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
+class ContextCost:
+    """Nats of the hidden texts: in their sentences, in the same with their words or characters shuffled, the rise."""
+
+    true: Estimate
+    shuffled: Estimate
+    cost: Estimate  # by sentence; near 0 for a model that does not read the context
+
+
+@dataclass(frozen=True, slots=True)
 class FilledBlank:
     """A blank with its answer, and the answers of the model and of the trigrams."""
 
@@ -179,6 +189,8 @@ class LanguageReport:
     counted_symbols: int  # of training text, by the n-gram models
     vocabulary: int  # of the n-gram models
     comparisons: Mapping[str, Comparison]  # by span length, and "all"
+    kinds: Mapping[str, Comparison]  # of blanks of the first length, by the sources' kinds of text
+    context: ContextCost  # of blanks of the first length
     first_blanks: Sequence[FilledBlank]  # the first of each length: not selected
 
 
@@ -230,6 +242,7 @@ def evaluate_infilling(
     losses = measure_losses(model, tokenizer, encoded, mixture, max_tokens=loss_tokens, seed=seed, longest=longest)
     on_progress("reading training texts for the n-gram models")
     weights = {source.name: source.weight or 1.0 for source in sources}
+    kinds = {source.name: source.kind for source in sources}
     training = sample_training_texts(sources, encoded, tokens_seen, rng=np.random.default_rng([seed, 1]))
     reports = {}
     for number, language in enumerate(HELD_OUT_LANGUAGES):
@@ -238,7 +251,7 @@ def evaluate_infilling(
         on_progress(f"counting {language.name} n-grams")
         ngrams = train_ngrams(training, language)
         on_progress(f"filling {language.name} blanks")
-        reports[language.name] = _compare(model, tokenizer, ngrams, chosen, language, rng=rng)
+        reports[language.name] = _compare(model, tokenizer, ngrams, chosen, language, kinds, rng=rng)
     return InfillingReport(losses, reports)
 
 
@@ -276,15 +289,18 @@ def _compare(
     ngrams: NgramModel,
     chosen: Sequence[tuple[str, str]],
     language: LanguageRules,
+    kinds: Mapping[str, str | None],
     *,
     rng: np.random.Generator,
 ) -> LanguageReport:
     """Hides spans of each length in the chosen sentences, and compares how the systems fill them."""
+    first: list[HeldOutBlank] = []
     comparisons: dict[str, Comparison] = {}
     tables: list[dict[str, npt.NDArray[np.float64]]] = []  # of each length: system -> [3, S]
     shown: list[FilledBlank] = []
     for span, size in language.spans.items():
         blanks = [hide_span(text, language, size, source=source, rng=rng) for source, text in chosen]
+        first = first or blanks
         candidates = draw_candidates(blanks, rng=rng)
         chosen_by_model = _choose_with_model(model, tokenizer, blanks, candidates)
         outcomes = {
@@ -307,7 +323,55 @@ def _compare(
         ]
     together = {name: np.mean([table[name] for table in tables], axis=0) for name in tables[0]}
     comparisons[ALL_SPANS] = _summarise(together, len(tables) * len(chosen), rng=rng)
-    return LanguageReport(len(chosen), len(ngrams.ids), len(ngrams.symbols), comparisons, shown)
+    return LanguageReport(
+        n_sentences=len(chosen),
+        counted_symbols=len(ngrams.ids),
+        vocabulary=len(ngrams.symbols),
+        comparisons=comparisons,
+        kinds=_compare_kinds(tables[0], [kinds[source] for source, _ in chosen], rng=rng),
+        context=measure_context(model, tokenizer, first, language, rng=rng),
+        first_blanks=shown,
+    )
+
+
+def _compare_kinds(
+    table: Mapping[str, npt.NDArray[np.float64]], kinds: Sequence[str | None], *, rng: np.random.Generator
+) -> dict[str, Comparison]:
+    """The comparison for each kind of text; ``table``: of each system ``[3, S]``."""
+    compared = {}
+    for kind in dict.fromkeys(name for name in kinds if name is not None):
+        own = np.array([name == kind for name in kinds])
+        compared[kind] = _summarise({name: rows[:, own] for name, rows in table.items()}, int(own.sum()), rng=rng)
+    return compared
+
+
+def measure_context(
+    model: GLMForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    blanks: Sequence[HeldOutBlank],
+    language: LanguageRules,
+    *,
+    rng: np.random.Generator,
+) -> ContextCost:
+    """How much less probable the hidden texts become when the words or characters around them change places."""
+    true, shuffled = (
+        np.array(
+            [
+                -scoring.answers[0].logprob
+                for scoring in score(model, tokenizer, [b.text for b in asked], [[b.answer] for b in asked])
+            ]
+        )
+        for asked in (blanks, [shuffle_context(blank, language, rng=rng) for blank in blanks])
+    )
+    return ContextCost(*(estimate_mean(nats, rng=rng) for nats in (true, shuffled, shuffled - true)))
+
+
+def shuffle_context(blank: HeldOutBlank, language: LanguageRules, *, rng: np.random.Generator) -> HeldOutBlank:
+    """The blank with the words or characters on both sides in random order; punctuation stays where it is."""
+    units = language.unit.findall(blank.left) + language.unit.findall(blank.right)
+    order = iter([units[index] for index in rng.permutation(len(units))])
+    left, right = (language.unit.sub(lambda _: next(order), side) for side in (blank.left, blank.right))
+    return replace(blank, left=left, right=right)
 
 
 def draw_candidates(blanks: Sequence[HeldOutBlank], *, rng: np.random.Generator) -> list[list[str]]:

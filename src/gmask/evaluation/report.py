@@ -20,14 +20,23 @@ MEASURES = {"exact": "exact match", "f1": "F1", "choice": "one of 10"}
 
 def fill_rows(evaluation: Mapping[str, Any]) -> Rows:
     """Exact match with its interval, F1 and choice, in per cent, by language, span length and system."""
+    return _comparison_rows(evaluation, "comparisons", "hidden")
+
+
+def kind_rows(evaluation: Mapping[str, Any]) -> Rows:
+    """As `fill_rows`, for blanks of one word or character, by the kind of text."""
+    return _comparison_rows(evaluation, "kinds", "kind of text")
+
+
+def _comparison_rows(evaluation: Mapping[str, Any], part: str, title: str) -> Rows:
     rows = []
     for language, report in evaluation["languages"].items():
-        for span, comparison in report["comparisons"].items():
+        for name, comparison in report[part].items():
             for system, score in comparison["scores"].items():
                 rows.append(
                     (
                         language,
-                        span,
+                        name,
                         SYSTEMS[system],
                         f"{comparison['n_blanks']}",
                         format_estimate(score["exact"]),
@@ -35,7 +44,7 @@ def fill_rows(evaluation: Mapping[str, Any]) -> Rows:
                         f"{100 * score['choice']['mean']:.1f}",
                     )
                 )
-    return Rows(("language", "hidden", "system", "blanks", *(f"{m}, %" for m in MEASURES.values())), rows, n_labels=3)
+    return Rows(("language", title, "system", "blanks", *(f"{m}, %" for m in MEASURES.values())), rows, n_labels=3)
 
 
 def loss_rows(evaluation: Mapping[str, Any]) -> Rows:
@@ -58,8 +67,23 @@ def mean_loss(evaluation: Mapping[str, Any], objective: str) -> float:
 
 def describe_leads(evaluation: Mapping[str, Any], language: str) -> list[str]:
     """Sentences that compare the exact match of the model with that of the trigrams, by the paired differences."""
-    leads = evaluation["languages"][language]["comparisons"]["all"]["leads"]
-    return [f"{language}: {_describe_lead(SYSTEMS[system], lead)}" for system, lead in leads.items()]
+    comparisons = evaluation["languages"][language]["comparisons"]
+    return [
+        f"{language}, {span}: {_describe_lead(SYSTEMS[system], lead)}"
+        for span in (next(iter(comparisons)), "all")
+        for system, lead in comparisons[span]["leads"].items()
+    ]
+
+
+def describe_context(evaluation: Mapping[str, Any], language: str) -> str:
+    """A sentence that says how much the model's answers hang on the context."""
+    report = evaluation["languages"][language]
+    true, shuffled, cost = (report["context"][key] for key in ("true", "shuffled", "cost"))
+    return (
+        f"{language}, {next(iter(report['comparisons']))}: the hidden text costs {true['mean']:.2f} nats in its"
+        f" sentence, and {shuffled['mean']:.2f} where the rest of the sentence is shuffled: {cost['mean']:.2f} more"
+        f" (95 % interval {cost['low']:.2f} to {cost['high']:.2f})."
+    )
 
 
 def _describe_lead(system: str, lead: Mapping[str, float]) -> str:
@@ -79,8 +103,11 @@ def format_estimate(estimate: Mapping[str, float]) -> str:
 def print_evaluation(evaluation: Mapping[str, Any], console: Console) -> None:
     console.print(loss_rows(evaluation).to_rich("Held-out loss: nats per hidden token (bits per hidden character)"))
     console.print(fill_rows(evaluation).to_rich("Blanks in held-out sentences"))
+    by_kind = kind_rows(evaluation)
+    if by_kind.rows:
+        console.print(by_kind.to_rich("Blanks of one word or character, by the kind of text"))
     for language in evaluation["languages"]:
-        console.print(*describe_leads(evaluation, language), sep="\n")
+        console.print(*describe_leads(evaluation, language), describe_context(evaluation, language), sep="\n")
 
 
 def _format_loss(loss: Mapping[str, float]) -> str:

@@ -23,7 +23,7 @@ from gmask.config import (
 from gmask.errors import GmaskError
 from gmask.tasks.records import Source
 
-Share = Annotated[float, Range(0, 1)]
+UnitShare = Annotated[float, Range(0, 1)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,13 +75,13 @@ class FilterSettings:
     max_units: Count | None = 100_000
     mean_word_length: tuple[NotNegative, NotNegative] | None = (3.0, 10.0)  # of words that are no Han, if those prevail
     max_symbols: NotNegative | None = 0.1  # "#" and ellipses for each unit
-    max_bullet_lines: Share | None = 0.9
-    max_ellipsis_lines: Share | None = 0.3
-    min_alphabetic: Share | None = 0.8  # of the units, those with a letter
-    min_letters: Share | None = 0.6  # of the characters that are no space
-    max_repeated_lines: Share | None = 0.3  # of the lines
-    max_repeated_chars: Share | None = 0.2  # of the characters, those in repeated lines
-    max_top_ngrams: Share | None = 0.2  # of the units, those in the most frequent sequence of two
+    max_bullet_lines: UnitShare | None = 0.9
+    max_ellipsis_lines: UnitShare | None = 0.3
+    min_alphabetic: UnitShare | None = 0.8  # of the units, those with a letter
+    min_letters: UnitShare | None = 0.6  # of the characters that are no space
+    max_repeated_lines: UnitShare | None = 0.3  # of the lines
+    max_repeated_chars: UnitShare | None = 0.2  # of the characters, those in repeated lines
+    max_top_ngrams: UnitShare | None = 0.2  # of the units, those in the most frequent sequence of two
     phrases: tuple[str, ...] = ("lorem ipsum",)  # a document with one of them, in any case, is dropped
 
 

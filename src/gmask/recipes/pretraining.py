@@ -208,7 +208,7 @@ def _check_texts(recipe: PretrainingRecipe) -> None:
     data = recipe.data
     if data.prepared is None:
         if not data.sources:
-            raise GmaskError("data: name sources, or a folder of gmask prepare as data.prepared")
+            raise GmaskError("data.sources is empty: name some, or a folder of gmask prepare as data.prepared")
         if data.weights:
             raise GmaskError("data.weights: are of the sources of data.prepared; set the weights of data.sources there")
         return

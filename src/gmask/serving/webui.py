@@ -335,13 +335,13 @@ def _build_message(labelled: Labelled) -> gr.Textbox:
 MAX_CANDIDATES = 64  # of one blank
 EXAMPLES = {
     "en": [
-        ["The old man took his [MASK] and went down to the [MASK].", ""],
-        ['The king said to his [MASK], "Bring me the [MASK]."', ""],
+        ["She poured a cup of [MASK] and sat down by the window.", ""],
+        ["He did not say a [MASK], but she knew what he [MASK].", ""],
         ["She is very [MASK] today, because her [MASK] is here.", "happy | sad | angry\nfriend | mother | brother"],
     ],
     "zh": [
-        ["春天来了，[MASK]开了，[MASK]绿了。", ""],
-        ["根据[MASK]的规定，[MASK]应当依法处理。", ""],
+        ["今天天气很[MASK]，我们去公园散步吧。", ""],
+        ["火车晚点了，他们只[MASK]在车站等。", ""],
         ["她今年[MASK]岁，在[MASK]里学习。", "十九 | 九十 | 一百\n学校 | 医院 | 商店"],
     ],
 }
