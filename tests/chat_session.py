@@ -18,8 +18,8 @@ SHOWN = re.compile(rf"(?<=^```\n)\$ gmask chat {' '.join(SETTINGS)}\n.*?(?=^```$
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 TYPED = (
     "Hello!",
-    "What is 20 +\\",
-    "22?",
+    "What is\\",
+    "20 + 22?",
     "/undo",
     "你是谁？",
     "/save talk.json",

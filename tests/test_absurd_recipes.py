@@ -75,6 +75,7 @@ def changed(tree: dict[str, Any], key: tuple[str, ...], value: Any) -> dict[str,
     place = tree
     for name in key[:-1]:
         place = place.setdefault(name, {})
+        place = place[0] if isinstance(place, list) else place  # the first of the sources
     place[key[-1]] = value
     return tree
 
