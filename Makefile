@@ -26,9 +26,9 @@ help:  ## show this list
 demo: $(VENV)/.installed  ## fill blanks in English and Chinese with the bundled model
 	$(BIN)/gmask infill \
 	  "She poured a cup of [MASK] and sat down by the window." "Please close the [MASK] when you leave the room." \
-	  "He did not say a [MASK], but she knew what he [MASK]." "他每天早上七点[MASK]床。" "今天天气很[MASK]，我们去公园散步吧。"
+	  "他每天早上七点[MASK]床。" "我妹妹在一家医院[MASK]作。"
 	$(BIN)/gmask infill "The dog ran after the [MASK]." -n 5
-	@echo "The first five are of forty plain sentences, 25 of which the model fills acceptably; its card has them all."
+	@echo "The first four are of forty plain sentences, 21 of which the model fills acceptably, 25 with -n 5; its card has them all."
 
 test: $(VENV)/.installed-dev  ## run the default tests
 	$(PYTEST) -m "not slow and not gpu"

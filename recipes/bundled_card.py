@@ -139,23 +139,36 @@ One hidden word or character. Laws, manuals and other formulas are easier than p
 def _plain_sentences(card: Card) -> str:
     if not card.plain:
         return ""
-    sentences = [record for record in card.plain if record["kind"] == "sentence"]
+    sentences = {
+        way: [record for record in card.plain if (record["kind"], record["way"]) == ("sentence", way)]
+        for way in ("greedy", "search")
+    }
     stories = {
-        way: [record["counts"] for record in card.plain if record.get("way") == way] for way in ("greedy", "drawn")
+        way: [record["counts"] for record in card.plain if (record["kind"], record["way"]) == ("story", way)]
+        for way in ("greedy", "drawn")
     }
     rows = [
-        (_cell(record["text"]), _cell(" / ".join(record["answers"][0])), "yes" if record["counts"] else "no")
-        for record in sentences
+        (
+            _cell(first["text"]),
+            *(
+                cell
+                for record in (first, best)
+                for cell in (_cell(" / ".join(record["answers"][0])), "yes" if record["counts"] else "no")
+            ),
+        )
+        for first, best in zip(sentences["greedy"], sentences["search"], strict=True)
     ]
-    accepted = sum(record["counts"] for record in sentences)
+    greedy, best = (sum(record["counts"] for record in records) for records in sentences.values())
+    told_greedily, told = (sum(counts) for counts in stories.values())
     return f"""### Plain sentences
 
-{accepted} of {len(sentences)} first answers are acceptable, by two readers who judged apart. The sentences and the rule
-were written before the training (`recipes/plain_sentences.yaml`). Of {len(stories["drawn"])} openings of stories
-{sum(stories["drawn"])} were continued by 40 words without a loop and in their language where words were drawn
-(temperature 0.8, top-p 0.9), and {sum(stories["greedy"])} where the most probable token was taken at every step.
+{greedy} of {len(rows)} first answers are acceptable by the defaults of `gmask infill`, and {best} where the best of
+five is searched for (`-n 5`), by two readers who judged apart. The sentences and the rule were written before the
+training (`recipes/plain_sentences.yaml`). Of {len(stories["drawn"])} openings of stories {told} were continued by 40
+words without a loop and in their language where words were drawn (temperature 0.8, top-p 0.9), and {told_greedily}
+where the most probable token was taken at every step.
 
-{Rows(("sentence", "first answer", "acceptable"), rows, 3).to_markdown()}"""
+{Rows(("sentence", "first answer", "acceptable", "best of five", "acceptable"), rows, 5).to_markdown()}"""
 
 
 def _example_rows(evaluation: Mapping[str, Any], language: str) -> Rows:

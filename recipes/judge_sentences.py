@@ -3,10 +3,11 @@
     python recipes/judge_sentences.py answer --model bundled --output answers.jsonl
     python recipes/judge_sentences.py count answers.jsonl FIRST-READER.json SECOND-READER.json --output JUDGED.jsonl
 
-`answer` fills every sentence of plain_sentences.yaml once, and continues every opening twice: with the most probable
-tokens, and drawn as `DRAWN` says. Whether a continuation counts is decided by its rule here. Each reader's file is a
-JSON list of true and false, one for each sentence in the order of answers.jsonl, made without seeing the other's; a
-sentence counts if both say true.
+`answer` fills every sentence of plain_sentences.yaml twice: by the defaults of `gmask infill`, which take the most
+probable token at every step, and by a search for the five best answers (``-n 5``); it continues every opening twice:
+with the most probable tokens, and drawn as `DRAWN` says. Whether a continuation counts is decided by its rule here.
+Each reader's file is a JSON list of true and false, one for each sentence in the order of answers.jsonl, made without
+seeing the other's; a sentence counts if both say true.
 """
 
 import argparse
@@ -33,11 +34,20 @@ def answer(model_name: str) -> list[dict[str, object]]:
     model, tokenizer = gmask.load(model_name, dtype="float32")
     records: list[dict[str, object]] = []
     for language, texts in plan["sentences"].items():
-        for text, filled in zip(texts, gmask.infill(model, tokenizer, texts, n=5), strict=True):
-            answers = [[blank.text for blank in other.blanks] for other in (filled, *filled.alternatives)]
-            records.append(
-                {"kind": "sentence", "language": language, "text": text, "filled": filled.text, "answers": answers}
-            )
+        ranked = gmask.infill(model, tokenizer, texts, n=5)
+        for way, filled_texts in (("greedy", gmask.infill(model, tokenizer, texts)), ("search", ranked)):
+            for text, filled in zip(texts, filled_texts, strict=True):
+                answers = [[blank.text for blank in other.blanks] for other in (filled, *filled.alternatives)]
+                records.append(
+                    {
+                        "kind": "sentence",
+                        "language": language,
+                        "way": way,
+                        "text": text,
+                        "filled": filled.text,
+                        "answers": answers,
+                    }
+                )
     for language, texts in plan["stories"].items():
         for text in texts:
             for way, settings in (("greedy", {}), ("drawn", DRAWN)):
@@ -84,14 +94,14 @@ def judge(answers: Path, readers: Sequence[Path]) -> list[dict[str, object]]:
 def count(records: Sequence[dict[str, object]]) -> dict[str, str]:
     """How many sentences and stories count, by language."""
 
-    def share(kind: str, languages: Sequence[str], way: str | None = None) -> str:
-        own = [r for r in records if (r["kind"], r.get("way")) == (kind, way) and r["language"] in languages]
+    def share(kind: str, languages: Sequence[str], way: str) -> str:
+        own = [r for r in records if (r["kind"], r["way"]) == (kind, way) and r["language"] in languages]
         return f"{sum(r['counts'] is True for r in own)} of {len(own)}"
 
+    ways = {"sentence": ("greedy", "search"), "story": ("greedy", "drawn")}
     parts = {**{language: [language] for language in LONGEST_REPEAT}, "all": list(LONGEST_REPEAT)}
     return {
-        name: f"{share('sentence', languages)} sentences; stories: {share('story', languages, 'greedy')} greedily,"
-        f" {share('story', languages, 'drawn')} drawn"
+        name: ", ".join(f"{kind} {way} {share(kind, languages, way)}" for kind in ways for way in ways[kind])
         for name, languages in parts.items()
     }
 
