@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -199,18 +198,13 @@ def _to_markdown(values: Mapping[str, Any]) -> str:
 
 
 def _to_html(values: Mapping[str, Any], plots: Sequence[bytes]) -> str:
-    def table(rows: Rows) -> str:
-        head = "".join(f"<th>{html.escape(column)}</th>" for column in rows.columns)
-        body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>\n" for row in rows.rows)
-        return f"<table><tr>{head}</tr>\n{body}</table>"
-
     images = "".join(f'<img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">' for png in plots)
     style = "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .6em;text-align:left;vertical-align:top}"
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>gmask prepare</title><style>{style}</style>'
-        f"<h1>What became of the texts</h1>{table(source_rows(values))}"
-        f"<h2>What was dropped</h2><p>{EXPLANATION}</p>{table(dropped_rows(values))}{images}"
-        f"<h2>Samples of what was dropped</h2>{table(sample_rows(values))}</html>\n"
+        f"<h1>What became of the texts</h1>{source_rows(values).to_html()}"
+        f"<h2>What was dropped</h2><p>{EXPLANATION}</p>{dropped_rows(values).to_html()}{images}"
+        f"<h2>Samples of what was dropped</h2>{sample_rows(values).to_html()}</html>\n"
     )
 
 

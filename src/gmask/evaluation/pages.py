@@ -213,10 +213,10 @@ def render_page(report: EvaluationReport) -> str:
         f"<p>In per cent but for {_plain_metrics()}. Intervals: 95 % of bootstrap resamples of the samples. Published "
         "numbers were not measured here.</p>",
         _draw({report.run.label: report}),
-        _table(score_rows(report)),
+        score_rows(report).to_html(),
         f"<h2>Notes</h2><ul>{notes}</ul>" if notes else "",
-        f"<h2>Data</h2>{_table(_data_rows(report))}",
-        f"<h2>Run</h2>{_table(_run_rows(report))}",
+        f"<h2>Data</h2>{_data_rows(report).to_html()}",
+        f"<h2>Run</h2>{_run_rows(report).to_html()}",
     ]
     return _page(f"Evaluation of {report.run.label}", body)
 
@@ -232,7 +232,7 @@ def render_comparison(reports: Mapping[str, EvaluationReport]) -> tuple[str, str
     title = "Evaluations side by side"
     hint = "Scores with their 95 % intervals, in per cent but for " + _plain_metrics() + "."
     markdown = f"# {title}\n\n{hint}\n\n{rows.to_markdown()}\n\n## Runs\n\n{table.to_markdown()}\n"
-    body = [f"<h1>{title}</h1><p>{hint}</p>", _draw(reports), _table(rows), f"<h2>Runs</h2>{_table(table)}"]
+    body = [f"<h1>{title}</h1><p>{hint}</p>", _draw(reports), rows.to_html(), f"<h2>Runs</h2>{table.to_html()}"]
     return markdown, _page(title, body)
 
 
@@ -256,23 +256,6 @@ def _page(title: str, body: Sequence[str]) -> str:
         + "\n".join(body)
         + "\n</body></html>\n"
     )
-
-
-def _table(rows: Rows) -> str:
-    def cells(row: Sequence[str], tag: str) -> str:
-        return "".join(
-            f'<{tag} class="label">{_code(cell)}</{tag}>' if index < rows.n_labels else f"<{tag}>{_code(cell)}</{tag}>"
-            for index, cell in enumerate(row)
-        )
-
-    lines = "".join(f"<tr>{cells(row, 'td')}</tr>\n" for row in rows.rows)
-    return f"<table><thead><tr>{cells(rows.columns, 'th')}</tr></thead>\n<tbody>{lines}</tbody></table>"
-
-
-def _code(cell: str) -> str:
-    """The cell, with what stands between backticks as code."""
-    parts = html.escape(cell).split("`")
-    return "".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts))
 
 
 def _draw(reports: Mapping[str, EvaluationReport]) -> str:

@@ -7,6 +7,7 @@ Sources: ``ptuning/main.py`` of THUDM/ChatGLM-6B, ``tasks/seq2seq/evaluate.py`` 
 Sources: ``evaluate-v1.1.py`` of SQuAD, ``evaluate.py`` of ReCoRD, ``cmrc2018_evaluate.py`` (version 5) of CMRC 2018.
 """
 
+import html
 import importlib
 import math
 import re
@@ -600,6 +601,20 @@ class Rows:
         rule = ["---"] * self.n_labels + ["---:"] * (len(self.columns) - self.n_labels)
         return "\n".join("| " + " | ".join(cells) + " |" for cells in (self.columns, rule, *self.rows))
 
+    def to_html(self) -> str:
+        """A table whose labels have the class ``label``; what stands between backticks is code."""
+
+        def cells(row: Sequence[str], tag: str) -> str:
+            return "".join(
+                f'<{tag} class="label">{_as_code(cell)}</{tag}>'
+                if index < self.n_labels
+                else f"<{tag}>{_as_code(cell)}</{tag}>"
+                for index, cell in enumerate(row)
+            )
+
+        lines = "".join(f"<tr>{cells(row, 'td')}</tr>\n" for row in self.rows)
+        return f"<table><thead><tr>{cells(self.columns, 'th')}</tr></thead>\n<tbody>{lines}</tbody></table>"
+
     def to_rich(self, title: str) -> Table:
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         for index, column in enumerate(self.columns):
@@ -608,3 +623,9 @@ class Rows:
         for row in self.rows:
             table.add_row(*row)
         return table
+
+
+def _as_code(cell: str) -> str:
+    """The cell in HTML, with what stands between backticks as code."""
+    parts = html.escape(cell).split("`")
+    return "".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from gmask.estimation.pretraining import forward_flops
 from gmask.models.glm import GLMConfig
 
 LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -56,10 +57,9 @@ def _norm(tensors: Sequence[Tensor]) -> float:
 def training_flops(config: GLMConfig, *, tokens: int, labelled: int, row_length: int) -> float:
     """The operations of a step: three times those of its forward pass, without what checkpointing computes again.
 
-    A token meets every weight of a block's matrices, and all ``row_length`` keys of its row; the head runs at labels.
+    The head runs at labels alone.
 
     Source: Chowdhery et al. 2022, "PaLM", appendix B.
     """
-    width, layers = config.hidden_size, config.num_hidden_layers
-    per_token = layers * (2 * (4 * width**2 + 2 * width * config.intermediate_size) + 4 * row_length * width)
-    return 3.0 * (tokens * per_token + labelled * 2 * width * config.vocab_size)
+    block, head = forward_flops(config, row_length)
+    return 3.0 * (tokens * config.num_hidden_layers * block + labelled * head)
