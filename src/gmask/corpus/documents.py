@@ -11,7 +11,7 @@ from typing import Any
 from gmask.errors import GmaskError, one_line
 from gmask.files import at_line, check_text
 from gmask.recipes.preparation import PreparationDataSettings
-from gmask.tasks.records import TEXT_FILES, Document, read_documents
+from gmask.tasks.records import TEXT_FILES, Document, open_parquet, read_documents
 
 PARQUET_FILES = (".parquet",)
 WARC_FILES = (".warc", ".warc.gz", ".wet", ".wet.gz")
@@ -229,16 +229,8 @@ class _Lines(io.RawIOBase):
 
 @contextmanager
 def _opened_table(name: str) -> Iterator[Any]:
-    """A .parquet file. Raises `GmaskError` if it, or a part of it that is read, is damaged."""
-    import pyarrow
-    from pyarrow import parquet
-
-    with _opened(name) as file:
-        try:
-            with parquet.ParquetFile(file) as table:
-                yield table
-        except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
-            raise GmaskError(f"{name}: cannot be read as parquet ({one_line(error)})") from error
+    with _opened(name) as stream, open_parquet(name, stream) as table:
+        yield table
 
 
 def _read_rows(piece: FileRange, field: str, on_bad_line: OnBad) -> Iterator[Document]:

@@ -8,6 +8,7 @@ import itertools
 import json
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -285,26 +286,38 @@ def _check_delimiter(path: Path, header: list[str]) -> None:
         )
 
 
-def _read_parquet(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[tuple[int, dict[str, Any]]]:
+@contextmanager
+def open_parquet(path: Path | str, stream: io.IOBase | None = None) -> Iterator[Any]:
+    """A .parquet file, as pyarrow's ``ParquetFile``; of a file elsewhere, ``stream`` gives the bytes.
+
+    Raises:
+        GmaskError: pyarrow is missing, or the file, or a part of it that is read, is damaged.
+    """
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
         raise GmaskError(f"{path}: reading it needs pyarrow; install gmask[train]") from error
-    refuse_placeholder(path)
+    if stream is None:
+        refuse_placeholder(Path(path))
     try:
-        with parquet.ParquetFile(path) as file:
-            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches())
-            for row, values in enumerate(rows, 1):
-                try:
-                    values = _without_nan(values)
-                    check_values(values)
-                except GmaskError as error:
-                    on_bad(at_line(path, row, error))
-                else:
-                    yield row, values
+        with parquet.ParquetFile(path if stream is None else stream) as file:
+            yield file
     except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise GmaskError(f"{path}: cannot be read as parquet ({one_line(error)})") from error
+
+
+def _read_parquet(path: Path, on_bad: Callable[[GmaskError], None]) -> Iterator[tuple[int, dict[str, Any]]]:
+    with open_parquet(path) as file:
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches())
+        for row, values in enumerate(rows, 1):
+            try:
+                values = _without_nan(values)
+                check_values(values)
+            except GmaskError as error:
+                on_bad(at_line(path, row, error))
+            else:
+                yield row, values
 
 
 def _without_nan(value: Any) -> Any:
