@@ -2,11 +2,11 @@
 
     python recipes/superglue.py --data FOLDER [--model MODEL] [--out FOLDER] [--tasks rte,copa] [KEY=VALUE ...]
 
-FOLDER holds the archives (BoolQ/, CB/, ...), in it or one folder deeper. A task with train.jsonl and val.jsonl is tuned
-on the first and measured on the second, as in the paper; one that has train.jsonl alone, as the 32 samples of FewGLUE,
-is cross-validated in four parts. `KEY=VALUE` changes the recipe, recipes/superglue.yaml. A run that was stopped goes
-on, and a task that is finished is not tuned again. The table is printed, and written to superglue.md and
-superglue.json.
+FOLDER holds the archives (BoolQ/, CB/, ..., or superglue/BoolQ/, ...), in it or one folder deeper. A task with
+train.jsonl and val.jsonl is tuned on the first and measured on the second, as in the paper; one that has train.jsonl
+alone, as the 32 samples of FewGLUE, is cross-validated in four parts. `KEY=VALUE` changes the recipe,
+recipes/superglue.yaml. A run that was stopped goes on, and a task that is finished is not tuned again. The table is
+printed, and written to superglue.md and superglue.json.
 """
 
 import argparse
@@ -17,23 +17,21 @@ from gmask.errors import GmaskError
 from gmask.evaluation.harness import run_tasks
 from gmask.files import write_json, write_text
 from gmask.tasks.metrics import Rows
+from gmask.tasks.sources import find_pattern
 from gmask.tasks.task import load_task
 from gmask.training.finetune import read_results, run_finetuning
 
 RECIPE = Path(__file__).with_suffix(".yaml")
 FOLDS = 4
-FOLDERS = {
-    "boolq": "BoolQ", "cb": "CB", "copa": "COPA", "multirc": "MultiRC", "record": "ReCoRD", "rte": "RTE", "wic": "WiC",
-    "wsc": "WSC",
-}  # fmt: skip
+NAMES = ("boolq", "cb", "copa", "multirc", "record", "rte", "wic", "wsc")
 
 
 def find_folder(data: Path, name: str) -> Path:
-    """The folder of a task's files."""
-    for place in (data, *sorted(path for path in data.iterdir() if path.is_dir())):
-        if (place / FOLDERS[name] / "train.jsonl").is_file():
-            return place / FOLDERS[name]
-    raise GmaskError(f"superglue/{name}: no {FOLDERS[name]}/train.jsonl in {data}: get it from super.gluebenchmark.com")
+    """The folder of a task's files, which lie where its YAML says."""
+    source = load_task(f"superglue/{name}").data
+    if (found := find_pattern(source, data, "train")) is None:
+        raise GmaskError(f"superglue/{name}: no {source.train[0]} in {data}: get it from {source.url}")
+    return Path(found).parent
 
 
 def run_one(name: str, folder: Path, model: str, out: Path, overrides: list[str]) -> dict[str, Any]:
@@ -87,12 +85,12 @@ def main() -> None:
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--out", default="runs/superglue", type=Path)
-    parser.add_argument("--tasks", default=",".join(FOLDERS), metavar="TASK[,TASK]")
+    parser.add_argument("--tasks", default=",".join(NAMES), metavar="TASK[,TASK]")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     args = parser.parse_intermixed_args()
     names = args.tasks.split(",")
-    if unknown := [name for name in names if name not in FOLDERS]:
-        parser.error(f"there is no task {unknown[0]}: choose from {', '.join(FOLDERS)}")
+    if unknown := [name for name in names if name not in NAMES]:
+        parser.error(f"there is no task {unknown[0]}: choose from {', '.join(NAMES)}")
     found = [run_one(name, find_folder(args.data, name), args.model, args.out, args.overrides) for name in names]
     table = render(found)
     write_text(args.out / "superglue.md", table.to_markdown() + "\n")

@@ -4,15 +4,18 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class FakeHub:
-    """A server on this machine with the addresses that huggingface_hub asks for a model's files; a context manager.
+    """A server on this machine with the addresses that huggingface_hub asks for files; a context manager.
 
     Attributes:
-        files: of each commit, by repository: ``{"a/b": {"<commit>": {"config.json": b"..."}}}``.
+        files: of each commit, by repository: ``{"a/b": {"<commit>": {"config.json": b"..."}}}``; data sets are
+            ``"datasets/a/b"``.
         refs: commits by repository and branch or tag.
         refused: status codes and error codes by repository, such as ``(403, "GatedRepo")``.
         cut: files whose next download breaks in the middle.
@@ -35,6 +38,9 @@ class FakeHub:
                 hub.answer(self)
 
             def do_HEAD(self) -> None:
+                hub.answer(self)
+
+            def do_POST(self) -> None:
                 hub.answer(self)
 
             def log_message(self, format: str, *args: object) -> None:
@@ -61,18 +67,22 @@ class FakeHub:
 
     def downloads(self) -> list[str]:
         """The names of the files that were sent, whole or in part."""
-        return [path.split("/", 5)[-1] for method, path, _ in self.asked if method == "GET" and "/resolve/" in path]
+        asked = [path for method, path, _ in self.asked if method == "GET" and "/resolve/" in path]
+        return [path.split("/resolve/")[1].split("/", 1)[1] for path in asked]
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
-        path = request.path.split("?")[0]
+        address = urlsplit(request.path)
+        path, asked = address.path, parse_qs(address.query)
+        if request.command == "POST":
+            asked |= parse_qs(request.rfile.read(int(request.headers["Content-Length"])).decode())
         self.asked.append((request.command, path, request.headers.get("Range")))
-        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
-        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        found = re.fullmatch(r"/api/(?:models/|(datasets/))([^/]+/[^/]+)(?:/([^/]+)(?:/([^/]+)(?:/(.+))?)?)?", path)
+        file = re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if found:
-            repository, verb, ref = found[1], found[2] or "revision", found[3] or "main"
-            name = ""
+            repository, verb, ref = (found[1] or "") + found[2], found[3] or "revision", unquote(found[4] or "main")
+            name = found[5] or ""
         elif file:
-            verb, repository, ref, name = "resolve", *file.groups()
+            verb, repository, ref, name = "resolve", file[1], unquote(file[2]), file[3]
         else:
             return self.refuse(request, 404, "")
         if repository not in self.files or repository in self.refused:
@@ -85,10 +95,11 @@ class FakeHub:
             siblings = [{"rfilename": file} for file in files]
             return self.send(request, json.dumps({"id": repository, "sha": commit, "siblings": siblings}).encode())
         if verb == "tree":
-            rows = [
-                {"type": "file", "path": file, "size": len(content), "oid": _blob(content)}
-                for file, content in files.items()
-            ]
+            rows = list(_list_tree(files, unquote(name), is_recursive=asked.get("recursive") == ["true"]))
+            return self.send(request, json.dumps(rows).encode())
+        if verb == "paths-info":
+            everything = {row["path"]: row for row in _list_tree(files, "", is_recursive=True)}
+            rows = [everything[path] for path in asked["paths"] if path in everything]
             return self.send(request, json.dumps(rows).encode())
         if name not in files or name in self.gone:
             return self.refuse(request, 404, "EntryNotFound")
@@ -122,8 +133,24 @@ class FakeHub:
         for key, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
             request.send_header(key, value)
         request.end_headers()
-        if request.command == "GET":
+        if request.command != "HEAD":
             request.wfile.write(content[:sent])
+
+
+def _list_tree(files: Mapping[str, bytes], folder: str, *, is_recursive: bool) -> Iterator[dict[str, Any]]:
+    """The files under a folder, and the folders in it."""
+    prefix, folders = f"{folder}/" if folder else "", set[str]()
+    for path, content in files.items():
+        if not path.startswith(prefix):
+            continue
+        inner = path.removeprefix(prefix).split("/")
+        parents = ["/".join(inner[: depth + 1]) for depth in range(len(inner) - 1)]
+        for parent in parents if is_recursive else parents[:1]:
+            if parent not in folders:
+                folders.add(parent)
+                yield {"type": "directory", "path": prefix + parent, "size": 0, "oid": _blob(parent.encode())}
+        if is_recursive or not parents:
+            yield {"type": "file", "path": path, "size": len(content), "oid": _blob(content)}
 
 
 def _blob(content: bytes) -> str:

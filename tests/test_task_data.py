@@ -2,7 +2,6 @@
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +11,7 @@ from gmask.errors import GmaskError
 from gmask.evaluation.results import read_published
 from gmask.evaluation.suite import load_suite, plan_tasks, suite_names
 from gmask.tasks.metrics import METRICS
-from gmask.tasks.records import Record
-from gmask.tasks.sources import DataSource, MissingDataError, find_records, name_classes
+from gmask.tasks.sources import DataSource, MissingDataError, find_records
 from gmask.tasks.task import load_task, task_names
 
 CORPUS = Path(__file__).parents[2] / "shared" / "corpus"
@@ -50,82 +48,15 @@ def test_a_folder_whose_name_looks_like_a_pattern_is_found(tmp_path: Path) -> No
     assert [record.values["n"] for record in found.stream(None, None)] == [1]
 
 
-def test_a_set_of_the_hub_is_read_where_no_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Rows(list[dict[str, Any]]):
-        def __init__(self, rows: list[dict[str, Any]], features: dict[str, Any]) -> None:
-            super().__init__(rows)
-            self.features = features
-
-    class ClassLabel:
-        names = ("entailment", "not_entailment")
-
-    records = [{"premise": "a", "hypothesis": "b", "label": 1}, {"premise": "c", "hypothesis": "d"}]
-    rows, asked = Rows(records, {"label": ClassLabel()}), list[Any]()
-
-    def load_dataset(*arguments: Any, **keywords: Any) -> Any:
-        asked.append((*arguments, keywords["split"]))
-        if len(asked) > 1:
-            raise ConnectionError("the hub cannot be reached")
-        return rows
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, ClassLabel=ClassLabel))
+def test_a_set_of_the_hub_is_not_asked_for_where_a_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = load_task("superglue/rte")
-    found = find_records(task.data, None, "validation", name="rte", labels=tuple(task.choices))
-    (sample,) = task.stream(found.stream(1, None))
-    assert asked == [("aps/super_glue", "rte", "validation")]
-    assert (found.name, found.hashes(), sample.label) == ("aps/super_glue/rte:validation", {}, 1)
-    with pytest.raises(MissingDataError, match=r"on the hub cannot be read \(the hub cannot be reached\)"):
-        find_records(task.data, None, "validation", name="rte")
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingDataError, match="on the hub it is aps/super_glue/rte:validation, which is read where"):
         find_records(task.data, tmp_path, "validation", name="rte")
-    assert len(asked) == 2, "with a folder the network is not asked"
-    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingDataError, match="on the hub needs pip install datasets"):
         find_records(task.data, None, "validation", name="rte")
-
-
-def test_classes_of_the_hub_are_named_as_the_task_names_its_labels() -> None:
-    row, classes = {"label": 1, "other": 0}, {"label": ["False", "True"]}
-    assert name_classes(row, classes, ("false", "true")) == {"label": "true", "other": 0}
-    assert name_classes(row, classes, ("0", "1")) == row
-    assert name_classes({"label": -1}, classes, ("false", "true")) == {"label": -1}
-
-
-@pytest.mark.parametrize(
-    ("name", "row", "text", "label"),
-    [
-        (
-            "superglue/multirc",
-            {"paragraph": "Ann ate.", "question": "Who ate?", "answer": "Ann", "label": 1,
-             "idx": {"paragraph": 3, "question": 7, "answer": 1}},
-            "Ann ate. Question: Who ate? Is it Ann? [MASK].",
-            1,
-        ),
-        (
-            "superglue/record",
-            {"passage": "Ann met Bob.", "query": "@placeholder left.", "entities": ["Ann", "Bob"], "answers": ["Bob"],
-             "idx": {"passage": 1, "query": 2}},
-            "Ann met Bob.  [MASK] left.",
-            1,
-        ),
-        (
-            "superglue/wsc",
-            {"text": "Mark told Pete lies. He did.", "span1_text": "Mark", "span1_index": 0, "span2_text": "He",
-             "span2_index": 4, "label": "true"},
-            "Mark told Pete lies. *He* did. In the passage above, does the pronoun '*He*' refer to Mark? [MASK].",
-            1,
-        ),
-        (
-            "clue/cmrc",
-            {"context": "北京是首都。", "question": "首都？", "answers": {"text": ["北京"] * 2}},
-            "问题：首都？ 答案：[MASK] 北京是首都。",
-            None,
-        ),
-    ],
-)  # fmt: skip
-def test_the_hub_has_one_row_where_the_archive_nests(name: str, row: dict[str, Any], text: str, label: Any) -> None:
-    (sample,) = load_task(name).samples([Record(row, Path("hub"), 1)])
-    assert (sample.text, sample.label) == (text, label)
 
 
 def test_every_benchmark_says_where_its_data_are_and_under_which_licence() -> None:

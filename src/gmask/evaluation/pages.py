@@ -173,7 +173,7 @@ def _data_rows(report: EvaluationReport) -> Rows:
         for task in report.tasks
         for name, digest in (task.hashes or {task.data: "-"}).items()
     ]
-    return Rows(("task", "file", "SHA-256"), rows, n_labels=3)
+    return Rows(("task", "file or set", "SHA-256 or commit"), rows, n_labels=3)
 
 
 def _run_rows(report: EvaluationReport) -> Rows:

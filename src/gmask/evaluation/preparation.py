@@ -49,7 +49,7 @@ class PreparedTask:
 
     planned: PlannedTask
     records: RecordSet
-    hashes: Mapping[str, str]  # SHA-256 by the name of the file
+    hashes: Mapping[str, str]  # SHA-256 by the name of the file, or the commit of a set on the hub
     samples: int
     has_answers: bool
     majority: int | None  # the most frequent label, where always choosing it means something

@@ -46,7 +46,7 @@ class TaskResult:
     shots: int = 0
     shuffled_labels: bool = False
     data: str = ""
-    hashes: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the files
+    hashes: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the files; of a set on the hub its commit
     settings: Mapping[str, Any] = field(default_factory=dict)
     resumed: int = 0  # predictions of an earlier run
     left_out: int = 0  # records that could not be used

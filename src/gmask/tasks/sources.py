@@ -1,9 +1,11 @@
 """Where the records of a task are: in a folder of data, or on the hub; and what is said of a set that is not there."""
 
+import contextlib
+import functools
 import glob
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +27,9 @@ class DataSource:
     files: tuple[str, ...] = ()
     train: tuple[str, ...] = ()
     hub: str | None = None  # a data set of the Hugging Face hub, which the library datasets reads
-    config: str | None = None  # its part
+    config: str | None = None  # its part, or "*": all of them, their names in the column subject
+    revision: str | None = None  # its branch, where the default one holds a script: none is run
+    lines: bool = False  # its rows are the lines of one text
     split: str = "validation"
     train_split: str = "train"
     url: str = ""  # where people get it
@@ -43,10 +47,11 @@ class RecordSet:
     name: str  # a path, a glob, or the name on the hub
     stream: Callable[[int | None, Callable[[GmaskError], None] | None], Iterator[Record]]  # of limit and on_bad
     files: tuple[Path, ...] = ()
+    commits: Mapping[str, str] = field(default_factory=dict)  # of a set on the hub
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of the files by their names; empty for a set of the hub."""
-        return {path.name: hash_file(path) for path in self.files if path.suffix != ".target"}
+        """SHA-256 of the files by their names; of a set on the hub its commit."""
+        return {**self.commits, **{path.name: hash_file(path) for path in self.files if path.suffix != ".target"}}
 
 
 def open_files(pattern: str) -> RecordSet:
@@ -79,9 +84,11 @@ def find_records(
             return _open_hub(source, split, labels)
         except ImportError:
             reason = f"; {_hub_name(source, split)} on the hub needs pip install datasets"
-        # what a set that cannot be fetched raises: no connection, no such set or part, another format
-        except (OSError, ValueError, RuntimeError, LookupError) as error:
-            reason = f"; {_hub_name(source, split)} on the hub cannot be read ({one_line(error)})"
+        except ConnectionError:
+            reason = f"; {_hub_name(source, split)}: the hub cannot be reached, and its cache has no such set"
+        except Exception as error:  # of the library, of those below it, and of the operating system
+            cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+            reason = f"; {_hub_name(source, split)} on the hub cannot be read ({one_line(cause)})"
     raise MissingDataError(f"{name}: {_describe_missing(source, root, split)}{reason}")
 
 
@@ -118,17 +125,69 @@ def _hub_name(source: DataSource, split: RecordSplit) -> str:
 def _open_hub(source: DataSource, split: RecordSplit, labels: Collection[str]) -> RecordSet:
     """A set of the hub, or of its cache on this machine; the library keeps it on the disk."""
     import datasets  # type: ignore[import-untyped]
+    from huggingface_hub import constants
 
-    chosen = source.train_split if split == "train" else source.split
-    rows = datasets.load_dataset(source.hub, source.config, split=chosen)
-    classes = {name: kind.names for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)}
-    name = _hub_name(source, split)
+    assert source.hub is not None, "find_records checks it"
+    chosen, name = source.train_split if split == "train" else source.split, _hub_name(source, split)
+    parts, commits = list[tuple[str | None, Any]](), dict[str, str]()
+    with contextlib.nullcontext() if _answers(constants.ENDPOINT) else _from_cache():
+        is_whole = source.config != "*"
+        configs = [source.config] if is_whole else datasets.get_dataset_config_names(source.hub, source.revision)
+        for config in configs:
+            builder = datasets.load_dataset_builder(source.hub, config, revision=source.revision)
+            builder.download_and_prepare()
+            parts.append((None if is_whole else config, builder.as_dataset(split=chosen)))
+            commits[source.hub] = str(builder.hash)
+
+    def read_rows() -> Iterator[dict[str, Any]]:
+        for subject, rows in parts:
+            features = rows.features.items()
+            classes = {column: kind.names for column, kind in features if isinstance(kind, datasets.ClassLabel)}
+            extra = {} if subject is None else {"subject": subject}
+            for row in rows:
+                yield {**extra, **name_classes(row, classes, labels)}
 
     def stream(limit: int | None, on_bad: Callable[[GmaskError], None] | None) -> Iterator[Record]:
+        rows = read_rows()
+        if source.lines:
+            rows = iter([{"text": "".join(row["text"] or BLANK_LINE for row in rows)}])
         for number, row in enumerate(itertools.islice(rows, limit), 1):
-            yield Record(name_classes(row, classes, labels), Path(name), number)
+            yield Record(row, Path(name), number)
 
-    return RecordSet(name, stream)
+    return RecordSet(name, stream, commits=commits)
+
+
+BLANK_LINE = " \n"
+"""What WikiText's files have where the rows of the hub are empty."""
+
+
+@functools.lru_cache(maxsize=1)
+def _answers(endpoint: str) -> bool:
+    """Whether the hub answers at all. It is asked once: the libraries try six times, for each set anew."""
+    from huggingface_hub import get_session
+
+    try:
+        get_session().head(endpoint, timeout=10)
+    except Exception:  # of the HTTP library, or because HF_HUB_OFFLINE is set
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _from_cache() -> Iterator[None]:
+    """The libraries ask no network, as if HF_HUB_OFFLINE had been set before they were loaded."""
+    import datasets
+    from huggingface_hub import constants
+
+    modules: tuple[Any, ...] = (datasets.config, constants)
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    try:
+        for module in modules:
+            module.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
 
 
 def name_classes(row: Mapping[str, Any], classes: Mapping[str, list[str]], labels: Collection[str]) -> dict[str, Any]:
