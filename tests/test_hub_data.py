@@ -215,6 +215,13 @@ def test_each_set_that_a_task_names_is_tried_here() -> None:
     assert named == tried
 
 
+def test_a_set_without_training_records_is_not_asked_for_them(hub: FakeHub) -> None:
+    asked = len(hub.asked)
+    with pytest.raises(MissingDataError, match=r"name their file with --train$"):
+        read_hub("language-model/lambada", "train")
+    assert len(hub.asked) == asked
+
+
 def test_a_part_for_each_subject_is_one_task_with_groups(hub: FakeHub) -> None:
     assert [(one.group, one.label) for one in read_hub("exams/ceval")] == [
         ("Humanities/law", 1), ("Humanities/logic", 3)

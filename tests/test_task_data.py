@@ -1,6 +1,7 @@
 """Are the records of a task found where they lie, in the forms of the archives and of the hub?"""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,12 @@ def test_a_set_of_the_hub_is_not_asked_for_where_a_folder_is_named(
         find_records(task.data, tmp_path, "validation", name="rte")
     with pytest.raises(MissingDataError, match="on the hub needs pip install datasets"):
         find_records(task.data, None, "validation", name="rte")
+
+
+def test_where_the_records_are_is_no_part_of_what_a_task_is() -> None:
+    task = load_task("superglue/rte")
+    assert replace(task, data=SOURCE).fingerprint() == task.fingerprint()
+    assert replace(task, template="{premise} [MASK]").fingerprint() != task.fingerprint()
 
 
 def test_every_benchmark_says_where_its_data_are_and_under_which_licence() -> None:

@@ -31,7 +31,7 @@ class DataSource:
     revision: str | None = None  # its branch, where the default one holds a script: none is run
     lines: bool = False  # its rows are the lines of one text
     split: str = "validation"
-    train_split: str = "train"
+    train_split: str | None = "train"  # None: it has no training records
     url: str = ""  # where people get it
     licence: str = ""  # of the data
 
@@ -77,9 +77,10 @@ def find_records(
     if (pattern := find_pattern(source, root, split)) is not None:
         return open_files(pattern)
     reason = ""
-    if source.hub is not None and root is not None:  # a run on local data asks no network
+    has_hub = source.hub is not None and (split != "train" or source.train_split is not None)
+    if has_hub and root is not None:  # a run on local data asks no network
         reason = f"; on the hub it is {_hub_name(source, split)}, which is read where no folder is named"
-    elif source.hub is not None:
+    elif has_hub:
         try:
             return _open_hub(source, split, labels)
         except ImportError:

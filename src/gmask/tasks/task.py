@@ -2,11 +2,12 @@
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from gmask.config import OneOf, build_settings, field_names, load_tree, to_yaml
+from gmask.config import OneOf, build_settings, field_names, load_tree, plain_values
 from gmask.errors import GmaskError, nearest
 from gmask.tasks.formats import READERS
 from gmask.tasks.metrics import MetricLanguage, check_kind, check_metric
@@ -60,8 +61,9 @@ class Task:
 
     def fingerprint(self) -> str:
         """SHA-256 of all that the samples and the metrics depend on: of everything but where the records are found."""
-        plain = dataclasses.replace(self, data=DataSource())
-        return hashlib.sha256(to_yaml(plain).encode()).hexdigest()
+        values = plain_values(self)
+        del values["data"]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
     @property
     def likelihood(self) -> LikelihoodSettings:
