@@ -54,9 +54,16 @@ def test_what_is_better_than_chance_is_bold(recipe: ModuleType, metric: str, sco
     )
 
 
+def test_an_f1_of_labels_counts_where_accuracy_does(recipe: ModuleType) -> None:
+    high, low, theirs = TaskScore(90.0, 80.0, 99.0), TaskScore(50.0, 40.0, 60.0), TaskScore(2.0, 1.0, 3.0)
+    chance = make_report(accuracy=theirs, f1=theirs)
+    assert "**90.00**" not in recipe.render_page(make_report(accuracy=low, f1=high), chance)
+    assert recipe.render_page(make_report(accuracy=high, f1=high), chance).count("**90.00**") == 2
+
+
 def test_the_page_in_the_documentation_is_of_this_form(recipe: ModuleType) -> None:
     page, written = (
-        recipe.render_page(*[make_report(accuracy=TaskScore(1.0, 0.0, 2.0))] * 2),
+        recipe.render_page(*[make_report(accuracy=TaskScore(1.0, 0.0, 2.0))] * 2, ["| task |"]),
         PAGE.read_text("utf-8"),
     )
     headings = re.findall(r"^#.*", page, re.M)
