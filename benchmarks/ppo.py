@@ -41,7 +41,7 @@ def write_recipe(folder: Path, **sections: Any) -> str:
     )  # fmt: skip
     tree = yaml.safe_load((RECIPES / "ppo-sums.yaml").read_text("utf-8"))
     tree["run"] = {"out": str(folder / "run"), "device": "cpu"}
-    tree["data"] |= {"root": str(folder), "validation": None}
+    tree["data"] |= {"root": str(folder), "train": "train.jsonl", "validation": None}
     for name, values in sections.items():
         tree[name] = {**tree.get(name, {}), **values}
     path = folder / "recipe.yaml"

@@ -1,0 +1,82 @@
+"""What a model makes of its own answers: samples answers to sums, and writes what may be learnt from them.
+
+    python recipes/own_answers.py bundled-chat data/sums/train.jsonl OUT [--answers 8] [--limit 1000] [--seed 1]
+
+OUT gets three files. mixed.jsonl: the sums of which some answers are right and some wrong; of the others a group of
+answers teaches nothing (for gmask grpo and ppo). pairs.jsonl: a right and a wrong answer to each of them (for gmask
+dpo). right.jsonl: the different right answers to each sum, of all sums (for gmask finetune; expert iteration).
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from sums import grade_answer
+
+from gmask import load
+from gmask.generation.predict import SampleReader
+from gmask.generation.settings import Sampling
+from gmask.recipes.tuning import TuningDataSettings
+from gmask.tasks.records import Sample
+from gmask.tasks.task import read_task
+from gmask.training.rollouts import Rollout, RolloutWriter, read_prompt_splits, rollout_seeds
+
+MAX_SOURCE, MAX_TARGET = 48, 24
+
+
+def read_sums(path: Path, limit: int | None = None) -> Sequence[Sample]:
+    """The sums of a file that recipes/sums.py wrote."""
+    data = TuningDataSettings(train=path.name, root=str(path.parent), limit=limit)
+    return read_prompt_splits(read_task({"use": "chat/alpaca"}), data, seed=0).train
+
+
+def write_answers(
+    model: Any, tokenizer: Any, samples: Sequence[Sample], *, answers: int = 1, temperature: float = 0.0, seed: int = 0
+) -> list[list[Rollout]]:
+    """So many answers to each sum; at temperature 0 the most probable one."""
+    reader = SampleReader(tokenizer, model.config, "chat", max_source=MAX_SOURCE)
+    writer = RolloutWriter(model, tokenizer, reader, rows=256)
+    sampling = Sampling(n=answers, max_tokens=MAX_TARGET, min_tokens=0, temperature=temperature)
+    with torch.inference_mode():
+        return writer.write(writer.read(samples), sampling, seeds=rollout_seeds(seed, 0, range(len(samples))))
+
+
+def write(path: Path, records: Iterable[Any]) -> None:
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    path.write_text("".join(lines), encoding="utf-8")
+    print(f"{path.name}: {len(lines)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("model")
+    parser.add_argument("sums", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--answers", type=int, default=8)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    samples, rng = read_sums(options.sums, options.limit), random.Random(options.seed)
+    found = write_answers(
+        *load(options.model, dtype=torch.float32), samples, answers=options.answers, temperature=1.0, seed=options.seed
+    )
+    mixed, pairs, right = [], [], []
+    for sample, group in zip(samples, found, strict=True):
+        good, bad = ([], [])
+        for text in dict.fromkeys(one.text for one in group):
+            (good if grade_answer(sample.text, text) == 1.0 else bad).append(text)
+        right += [{"instruction": sample.text, "input": "", "output": text} for text in good]
+        if good and bad:
+            mixed.append({"instruction": sample.text, "input": "", "output": good[0]})
+            pairs.append({"prompt": sample.text, "chosen": rng.choice(good), "rejected": rng.choice(bad)})
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, records in (("mixed", mixed), ("pairs", pairs), ("right", right)):
+        write(options.out / f"{name}.jsonl", records)
+
+
+if __name__ == "__main__":
+    main()
