@@ -45,6 +45,15 @@ def write_answers(
         return writer.write(writer.read(samples), sampling, seeds=rollout_seeds(seed, 0, range(len(samples))))
 
 
+def split_by_reward(question: str, texts: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The different right answers to a sum, and the different wrong ones, in their order."""
+    right: list[str] = []
+    wrong: list[str] = []
+    for text in dict.fromkeys(texts):
+        (right if grade_answer(question, text) == 1.0 else wrong).append(text)
+    return right, wrong
+
+
 def write(path: Path, records: Iterable[Any]) -> None:
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     path.write_text("".join(lines), encoding="utf-8")
@@ -64,18 +73,18 @@ def main() -> None:
     found = write_answers(
         *load(options.model, dtype=torch.float32), samples, answers=options.answers, temperature=1.0, seed=options.seed
     )
-    mixed, pairs, right = [], [], []
+    records: dict[str, list[dict[str, str]]] = {"mixed": [], "pairs": [], "right": []}
     for sample, group in zip(samples, found, strict=True):
-        good, bad = ([], [])
-        for text in dict.fromkeys(one.text for one in group):
-            (good if grade_answer(sample.text, text) == 1.0 else bad).append(text)
-        right += [{"instruction": sample.text, "input": "", "output": text} for text in good]
-        if good and bad:
-            mixed.append({"instruction": sample.text, "input": "", "output": good[0]})
-            pairs.append({"prompt": sample.text, "chosen": rng.choice(good), "rejected": rng.choice(bad)})
+        right, wrong = split_by_reward(sample.text, (one.text for one in group))
+        asked = {"instruction": sample.text, "input": ""}
+        records["right"] += [asked | {"output": text} for text in right]
+        if right and wrong:
+            records["mixed"].append(asked | {"output": right[0]})
+            pair = {"prompt": sample.text, "chosen": rng.choice(right), "rejected": rng.choice(wrong)}
+            records["pairs"].append(pair)
     options.out.mkdir(parents=True, exist_ok=True)
-    for name, records in (("mixed", mixed), ("pairs", pairs), ("right", right)):
-        write(options.out / f"{name}.jsonl", records)
+    for name, lines in records.items():
+        write(options.out / f"{name}.jsonl", lines)
 
 
 if __name__ == "__main__":
