@@ -176,6 +176,7 @@ def _register_models(architecture: Architecture, module: str) -> None:
     """Registers the models of an architecture that are in one loaded module."""
     import transformers
 
+    known = {*dir(transformers)}
     for auto_name, names in architecture.auto_classes.items():
         if architecture.module_of(names[0]) != module:
             continue
@@ -185,7 +186,7 @@ def _register_models(architecture: Architecture, module: str) -> None:
         )  # of several, transformers takes the one that a config names
         getattr(transformers, auto_name).register(architecture.config_class, found, exist_ok=True)
         for name, model_class in zip(names, classes, strict=True):
-            if not hasattr(transformers, name):  # transformers looks up the `architectures` of a config there
+            if name not in known:  # transformers looks up the `architectures` of a config there
                 setattr(transformers, name, model_class)
 
 

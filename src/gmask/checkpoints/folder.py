@@ -13,6 +13,7 @@ from typing import Any, Self, TypeAlias
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 
 from gmask.architectures import VISUALGLM, architecture_of, class_of, find_architecture, find_class_name
 from gmask.checkpoints.formats import PREFIX_ENCODER, Checkpoint, bare_name, is_megatron, open_megatron, open_published
@@ -227,7 +228,7 @@ class Folder:
             if isinstance(self.config, ChatGLMConfig):
                 raise GmaskError(f"{self}: is a ChatGLM, which has no blanks to fill: use `gmask chat` or model.chat")
             raise GmaskError(f"{self}: is a GLM, and {chosen.__name__} is not for one")
-        with torch.device("meta"):  # shapes alone: the weights come from the files
+        with torch.device("meta"), no_init_weights():  # shapes alone: the weights come from the files
             model: PreTrainedModel = chosen(self.config)
         if quantized and self.quantization is not None:
             lay_out(model, self.quantization)

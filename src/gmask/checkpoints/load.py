@@ -25,6 +25,7 @@ from gmask.hardware import (
     bound_primitive_cache,
     check_room,
     format_bytes,
+    free_bytes,
     has_bfloat16,
     read_dtype,
 )
@@ -398,6 +399,8 @@ def check_memory(checkpoint: Checkpoint, plan: Mapping[str, Tensor], device: tor
         extra = max(extra, checkpoint.unmapped_bytes - needed)
     elif checkpoint.unmapped_bytes:
         check_room(checkpoint.folder, checkpoint.unmapped_bytes, torch.device("cpu"))
+    if needed + extra <= free_bytes(device):
+        return
     advice = []
     halved = sum(tensor.numel() * min(tensor.itemsize, 2) for tensor in plan.values())
     if halved < needed:

@@ -33,7 +33,9 @@ from gmask.cli.printing import (
     print_tabbed,
     print_table,
 )
+from gmask.cli.startup import quick_start
 from gmask.config import MOST
+from gmask.cores import share_cores
 from gmask.errors import GmaskError
 from gmask.generation.settings import Sampling
 
@@ -444,10 +446,12 @@ def chat(
     make_sampling({"max_tokens": MOST, **settings})  # a mistake is reported before the model is loaded
     chosen = model or (base_of(adapter, "bundled-chat") if adapter else "bundled-chat")
     check_name(chosen)  # before torch is imported, which takes seconds
-    from gmask.checkpoints.load import load
-    from gmask.generation.chat import Chat
+    share_cores()
+    with quick_start(adapter is None):
+        from gmask.checkpoints.load import load
+        from gmask.generation.chat import Chat
 
-    network, tokenizer = load(chosen, dtype=dtype, quantize=quantize, adapter=adapter)
+        network, tokenizer = load(chosen, dtype=dtype, quantize=quantize, adapter=adapter)
     conversation = Chat(network, tokenizer, context_length=context_length, **settings)
     _note_context(conversation.chatter.context_length, network.config.max_position_embeddings)
     if history is not None:

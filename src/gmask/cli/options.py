@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gmask.cli.startup import quick_start
+from gmask.cores import share_cores
 from gmask.errors import GmaskError
 from gmask.files import check_text, decode_text
 
@@ -217,10 +219,12 @@ def load_glm(
     from gmask.checkpoints.hub import check_name
 
     check_name(model)  # before torch is imported, which takes seconds
-    from gmask.checkpoints.load import load
-    from gmask.models.glm import GLMForConditionalGeneration
+    share_cores()
+    with quick_start(adapter is None):  # PEFT needs more of transformers
+        from gmask.checkpoints.load import load
+        from gmask.models.glm import GLMForConditionalGeneration
 
-    return load(model, dtype=dtype, quantize=quantize, adapter=adapter, model_class=GLMForConditionalGeneration)
+        return load(model, dtype=dtype, quantize=quantize, adapter=adapter, model_class=GLMForConditionalGeneration)
 
 
 def base_of(adapter: Path, otherwise: str) -> str:

@@ -21,6 +21,7 @@ from gmask.cli.options import (
     base_of,
     parse_settings,
 )
+from gmask.cores import share_cores
 from gmask.errors import GmaskError, nearest
 from gmask.files import read_text
 from gmask.serving.settings import ServerSettings, default_model_name, environment_keys
@@ -92,6 +93,7 @@ def serve(
     from gmask.checkpoints.hub import check_name
 
     check_name(name)  # before torch is imported, which takes seconds
+    share_cores()
     from gmask.checkpoints.load import load
     from gmask.serving.app import create_app, make_server, open_port, web_address
     from gmask.serving.backend import make_backend
@@ -227,6 +229,7 @@ def webui(
         from gmask.checkpoints.hub import check_name
 
         check_name(model)  # before torch and Gradio are imported, which takes seconds
+    share_cores()
     try:
         from gmask.serving.app import open_port
         from gmask.serving.backend import make_backend

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gmask.cores import follow_free_cores
 from gmask.errors import GmaskError, is_shortage
 from gmask.generation.adapters import AdapterSet
 from gmask.generation.answers import Answer, Hypothesis, StopMatcher
@@ -342,6 +343,7 @@ class Stepper:
 
     def step(self) -> None:
         """Reads the next contexts that fit, and writes the next token of every row that was running before."""
+        follow_free_cores()
         self.reading, is_running = self._take(), bool(self.rows)
         with torch.inference_mode():
             for adapter in dict.fromkeys(submission.request.adapter for submission in self.reading):

@@ -1,15 +1,9 @@
 """The parts that GLM and ChatGLM share.
 
-In this order: attention, trained prefixes, quantized weights, strict loading, the forward pass, tensor parallelism.
+In this order: attention, trained prefixes, quantized weights, strict loading, the forward pass.
 glm.py and chatglm.py have the parts that differ: blocks, positions, and how the layout is derived from the tokens.
 
 A trained prefix is visible to every token, has no position in the layout, and is cached in front of the tokens.
-
-Tensor parallelism: each config has the plan of the body (`base_model_tp_plan`), each model that of its head
-(`_tp_plan`). Blocks are divided by heads and by columns of the MLP, the vocabulary by rows (the embeddings and the tied
-head alike; logits are gathered); norms and position tables are whole in every process. Quantized weights are divided
-like the weights that they replace, scales like the rows or columns that share them
-(`WeightQuantizer.update_parallel_plan`); quantized embeddings are whole.
 
 Shape letters: B batch rows, T positions, K key positions (cached ones first), H hidden size, N heads, D head size, L
 layers, P prefix length.
@@ -26,14 +20,9 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import distribute_tensor
-from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import functional as F
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
-from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
-from transformers.distributed.tensor_parallel import PackedColwiseParallel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import merge_with_config_defaults
@@ -43,9 +32,10 @@ from gmask.errors import GmaskError, one_line
 from gmask.files import refuse_placeholder
 from gmask.models.cache import GrowingCache
 from gmask.models.layout import build_mask, continues, resolve_sequences
+from gmask.models.tensor_parallel import check_division, check_processes
 from gmask.native import ops as native
 from gmask.quantization.linear import QuantizedLayer
-from gmask.quantization.quantizer import parallel_rule, quantize_model, quantized_layers
+from gmask.quantization.quantizer import quantize_model
 
 
 def mask_scores_(scores: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -636,47 +626,3 @@ def run_blocks(blocks: Iterable[nn.Module], hidden_states: Tensor, prefix: Tenso
         own = None if prefix is None else prefix[index]
         hidden_states = block(hidden_states, own, **kwargs)
     return hidden_states
-
-
-def check_processes(heads: int, processes: int) -> None:
-    """Raises `GmaskError` if the attention heads cannot be divided evenly among the processes."""
-    if heads % processes:
-        fitting = ", ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
-        raise GmaskError(
-            f"{heads} attention heads cannot be divided among {processes} processes: start one of {fitting} processes"
-        )
-
-
-def check_division(model: Any, processes: int) -> None:
-    """Raises `GmaskError` if the quantized weights cannot be divided among the processes."""
-    for name, layer in quantized_layers(model):
-        if not model.hf_quantizer.pre_quantized:
-            raise GmaskError(
-                "weights are not quantized while they are divided among processes: write them with gmask quantize, and "
-                "name that folder"
-            )
-        together = layer.group_size or 8 // layer.bits  # columns that share a scale or, without groups, a byte
-        if model.tp_plan.get(parallel_rule(name)) == "rowwise" and layer.in_features % (together * processes):
-            raise GmaskError(
-                f"the {layer.in_features} columns of {name} lie in groups of {together}, which cannot be divided among "
-                f"{processes} processes: run fewer, or quantize in smaller groups"
-            )
-
-
-class ThirdsColwiseParallel(PackedColwiseParallel):
-    """Divides a fused projection ``q|k|v`` by rows within each third, its bias too: every process has whole heads."""
-
-    def __init__(self) -> None:
-        super().__init__(split_factor=3)
-
-    def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
-        whole = module._parameters.get(param)
-        if whole is None:
-            return
-        placement = _StridedShard(dim=0, split_factor=self.split_factor)  # transformers would not divide the bias so
-        module._parameters[param] = nn.Parameter(
-            distribute_tensor(whole, mesh, [placement], src_data_rank=None), requires_grad=whole.requires_grad
-        )
-
-
-ALL_PARALLEL_STYLES.register("colwise_thirds", ThirdsColwiseParallel())
