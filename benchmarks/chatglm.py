@@ -1,6 +1,6 @@
 """How fast does a ChatGLM-6B talk on a CPU, and in how much memory, beside chatglm.cpp and llama.cpp?
 
-    python benchmarks/chatglm.py [--peers-python PATH] [--forms int4 int4-g32 int8 bf16] [--only decode prefill ...]
+    python benchmarks/chatglm.py [--peers-python PATH] [--forms int4 int4-mapped int8 ...] [--only decode prefill ...]
                                  [--threads 2] [--rounds 5] [--tokenizer DIR] [--folder DIR] [--keep] [--json]
 
 The true shape with random weights, embeddings and head quantized too. Every system is a process of its own that is told
@@ -44,10 +44,10 @@ from typing import Any, Self
 from machine import describe_machine
 
 HERE = Path(__file__).parent
-FORMS = {"int4": "q4_0", "int4-g32": "q4_0", "int8": "q8_0", "bf16": None}
+FORMS = {"int4": "q4_0", "int4-mapped": "q4_0", "int4-g32": "q4_0", "int8": "q8_0", "bf16": None}
 """What the peers have in place of a form."""
 
-SMALL_FORMS = ("int4", "int4-g32")
+SMALL_FORMS = ("int4", "int4-mapped", "int4-g32")
 """Those that are loaded and run in batches."""
 
 PEERS = {"chatglm.cpp": "peers.chatglm_cpp_model", "llama.cpp": "peers.llama_cpp_model"}

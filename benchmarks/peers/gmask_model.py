@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gmask.checkpoints.load import load_model
 from gmask.checkpoints.save import SHARD_BYTES, write_config
-from gmask.checkpoints.tensor_files import SafetensorsWriter, plan_shards
+from gmask.checkpoints.tensor_files import Blocks, SafetensorsWriter, plan_shards
 from gmask.files import write_json
 from gmask.generation.chat import DEFAULTS
 from gmask.generation.encoding import Context
@@ -29,6 +29,7 @@ from peers.serving import resident_bytes, serve
 
 FORMS = {
     "int4": QuantizationConfig(4, embeddings=True),
+    "int4-mapped": QuantizationConfig(4, embeddings=True),  # as gmask convert --to mapped writes it
     "int4-g32": QuantizationConfig(4, group_size=32, embeddings=True),
     "int8": QuantizationConfig(8, embeddings=True),
     "bf16": None,
@@ -37,7 +38,7 @@ DEVIATION = 0.02  # of the weights, as ChatGLM-6B is initialized
 MOST_TOKENS = 1000  # of an answer, which has no end before
 
 
-def write_folder(folder: Path, form: QuantizationConfig | None) -> None:
+def write_folder(folder: Path, form: QuantizationConfig | None, *, mapped: bool = False) -> None:
     """Config and weights, without a tokenizer; no more memory is taken than the largest tensor needs."""
     config = ChatGLMConfig(architectures=["ChatGLMForConditionalGeneration"], dtype="bfloat16")
     with torch.device("meta"):
@@ -50,7 +51,8 @@ def write_folder(folder: Path, form: QuantizationConfig | None) -> None:
     write_config(config, folder, published=False)
     places = {}
     for file, shard in plan_shards(plan, SHARD_BYTES).items():
-        with SafetensorsWriter(folder / file, shard) as writer:
+        blocks = Blocks.of(form.bits, shard) if mapped and form is not None else None
+        with SafetensorsWriter(folder / file, shard, blocks) as writer:
             for name, planned in shard.items():
                 writer.write(name, random_tensor(name, planned, form))
                 places[name] = file
@@ -137,7 +139,7 @@ def main() -> None:
     task, *arguments = sys.argv[1:]
     if task == "write":
         form, folder = arguments
-        write_folder(Path(folder), FORMS[form])
+        write_folder(Path(folder), FORMS[form], mapped=form.endswith("mapped"))
         return
     folder, threads = arguments
     torch.set_num_threads(int(threads))

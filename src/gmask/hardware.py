@@ -8,6 +8,7 @@ cache is bounded here.
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -126,15 +127,16 @@ def free_bytes(device: torch.device) -> int:
     return available if limit is None else min(available, limit)
 
 
-def check_room(source: Path, needed: int, device: torch.device, *, advice: str = "") -> None:
+def check_room(source: Path, needed: int, device: torch.device, *, advise: Callable[[], str] = str) -> None:
     """Raises `GmaskError`, with the numbers, if a device has less than ``needed`` bytes free.
 
-    ``source``: the file or folder to load; ``advice``: what would need less memory.
+    ``source``: the file or folder to load; ``advise``: returns what would need less memory; it may take a second.
     """
     free = free_bytes(device)
     if needed <= free:
         return
     numbers = f"needs {format_bytes(needed)} of memory on {device}, {format_bytes(free)} are free"
+    advice = advise()
     raise GmaskError(f"{source}: {numbers}{advice and '; '}{advice}")
 
 

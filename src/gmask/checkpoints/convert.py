@@ -42,7 +42,7 @@ from gmask.models.glm_heads import THUDM_CLASSIFIER_NAMES
 from gmask.quantization.quantizer import QuantizationConfig, find_layers, lay_out
 from gmask.tokenizers.special_tokens import find_token_id
 
-FORMS = ("gmask", "huggingface", "megatron")
+FORMS = ("gmask", "mapped", "huggingface", "megatron")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +77,10 @@ def convert(
     Args:
         source: a folder in any form that `open_checkpoint` reads.
         target: and ``force``: as of `rewrite`.
-        to: ``gmask`` (safetensors, config and tokenizer of ours), ``huggingface`` (safetensors, config and names of the
-            published folders) or, for a GLM, ``megatron`` (a file for each rank, for the original training code).
+        to: ``gmask`` (safetensors, config and tokenizer of ours), ``mapped`` (the same, with int8 or int4 weights as
+            the CPU kernels read them, so that loading copies nothing, and processes share the memory), ``huggingface``
+            (safetensors, config and names of the published folders) or, for a GLM, ``megatron`` (a file for each rank,
+            for the original training code).
         parts: ranks of model parallelism; for ``megatron`` alone.
         dtype: float32, bfloat16 or float16; as stored if absent. Integers and their scales stay what they are.
         like: the published model that a checkpoint of the training code is an instance of, if its shape is not unique.
@@ -95,7 +97,7 @@ def convert(
     if to == "megatron":
         transform = partial(_plan_ranks, parts=parts, dtype=wanted)
     else:
-        transform = partial(_plan_folder, published=to == "huggingface", dtype=wanted)
+        transform = partial(_plan_folder, to=to, dtype=wanted)
     return rewrite(folder, target, transform, force=force, also_read=[tokenizer] if tokenizer else [])
 
 
@@ -134,10 +136,12 @@ def _report_conversion(
     )
 
 
-def _plan_folder(folder: Folder, *, published: bool, dtype: torch.dtype | None) -> Plan[ConversionReport]:
-    """Plans a Hugging Face folder, in the published form or in ours."""
-    weights, config = _open_weights(folder), folder.config
-    if isinstance(config, GLMConfig):
+def _plan_folder(folder: Folder, *, to: str, dtype: torch.dtype | None) -> Plan[ConversionReport]:
+    """Plans a Hugging Face folder, in the published form or in one of ours."""
+    weights, config, published = _open_weights(folder), folder.config, to == "huggingface"
+    if to == "mapped" and folder.quantization is None:
+        raise GmaskError(f"{folder}: --to mapped is for int8 or int4 weights: convert what gmask quantize wrote")
+    if isinstance(config, GLMConfig) and (published or weights.layout != "mapped") and to != "mapped":
         _refuse_quantized(folder)
     elif published and folder.quantization is not None and folder.quantization.group_size is not None:
         raise GmaskError(
@@ -159,12 +163,13 @@ def _plan_folder(folder: Folder, *, published: bool, dtype: torch.dtype | None) 
     config.dtype = main_dtype(content, architecture_of(config).embedding)
 
     def write(new: Path, advance: Advance) -> None:
-        content.write(new, advance)
+        form = folder.quantization if to == "mapped" else None
+        content.write(new, advance, block_bits=None if form is None else form.bits)
         if rows:
             write_rows(rows, new)
 
     parameters = folder.shape_model(quantized=False).num_parameters()
-    report = _report_conversion(content, "huggingface" if published else "gmask", parameters, notes)
+    report = _report_conversion(content, to, parameters, notes)
     return Plan(content.nbytes, write, report, config, tokenizer, published, expected=content)
 
 

@@ -230,6 +230,7 @@ class Folder:
             raise GmaskError(f"{self}: is a GLM, and {chosen.__name__} is not for one")
         with torch.device("meta"), no_init_weights():  # shapes alone: the weights come from the files
             model: PreTrainedModel = chosen(self.config)
+        model.tie_weights()
         if quantized and self.quantization is not None:
             lay_out(model, self.quantization)
         return model

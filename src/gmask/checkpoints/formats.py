@@ -34,7 +34,7 @@ WEIGHT_FILES = (
 PREFIX_ENCODER = "transformer.prefix_encoder."
 """Start of the names that P-tuning v2 adds to a ChatGLM. Its published checkpoints hold nothing else."""
 
-Layout: TypeAlias = Literal["safetensors", "bin", "megatron"]
+Layout: TypeAlias = Literal["safetensors", "mapped", "bin", "megatron"]
 Location: TypeAlias = tuple[TensorFile, str]
 """A file, and the name of a tensor in it."""
 
@@ -44,7 +44,8 @@ class Checkpoint:
 
     Attributes:
         folder: its path.
-        layout: ``"safetensors"`` or ``"bin"`` for the Hugging Face form, ``"megatron"`` for the training code.
+        layout: ``"safetensors"`` or ``"bin"`` for the Hugging Face form, ``"mapped"`` for safetensors that hold the
+            blocks of the CPU kernels, ``"megatron"`` for the training code.
         parallel_size: ranks of model parallelism that the weights are divided among; 1 unless megatron.
         bookkeeping: megatron's other entries (``iteration`` ...), with None for values that are not plain data.
     """
@@ -102,6 +103,15 @@ class Checkpoint:
         """
         parts = [file.read(name) for file, name in self._locations[key]]
         return parts[0] if len(parts) == 1 else merge(key, parts)
+
+    def read_blocks(self, key: str) -> Tensor | None:
+        """Returns a tensor that lies in the blocks of the CPU kernels as it lies there, a view of its file; else None.
+
+        `read` returns it in the published format.
+        """
+        (file, name), *_ = self._locations[key]
+        lies = isinstance(file, SafetensorsFile) and file.blocks is not None and name in file.blocks.shapes
+        return file.read_blocks(name) if lies else None  # type: ignore[attr-defined]
 
     @property
     def files(self) -> list[Path]:
@@ -170,6 +180,8 @@ def open_published(folder: Path) -> Checkpoint:
         for name in file.names():
             locations[name] = [(file, name)]
     layout: Layout = "safetensors" if files[0].path.suffix == ".safetensors" else "bin"
+    if any(isinstance(file, SafetensorsFile) and file.blocks is not None for file in files):
+        layout = "mapped"
     return Checkpoint(folder, layout, _under_bare_names(folder, locations))
 
 

@@ -25,13 +25,14 @@ from gmask.hardware import (
     bound_primitive_cache,
     check_room,
     format_bytes,
-    free_bytes,
     has_bfloat16,
     read_dtype,
 )
 from gmask.models.base import PLACEMENTS, new_parts
 from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, spread_layers
 from gmask.models.glm import GLMForConditionalGeneration
+from gmask.quantization.kernels import PackedWeight, adopt_blocks
+from gmask.quantization.linear import QuantizedLayer, without_numbers
 from gmask.quantization.quantizer import (
     ModelType,
     QuantizationConfig,
@@ -291,6 +292,8 @@ def fill_model(
     wanted = dtype or _default_dtype(folder, device, numbers)
     plan = plan_weights(model, {name: _loaded_dtype(folder.weights, key, wanted) for key, name in names.items()})
     check_memory(folder.weights, plan, device)
+    mapped = find_mapped(folder, model, names) if device.type == "cpu" else {}
+    names = {key: name for key, name in names.items() if name not in mapped}
     weights = {
         # Integers are not copied here: `detach_from_files` packs them straight out of the file.
         name: tensor.to(device, plan[name].dtype, copy=tensor.dtype != torch.int8, memory_format=DENSE)
@@ -298,10 +301,14 @@ def fill_model(
     }
     folder.check_head(model)
     weights |= {name: tensor.to(device) for name, tensor in parts.items()}
+    weights |= {name: without_numbers(plan[name], device) for name in mapped}
     model.load_state_dict(weights, strict=False, assign=True)  # names were compared; only a tied head is absent
     model.tie_weights()
     if form is not None:
         finish(model, form)
+    for name, product in mapped.items():
+        if product is not None:
+            model.get_submodule(name.rpartition(".")[0]).adopt(product)  # type: ignore[operator]
     if opened is not None:
         attach(model, opened, tensors)
     if form is not None:
@@ -366,6 +373,31 @@ def stream_weights(
         yield from quantize_weight(model, name, tensor).items()
 
 
+def find_mapped(folder: Folder, model: PreTrainedModel, names: Mapping[str, str]) -> dict[str, PackedWeight | None]:
+    """Returns the weights that lie in the blocks that this CPU multiplies by, views of their files, by name in a model.
+
+    Their scales are in them; by their own names there is None. A CPU with another path has none.
+
+    Args:
+        model: laid out by `lay_out`.
+        names: of `Folder.compare`.
+    """
+    found: dict[str, PackedWeight | None] = {}
+    for key, name in names.items():
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if not isinstance(layer, QuantizedLayer) or not name.endswith(".weight"):
+            continue
+        blocks, scale = (folder.weights.read_blocks(part) for part in (key, f"{key}_scale"))
+        if blocks is None or scale is None:
+            continue
+        rows, width = folder.weights.shape(key)
+        form = {"bits": layer.bits, "outputs": rows, "columns": width * 8 // layer.bits}
+        product = adopt_blocks(blocks, scale, group_size=layer.group_size, **form)
+        if product is not None:
+            found |= {name: product, f"{name}_scale": None}
+    return found
+
+
 def _check_form(folder: Folder, stored: QuantizationConfig, wanted: QuantizationConfig | None) -> None:
     """Raises `GmaskError` if a folder holds integers of another form than is asked for.
 
@@ -399,20 +431,21 @@ def check_memory(checkpoint: Checkpoint, plan: Mapping[str, Tensor], device: tor
         extra = max(extra, checkpoint.unmapped_bytes - needed)
     elif checkpoint.unmapped_bytes:
         check_room(checkpoint.folder, checkpoint.unmapped_bytes, torch.device("cpu"))
-    if needed + extra <= free_bytes(device):
-        return
-    advice = []
-    halved = sum(tensor.numel() * min(tensor.itemsize, 2) for tensor in plan.values())
-    if halved < needed:
-        slower = ""
-        if device.type == "cpu" and not has_bfloat16(device):
-            slower = (
-                f", but this CPU has no instructions for it (a product takes {bfloat16_slowdown():.1f} times as long)"
-            )
-        advice.append(f"dtype='bfloat16' needs {format_bytes(halved + extra)}{slower}")
-    if not any(tensor.dtype == torch.int8 for tensor in plan.values()):
-        advice.append("quantize='int4' needs less")
-    check_room(checkpoint.folder, needed + extra, device, advice="; ".join(advice))
+
+    def advise() -> str:
+        advice = []
+        halved = sum(tensor.numel() * min(tensor.itemsize, 2) for tensor in plan.values())
+        if halved < needed:
+            slower = ""
+            if device.type == "cpu" and not has_bfloat16(device):
+                factor = bfloat16_slowdown()
+                slower = f", but this CPU has no instructions for it (a product takes {factor:.1f} times as long)"
+            advice.append(f"dtype='bfloat16' needs {format_bytes(halved + extra)}{slower}")
+        if not any(tensor.dtype == torch.int8 for tensor in plan.values()):
+            advice.append("quantize='int4' needs less")
+        return "; ".join(advice)
+
+    check_room(checkpoint.folder, needed + extra, device, advise=advise)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
@@ -474,6 +507,11 @@ def check_folder(
         on_cpu: True if they all go into the memory of the CPU; then its free memory is checked.
     """
     weights = folder.weights
+    if weights.layout == "mapped":
+        raise GmaskError(
+            f"{folder}: is laid out for gmask's CPU kernels, and read by gmask.load; for from_pretrained convert it: "
+            f"gmask convert {folder} NEW --to gmask"
+        )
     is_body = model_class.__name__ == architecture_of(folder.config).body
     model = folder.shape_model(None if is_body else model_class)
     folder.compare(model, _new_parts(weights, model) | (_outside_body(weights, model) if is_body else set()))

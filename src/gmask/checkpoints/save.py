@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from gmask.architectures import architecture_of
 from gmask.checkpoints.folder import Config, read_config
 from gmask.checkpoints.formats import Checkpoint, open_checkpoint, same_bits
-from gmask.checkpoints.tensor_files import SCALES, SafetensorsFile, SafetensorsWriter, plan_shards
+from gmask.checkpoints.tensor_files import SCALES, Blocks, SafetensorsFile, SafetensorsWriter, plan_shards
 from gmask.errors import GmaskError
 from gmask.files import read_object, write_json
 from gmask.models.chatglm import ChatGLMConfig
@@ -114,10 +114,11 @@ class Content:
         embedding = self.read(EMBEDDING)
         return {row: embedding[row].clone() for row in rows}
 
-    def write(self, folder: Path, advance: Callable[[int], object]) -> None:
+    def write(self, folder: Path, advance: Callable[[int], object], *, block_bits: int | None = None) -> None:
         """Writes all tensors as safetensors; see `write_weights`."""
         plan = {self.names[key]: self.plan(key) for key in self}
-        write_weights(folder, plan, ((self.names[key], self.read(key)) for key in self), advance)
+        tensors = ((self.names[key], self.read(key)) for key in self)
+        write_weights(folder, plan, tensors, advance, block_bits=block_bits)
 
     def with_rows(self, rows: Mapping[int, Tensor]) -> "Content":
         """Returns the same content with new values in rows of the word embedding."""
@@ -128,7 +129,12 @@ class Content:
 
 
 def write_weights(
-    folder: Path, plan: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]], advance: Callable[[int], object]
+    folder: Path,
+    plan: Mapping[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
+    advance: Callable[[int], object],
+    *,
+    block_bits: int | None = None,
 ) -> None:
     """Writes weights as safetensors, in several shards and an index if they are large.
 
@@ -136,11 +142,17 @@ def write_weights(
         plan: all tensors by name, on the meta device.
         tensors: in any order.
         advance: is called with the number of bytes of each tensor that was written.
+        block_bits: of the quantized weights, if they are to lie in the blocks of the CPU kernels.
     """
     shards = plan_shards(plan, SHARD_BYTES)
     files = {name: file for file, shard in shards.items() for name in shard}
     with ExitStack() as stack:
-        writers = {file: stack.enter_context(SafetensorsWriter(folder / file, shard)) for file, shard in shards.items()}
+        writers = {
+            file: stack.enter_context(
+                SafetensorsWriter(folder / file, shard, None if block_bits is None else Blocks.of(block_bits, shard))
+            )
+            for file, shard in shards.items()
+        }
         for name, tensor in tensors:
             writers[files[name]].write(name, tensor)
             advance(tensor.nbytes)

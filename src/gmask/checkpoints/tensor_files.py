@@ -17,6 +17,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -28,6 +29,17 @@ from torch import Tensor
 
 from gmask.errors import GmaskError, one_line
 from gmask.files import refuse_placeholder
+from gmask.native import ops as native
+from gmask.quantization.formats import (
+    BLOCK_LAYOUT,
+    block_shape,
+    check_form,
+    pack_blocks,
+    pack_scale_blocks,
+    scale_block_shape,
+    unpack_blocks,
+    unpack_scale_blocks,
+)
 
 WEIGHTS_ENTRY = "module"
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -63,6 +75,90 @@ BOOKKEEPING_CLASSES: list[Any] = [
 """Classes in the checkpoints of THUDM/GLM and DeepSpeed: those of numpy's random state, and some that are replaced."""
 
 
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The quantized tensors of a safetensors file that lie in the blocks of the CPU kernels, to be mapped.
+
+    Everything but `SafetensorsFile.read_blocks` sees them in the published format.
+
+    Attributes:
+        bits: of a weight.
+        shapes: of the tensors in the published format, by name: those of weights and, by `SCALES`, their scales.
+    """
+
+    bits: int
+    shapes: Mapping[str, torch.Size]
+
+    @classmethod
+    def of(cls, bits: int, plan: Mapping[str, Tensor]) -> Self:
+        """Returns the blocks of all quantized tensors of a plan."""
+        quantized = {name for name, tensor in plan.items() if tensor.dtype == torch.int8}
+        scales = {f"{name}_scale" for name in quantized}
+        return cls(bits, {name: tensor.shape for name, tensor in plan.items() if name in quantized | scales})
+
+    @classmethod
+    def read(cls, path: Path, metadata: Mapping[str, str] | None) -> Self | None:
+        """Returns the blocks that the header of a file tells of; None if it tells of none.
+
+        Raises:
+            GmaskError: blocks of another layout, or a damaged header.
+        """
+        text = (metadata or {}).get(BLOCKS)
+        if text is None:
+            return None
+        try:
+            values = json.loads(text)
+            if values["layout"] != BLOCK_LAYOUT:
+                raise GmaskError(
+                    f"{path}: is laid out for the kernels of another version of gmask: with that one, gmask convert "
+                    "FOLDER NEW --to gmask writes the form that all versions read"
+                )
+            check_form(values["bits"], None)
+            return cls(values["bits"], {name: torch.Size(shape) for name, shape in values["shapes"].items()})
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+            if isinstance(error, GmaskError):
+                raise
+            raise GmaskError(f"{path}: its header is damaged; make it again ({one_line(error)})") from error
+
+    def header(self) -> str:
+        """Returns the text that `read` takes."""
+        shapes = {name: list(shape) for name, shape in self.shapes.items()}
+        return json.dumps({"layout": BLOCK_LAYOUT, "bits": self.bits, "shapes": shapes}, separators=(",", ":"))
+
+    def plan(self, name: str, planned: Tensor) -> Tensor:
+        """Returns a tensor on the meta device as it lies in the file."""
+        if name not in self.shapes:
+            return planned
+        shape = self.shapes[name]
+        lies = scale_block_shape(shape) if name.endswith(SCALES) else block_shape(shape, self.bits)
+        return planned.new_empty(lies)
+
+    def pack(self, name: str, tensor: Tensor) -> Tensor:
+        """Returns a tensor as it lies in the file."""
+        if name not in self.shapes:
+            return tensor
+        if name.endswith(SCALES):
+            return pack_scale_blocks(tensor)
+        pack = native.pack_blocks_native if native.instruction_sets() else pack_blocks
+        return pack(tensor, self.bits).view(torch.int8)
+
+    def unpack(self, name: str, tensor: Tensor) -> Tensor:
+        """Returns a tensor of the file in the published format."""
+        if name not in self.shapes:
+            return tensor
+        rows, *others = self.shapes[name]
+        if name.endswith(SCALES):
+            return unpack_scale_blocks(tensor, rows, group_size=1 if others else None)
+        return unpack_blocks(tensor.view(torch.uint8), self.bits, rows, others[0] * 8 // self.bits)
+
+
+BLOCKS = "gmask_blocks"
+"""The key of `Blocks` in the header of a file."""
+
+BLOCK_ALIGNMENT = 64
+"""Bytes: a file's data start at a multiple of it, so that blocks do as those in memory."""
+
+
 class TensorFile(Protocol):
     """An open file of tensors."""
 
@@ -95,6 +191,9 @@ class SafetensorsFile:
             self._file, self._entries = file, {key: file.get_slice(key) for key in file.offset_keys()}
         except DAMAGED_FILE_ERRORS as error:
             raise explain(path, error) from error
+        self.blocks = Blocks.read(path, file.metadata())
+        if self.blocks is not None:
+            self._check_blocks(self.blocks)
         for key, entry in self._entries.items():
             if entry.get_dtype() not in FLOAT_DTYPES | (INTEGER_DTYPES if _has_scales(self._entries) else {}):
                 raise GmaskError(_explain_integers(path, key, entry.get_dtype()))
@@ -103,14 +202,30 @@ class SafetensorsFile:
         return list(self._entries)
 
     def shape(self, key: str) -> torch.Size:
-        return torch.Size(self._entries[key].get_shape())
+        published = None if self.blocks is None else self.blocks.shapes.get(key)
+        return torch.Size(self._entries[key].get_shape()) if published is None else published
 
     def dtype(self, key: str) -> torch.dtype:
         return (FLOAT_DTYPES | INTEGER_DTYPES)[self._entries[key].get_dtype()]
 
     def read(self, key: str) -> Tensor:
         tensor: Tensor = self._file.get_tensor(key)
-        return tensor
+        return tensor if self.blocks is None else self.blocks.unpack(key, tensor)
+
+    def read_blocks(self, key: str) -> Tensor:
+        """Returns a tensor of `blocks` as it lies in the file, mapped; a weight as uint8."""
+        assert self.blocks is not None and key in self.blocks.shapes, key
+        tensor: Tensor = self._file.get_tensor(key)
+        return tensor if key.endswith(SCALES) else tensor.view(torch.uint8)
+
+    def _check_blocks(self, blocks: Blocks) -> None:
+        for key, shape in blocks.shapes.items():
+            entry, is_scale = self._entries.get(key), key.endswith(SCALES)
+            dtype = None if entry is None else (FLOAT_DTYPES | INTEGER_DTYPES).get(entry.get_dtype())
+            fits = dtype is not None and len(shape) in ((1, 2) if is_scale else (2,))
+            fits = fits and dtype in ((torch.float16, torch.float32) if is_scale else (torch.int8,))
+            if not fits or list(blocks.plan(key, torch.empty(0, device="meta")).shape) != entry.get_shape():
+                raise GmaskError(f"{self.path}: {key} is not as its header says: truncated or damaged, make it again")
 
 
 class PickledFile:
@@ -267,11 +382,19 @@ class TensorWriter:
 
 
 class SafetensorsWriter(TensorWriter):
-    """A file in the safetensors format: the length of a JSON header in 8 bytes, the header, the numbers."""
+    """A file in the safetensors format: the length of a JSON header in 8 bytes, the header, the numbers.
 
-    def __init__(self, path: Path, plan: Mapping[str, Tensor]) -> None:
+    Args:
+        blocks: those of the planned tensors that are written in blocks.
+    """
+
+    def __init__(self, path: Path, plan: Mapping[str, Tensor], blocks: Blocks | None = None) -> None:
         names = {dtype: name for name, dtype in (FLOAT_DTYPES | INTEGER_DTYPES).items()}
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
+        self._blocks = blocks
+        if blocks is not None:
+            header["__metadata__"][BLOCKS] = blocks.header()
+            plan = {name: blocks.plan(name, tensor) for name, tensor in plan.items()}
         end = 0
         starts: dict[str, int] = {}
         for name in sorted(plan, key=lambda name: -plan[name].itemsize):  # so that all are aligned to their dtypes
@@ -282,9 +405,12 @@ class SafetensorsWriter(TensorWriter):
                 "data_offsets": [starts[name], end],
             }
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-(8 + len(text)) % (8 if blocks is None else BLOCK_ALIGNMENT))
         path.write_bytes(struct.pack("<Q", len(text)) + text)
         super().__init__(path, plan, {name: 8 + len(text) + start for name, start in starts.items()})
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        super().write(name, tensor if self._blocks is None else self._blocks.pack(name, tensor))
 
 
 class PickledWriter(TensorWriter):

@@ -28,8 +28,9 @@ def convert(
     to: Annotated[
         str,
         typer.Option(
-            metavar="gmask|huggingface|megatron",
-            help="Our form, the published one, or that of the original training code.",
+            metavar="gmask|mapped|huggingface|megatron",
+            help="Our form; int8 or int4 weights to be mapped, for a fast start on CPUs; the published form, or that of"
+            " the original training code.",
         ),
     ] = "gmask",
     parts: Annotated[int, typer.Option(help="Ranks of model parallelism; for megatron alone.")] = 1,

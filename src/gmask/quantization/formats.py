@@ -9,6 +9,8 @@ low one, in two's complement; a float16 scale per row (quantization.py of the pu
 Shape letters: N output rows, K input columns, G groups of K/G columns that share a scale (1 if a whole row does).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -128,6 +130,23 @@ def pack_blocks(packed: Tensor, bits: int) -> Tensor:
         columns = torch.stack((nibbles >> 4, nibbles & 15), dim=-1).flatten(-2)
         words = columns[..., :4] | columns[..., 4:] << 4
     return words.transpose(1, 2).contiguous()
+
+
+BLOCK_LAYOUT = 1
+"""The number of the layout of blocks, for files that hold them: another one when native/csrc/kernels.h changes."""
+
+
+def block_shape(shape: Sequence[int], bits: int) -> tuple[int, ...]:
+    """Returns the shape of the blocks of a published weight ``[N, K * bits / 8]``."""
+    rows, width = shape
+    step = BLOCK_COLUMNS * bits // 8
+    return -(-rows // BLOCK_ROWS), -(-width // step) * step // 4, BLOCK_ROWS, 4
+
+
+def scale_block_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Returns the shape of the blocks of scales ``[N]`` or ``[N, G]``."""
+    rows, groups = (*shape, 1)[:2]
+    return -(-rows // BLOCK_ROWS), groups, BLOCK_ROWS
 
 
 def unpack_blocks(blocks: Tensor, bits: int, rows: int, columns: int) -> Tensor:

@@ -169,6 +169,19 @@ def prepare(
     return PackedWeight(data, scale, bits, outputs, columns, group_size, path)
 
 
+def adopt_blocks(
+    blocks: Tensor, scale: Tensor, *, bits: int, outputs: int, columns: int, group_size: int | None
+) -> PackedWeight | None:
+    """Returns a weight whose blocks lie in memory already, such as a mapped file; None if the CPU has another path.
+
+    Args:
+        blocks: uint8, of `formats.pack_blocks`.
+        scale: of `formats.pack_scale_blocks`, float16 or float32.
+    """
+    path = _chosen_path() or available_paths()[0]
+    return PackedWeight(blocks, scale, bits, outputs, columns, group_size, path) if path in NATIVE_PATHS else None
+
+
 def matmul(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """Returns ``x @ dequantized.T + bias``; gradients flow to x and bias.
 

@@ -89,8 +89,13 @@ class QuantizedLayer(nn.Module):
             is_offloaded = hasattr(self, "_hf_hook")  # accelerate loads the weight anew before each product
             if product.data.data_ptr() != weight.data_ptr() and not is_offloaded:
                 weight.packed = _Packed(product, scale)  # type: ignore[attr-defined]
-                weight.data, scale.data = _without_numbers(weight), _without_numbers(scale)
+                weight.data, scale.data = without_numbers(weight), without_numbers(scale)
             return product
+
+    def adopt(self, product: PackedWeight) -> None:
+        """Takes a weight in the layout of its kernel; the parameters have its published shapes, and no numbers."""
+        weight: nn.Parameter = self._parameters["weight"]  # type: ignore[assignment]
+        weight.packed = _Packed(product, self._parameters["weight_scale"])  # type: ignore[attr-defined, arg-type]
 
     def detach_from_file(self) -> None:
         """Copies a weight on the CPU, which may be mapped from a file, into memory, in the layout of its kernel."""
@@ -158,9 +163,9 @@ class QuantizedLayer(nn.Module):
         return self
 
 
-def _without_numbers(parameter: Tensor) -> Tensor:
+def without_numbers(parameter: Tensor, device: torch.device | None = None) -> Tensor:
     """Returns zeros of the same shape that take no memory. Only code that bypasses the layer's attribute sees them."""
-    return torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+    return torch.zeros((), dtype=parameter.dtype, device=device or parameter.device).expand(parameter.shape)
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):

@@ -203,7 +203,7 @@ class Pretraining:
         """A new model. Raises `GmaskError` if it, its gradients and the optimizer's moments do not fit into memory."""
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             needed = STATES * weight_bytes(GLMForConditionalGeneration(config))
-        check_room(self.out, needed, torch.device("cpu"), advice="make the model smaller (the section model)")
+        check_room(self.out, needed, torch.device("cpu"), advise=lambda: "make the model smaller (the section model)")
         return GLMForConditionalGeneration(config)
 
     def _model_config(self, tokenizer: Tokenizer) -> GLMConfig:
