@@ -18,7 +18,7 @@ import torch
 from gmask.infilling.blanks import BlankTokens, blank_out
 from gmask.infilling.collator import collate
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
-from gmask.training.pretrain import start_with_neighbours
+from gmask.training.initial_weights import start_with_neighbours
 from machine import describe_machine
 
 SPECIAL = BlankTokens(pad=0, eos=1, cls=2, mask=5, smask=6, gmask=7, sop=8, eop=9)

@@ -1,13 +1,19 @@
-"""One of several processes that pretrain. Started by test_pretrain_parallel.py.
+"""Processes that pretrain together. Started by test_pretrain_parallel.py.
 
-    torchrun ... pretrain_worker.py RECIPE JOBS
+    python pretrain_worker.py RECIPE JOBS
 
-JOBS is a JSON file: for each job its name and the overrides of its recipe. What a job raised goes to JOBS.NAME.RANK.
+JOBS is a JSON file: for each job its number of processes, the overrides of its recipe, and the folder of a run that it
+goes on from, at its first checkpoint, or null. What a job raised goes to JOBS.NAME.RANK. The processes are forks of
+this one, which has imported what takes long to import. All runs have the tokenizer of the first.
 """
 
 import json
 import os
+import shutil
+import socket
 import sys
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,11 +21,57 @@ import torch
 from gmask.errors import GmaskError
 from gmask.training.pretrain import run_pretraining
 
+
+def find_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_rank(recipe: str, overrides: Sequence[str], faults: Path) -> int:
+    """Runs a job in this process; returns its exit status."""
+    try:
+        run_pretraining(recipe, overrides)
+    except GmaskError as error:
+        faults.write_text(str(error))
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def begin(out: Path, first: Path, begins: str | None) -> None:
+    """Copies the half of a run that a job goes on from, or the tokenizer alone."""
+    if begins is None:
+        if (first / "tokenizer").exists():
+            shutil.copytree(first / "tokenizer", out / "tokenizer")
+        return
+    shutil.copytree(begins, out)
+    for folder in (sorted(out.glob("checkpoint-*"))[-1], out / "model"):
+        shutil.rmtree(folder)
+
+
+def run_job(recipe: str, faults: str, processes: int, overrides: Sequence[str]) -> None:
+    """Runs a job in forks of this process, and exits with 1 if one of them fails."""
+    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(find_port()), "WORLD_SIZE": str(processes)}
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if not child:
+            os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(processes))
+            status = run_rank(recipe, overrides, Path(f"{faults}.{rank}"))
+            sys.stderr.flush()
+            os._exit(status)
+        children.append(child)
+    if any([os.waitpid(child, 0)[1] for child in children]):
+        sys.exit(f"{faults}: a process has failed")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     recipe, jobs = sys.argv[1:]
-    for name, overrides in json.loads(Path(jobs).read_text()).items():
-        try:
-            run_pretraining(recipe, overrides)
-        except GmaskError as error:
-            Path(f"{jobs}.{name}.{os.environ['RANK']}").write_text(str(error))
+    described = json.loads(Path(jobs).read_text())
+    outs = [Path(job["overrides"][-1].removeprefix("run.out=")) for job in described.values()]
+    for out, (name, job) in zip(outs, described.items(), strict=True):
+        begin(out, outs[0], job["begins"])
+        run_job(recipe, f"{jobs}.{name}", job["processes"], job["overrides"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
-from gmask.training.pretrain import (
+from gmask.training.initial_weights import (
     ANSWER_OFFSETS,
     CONTEXT_OFFSETS,
     find_frequencies,

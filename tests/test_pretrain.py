@@ -459,3 +459,26 @@ def test_selective_checkpointing_computes_no_product_again(recipe_path: Path) ->
         counts[mode] = seen.counts
     assert counts["selective"]["addmm"] == counts["false"]["addmm"] < counts["true"]["addmm"]
     assert counts["false"]["gelu"] < counts["selective"]["gelu"] == counts["true"]["gelu"]
+
+
+def test_a_second_stage_begins_with_the_weights_of_the_first(recipe_path: Path, tmp_path: Path) -> None:
+    first = pretrain.run_pretraining(str(recipe_path), ["optimization.steps=4"])
+    stage = ["optimization.steps=2", f"run.out={tmp_path / 'second'}", f"model.name={first}"]
+    training = pretrain.Pretraining(load_recipe(recipe_path, [*stage, "model.hidden_dropout=0.25"]))
+    before = load_file(first / "model.safetensors")
+    for name, weight in training.model.named_parameters():
+        assert torch.equal(weight.detach(), before[name].float()), name
+    assert training.model.config.hidden_dropout == training.model.glm.transformer.layers[0].dropout.p == 0.25
+    second = training.train()
+    assert (second / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
+    assert not (tmp_path / "second" / "tokenizer").exists()
+    assert losses(tmp_path / "second")[0] < losses(tmp_path / "out")[0]
+    assert load_recipe(second / "recipe.yaml").start == "model"
+    for override, message in (
+        ("model.hidden_size=64", r"model.hidden_size is 64, and that of .* is 32: leave it out"),
+        ("optimization.initialization=neighbours", "is of new weights"),
+        (f"model.name={tmp_path}", "no config.json there"),
+    ):
+        with pytest.raises(GmaskError, match=message):
+            pretrain.run_pretraining(str(recipe_path), [*stage, f"run.out={tmp_path / 'no'}", override])
+    assert not (tmp_path / "no").exists()

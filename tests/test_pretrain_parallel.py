@@ -2,115 +2,168 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from gmask.training import pretrain
 from gmask.training.run_folder import read_metrics
-from pretraining_data import NO_DROPOUT
+from pretraining_data import NO_DROPOUT, write_recipe
 
 TESTS = Path(__file__).parent
-COMMON = [*NO_DROPOUT, "optimization.steps=20", "optimization.ema=0.9", "run.save_every=10", "run.timeout=300"]
-SHARD = "parallel.shard=true"
-MUON = ["optimization.optimizer=muon", "optimization.steps=5"]
-Jobs = Mapping[str, Sequence[str]]
+SHARD, TENSOR = "parallel.shard=true", "parallel.tensor=2"
+SELECTIVE = "optimization.gradient_checkpointing=selective"
+MUON = "optimization.optimizer=muon"
+SHORT = ["optimization.steps=6", "run.save_every=3", "run.validate_every=6"]
+LONG = ["optimization.steps=20", "run.save_every=10", "run.validate_every=10", "model.num_attention_heads=4"]
 
 
-def run_together(recipe: Path, jobs: Jobs, *, processes: int = 2) -> None:
-    """Runs jobs, one after the other, in several processes of one launch."""
-    path = recipe.parent / f"jobs-{processes}.json"
-    path.write_text(json.dumps(jobs))
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
-            *(str(TESTS / "pretrain_worker.py"), str(recipe), str(path)),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+class Job(NamedTuple):
+    """A run: its processes, the keys that it changes, and the run whose first half it goes on from."""
+
+    processes: int
+    overrides: Sequence[str] = ()
+    begins: str | None = None
 
 
-def run_alone(recipe: Path, *overrides: str) -> Path:
-    pretrain.run_pretraining(str(recipe), overrides)
-    (out,) = (Path(one.removeprefix("run.out=")) for one in overrides if one.startswith("run.out="))
-    return out
+class Runs:
+    """Runs of one recipe, made by one launch. What a job was told in place of a run is in `refused`."""
 
-
-def numbers(out: Path) -> dict[str, list[Any]]:
-    """The columns of a log that do not depend on the time."""
-    records = read_metrics(out / "metrics.jsonl")
-    names = ("step", "loss", "gradient_norm", "tokens", "labelled_tokens", "learning_rate")
-    return {name: [record[name] for record in records] for name in names}
-
-
-def check_same_run(found: Path, expected: Path) -> None:
-    """The same tokens, and losses, norms, validations and weights but for the order of sums."""
-    ours, theirs = numbers(found), numbers(expected)
-    assert ours["step"] == list(range(1, 21))
-    for name in ("step", "tokens", "labelled_tokens", "learning_rate"):
-        assert ours[name] == theirs[name], name
-    for name in ("loss", "gradient_norm"):
-        assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
-    for mine, other in zip(*(read_metrics(out / "metrics.jsonl") for out in (found, expected)), strict=True):
-        assert mine.get("validation", {}).get("toy", {}) == pytest.approx(
-            other.get("validation", {}).get("toy", {}), rel=1e-5
+    def __init__(self, folder: Path, common: Sequence[str]) -> None:
+        self.folder, self.common, self.recipe = (
+            folder,
+            [*NO_DROPOUT, "optimization.ema=0.9", *common],
+            write_recipe(folder),
         )
-    one, many = (load_file(out / "model" / "model.safetensors") for out in (expected, found))
-    assert one.keys() == many.keys()
-    for name in one:
-        torch.testing.assert_close(many[name], one[name], atol=2e-3, rtol=2e-2, msg=name)  # of bfloat16
+        self.refused: dict[str, set[str]] = {}
+
+    def make(self, jobs: Mapping[str, Job]) -> None:
+        """Makes the runs, one after the other. The first of all learns the tokenizer."""
+        path = self.folder / "jobs.json"
+        described = {
+            name: {
+                "processes": job.processes,
+                "overrides": [*self.common, *job.overrides, f"run.out={self.folder / name}"],
+                "begins": job.begins and str(self.folder / job.begins),
+            }
+            for name, job in jobs.items()
+        }
+        path.write_text(json.dumps(described))
+        done = subprocess.run(
+            [sys.executable, str(TESTS / "pretrain_worker.py"), str(self.recipe), str(path)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=1200,
+        )
+        assert done.returncode == 0, done.stderr[-6000:]
+        for fault in self.folder.glob("jobs.json.*"):
+            self.refused.setdefault(fault.name.split(".")[2], set()).add(fault.read_text("utf-8"))
+
+    def columns(self, name: str) -> dict[str, list[Any]]:
+        """The columns of a log that do not depend on the time."""
+        records = read_metrics(self.folder / name / "metrics.jsonl")
+        names = ("step", "loss", "gradient_norm", "tokens", "labelled_tokens", "learning_rate")
+        return {name: [record[name] for record in records] for name in names}
+
+    def expect_same(self, found: str, expected: str, *, tolerance: float = 1e-5) -> None:
+        """The same tokens, and losses, norms, validations and weights but for the order of sums."""
+        assert found not in self.refused, self.refused
+        ours, theirs = self.columns(found), self.columns(expected)
+        assert ours["step"] == list(range(1, len(theirs["step"]) + 1))
+        for name in ("step", "tokens", "labelled_tokens", "learning_rate"):
+            assert ours[name] == theirs[name], name
+        for name in ("loss", "gradient_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=tolerance), name
+        logs = (read_metrics(self.folder / name / "metrics.jsonl") for name in (found, expected))
+        for mine, other in zip(*logs, strict=True):
+            validated = (record.get("validation", {}).get("toy", {}) for record in (mine, other))
+            assert next(validated) == pytest.approx(next(validated), rel=tolerance)
+        many, one = (load_file(self.folder / name / "model" / "model.safetensors") for name in (found, expected))
+        assert one.keys() == many.keys()
+        for name in one:
+            torch.testing.assert_close(many[name], one[name], atol=2e-3, rtol=2e-2, msg=name)  # of bfloat16
 
 
-def out_of(recipe: Path, name: str) -> str:
-    return f"run.out={recipe.parent / name}"
-
-
-def branch(recipe: Path, source: Path, name: str) -> str:
-    """Copies a run as it was at its tenth step; returns the override that continues the copy."""
-    shutil.copytree(source, recipe.parent / name)
-    shutil.rmtree(recipe.parent / name / "checkpoint-00000020")
-    return out_of(recipe, name)
-
-
-def test_two_processes_make_the_steps_of_one(recipe_path: Path) -> None:
-    folder = recipe_path.parent
-    one = run_alone(recipe_path, *COMMON, out_of(recipe_path, "one"))
-    muon = run_alone(recipe_path, *COMMON, *MUON, out_of(recipe_path, "muon-one"))
-    selective = "optimization.gradient_checkpointing=selective"
-    jobs = {
-        "ddp": [*COMMON, out_of(recipe_path, "ddp")],
-        "uneven": [*COMMON, "optimization.rows_per_step=3", out_of(recipe_path, "uneven")],
-        "shards": [*COMMON, SHARD, "optimization.loss_chunk=16", out_of(recipe_path, "shards")],
-        "then": [*COMMON, SHARD, selective, branch(recipe_path, one, "then")],
-        "offload": [*COMMON, SHARD, "parallel.offload=true", out_of(recipe_path, "offload")],
-        "muon": [*COMMON, SHARD, *MUON, out_of(recipe_path, "muon")],
-    }
-    for name in ("ddp", "shards", "muon"):
-        shutil.copytree(one / "tokenizer", folder / name / "tokenizer")
-    run_together(recipe_path, jobs)
-    # "then" goes on divided from the tenth step of the one process.
-    for name in ("ddp", "shards", "then"):
-        check_same_run(folder / name, one)
-    assert numbers(folder / "muon")["tokens"] == numbers(muon)["tokens"]
+def test_two_processes_make_the_steps_of_one(tmp_path: Path) -> None:
+    runs = Runs(tmp_path, SHORT)
+    dropout = ["model.hidden_dropout=0.1", "model.embedding_dropout=0.1"]
+    runs.make(
+        {
+            "one": Job(1),
+            "ddp": Job(2),
+            "shards": Job(2, [SHARD, "optimization.loss_chunk=16"]),
+            "tensor": Job(2, [TENSOR, "optimization.loss_chunk=16"]),
+            "one then shards": Job(2, [SHARD, SELECTIVE], begins="one"),
+            "shards then tensor": Job(2, [TENSOR, SELECTIVE], begins="shards"),
+            "tensor then one": Job(1, begins="tensor"),
+            "streams": Job(1, ["data.streams=4"]),
+            "streams in two": Job(2, [SHARD, "data.streams=4"]),
+            "streams, then one": Job(1, ["data.streams=4"], begins="streams in two"),
+            "muon": Job(1, [MUON]),
+            "muon in shards": Job(2, [SHARD, MUON]),
+            "dropout": Job(1, dropout),
+            "dropout in tensor": Job(2, [*dropout, TENSOR]),
+            "uneven": Job(2, ["optimization.rows_per_step=3"]),
+            "offload": Job(2, [SHARD, "parallel.offload=true"]),
+            "odd": Job(2, ["parallel.tensor=3"]),
+            "heads": Job(2, [TENSOR, "model.num_attention_heads=1"]),
+            "whole": Job(2, [TENSOR, MUON]),
+            "streams, uneven": Job(2, ["data.streams=3"]),
+            "wider": Job(2, [SHARD, "model.hidden_size=64"], begins="shards"),
+            "fewer streams": Job(1, ["data.streams=2"], begins="streams"),
+        }
+    )
+    for name in ("ddp", "shards", "tensor", "one then shards", "shards then tensor", "tensor then one"):
+        runs.expect_same(name, "one")
+    for name in ("streams in two", "streams, then one"):  # of which each process draws two
+        runs.expect_same(name, "streams")
     # Muon's products are in bfloat16, and are summed in another order.
-    assert numbers(folder / "muon")["loss"] == pytest.approx(numbers(muon)["loss"], rel=1e-3)
-    assert not (folder / "shards" / "checkpoint-00000010" / "model.safetensors").exists()
-    for rank in range(2):
-        for name, message in (("uneven", "rows_per_step is 3, which 2 processes cannot share"), ("offload", "GPUs")):
-            assert message in (folder / f"jobs-2.json.{name}.{rank}").read_text("utf-8")
-            assert not (folder / name).exists()
-    # A checkpoint of two processes is continued by one, whole or divided.
-    for name in ("ddp", "shards"):
-        run_alone(recipe_path, *COMMON, branch(recipe_path, folder / name, f"{name}-alone"))
-        check_same_run(folder / f"{name}-alone", one)
+    runs.expect_same("muon in shards", "muon", tolerance=1e-3)
+    # The processes that divide a matrix leave out the same activations.
+    runs.expect_same("dropout in tensor", "dropout")
+    assert not (tmp_path / "shards" / "checkpoint-00000003" / "model.safetensors").exists()
+    for name, message in (
+        ("uneven", "rows_per_step is 3, which 2 processes cannot share"),
+        ("offload", "GPUs"),
+        ("odd", "parallel.tensor is 3, and there are 2 processes"),
+        ("heads", "1 attention heads cannot be divided among 2 processes"),
+        ("whole", "Muon needs whole matrices"),
+        ("streams, uneven", "data.streams is 3: it must divide"),
+    ):
+        (told,) = runs.refused.pop(name)
+        assert message in told and "\n" not in told
+        assert [path.name for path in (tmp_path / name).iterdir()] == ["tokenizer"], "which it was given"
+    for name, message in (
+        ("wider", "the recipe's model has another shape than this run's"),
+        ("fewer streams", "data.streams was 4 and is now 2"),
+    ):
+        (told,) = runs.refused.pop(name)
+        assert message in told and "\n" not in told
+    assert not runs.refused
+
+
+@pytest.mark.slow
+def test_four_processes_make_the_steps_of_one_and_any_number_goes_on(tmp_path: Path) -> None:
+    runs = Runs(tmp_path, LONG)
+    jobs = {
+        "one": Job(1),
+        "ddp": Job(4),
+        "shards": Job(4, [SHARD]),
+        "tensor": Job(4, ["parallel.tensor=4"]),
+        "both": Job(4, [TENSOR, SHARD]),
+        "both, blocks again": Job(4, [TENSOR, SHARD, "optimization.gradient_checkpointing=true"]),
+    }
+    for name in ("ddp", "shards", "tensor", "both"):
+        jobs[f"{name} then one"] = Job(1, begins=name)
+        jobs[f"{name} then two"] = Job(2, [SHARD], begins=name)
+    jobs["shards then both"] = Job(4, [TENSOR, SHARD], begins="shards")
+    jobs["both then tensor"] = Job(2, [TENSOR], begins="both")
+    runs.make(jobs)
+    for name in jobs.keys() - {"one"}:
+        runs.expect_same(name, "one")

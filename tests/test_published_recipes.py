@@ -37,7 +37,7 @@ def test_a_recipe_has_the_shape_and_the_masks_of_its_model(name: str) -> None:
     assert family is not None
     rows = -(-recipe.tokenizer.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     with torch.device("meta"):
-        model = GLMForConditionalGeneration(GLMConfig(vocab_size=rows, **recipe.model))
+        model = GLMForConditionalGeneration(GLMConfig(vocab_size=rows, **recipe.shape))
     assert sum(parameter.numel() for parameter in model.parameters()) == family.parameters
     config = model.config
     shape = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.max_position_embeddings)

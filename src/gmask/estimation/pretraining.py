@@ -84,7 +84,7 @@ def config_of_recipe(recipe: PretrainingRecipe) -> GLMConfig:
             raise GmaskError(f"{folder}: no tokenizer.json there")
         tokens = Tokenizer.from_file(str(path)).get_vocab_size()
     rows = -(-tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    return GLMConfig(**{"vocab_size": rows, "hidden_act": "gelu_pytorch_tanh"} | recipe.model)
+    return GLMConfig(**{"vocab_size": rows, "hidden_act": "gelu_pytorch_tanh"} | recipe.shape)
 
 
 def count_labels(recipe: PretrainingRecipe) -> Labels:
@@ -92,7 +92,7 @@ def count_labels(recipe: PretrainingRecipe) -> Labels:
 
     Its sentences have 20 tokens on average, its words 1.4. Each text is as long as a row, or as its longest piece.
     """
-    positions: int = GLMConfig(**recipe.model).max_position_embeddings
+    positions: int = GLMConfig(**recipe.shape).max_position_embeddings
     length = min(recipe.data.row_length, recipe.data.max_piece or recipe.data.row_length, positions)
     return _count_labels(length, recipe.optimization.rows_per_pass, tuple(sorted(recipe.objective.items())))
 

@@ -19,7 +19,7 @@ from gmask.config import (
     load_tree,
 )
 from gmask.errors import GmaskError
-from gmask.recipes.pretraining import Precision
+from gmask.recipes.pretraining import Precision, base_name
 from gmask.recipes.tuning import (
     ForgettingSettings,
     MethodSettings,
@@ -29,7 +29,6 @@ from gmask.recipes.tuning import (
     TuningOptimizationSettings,
     TuningRecipe,
     TuningRunSettings,
-    base_name,
     build_recipe,
 )
 

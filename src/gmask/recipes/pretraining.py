@@ -68,6 +68,7 @@ class DataSettings:
     row_length: Size = 512  # tokens
     max_piece: Size | None = None  # tokens of one context; at most the model's positions
     skip_bad_lines: bool = False
+    streams: Size = 1  # parts of the texts, of which each has rows of its own, so that a process draws its rows alone
 
     @property
     def resolved_sources(self) -> list[Source]:
@@ -138,12 +139,16 @@ class ParallelSettings:
     """What the processes of a run divide beside the rows of a step. One process leaves everything whole."""
 
     shard: bool = False  # weights, gradients and moments (FSDP2)
+    tensor: Size = 1  # processes that divide the matrices, and share their rows (tensor parallelism)
     offload: bool = False  # a GPU's shards lie in the host's memory between their uses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainingRecipe:
-    """A pretraining run. ``model`` and ``objective`` hold keywords of `GLMConfig` and `Mixture`."""
+    """A pretraining run. ``model`` and ``objective`` hold keywords of `GLMConfig` and `Mixture`.
+
+    ``model`` may have a ``name``, too: of the model whose weights the run begins with.
+    """
 
     run: RunSettings
     data: DataSettings
@@ -153,6 +158,16 @@ class PretrainingRecipe:
     objective: dict[str, Any] = dataclasses.field(default_factory=dict)
     decay: DecaySettings = DecaySettings()
     parallel: ParallelSettings = ParallelSettings()
+
+    @property
+    def start(self) -> str | None:
+        """The model whose weights the run begins with, as `gmask.load` names it; None for new weights."""
+        return self.model.get("name")
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The keywords of `GLMConfig`."""
+        return {key: value for key, value in self.model.items() if key != "name"}
 
     @property
     def decay_start(self) -> int:
@@ -173,7 +188,13 @@ class PretrainingRecipe:
         prepared = None if self.data.prepared is None else Path(self.data.prepared).name
         data = dataclasses.replace(self.data, root=DataSettings.root, cache=DataSettings.cache, prepared=prepared)
         run = dataclasses.replace(self.run, out=Path(self.run.out).name, device=None, threads=None)
-        return dataclasses.replace(self, run=run, data=data, tokenizer=tokenizer)
+        model = self.model if self.start is None else self.model | {"name": base_name(self.start)}
+        return dataclasses.replace(self, run=run, data=data, tokenizer=tokenizer, model=model)
+
+
+def base_name(model: str) -> str:
+    """The name of a model for a model card: of a folder its last part only."""
+    return Path(model).name if Path(model).is_dir() else model
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> PretrainingRecipe:
@@ -193,6 +214,8 @@ def read_recipe(tree: Mapping[str, Any]) -> PretrainingRecipe:
     decay = dataclasses.replace(
         recipe.decay, objective=_read_objective(recipe.decay.objective, "decay.objective", objective)
     )
+    if recipe.start is not None and recipe.optimization.initialization != "normal":
+        raise GmaskError("optimization.initialization: is of new weights, and model.name has some: leave one out")
     if recipe.optimization.schedule != "constant" and decay != DecaySettings():
         raise GmaskError("decay: has no effect on a cosine; set optimization.schedule to constant, or leave it out")
     return dataclasses.replace(
@@ -250,10 +273,10 @@ def _read_model(values: Mapping[str, Any]) -> dict[str, Any]:
     own = [
         name for name in GLMConfig.__annotations__ if name in hints and not name.endswith(("_token_id", "vocab_size"))
     ]
-    hints = {name: hints[name] for name in own}
+    hints = {name: hints[name] for name in own} | {"name": str}
     model = read_values(values, hints, "model")
     try:
-        GLMConfig(**model)
+        GLMConfig(**{key: value for key, value in model.items() if key != "name"})
     except ValueError as error:
         raise GmaskError(f"model: {one_line(error)}") from error
     return model
@@ -297,8 +320,8 @@ def _spell(tokenizer: Tokenizer) -> list[str]:
     return ["" if token_id in special else tokenizer.id_to_token(token_id) or "" for token_id in ids]
 
 
-def make_mixture(tokenizer: Tokenizer, objective: Mapping[str, Any]) -> Mixture:
-    """The objective of a recipe, for this tokenizer."""
-    special, ends = find_blank_tokens(tokenizer), find_sentence_ends(tokenizer)
+def make_mixture(tokenizer: Tokenizer, objective: Mapping[str, Any], special: BlankTokens | None = None) -> Mixture:
+    """The objective of a recipe, for this tokenizer; ``special``: its special tokens, if they are known."""
+    special, ends = special or find_blank_tokens(tokenizer), find_sentence_ends(tokenizer)
     words = mark_word_edges(_spell(tokenizer)) if objective.get("whole_words") else None
     return Mixture(special=special, sentence_ends=ends, word_edges=words, **objective)

@@ -32,7 +32,7 @@ from gmask.config import (
 from gmask.errors import GmaskError
 from gmask.hardware import DTYPES
 from gmask.quantization.quantizer import NAMES as INTEGERS
-from gmask.recipes.pretraining import Precision
+from gmask.recipes.pretraining import Precision, base_name
 from gmask.tasks.records import Truncation
 
 FREE_KEYS = (
@@ -253,11 +253,6 @@ class TuningRecipe(RunRecipe):
         """The recipe of the run of one fold, in a folder of its own."""
         run = dataclasses.replace(self.run, out=str(Path(self.run.out) / f"fold-{fold}"))
         return dataclasses.replace(self, run=run, data=dataclasses.replace(self.data, fold=fold))
-
-
-def base_name(model: str) -> str:
-    """The name of a model for a model card: of a folder its last part only."""
-    return Path(model).name if Path(model).is_dir() else model
 
 
 def load_tuning_recipe(path: Path | str, overrides: Sequence[str] = ()) -> TuningRecipe:

@@ -151,11 +151,17 @@ class _SourceReader:
     """Reads the documents of one source piece by piece, epoch after epoch; keeps the position of the stream in it.
 
     An epoch takes each document once, in an order drawn from (seed, source name, epoch). Several documents are open at
-    a time and give their pieces in turn. The next epoch begins when the last of them is used up.
+    a time and give their pieces in turn. The next epoch begins when the last of them is used up. Of several parts of a
+    source, part i takes the documents i, i + parts, ... of that order.
     """
 
-    def __init__(self, source: TokenSource, *, seed: int) -> None:
+    def __init__(self, source: TokenSource, *, seed: int, part: int = 0, parts: int = 1) -> None:
+        if len(source) < parts:
+            raise GmaskError(
+                f"data.streams is {parts}, and the source {source.name} has {len(source)} documents: give fewer streams"
+            )
         self.source = source
+        self.part, self.parts = part, parts
         self.key = [seed, 2, zlib.crc32(source.name.encode())]  # 2: distinct from the seeds of rows in `RowStream`
         self.taken = 0  # tokens, over all epochs
         self.epoch = 0
@@ -164,7 +170,8 @@ class _SourceReader:
         self._shuffle()
 
     def _shuffle(self) -> None:
-        self.order = np.random.default_rng([*self.key, self.epoch]).permutation(len(self.source))
+        order = np.random.default_rng([*self.key, self.epoch]).permutation(len(self.source))
+        self.order = order[self.part :: self.parts]
 
     def front(self) -> TokenArray:
         """The unused tokens [L] of the document whose turn it is."""
@@ -211,6 +218,9 @@ class RowStream:
     weights closely at every moment. Row k draws from `default_rng([seed, 1, k])` only: the rows depend on nothing but
     the arguments and the state. If the drawn objective finds nothing to hide, the document objective is used instead.
 
+    Of several parts of a stream, each has documents of its own, and part i has the rows i, i + parts, ...: so a process
+    need not draw the rows of the others.
+
     objective: for all examples, instead of the mixture's shares.
     """
 
@@ -223,6 +233,8 @@ class RowStream:
         seed: int,
         max_piece: int | None = None,
         objective: Objective | None = None,
+        part: int = 0,
+        parts: int = 1,
     ) -> None:
         if row_length < 2 * MIN_PIECE:
             raise GmaskError(f"row_length must be at least {2 * MIN_PIECE}, not {row_length}")
@@ -238,8 +250,8 @@ class RowStream:
         self.seed = seed
         self.max_piece = max_piece or row_length
         self.objective = objective
-        self.row = 0
-        self.readers = [_SourceReader(source, seed=seed) for source in sources]
+        self.row, self.parts = part, parts
+        self.readers = [_SourceReader(source, seed=seed, part=part, parts=parts) for source in sources]
 
     def __iter__(self) -> Iterator[list[InfillingExample]]:
         while True:
@@ -248,7 +260,7 @@ class RowStream:
     def next_row(self) -> list[InfillingExample]:
         """The next row; moves the stream on."""
         rng = np.random.default_rng([self.seed, 1, self.row])
-        self.row += 1
+        self.row += self.parts
         examples: list[InfillingExample] = []
         room = self.row_length
         while room >= MIN_PIECE + 2:
@@ -281,7 +293,7 @@ class RowStream:
 
     def epochs(self) -> dict[str, float]:
         """The number of times that each source has been read so far."""
-        return {reader.source.name: reader.taken / reader.source.n_tokens for reader in self.readers}
+        return {reader.source.name: reader.taken * self.parts / reader.source.n_tokens for reader in self.readers}
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next rows depend on, ready for JSON."""

@@ -33,7 +33,7 @@ from gmask.training.accelerator import uses_deepspeed
 from gmask.training.diagnostics import SKIPS_IN_A_ROW, SpikeGuard, layer_norms
 from gmask.training.examples import Batch
 from gmask.training.methods import RankSchedule
-from gmask.training.parallel import Meeting, is_divided, placed_like, unsharded
+from gmask.training.parallel import Grid, Meeting, is_divided, placed_like, unsharded
 from gmask.training.run_folder import (
     BEST_FILE,
     KEPT_ON_ERROR,
@@ -47,12 +47,11 @@ from gmask.training.run_folder import (
     read_checkpoint,
     read_tensors,
     set_random_state,
-    wait_for_shards,
-    write_shards,
     write_state,
     write_tensors,
     written_checkpoint,
 )
+from gmask.training.sharded_checkpoint import wait_for_shards, write_shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +142,7 @@ class Run(Protocol):
         """Writes the weights that train into a checkpoint. Called in the first process only."""
 
     def state(self) -> dict[str, Any]:
-        """The run's own state for a checkpoint, ready for JSON."""
+        """The run's own state for a checkpoint, ready for JSON. All processes call this together."""
 
 
 class Loop:
@@ -165,6 +164,7 @@ class Loop:
         time_limit: float | None = None,
         guard: SpikeGuard | None = None,
         layers_every: int | None = None,
+        tensor: int = 1,
     ) -> None:
         """
         Args:
@@ -176,6 +176,7 @@ class Loop:
             time_limit: seconds from now after which the run saves and stops, as by SIGTERM.
             guard: of the loss.
             layers_every: steps after which the norms of each layer are measured.
+            tensor: processes that divide the matrices of the model, and share their rows.
         """
         self.run, self.accelerator, self.out, self.schedule = run, accelerator, out, schedule
         self.clip_norm, self.average, self.empty_cache_every = clip_norm or math.inf, average, empty_cache_every
@@ -190,6 +191,7 @@ class Loop:
         self.guard, self.layers_every = guard, layers_every
         self.deadline = math.inf if time_limit is None else time.monotonic() + time_limit
         self.uses_deepspeed = uses_deepspeed(accelerator)
+        self.grid = Grid(accelerator.num_processes, accelerator.process_index, tensor)
         self.is_divided = is_divided(model)
         self.meeting, self.timeout = Meeting(timeout=timeout), timeout
         self.saving: tuple[Future[Any], ExitStack] | None = None  # the checkpoint that is being written, and its draft
@@ -292,8 +294,9 @@ class Loop:
         Raises:
             GmaskError: nothing is labelled; a loss or a gradient that is not finite, before a weight has changed.
         """
-        number, processes = self.progress.step + 1, self.accelerator.num_processes
-        labelled, tokens, stops = self._sums(data.labelled, data.tokens, int(self._is_asked_to_stop))
+        number, grid = self.progress.step + 1, self.grid
+        *counts, stops = self._sums(data.labelled, data.tokens, int(self._is_asked_to_stop))
+        labelled, tokens = (count // grid.tensor for count in counts)  # which all processes of a group counted
         self.is_stopping = stops > 0  # all processes stop behind the same step
         if not labelled:
             raise GmaskError(
@@ -309,12 +312,12 @@ class Loop:
                 batch = {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
                 loss = self.run.loss(self.model, batch) / labelled
                 losses.append(loss.detach())
-                loss = loss * processes  # accelerate takes the mean of the processes' gradients
+                loss = loss * grid.replicas  # of whose gradients the mean is taken
                 if self.rank_schedule is not None:
                     loss = loss + self.rank_schedule.penalty() / len(data.batches)
                 self.accelerator.backward(loss, **self._backward_options(rate))
         local = torch.stack(losses).sum()
-        total = float(self.accelerator.reduce(local, reduction="sum") if processes > 1 else local)
+        total = float(self.accelerator.reduce(local, reduction="sum") if grid.processes > 1 else local) / grid.tensor
         measures = self.layers_every is not None and number % self.layers_every == 0
         layers = layer_norms(self.bare_model) if measures else {}
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm)
@@ -425,13 +428,13 @@ class Loop:
         own: dict[str, Tensor] = {}
         if self.rank_schedule is not None:
             own |= {f"ranks.{name}": value for name, value in self.rank_schedule.state().items()}
-        for process, random in enumerate(gather_object([random_state()])):
-            suffix = f".{process}" if process else ""
+        for replica, random in enumerate(gather_object([random_state()])[:: self.grid.tensor]):
+            suffix = f".{replica}" if replica else ""
             own |= {f"random.{name}{suffix}": value for name, value in random.items()}
         optimizers = [] if self.uses_deepspeed else self.bare_optimizers
         tensors, numbers = optimizer_state(self.bare_model, optimizers)
         tensors |= average_tensors(self.average)
-        sharded = self.out / f".sharded-{step:08d}"
+        state, sharded = self.run.state(), self.out / f".sharded-{step:08d}"
         if self.uses_deepspeed:
             self.accelerator.save_state(str(sharded))
         with ExitStack() as stack:
@@ -446,7 +449,7 @@ class Loop:
                     elif not self.is_divided:
                         self.run.save_weights(folder)
                     whole = own if self.is_divided else own | tensors
-                    write_state(folder, self.progress, self.run.state(), whole, numbers)
+                    write_state(folder, self.progress, state, whole, numbers)
                     place = [str(folder / SHARDED_FOLDER), None]
                 except GmaskError as error:
                     place = [None, str(error)]
@@ -492,7 +495,7 @@ class Loop:
             checkpoint.load_average(self.average)
         if self.rank_schedule is not None:
             self.rank_schedule.restore(checkpoint.group("ranks"))
-        checkpoint.load_random_state(self.accelerator.process_index)
+        checkpoint.load_random_state(self.grid.replica)
         self.progress = checkpoint.progress
         return checkpoint.state
 

@@ -20,7 +20,7 @@ from gmask.config import to_yaml
 from gmask.errors import GmaskError
 from gmask.files import read_object, write_json, write_text
 from gmask.recipes.pipeline import PipelineRecipe, PipelineStage, Verb, load_pipeline_recipe
-from gmask.recipes.tuning import base_name
+from gmask.recipes.pretraining import base_name
 from gmask.tasks.metrics import Rows
 from gmask.tasks.records import hash_file, read_records
 from gmask.tasks.task import read_task

@@ -1,14 +1,4 @@
-"""Pretraining by a recipe, on the loop of `gmask.training.loop`; with the `neighbours` initialisation for small models.
-
-With random position tables every head attends to all positions at first, and a run of some ten million tokens may end
-before a head has found the words beside a blank. With `initialization: neighbours` the tables start as sinusoids, in
-which a step of one position is the same rotation everywhere. Each head of the first layers starts with its query
-rotated against its key, so that it attends to one neighbour of its own position. These are initial values only: every
-weight trains, and the architecture is unchanged.
-
-The idea is that of mimetic initialisation (Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers",
-ICML 2023), with a chosen neighbour in place of the token itself.
-"""
+"""Pretraining by a recipe, on the loop of `gmask.training.loop`."""
 
 import math
 import os
@@ -18,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object  # type: ignore[import-untyped]
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -25,19 +16,22 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from tqdm import tqdm
 
+from gmask.checkpoints.load import open_folder
 from gmask.corpus.shards import TokenSource
 from gmask.errors import GmaskError
-from gmask.estimation.inference import weight_bytes
 from gmask.files import write_text, written_folder
-from gmask.hardware import bound_primitive_cache, check_room, cpu_instructions, describe_training_dtype, training_dtype
+from gmask.hardware import bound_primitive_cache, cpu_instructions, describe_training_dtype, training_dtype
 from gmask.infilling.blanks import NOT_SCORED, InfillingExample
 from gmask.infilling.collator import collate
 from gmask.infilling.objectives import OBJECTIVES, Objective
+from gmask.models.base import check_processes
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from gmask.recipes.pretraining import (
     VOCABULARY_MULTIPLE,
     OptimizationSettings,
+    ParallelSettings,
     PretrainingRecipe,
+    find_blank_tokens,
     load_recipe,
     make_mixture,
 )
@@ -46,10 +40,18 @@ from gmask.training.accelerator import find_device, join_processes
 from gmask.training.corpus_rows import RowStream, open_texts, validation_rows
 from gmask.training.diagnostics import SpikeGuard, training_flops
 from gmask.training.examples import Batch
+from gmask.training.initial_weights import begin_with, make_whole
 from gmask.training.loop import Loop, Schedule, StepData, StepResult
-from gmask.training.parallel import is_divided, shard_model, unsharded, whole_weights
+from gmask.training.parallel import Grid, divide_model, hand_out, is_divided, unsharded, whole_weights
 from gmask.training.report import CURVES_FILE, draw_curves
-from gmask.training.run_folder import LOG_FILE, RunProgress, last_checkpoint, read_metrics
+from gmask.training.run_folder import (
+    LOG_FILE,
+    RunProgress,
+    last_checkpoint,
+    random_state,
+    read_metrics,
+    set_random_state,
+)
 from gmask.training.tokenizer import train_from_sources
 from gmask.training.validation import BlankSet, choose_blanks, score_blanks
 
@@ -62,10 +64,6 @@ def run_pretraining(recipe_path: str, overrides: Sequence[str] = (), *, resume: 
             disk, a loss that is not finite.
     """
     return Pretraining(load_recipe(recipe_path, overrides)).train(resume=resume)
-
-
-STATES = 4
-"""Numbers in memory for each weight: itself, its gradient, and two moments of the optimizer."""
 
 
 class Pretraining:
@@ -85,41 +83,42 @@ class Pretraining:
         bound_primitive_cache()
         self.accelerator = join_processes(settings, device=self.device.type, dtype=self.dtype)
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.grid = Grid(self.accelerator.num_processes, self.accelerator.process_index, self.recipe.parallel.tensor)
         torch.manual_seed(settings.seed)
         data = self.recipe.data
         sources = [] if data.prepared is not None else data.resolved_sources
         prepared = None if data.prepared is None else str(Path(data.prepared) / "tokenizer")
-        self.tokenizer_folder = Path(self.recipe.tokenizer.path or prepared or self.out / "tokenizer")
+        start = self.recipe.start
+        self.beginning = None if start is None else open_folder(start)  # the model to begin with
+        beside = None if self.beginning is None else self.beginning.path
+        self.tokenizer_folder = Path(self.recipe.tokenizer.path or prepared or beside or self.out / "tokenizer")
         with self.accelerator.main_process_first():  # which writes the tokenizer and the tokens for the others
             tokenizer = self._load_tokenizer(sources)
             self.train_sources, self.validation_sources = (
                 open_texts(data, tokenizer, split=split, progress=self.is_main) for split in ("train", "validation")
             )
-        self.mixture = make_mixture(tokenizer, self.recipe.objective)
-        self.decay_mixture = make_mixture(tokenizer, self.recipe.objective | self.recipe.decay.objective)
+        special = None  # found by the spellings of gmask's own vocabularies, or by the roles in a folder
+        if self.beginning is not None and self.tokenizer_folder == self.beginning.path:
+            special = find_blank_tokens(self.beginning.read_tokenizer(required=True))
+        self.mixture = make_mixture(tokenizer, self.recipe.objective, special)
         self.special = self.mixture.special
-        self.model = self._make_model(self._model_config(tokenizer))
-        if self.recipe.optimization.initialization == "neighbours":
-            start_with_neighbours(self.model)
+        self.decay_mixture = make_mixture(tokenizer, self.recipe.objective | self.recipe.decay.objective, self.special)
+        self._make_models(self._model_config(tokenizer))
         self._choose_activations()
-        self.model.to(self.device)
-        if replica := self.accelerator.process_index:
-            torch.manual_seed(settings.seed + replica)  # else all processes would leave out the same activations
         # No position in a layout may lie beyond the model's tables, in training or in validation.
         self.max_piece = min(data.max_piece or data.row_length, self.model.config.max_position_embeddings)
-        self.stream = RowStream(
-            self.train_sources,
-            self.mixture,
-            row_length=data.row_length,
-            seed=settings.seed,
-            max_piece=self.max_piece,
-        )
-        self.average: AveragedModel | None = None
-        if self.recipe.optimization.ema is not None:
-            self.average = AveragedModel(self.model, multi_avg_fn=moving_average(self.recipe.optimization.ema))
-        if self.recipe.parallel.shard and self.accelerator.num_processes > 1:
-            for model in (self.model, *([] if self.average is None else [self.average.module])):
-                shard_model(model, device=self.device, dtype=self.dtype, offload=self.recipe.parallel.offload)
+        self.streams = [
+            RowStream(
+                self.train_sources,
+                self.mixture,
+                row_length=data.row_length,
+                seed=settings.seed,
+                max_piece=self.max_piece,
+                part=part,
+                parts=data.streams,
+            )
+            for part in self._own_streams()
+        ]
         self.loop = Loop(
             self,
             self.model,
@@ -140,6 +139,7 @@ class Pretraining:
             time_limit=settings.time_limit,
             guard=self._guard(),
             layers_every=settings.layers_every,
+            tensor=self.grid.tensor,
         )
         self.blanks: BlankSet | None = None
         if settings.validation_sentences:
@@ -152,18 +152,42 @@ class Pretraining:
             )
 
     def _check_processes(self, processes: int) -> None:
-        """Raises `GmaskError` if the processes cannot share the rows of a step."""
-        rows = self.recipe.optimization.rows_per_step
-        if rows % processes:
+        """Raises `GmaskError` if the processes cannot share the rows of a step, or the matrices of the model."""
+        parallel, rows = self.recipe.parallel, self.recipe.optimization.rows_per_step
+        if processes % parallel.tensor:
             raise GmaskError(
-                f"optimization.rows_per_step is {rows}, which {processes} processes cannot share evenly: make it a "
-                f"multiple of {processes}, or start as many processes as divide it"
+                f"parallel.tensor is {parallel.tensor}, and there are {processes} processes: start a multiple of "
+                f"{parallel.tensor}, by torchrun"
             )
-        if self.recipe.parallel.offload and (not self.recipe.parallel.shard or self.device.type != "cuda"):
+        replicas, streams = processes // parallel.tensor, self.recipe.data.streams
+        if rows % replicas:
+            many = f"{replicas} processes" if parallel.tensor == 1 else f"{replicas} groups of processes"
+            raise GmaskError(
+                f"optimization.rows_per_step is {rows}, which {many} cannot share evenly: make it a "
+                f"multiple of {replicas}, or start as many processes as divide it"
+            )
+        if streams > 1 and (streams % replicas or rows % streams):
+            raise GmaskError(
+                f"data.streams is {streams}: it must divide optimization.rows_per_step ({rows}), and be a multiple of "
+                f"the {replicas} processes that read rows of their own"
+            )
+        if parallel.tensor > 1:
+            self._check_tensor(parallel, replicas)
+        if parallel.offload and (not parallel.shard or self.device.type != "cuda"):
             raise GmaskError(
                 "parallel.offload moves the shards of GPUs to the host's memory: leave it out, or set parallel.shard "
                 "and run on GPUs"
             )
+
+    def _check_tensor(self, parallel: ParallelSettings, replicas: int) -> None:
+        check_processes(GLMConfig(**self.recipe.shape).num_attention_heads, parallel.tensor)
+        if replicas > 1 and not parallel.shard:
+            raise GmaskError(
+                f"parallel.tensor: {replicas} groups of {parallel.tensor} processes divide what each holds: set "
+                f"parallel.shard, or start {parallel.tensor} processes"
+            )
+        if self.recipe.optimization.optimizer == "muon":
+            raise GmaskError("parallel.tensor: Muon needs whole matrices: set optimization.optimizer to adamw")
 
     def _guard(self) -> SpikeGuard | None:
         settings = self.recipe.optimization
@@ -185,7 +209,7 @@ class Pretraining:
         """The recipe's tokenizer. Without a path in the recipe it is learnt into the run's folder, once."""
         settings, path = self.recipe.tokenizer, self.tokenizer_folder / "tokenizer.json"
         if not path.is_file():
-            if settings.path or self.recipe.data.prepared:
+            if self.tokenizer_folder != self.out / "tokenizer":
                 raise GmaskError(f"{self.tokenizer_folder}: no tokenizer.json there")
             train_from_sources(
                 sources,
@@ -199,19 +223,49 @@ class Pretraining:
             )
         return Tokenizer.from_file(str(path))
 
-    def _make_model(self, config: GLMConfig) -> GLMForConditionalGeneration:
-        """A new model. Raises `GmaskError` if it, its gradients and the optimizer's moments do not fit into memory."""
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            needed = STATES * weight_bytes(GLMForConditionalGeneration(config))
-        check_room(self.out, needed, torch.device("cpu"), advise=lambda: "make the model smaller (the section model)")
-        return GLMForConditionalGeneration(config)
+    def _make_models(self, config: GLMConfig) -> None:
+        """Makes the model as it is before the first step, and the average of its weights, on the device.
+
+        Of a model that the processes divide, the first one makes the whole on the CPU and hands out the weights one by
+        one: the others never hold more than their parts, and one tensor.
+        """
+        parallel, settings = self.recipe.parallel, self.recipe.run
+        divides = (parallel.shard or parallel.tensor > 1) and self.grid.processes > 1
+        initialization = self.recipe.optimization.initialization
+        whole = make_whole(config, self.beginning, initialization, self.out) if not divides or self.is_main else None
+        if whole is not None and not divides:
+            self.model: GLMForConditionalGeneration = whole
+            self.model.to(self.device)
+        else:
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):
+                self.model = GLMForConditionalGeneration(config)
+        self.average: AveragedModel | None = None
+        if self.recipe.optimization.ema is not None:
+            self.average = AveragedModel(self.model, multi_avg_fn=moving_average(self.recipe.optimization.ema))
+        if divides:
+            mesh, copies = self.grid.mesh(self.device), [self.model]
+            copies += [] if self.average is None else [self.final_model]
+            for model in copies:
+                divide_model(
+                    model, mesh, shard=parallel.shard, device=self.device, dtype=self.dtype, offload=parallel.offload
+                )
+            hand_out(whole, copies, device=torch.device("cpu") if parallel.offload else self.device)
+            (state,) = broadcast_object_list([random_state()])
+            set_random_state(state)
+        if self.grid.replica:
+            torch.manual_seed(settings.seed + self.grid.replica)  # else all would leave out the same activations
 
     def _model_config(self, tokenizer: Tokenizer) -> GLMConfig:
-        """The config of the model: the recipe's keys, and what follows from the tokenizer."""
-        rows = -(-tokenizer.get_vocab_size() // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-        special = self.special
+        """The config of the model: the recipe's keys, and what follows from the tokenizer or the model to begin with.
+
+        Raises:
+            GmaskError: the model to begin with is no GLM, has another shape, or fewer tokens than the tokenizer.
+        """
+        special, tokens = self.special, tokenizer.get_vocab_size()
+        if self.beginning is not None:
+            return begin_with(self.beginning, self.recipe.shape, tokens)
         settings: dict[str, Any] = {
-            "vocab_size": rows,
+            "vocab_size": -(-tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
             "hidden_act": "gelu_pytorch_tanh",  # as in the published training code
             "pad_token_id": special.pad,
             "eos_token_id": special.eop,  # the end of an answer
@@ -221,7 +275,7 @@ class Pretraining:
             "smask_token_id": special.smask,
             "gmask_token_id": special.gmask,
         }
-        return GLMConfig(**settings | self.recipe.model)
+        return GLMConfig(**settings | self.recipe.shape)
 
     def train(self, *, resume: bool = True) -> Path:
         """Makes the steps that are left, and exports the model."""
@@ -231,7 +285,8 @@ class Pretraining:
         self._report(describe_training_dtype(self.recipe.optimization.dtype, self.device))
         if checkpoint is not None:
             state = self.loop.restore()
-            self._resume_stream(checkpoint, self.loop.progress, state["stream"])
+            saved = state.get("streams") or [state["stream"]]
+            self._resume_streams(checkpoint, self.loop.progress, saved)
         self.loop.progress.arithmetic = self._arithmetic()
         if self.is_main:
             write_text(self.out / "recipe.yaml", self.recipe.to_yaml())
@@ -250,26 +305,35 @@ class Pretraining:
     # The protocol `Run` of the loop
 
     def data(self, step: int) -> Iterator[StepData]:
-        """This process's rows of the next steps, from the stream, which is at the run's step already.
+        """This process's rows of the next steps, from its streams, which are at the run's step already.
 
-        Every process draws all rows of a step and takes its share of them, so that they are the same rows in the same
-        order for any number of processes.
+        The rows of a step come from all streams in turn, as many from each, so that they are the same rows in the same
+        order for any number of processes. With one stream every process draws all of them, and takes its share.
         """
-        share = self.recipe.optimization.rows_per_step // self.accelerator.num_processes
+        rows_per_step, streams = self.recipe.optimization.rows_per_step, self.recipe.data.streams
+        share = rows_per_step // self.grid.replicas
+        own = slice(0, share) if streams > 1 else slice(share * self.grid.replica, share * (self.grid.replica + 1))
         while True:
             if self.loop.progress.step == self.recipe.decay_start:
                 self._begin_decay()
-            first = self.stream.row + share * self.accelerator.process_index
-            drawn = [self.stream.next_row() for _ in range(self.recipe.optimization.rows_per_step)]
-            rows = drawn[share * self.accelerator.process_index :][:share]
+            drawn = [
+                (stream.row, stream.next_row()) for stream in self.streams for _ in range(rows_per_step // streams)
+            ]
+            rows = [row for _, row in drawn[own]]
             batches = list(self._batches(rows))
-            numbers = iter(range(first, first + share))
+            numbers = iter([number for number, _ in drawn[own]])
             yield StepData(
                 batches,
                 numbers=[[next(numbers) for _ in batch["input_ids"]] for batch in batches],
                 labelled=sum(int((batch["labels"] != NOT_SCORED).sum()) for batch in batches),
                 tokens=sum(int((batch["sequence_ids"] >= 0).sum()) for batch in batches),
             )
+
+    def _own_streams(self) -> range:
+        """The streams whose rows this process reads: its share, or the only one."""
+        streams = self.recipe.data.streams
+        share = max(1, streams // self.grid.replicas)
+        return range(share * self.grid.replica, share * (self.grid.replica + 1)) if streams > 1 else range(1)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The sum over the labelled tokens; by a call of the model as a whole, which DDP and FSDP need."""
@@ -302,7 +366,7 @@ class Pretraining:
         }
         if peak is not None:
             flops = training_flops(
-                self.model.config, tokens=result.tokens, labelled=result.labelled, row_length=self.stream.row_length
+                self.model.config, tokens=result.tokens, labelled=result.labelled, row_length=self.streams[0].row_length
             )
             found["mfu"] = flops / (result.seconds * peak * 1e12 * self.accelerator.num_processes)
         return (
@@ -325,23 +389,30 @@ class Pretraining:
         self.model.save_pretrained(folder)
 
     def state(self) -> dict[str, Any]:
-        return {"stream": self.stream.state_dict()}
+        if self.recipe.data.streams == 1:
+            return {"stream": self.streams[0].state_dict()}
+        states = [stream.state_dict() for stream in self.streams]
+        if self.grid.processes > 1:
+            states = gather_object([states])[:: self.grid.tensor]
+            states = [state for group in states for state in group]
+        return {"streams": states}
 
     # Parts of a step and of a validation
 
     def _begin_decay(self) -> None:
         """Switches the rows to those of the recipe's section ``decay``; from here on the learning rate falls."""
         self.loop.progress.decay_start = self.recipe.decay_start
-        self.stream.mixture = self.decay_mixture
-        self.stream.row_length = self.recipe.decay.row_length or self.recipe.data.row_length
-        longest = self.recipe.data.max_piece or self.stream.row_length
-        self.stream.max_piece = min(longest, self.model.config.max_position_embeddings)
+        row_length = self.recipe.decay.row_length or self.recipe.data.row_length
+        longest = self.recipe.data.max_piece or row_length
+        for stream in self.streams:
+            stream.mixture, stream.row_length = self.decay_mixture, row_length
+            stream.max_piece = min(longest, self.model.config.max_position_embeddings)
 
     def _batches(
         self, rows: Sequence[list[InfillingExample]], row_length: int | None = None
     ) -> Iterator[dict[str, Tensor]]:
         """Batches of one pass each. Of rows longer than ``data.row_length`` a pass takes fewer."""
-        row_length = row_length or self.stream.row_length
+        row_length = row_length or self.streams[0].row_length
         per_pass = max(1, self.recipe.optimization.rows_per_pass * self.recipe.data.row_length // row_length)
         for start in range(0, len(rows), per_pass):
             yield collate(
@@ -392,8 +463,8 @@ class Pretraining:
         batches = list(self._batches(rows, self.recipe.data.row_length))
         found = torch.zeros(2, dtype=torch.float64, device=self.device)  # the sum of the losses, and their number
         # The processes share the batches. All of them make as many passes: one whose turn finds none repeats the first.
-        for start in range(0, len(batches), self.accelerator.num_processes):
-            index = start + self.accelerator.process_index
+        for start in range(0, len(batches), self.grid.replicas):
+            index = start + self.grid.replica
             batch = batches[index if index < len(batches) else 0]
             batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
             total = self.loss(self.final_model, batch)
@@ -402,8 +473,8 @@ class Pretraining:
         total, count = self.accelerator.reduce(found, reduction="sum")
         return float(total / count)
 
-    def _resume_stream(self, checkpoint: Path, progress: RunProgress, stream: dict[str, Any]) -> None:
-        """Restores the stream to where the checkpoint was made, and warns if this machine computes in another way.
+    def _resume_streams(self, checkpoint: Path, progress: RunProgress, saved: Sequence[dict[str, Any]]) -> None:
+        """Restores the streams to where the checkpoint was made, and warns if this machine computes in another way.
 
         Raises:
             GmaskError: the recipe's learning rate falls from another step; the texts have changed.
@@ -421,7 +492,12 @@ class Pretraining:
                 f"{checkpoint}: is past step {self.recipe.decay_start}, where the learning rate is to begin to fall; "
                 "raise optimization.steps"
             )
-        self.stream.load_state_dict(stream)
+        if len(saved) != self.recipe.data.streams:
+            raise GmaskError(
+                f"{checkpoint}: data.streams was {len(saved)} and is now {self.recipe.data.streams}: set it as it was"
+            )
+        for part, stream in zip(self._own_streams(), self.streams, strict=True):
+            stream.load_state_dict(saved[part])
         if progress.arithmetic and progress.arithmetic != self._arithmetic():
             self._report(
                 f"warning: {checkpoint} was made with {progress.arithmetic}, and this is {self._arithmetic()}: the run "
@@ -558,66 +634,3 @@ def describe_blanks(found: Mapping[str, Mapping[str, float]]) -> str:
     languages = {group: values for group, values in found.items() if "," not in group}
     parts = [f"{name} {values['top1']:.1%}, {values['nats']:.2f} nats" for name, values in languages.items()]
     return f"first token of one-unit blanks: {'; '.join(parts)}"
-
-
-CONTEXT_OFFSETS = (-1, 1, -2, 2)  # positions from the blank, or from the token itself if it is of the context
-ANSWER_OFFSETS = (-1, -2, -3, -4)  # positions in the answer
-FASTEST = 3.0  # radians a position; a little under half a turn, so that adjacent positions are far apart
-AMPLITUDE = 2.0  # of the sinusoids, in standard deviations of the word embeddings
-SHARPNESS = 2.0  # with it the chosen neighbour gets a third or more of its head's attention
-
-
-def start_with_neighbours(model: GLMForConditionalGeneration) -> None:
-    """Sets the position tables, and the queries and keys of the first two layers, in place.
-
-    Positions in the context rotate in the first half of the hidden dimensions, positions in the answer in the second.
-    Layer 0 attends to positions beside the blank (`CONTEXT_OFFSETS`, one for each head), layer 1 to earlier positions
-    of the answer (`ANSWER_OFFSETS`). The latter is weak: layer 0 adds to the residual stream, which blurs the positions
-    that layer 1 compares.
-    """
-    config = model.config
-    half = config.hidden_size // 2
-    transformer = model.glm.transformer
-    frequencies = find_frequencies(half // 2)
-    with torch.no_grad():
-        for table, start in ((transformer.position_embeddings, 0), (transformer.block_position_embeddings, half)):
-            waves = sinusoids(table.num_embeddings, frequencies)
-            assert isinstance(table, nn.Embedding)
-            table.weight[:, start : start + half] = AMPLITUDE * config.initializer_range * waves
-        plans = ((CONTEXT_OFFSETS, 0), (ANSWER_OFFSETS, half))
-        for layer, (offsets, start) in zip(transformer.layers, plans, strict=False):
-            weight = layer.get_parameter("attention.query_key_value.weight")  # [3 H, H]: queries, keys, values
-            pairs = torch.linspace(0, len(frequencies) - 1, config.head_dim // 2).round().long()
-            for head, offset in enumerate(offsets[: config.num_attention_heads]):
-                rows = torch.arange(config.head_dim) + head * config.head_dim
-                query, key = neighbour_projection(frequencies, pairs, offset, width=config.hidden_size, start=start)
-                weight[rows] = SHARPNESS**0.5 * query
-                weight[rows + config.hidden_size] = SHARPNESS**0.5 * key
-
-
-def find_frequencies(count: int) -> Tensor:
-    """``[count]`` frequencies in radians a position, unevenly spaced so that no two positions look alike."""
-    return FASTEST * (torch.arange(1, count + 1) / count) ** 1.5
-
-
-def sinusoids(positions: int, frequencies: Tensor) -> Tensor:
-    """``[positions, 2 F]``: the sine and cosine of each frequency side by side."""
-    angles = torch.arange(positions)[:, None] * frequencies
-    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
-
-
-def neighbour_projection(
-    frequencies: Tensor, pairs: Tensor, offset: int, *, width: int, start: int
-) -> tuple[Tensor, Tensor]:
-    """Query and key weights ``[2 P, width]`` whose product is highest for the key ``offset`` positions from the query.
-
-    pairs: ``[P]`` indices of the frequencies to compare; start: the first dimension of the sinusoids.
-    """
-    query, key = torch.zeros(2 * len(pairs), width), torch.zeros(2 * len(pairs), width)
-    sine, cosine = torch.arange(len(pairs)) * 2, torch.arange(len(pairs)) * 2 + 1
-    turn = frequencies[pairs] * offset
-    from_sine, from_cosine = start + 2 * pairs, start + 2 * pairs + 1
-    query[sine, from_sine], query[sine, from_cosine] = turn.cos(), turn.sin()  # sin(a + t)
-    query[cosine, from_cosine], query[cosine, from_sine] = turn.cos(), -turn.sin()  # cos(a + t)
-    key[sine, from_sine] = key[cosine, from_cosine] = 1.0
-    return query, key

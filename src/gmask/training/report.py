@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from gmask.files import written
 from gmask.infilling.blanks import NOT_SCORED
 from gmask.infilling.objectives import OBJECTIVES
-from gmask.recipes.tuning import TuningRecipe, base_name
+from gmask.recipes.pretraining import base_name
+from gmask.recipes.tuning import TuningRecipe
 from gmask.tasks.metrics import Rows
 from gmask.tasks.task import Task
 from gmask.training.examples import DataFile, Example, TruncationCounts

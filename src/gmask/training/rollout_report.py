@@ -9,7 +9,7 @@ import yaml
 
 from gmask.evaluation.comparison import AnswerFigures, warn_of_change
 from gmask.files import written
-from gmask.recipes.tuning import base_name
+from gmask.recipes.pretraining import base_name
 from gmask.tasks.metrics import Rows, as_cell
 
 ROLLOUT_NUMBERS = (

@@ -11,31 +11,24 @@ import dataclasses
 import json
 import logging
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as load_shards
-from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from gmask.config import build_settings
-from gmask.errors import GmaskError
+from gmask.errors import GmaskError, one_line
 from gmask.files import (
     read_json_lines,
     read_object,
@@ -46,6 +39,7 @@ from gmask.files import (
     written_folder,
 )
 from gmask.training.parallel import placed_like
+from gmask.training.sharded_checkpoint import read_shards
 
 logger = logging.getLogger(__name__)
 _Fields = TypeVar("_Fields")
@@ -250,9 +244,12 @@ class RunCheckpoint:
                 parameter.copy_(placed_like(self.tensors[f"average.{name}"], parameter))
             average.get_buffer("n_averaged").copy_(self.tensors["average_count"])
 
-    def load_random_state(self, process: int) -> None:
-        """Sets the random state of one process. A checkpoint of fewer processes has none for it, and sets nothing."""
-        suffix = f".{process}" if process else ""
+    def load_random_state(self, replica: int) -> None:
+        """Sets the random state of a process, by the number of its `Grid.replica`, whose processes share it.
+
+        A checkpoint of fewer replicas has none for it, and sets nothing.
+        """
+        suffix = f".{replica}" if replica else ""
         states = {name: self.tensors.get(f"random.{name}{suffix}") for name in ("cpu", "cuda")}
         set_random_state({name: state for name, state in states.items() if state is not None})
 
@@ -275,50 +272,18 @@ def read_checkpoint(folder: Path, model: nn.Module) -> RunCheckpoint:
         weights = {name: tensor for path in paths for name, tensor in load_file(path).items()}
         tensors = load_file(folder / TENSORS_FILE)
         if (folder / SHARDED_FOLDER / ".metadata").is_file():
-            for key, tensor in _read_shards(folder / SHARDED_FOLDER, dict(model.named_parameters())).items():
+            for key, tensor in read_shards(folder / SHARDED_FOLDER, dict(model.named_parameters())).items():
                 group, _, name = key.partition(".")
                 (weights if group == "weights" else tensors)[name if group == "weights" else key] = tensor
-    except (OSError, ValueError, SafetensorError, CheckpointException) as error:
-        raise GmaskError(f"{folder}: damaged ({error}); {remedy}") from error
+    except CheckpointException as error:
+        fault, _ = next(iter(error.failures.values()))
+        raise GmaskError(f"{folder}: damaged ({one_line(Exception(fault))}); {remedy}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise GmaskError(f"{folder}: damaged ({one_line(error)}); {remedy}") from error
     known = {field.name for field in dataclasses.fields(RunProgress)}
     progress = RunProgress(**{name: value for name, value in saved.items() if name in known})
     state = {name: value for name, value in saved.items() if name not in known}
     return RunCheckpoint(folder, progress, state, weights, tensors, values.get("optimizers", {}))
-
-
-def write_shards(folder: Path, tensors: Mapping[str, Tensor], group: ProcessGroup) -> "Future[Any]":
-    """Begins to write this process's parts of tensors, from a copy, in a thread. All processes must call this together.
-
-    Args:
-        tensors: by name; those that are not divided are the same in every process.
-        group: over gloo, which nothing else uses meanwhile.
-    """
-    writer = FileSystemWriter(folder)
-    return cast("Future[Any]", async_save(dict(tensors), storage_writer=writer, process_group=group))
-
-
-def wait_for_shards(writing_shards: "Future[Any]") -> None:
-    """Waits until all processes have written their parts. Raises what went wrong in the first that failed."""
-    try:
-        writing_shards.result()
-    except CheckpointException as error:
-        failed, _ = next(iter(error.failures.values()))
-        raise failed from error
-
-
-def _read_shards(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of `write_shards`: this process's parts of those that are divided like a parameter, others whole."""
-    reader = FileSystemReader(folder)
-    found: dict[str, Tensor] = {}
-    for key, saved in reader.read_metadata().state_dict_metadata.items():
-        assert isinstance(saved, TensorStorageMetadata)
-        like, dtype = parameters.get(key.partition(".")[2]), saved.properties.dtype
-        is_part = isinstance(like, DTensor) and like.shape == saved.size
-        found[key] = torch.empty_like(like, dtype=dtype) if is_part else torch.empty(saved.size, dtype=dtype)  # type: ignore[arg-type]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads all parts
-        load_shards(dict(found), storage_reader=reader)
-    return found
 
 
 def optimizer_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[dict[str, Tensor], dict[str, Any]]:
