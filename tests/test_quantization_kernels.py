@@ -38,12 +38,19 @@ def make_weight(
     return formats.pack_integers(integers, bits), scale
 
 
-def error_bound(x: Tensor, weight: Tensor, exact: Tensor, bias: Tensor, path: str, *, group: int | None) -> Tensor:
+STEPS = {"avx512_vnni": {4: (128, 254), 8: (64, 254)}, "avx_vnni": {4: (128, 254), 8: (64, 254)}}
+STEPS["avx2_int8"] = {4: (128, 254), 8: (128, 65534)}
+"""Where bfloat16 activations are rounded to integers, by path and bits of the weight: columns that share a step, and how
+many halves of it the largest of them is."""
+
+
+def error_bound(
+    x: Tensor, weight: Tensor, exact: Tensor, bias: Tensor, path: str, *, steps: tuple[int, int] | None
+) -> Tensor:
     """How far from the float64 product a path may be.
 
     All sum K products in float32. The C++ kernels round once more, to the output; the others also round what they
-    dequantize, or the product before its scale and its bias, to the activations' dtype. Where a `group` is given,
-    activations are off by 1/254 of the largest of so many columns.
+    dequantize, or the product before its scale and its bias, to the activations' dtype. ``steps``: as in `STEPS`.
     """
     rounding, size = ROUNDING[x.dtype], x.double().abs()
     products = size @ weight.abs().T
@@ -51,10 +58,11 @@ def error_bound(x: Tensor, weight: Tensor, exact: Tensor, bias: Tensor, path: st
     bound = 2.0**-23 * (x.shape[1] + 8) * (products + bias.abs()) + rounding * exact.abs() + subnormal
     if path not in kernels.NATIVE_PATHS:
         return bound + rounding * (products + 2 * exact.abs() + 3 * bias.abs())
-    if group is not None:
+    if steps is not None:
+        group, halves = steps
         for start in range(0, x.shape[1], group):
             part = slice(start, start + group)
-            bound += 1.001 / 254 * size[:, part].amax(dim=1, keepdim=True) * weight[:, part].abs().sum(dim=1)
+            bound += 1.001 / halves * size[:, part].amax(dim=1, keepdim=True) * weight[:, part].abs().sum(dim=1)
     return bound
 
 
@@ -94,9 +102,8 @@ def test_a_path_equals_the_reference(
     exact = x.double() @ dense.T + bias.double()
     y = kernels.matmul(x, packed, bias)
     assert y.dtype == dtype and y.shape == (rows, outputs)
-    is_rounded = packed.path == "avx512_vnni" and dtype == torch.bfloat16
-    group = {4: 128, 8: 64}[bits]
-    bound = error_bound(x, dense, exact, bias.double(), packed.path, group=group if is_rounded else None)
+    steps = STEPS.get(packed.path, {}).get(bits) if dtype == torch.bfloat16 else None
+    bound = error_bound(x, dense, exact, bias.double(), packed.path, steps=steps)
     assert ((y.double() - exact).abs() <= bound).all()
 
 

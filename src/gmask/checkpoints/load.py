@@ -31,6 +31,7 @@ from gmask.hardware import (
 from gmask.models.base import PLACEMENTS, new_parts
 from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, spread_layers
 from gmask.models.glm import GLMForConditionalGeneration
+from gmask.native.ops import instruction_sets
 from gmask.quantization.kernels import PackedWeight, adopt_blocks
 from gmask.quantization.linear import QuantizedLayer, without_numbers
 from gmask.quantization.quantizer import (
@@ -437,7 +438,7 @@ def check_memory(checkpoint: Checkpoint, plan: Mapping[str, Tensor], device: tor
         halved = sum(tensor.numel() * min(tensor.itemsize, 2) for tensor in plan.values())
         if halved < needed:
             slower = ""
-            if device.type == "cpu" and not has_bfloat16(device):
+            if device.type == "cpu" and not has_bfloat16(device) and not instruction_sets():
                 factor = bfloat16_slowdown()
                 slower = f", but this CPU has no instructions for it (a product takes {factor:.1f} times as long)"
             advice.append(f"dtype='bfloat16' needs {format_bytes(halved + extra)}{slower}")

@@ -36,8 +36,9 @@ BLOCK_STATES = 5
 """Tensors ``[B, T, H]`` that are held while the perceptron of a block runs: the embeddings, the input of the block, its
 normalised and its attended states, and their sum."""
 
-KERNEL_BYTES = {"avx512_vnni": 1.25}
-"""Bytes that the C++ kernel takes for each bfloat16 activation, by instruction set: int8, and a scale for every 32."""
+KERNEL_BYTES = {"avx512_vnni": 1.25, "avx_vnni": 1.25, "avx2_int8": 2.25}
+"""Bytes that the C++ kernel takes for each bfloat16 activation, by instruction set: int8 (int16 for int8 weights with
+``avx2_int8``), and a scale for every 32, at most."""
 
 KERNEL_FLOAT_BYTES = 4
 """The same for float32 activations, and for bfloat16 ones with other instruction sets."""

@@ -1,6 +1,6 @@
 """The parts that GLM and ChatGLM share.
 
-In this order: attention, trained prefixes, quantized weights, strict loading, the forward pass.
+In this order: linear layers, attention, trained prefixes, quantized weights, strict loading, the forward pass.
 glm.py and chatglm.py have the parts that differ: blocks, positions, and how the layout is derived from the tokens.
 
 A trained prefix is visible to every token, has no position in the layout, and is cached in front of the tokens.
@@ -14,6 +14,7 @@ Source: Liu et al., "P-Tuning v2", ACL 2022; published code ``PrefixEncoder`` of
 import pickle
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
@@ -30,12 +31,29 @@ from transformers.utils.output_capturing import capture_outputs
 
 from gmask.errors import GmaskError, one_line
 from gmask.files import refuse_placeholder
+from gmask.hardware import has_bfloat16
 from gmask.models.cache import GrowingCache
 from gmask.models.layout import build_mask, continues, resolve_sequences
 from gmask.models.tensor_parallel import check_division, check_processes
 from gmask.native import ops as native
 from gmask.quantization.linear import QuantizedLayer
 from gmask.quantization.quantizer import quantize_model
+
+
+@cache
+def lacks_bfloat16() -> bool:
+    """Whether this CPU has no instructions for bfloat16."""
+    return not has_bfloat16(torch.device("cpu"))
+
+
+class Linear(nn.Linear):
+    """A linear layer. The package's kernel multiplies by a bfloat16 weight if the CPU has no instructions for it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if native.can_multiply(input, weight, bias) and type(weight) is nn.Parameter and lacks_bfloat16():
+            return native.multiply(input, weight, bias)
+        return F.linear(input, weight, bias)
 
 
 def mask_scores_(scores: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -27,6 +27,7 @@ from transformers.utils import ModelOutput
 from gmask.architectures import refuse_other_chatglm
 from gmask.errors import GmaskError
 from gmask.models.base import (
+    Linear,
     PrefixEncoder,
     PrefixLMModel,
     PrefixLMPreTrainedModel,
@@ -277,8 +278,8 @@ class ChatGLMAttention(SelfAttention):
 
     def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.query_key_value = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
 
     def forward(
         self,
@@ -299,8 +300,8 @@ class ChatGLMAttention(SelfAttention):
 class ChatGLMMLP(nn.Module):
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dense_h_to_4h = Linear(config.hidden_size, config.intermediate_size)
+        self.dense_4h_to_h = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         output: Tensor = self.dense_4h_to_h(gelu_tanh(self.dense_h_to_4h(hidden_states)))
@@ -399,7 +400,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, PrefixL
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def tie_weights(self, missing_keys: set[str] | None = None, **kwargs: Any) -> None:

@@ -27,6 +27,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gmask.models.base import (
+    Linear,
     PrefixEncoder,
     PrefixLMModel,
     PrefixLMPreTrainedModel,
@@ -253,7 +254,7 @@ def attach_prompts(model: PreTrainedModel, count: int, network: Network) -> Prom
     return encoder
 
 
-class ResidualLinear(nn.Linear):
+class ResidualLinear(Linear):
     """A projection into the residual stream. Its initial weights are smaller in deeper models, as published."""
 
 
@@ -262,7 +263,7 @@ class GLMAttention(SelfAttention):
 
     def __init__(self, config: GLMConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx, dropout=config.attention_dropout)
-        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.query_key_value = Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = ResidualLinear(config.hidden_size, config.hidden_size)
 
     def forward(
@@ -284,7 +285,7 @@ class GLMAttention(SelfAttention):
 class GLMMLP(nn.Module):
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dense_h_to_4h = Linear(config.hidden_size, config.intermediate_size)
         self.dense_4h_to_h = ResidualLinear(config.intermediate_size, config.hidden_size)
         self.activation = ACT2FN[config.hidden_act]
 
@@ -418,7 +419,7 @@ class GLMLanguageModel(GLMPreTrainedModel):
     def __init__(self, config: GLMConfig) -> None:
         super().__init__(config)
         self.glm = GLMModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
 

@@ -1,4 +1,6 @@
-"""The package's own C++ library: products with int8 and int4 weights, attention of one query, GELU, rotary positions.
+"""The package's own C++ library.
+
+It has products with int8, int4 and bfloat16 weights, attention of one query, GELU, rotary positions.
 
 The library beside this file is built when the package is installed, if there is a C++ compiler (setup.py); nothing is
 compiled later. It has a plain C interface, so that it does not depend on the versions of Python and torch.
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-INSTRUCTION_SETS = ("portable", "neon", "avx2", "avx512", "avx512_vnni")  # as csrc/kernels.h numbers them
+INSTRUCTION_SETS = ("portable", "neon", "avx2", "avx2_int8", "avx_vnni", "avx512", "avx512_vnni")  # as csrc/kernels.h
 LIBRARY = Path(__file__).with_name("_native.dll" if sys.platform == "win32" else "_native.so")
 NUMBER_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -36,6 +38,7 @@ def open_library() -> ctypes.CDLL | None:
         return None
     pointer, count, size = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.gmask_matmul.argtypes = [size] * 4 + [pointer] * 4 + [size, pointer] + [count] * 4 + [size]
+    library.gmask_dense.argtypes = [size] + [pointer] * 3 + [size, pointer] + [count] * 3 + [size]
     library.gmask_pack.argtypes = [size, pointer, pointer, count, count, size]
     library.gmask_gelu.argtypes = [size, pointer, pointer, count, size]
     library.gmask_rotate.argtypes = [size] * 2 + [pointer] * 5 + [count] * 5 + [size]
@@ -120,8 +123,9 @@ def matmul_native(
         scale: of `gmask.quantization.formats.pack_scale_blocks`, float16 or float32.
         bias: ``[outputs]`` or None.
         outputs: N, without padding.
-        isa: one of `instruction_sets`. With ``avx512_vnni``, bfloat16 activations are rounded to int8, with a scale for
-            every 128 columns (64 with 8-bit weights).
+        isa: one of `instruction_sets`. With ``avx512_vnni`` and ``avx_vnni``, bfloat16 activations are rounded to int8,
+            with a scale for every 128 columns (64 with 8-bit weights); with ``avx2_int8`` to int8, or int16 with 8-bit
+            weights, with a scale for every 128.
 
     Returns:
         ``[M, outputs]`` in x's dtype.
@@ -150,6 +154,55 @@ def matmul_native(
         columns,
         columns // scale.shape[1],
         purpose=f"a product with {bits}-bit weights ({isa})",
+    )
+    return y
+
+
+DENSE_STEP = 32  # csrc/kernels.h: kDenseStep
+
+
+def can_multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Returns True if `multiply` takes these tensors: bfloat16, on the CPU, without gradients."""
+    return (
+        x.dtype == weight.dtype == torch.bfloat16
+        and weight.shape[1] % DENSE_STEP == 0
+        and weight.is_contiguous()
+        and (_are_served(x, weight) if bias is None else _are_served(x, weight, bias))
+    )
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, *, isa: str | None = None) -> Tensor:
+    """Returns ``x @ weight.T + bias``, summed in float32 and rounded once.
+
+    It is for CPUs without instructions for bfloat16, where torch's own product takes several times as long as one in
+    float32. There it is as fast as float32 for many rows, and for a few, where the weight has to be read, faster.
+
+    Args:
+        x: bfloat16 ``[..., K]``.
+        weight: bfloat16 ``[N, K]``, contiguous; K is a multiple of `DENSE_STEP`.
+        bias: ``[N]`` or None.
+        isa: one of `instruction_sets`, instead of the fastest.
+
+    Returns:
+        bfloat16 ``[..., N]``.
+    """
+    x = x.contiguous()
+    outputs, columns = weight.shape
+    y = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype)
+    if bias is not None:
+        bias = (bias if bias.dtype in NUMBER_TYPES else bias.float()).contiguous()
+    _call(
+        "gmask_dense",
+        _number_of(isa),
+        weight.data_ptr(),
+        x.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        NUMBER_TYPES[torch.float32 if bias is None else bias.dtype],
+        y.data_ptr(),
+        x.numel() // columns,
+        outputs,
+        columns,
+        purpose="a product with a bfloat16 weight",
     )
     return y
 

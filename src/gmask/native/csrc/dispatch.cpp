@@ -2,8 +2,20 @@
 #include "api.h"
 #include "kernels.h"
 
+#ifdef GMASK_X86
+#include <cpuid.h>
+#endif
+
 namespace gmask {
 namespace {
+
+#ifdef GMASK_X86
+// CPUID, leaf 7.1: not every compiler's __builtin_cpu_supports knows it.
+bool has_avx_vnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 4 & 1) != 0;
+}
+#endif
 
 bool is_supported(int isa) {
   switch (isa) {
@@ -15,7 +27,9 @@ bool is_supported(int isa) {
 #endif
 #ifdef GMASK_X86
     case kAvx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case kAvx2Int8:
+    case kAvxVnni:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (isa != kAvxVnni || has_avx_vnni());
     case kAvx512:
     case kAvx512Vnni:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -34,7 +48,9 @@ const Kernels* find_kernels(int isa, [[maybe_unused]] Type type) {
 #ifdef GMASK_X86
   if (isa == kAvx512Vnni) return type == kBfloat16 ? &avx512_vnni_kernels() : &avx512_kernels();
   if (isa == kAvx512) return &avx512_kernels();
-  if (isa == kAvx2) return &avx2_kernels();
+  if (isa == kAvxVnni && type == kBfloat16) return &avx_vnni_kernels();
+  if (isa == kAvx2Int8 && type == kBfloat16) return &avx2_int8_kernels();
+  if (isa == kAvx2 || isa == kAvx2Int8 || isa == kAvxVnni) return &avx2_kernels();
 #endif
 #ifdef GMASK_ARM
   if (isa == kNeon) return &neon_kernels();

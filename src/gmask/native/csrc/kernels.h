@@ -6,6 +6,7 @@
 //   int4  [N/32][K/8][32]      eight nibbles, each the integer + 8: columns 0 1 2 3 in the low ones of the four bytes,
 //                              4 5 6 7 in the high ones; masking then leaves four columns as the bytes of an integer
 //                              dot product
+//   bfloat16 [N/32][K/2][32]   two of them (dense.cpp packs a few rows at a time)
 //   scale [N/32][groups][32]   float16 or float32
 // So a thread reads one stream from start to end, a vector lane is a weight row, and nothing is summed across lanes.
 #pragma once
@@ -20,7 +21,7 @@ constexpr int kColumnStep = 32;   // padded columns and groups are multiples of 
 constexpr int kMaxTile = 8;       // activation rows that one pass over a block serves
 constexpr int kPrefetch = 3072;   // bytes read ahead; from 2 to 6 KB serve alike, more is too much for the cache
 
-enum Isa { kPortable = 0, kNeon = 1, kAvx2 = 2, kAvx512 = 3, kAvx512Vnni = 4, kIsaCount = 5 };
+enum Isa { kPortable, kNeon, kAvx2, kAvx2Int8, kAvxVnni, kAvx512, kAvx512Vnni, kIsaCount };
 enum Type { kFloat32 = 0, kBfloat16 = 1 };
 
 struct Block {
@@ -76,13 +77,35 @@ struct Turn {
 
 using TurnFunction = void (*)(const Turn& turn);
 
+struct DenseRows {
+  const uint16_t* weight;  // bfloat16
+  int64_t step;            // numbers from a row to the next
+  int64_t columns;
+  int64_t ahead;  // numbers from what is multiplied to what is fetched for later
+};
+
+// Adds to out[m * kRows + r] the product of row r of one or two rows of a weight with row m of M rows of activations,
+// which lie `step` apart: of every two vectors of columns the even ones, then the odd ones, as FillDenseFunction lays them.
+using DenseFunction = void (*)(const DenseRows& rows, const float* x, int64_t step, float* out);
+// Rows of a bfloat16 weight, `step` apart, to a block; zeros for those beyond `count`.
+using PackDenseFunction = void (*)(const uint16_t* from, int64_t step, int64_t count, int64_t columns, uint32_t* to);
+using FillDenseFunction = void (*)(const uint16_t* row, int64_t columns, float* to);
+
+constexpr int kDenseStep = 32;  // columns are a multiple of it
+constexpr int kDenseRows = 4;   // rows of activations that a DenseFunction serves at most
+
+constexpr int kind_of(int bits) { return bits == 4 ? 0 : bits == 8 ? 1 : 2; }
+
 struct Kernels {
   FillFunction fill;
-  int64_t units;                           // that it writes for kColumnStep columns, at most
-  BlockFunction multiply[2][kMaxTile];  // [bits == 8][M - 1]
+  int64_t units[2];                     // that it writes for kColumnStep columns, at most; [bits == 8]
+  BlockFunction multiply[3][kMaxTile];  // [kind_of(bits)][M - 1]
   HeadFunction attend;
   GeluFunction gelu;
   TurnFunction turn;
+  FillDenseFunction fill_dense;
+  PackDenseFunction pack_dense;
+  DenseFunction dense[2][kDenseRows];  // [rows of the weight - 1][M - 1]
 };
 
 const Kernels& portable_kernels();
@@ -93,6 +116,8 @@ const Kernels& neon_kernels();
 #if defined(__GNUC__) && defined(__x86_64__)
 #define GMASK_X86 1
 const Kernels& avx2_kernels();
+const Kernels& avx2_int8_kernels();
+const Kernels& avx_vnni_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512_vnni_kernels();
 #endif
@@ -109,6 +134,17 @@ void fill_floats(const Row& row, int64_t step, uint32_t* to);
     NAME<BITS, 1>, NAME<BITS, 2>, NAME<BITS, 3>, NAME<BITS, 4>, NAME<BITS, 5>, NAME<BITS, 6>, NAME<BITS, 7>, \
         NAME<BITS, 8>                                                                                       \
   }
+
+// `Kernels::dense` from a template NAME<R, M>.
+#define GMASK_DENSE(NAME) \
+  { {NAME<1, 1>, NAME<1, 2>, NAME<1, 3>, NAME<1, 4>}, {NAME<2, 1>, NAME<2, 2>, NAME<2, 3>, NAME<2, 4>} }
+
+// Reads memory into the cache in one run, which machines see coming; of several runs at once, or where each line is asked
+// for by an instruction, they read half as much a second (Zen 4).
+inline void touch(const void* from, int64_t bytes) {
+  const volatile uint8_t* start = static_cast<const volatile uint8_t*>(from);
+  for (int64_t at = 0; at < bytes; at += 64) (void)start[at];
+}
 
 inline float from_bits(uint32_t bits) {
   float value;

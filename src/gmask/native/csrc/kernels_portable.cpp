@@ -31,6 +31,14 @@ inline Four operator*(Four a, Four b) {
 struct FourFloats {
   static constexpr int lanes = 4;
   using type = Four;
+  static constexpr int64_t square = 4;  // rows and words of `transpose`
+
+  // to[word * kRows + row], for rows of bfloat16 numbers that lie `step` apart.
+  static void transpose(const uint16_t* from, int64_t step, uint32_t* to) {
+    for (int64_t row = 0; row < square; ++row)
+      for (int64_t word = 0; word < square; ++word)
+        std::memcpy(to + word * kRows + row, from + row * step + 2 * word, 4);
+  }
 
   GMASK_INLINE type zero() { return Four{0, 0, 0, 0}; }
   GMASK_INLINE type broadcast(const float* x) { return Four{*x, *x, *x, *x}; }
@@ -50,6 +58,14 @@ struct FourFloats {
   }
   GMASK_INLINE type multiply_add(type a, type b, type c) { return a * b + c; }
 #ifdef GMASK_GNU_VECTORS
+  using words = FourWords;
+
+  GMASK_INLINE words load_words(const uint8_t* data) {
+    words pairs;
+    std::memcpy(&pairs, data, sizeof pairs);
+    return pairs;
+  }
+  GMASK_INLINE type every_other(words pairs, int first) { return (Four)(first ? pairs & 0xffff0000 : pairs << 16); }
   GMASK_INLINE type from_int8(const uint8_t* data, int byte) {
     FourWords words;
     std::memcpy(&words, data, sizeof words);
@@ -61,6 +77,19 @@ struct FourFloats {
     return __builtin_convertvector((FourIntegers)(words >> (4 * nibble) & 15) - 8, Four);
   }
 #else
+  struct words {
+    uint16_t numbers[8];
+  };
+
+  GMASK_INLINE words load_words(const uint8_t* data) {
+    words pairs;
+    std::memcpy(&pairs, data, sizeof pairs);
+    return pairs;
+  }
+  GMASK_INLINE type every_other(words pairs, int first) {
+    const uint16_t* x = pairs.numbers + first;
+    return Four{bfloat16_to_float(x[0]), bfloat16_to_float(x[2]), bfloat16_to_float(x[4]), bfloat16_to_float(x[6])};
+  }
   GMASK_INLINE type from_int8(const uint8_t* data, int byte) {  // little-endian words, whatever the machine
     const uint8_t* x = data + byte;
     return Four{float(int8_t(x[0])), float(int8_t(x[4])), float(int8_t(x[8])), float(int8_t(x[12]))};
@@ -91,6 +120,7 @@ struct FourFloats {
 #define GMASK_SUMS 8
 #include "blocks_float32.inc"
 #include "attention.inc"
+#include "dense.inc"
 #include "elementwise.inc"
 #include "undefine.h"
 
@@ -98,6 +128,10 @@ struct FourFloats {
 struct Neon {
   static constexpr int lanes = 4;
   using type = float32x4_t;
+  using words = uint32x4_t;
+  static constexpr int64_t square = FourFloats::square;
+
+  static void transpose(const uint16_t* from, int64_t step, uint32_t* to) { FourFloats::transpose(from, step, to); }
 
   GMASK_INLINE type zero() { return vdupq_n_f32(0); }
   GMASK_INLINE type broadcast(const float* x) { return vld1q_dup_f32(x); }
@@ -106,6 +140,10 @@ struct Neon {
   GMASK_INLINE void store(float* out, type a) { vst1q_f32(out, a); }
   GMASK_INLINE type load_bfloat16(const uint16_t* x) {
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(x), 16));
+  }
+  GMASK_INLINE words load_words(const uint8_t* data) { return vreinterpretq_u32_u8(vld1q_u8(data)); }
+  GMASK_INLINE type every_other(words pairs, int first) {
+    return vreinterpretq_f32_u32(first ? vandq_u32(pairs, vdupq_n_u32(0xffff0000)) : vshlq_n_u32(pairs, 16));
   }
   GMASK_INLINE type add(type a, type b) { return vaddq_f32(a, b); }
   GMASK_INLINE float sum(type a) { return vaddvq_f32(a); }
@@ -127,6 +165,7 @@ struct Neon {
 #define GMASK_SUMS 16
 #include "blocks_float32.inc"
 #include "attention.inc"
+#include "dense.inc"
 #include "elementwise.inc"
 #include "undefine.h"
 #endif
@@ -146,22 +185,28 @@ void fill_floats(const Row& row, int64_t step, uint32_t* to) {
 
 const Kernels& portable_kernels() {
   static const Kernels kernels = {fill_floats,
-                                  kColumnStep,
-                                  {GMASK_TILES(portable, 4), GMASK_TILES(portable, 8)},
+                                  {kColumnStep, kColumnStep},
+                                  {GMASK_TILES(portable, 4), GMASK_TILES(portable, 8), GMASK_TILES(portable, 16)},
                                   portable_attend,
                                   portable_gelu,
-                                  portable_turn};
+                                  portable_turn,
+                                  portable_fill_dense,
+                                  portable_pack_dense,
+                                  GMASK_DENSE(portable_dense)};
   return kernels;
 }
 
 #ifdef GMASK_ARM
 const Kernels& neon_kernels() {
   static const Kernels kernels = {fill_floats,
-                                  kColumnStep,
-                                  {GMASK_TILES(neon, 4), GMASK_TILES(neon, 8)},
+                                  {kColumnStep, kColumnStep},
+                                  {GMASK_TILES(neon, 4), GMASK_TILES(neon, 8), GMASK_TILES(neon, 16)},
                                   neon_attend,
                                   neon_gelu,
-                                  neon_turn};
+                                  neon_turn,
+                                  neon_fill_dense,
+                                  neon_pack_dense,
+                                  GMASK_DENSE(neon_dense)};
   return kernels;
 }
 #endif

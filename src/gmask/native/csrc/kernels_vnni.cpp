@@ -140,7 +140,7 @@ const Kernels& avx512_vnni_kernels() {
   static const Kernels kernels = [] {
     Kernels made = avx512_kernels();
     made.fill = fill;
-    made.units = 2 + kColumnStep / 4;
+    made.units[0] = made.units[1] = 2 + kColumnStep / 4;
     const BlockFunction products[2][kMaxTile] = {GMASK_TILES(vnni, 4), GMASK_TILES(vnni, 8)};
     std::memcpy(made.multiply, products, sizeof products);
     return made;

@@ -19,6 +19,30 @@ namespace {
 struct Avx2 {
   static constexpr int lanes = 8;
   using type = __m256;
+  using words = __m256i;
+  static constexpr int64_t square = 8;  // rows and words of `transpose`
+
+  // to[word * kRows + row], for rows of bfloat16 numbers that lie `step` apart.
+  TARGET_AVX2 GMASK_INLINE void transpose(const uint16_t* from, int64_t step, uint32_t* to) {
+    __m256i row[8], pair[8], four[8];
+    GMASK_UNROLL for (int r = 0; r < 8; ++r)
+      row[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + r * step));
+    GMASK_UNROLL for (int r = 0; r < 8; r += 2) {
+      pair[r] = _mm256_unpacklo_epi32(row[r], row[r + 1]);
+      pair[r + 1] = _mm256_unpackhi_epi32(row[r], row[r + 1]);
+    }
+    GMASK_UNROLL for (int r = 0; r < 8; r += 4)
+      GMASK_UNROLL for (int i = 0; i < 2; ++i) {
+        four[r + 2 * i] = _mm256_unpacklo_epi64(pair[r + i], pair[r + 2 + i]);
+        four[r + 2 * i + 1] = _mm256_unpackhi_epi64(pair[r + i], pair[r + 2 + i]);
+      }
+    GMASK_UNROLL for (int i = 0; i < 4; ++i) {
+      __m256i* at = reinterpret_cast<__m256i*>(to + i * kRows);
+      _mm256_storeu_si256(at, _mm256_permute2x128_si256(four[i], four[4 + i], 0x20));
+      at = reinterpret_cast<__m256i*>(to + (4 + i) * kRows);
+      _mm256_storeu_si256(at, _mm256_permute2x128_si256(four[i], four[4 + i], 0x31));
+    }
+  }
 
   TARGET_AVX2 GMASK_INLINE type zero() { return _mm256_setzero_ps(); }
   TARGET_AVX2 GMASK_INLINE type broadcast(const float* x) { return _mm256_broadcast_ss(x); }
@@ -29,6 +53,13 @@ struct Avx2 {
   TARGET_AVX2 GMASK_INLINE type load_bfloat16(const uint16_t* x) {
     const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+  }
+  TARGET_AVX2 GMASK_INLINE words load_words(const uint8_t* data) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data));
+  }
+  TARGET_AVX2 GMASK_INLINE type every_other(words pairs, int first) {
+    return _mm256_castsi256_ps(first ? _mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000)))
+                                     : _mm256_slli_epi32(pairs, 16));
   }
   TARGET_AVX2 GMASK_INLINE void store(float* out, type a) { _mm256_storeu_ps(out, a); }
   TARGET_AVX2 GMASK_INLINE type add(type a, type b) { return _mm256_add_ps(a, b); }
@@ -52,6 +83,12 @@ struct Avx2 {
 struct Avx512 {
   static constexpr int lanes = 16;
   using type = __m512;
+  using words = __m512i;
+  static constexpr int64_t square = Avx2::square;
+
+  TARGET_AVX512 GMASK_INLINE void transpose(const uint16_t* from, int64_t step, uint32_t* to) {
+    Avx2::transpose(from, step, to);
+  }
 
   TARGET_AVX512 GMASK_INLINE type zero() { return _mm512_setzero_ps(); }
   TARGET_AVX512 GMASK_INLINE type broadcast(const float* x) { return _mm512_set1_ps(*x); }
@@ -62,6 +99,11 @@ struct Avx512 {
   TARGET_AVX512 GMASK_INLINE type load_bfloat16(const uint16_t* x) {
     const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  }
+  TARGET_AVX512 GMASK_INLINE words load_words(const uint8_t* data) { return _mm512_loadu_si512(data); }
+  TARGET_AVX512 GMASK_INLINE type every_other(words pairs, int first) {
+    return _mm512_castsi512_ps(first ? _mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000)))
+                                     : _mm512_slli_epi32(pairs, 16));
   }
   TARGET_AVX512 GMASK_INLINE void store(float* out, type a) { _mm512_storeu_ps(out, a); }
   TARGET_AVX512 GMASK_INLINE type add(type a, type b) { return _mm512_add_ps(a, b); }
@@ -83,6 +125,7 @@ struct Avx512 {
 #define GMASK_SUMS 8
 #include "blocks_float32.inc"
 #include "attention.inc"
+#include "dense.inc"
 #include "elementwise.inc"
 #include "undefine.h"
 
@@ -92,6 +135,7 @@ struct Avx512 {
 #define GMASK_SUMS 16
 #include "blocks_float32.inc"
 #include "attention.inc"
+#include "dense.inc"
 #include "elementwise.inc"
 #include "undefine.h"
 
@@ -99,21 +143,27 @@ struct Avx512 {
 
 const Kernels& avx2_kernels() {
   static const Kernels kernels = {fill_floats,
-                                  kColumnStep,
-                                  {GMASK_TILES(avx2, 4), GMASK_TILES(avx2, 8)},
+                                  {kColumnStep, kColumnStep},
+                                  {GMASK_TILES(avx2, 4), GMASK_TILES(avx2, 8), GMASK_TILES(avx2, 16)},
                                   avx2_attend,
                                   avx2_gelu,
-                                  avx2_turn};
+                                  avx2_turn,
+                                  avx2_fill_dense,
+                                  avx2_pack_dense,
+                                  GMASK_DENSE(avx2_dense)};
   return kernels;
 }
 
 const Kernels& avx512_kernels() {
   static const Kernels kernels = {fill_floats,
-                                  kColumnStep,
-                                  {GMASK_TILES(avx512, 4), GMASK_TILES(avx512, 8)},
+                                  {kColumnStep, kColumnStep},
+                                  {GMASK_TILES(avx512, 4), GMASK_TILES(avx512, 8), GMASK_TILES(avx512, 16)},
                                   avx512_attend,
                                   avx512_gelu,
-                                  avx512_turn};
+                                  avx512_turn,
+                                  avx512_fill_dense,
+                                  avx512_pack_dense,
+                                  GMASK_DENSE(avx512_dense)};
   return kernels;
 }
 

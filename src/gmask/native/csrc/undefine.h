@@ -3,3 +3,4 @@
 #undef GMASK_TARGET
 #undef GMASK_VECTOR
 #undef GMASK_SUMS
+#undef GMASK_INTEGERS

@@ -19,3 +19,13 @@
 #define GMASK_INLINE static inline
 #define GMASK_PREFETCH(address) (void)(address)
 #endif
+
+// Has compilers compute a vector here and keep it in a register. They would else load it again for each use, or keep
+// all products of a loop, more than there are registers, since sums of integers may be taken in any order.
+#if defined(__GNUC__) && defined(__x86_64__)
+#define GMASK_KEEP(vector) __asm__("" : "+x"(vector))
+#elif defined(__GNUC__) && defined(__aarch64__)
+#define GMASK_KEEP(vector) __asm__("" : "+w"(vector))
+#else
+#define GMASK_KEEP(vector) (void)(vector)
+#endif

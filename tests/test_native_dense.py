@@ -1,0 +1,95 @@
+"""Does the product with a bfloat16 weight equal the exact one, on every instruction set of the machine?"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from gmask.models import base
+from gmask.native import ops
+from gmask.native.ops import instruction_sets
+
+ISAS = instruction_sets()
+
+
+def make_numbers(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * 4.0 ** torch.randn(shape[-1], generator=generator)).bfloat16()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.sampled_from([1, 2, 3, 4, 5, 8, 9, 31, 130]),
+    outputs=st.sampled_from([1, 7, 31, 32, 33, 160]),
+    columns=st.sampled_from([32, 96, 512, 544, 4128]),
+    bias_dtype=st.sampled_from([None, torch.bfloat16, torch.float32]),
+    seed=st.integers(0, 2**31),
+)
+def test_it_equals_the_exact_product(
+    isa: str, rows: int, outputs: int, columns: int, bias_dtype: torch.dtype | None, seed: int
+) -> None:
+    x, weight = make_numbers(rows, columns, seed=seed), make_numbers(outputs, columns, seed=seed + 1)
+    bias = None if bias_dtype is None else make_numbers(outputs, seed=seed + 2).to(bias_dtype)
+    y = ops.multiply(x, weight, bias, isa=isa)
+    added = torch.zeros(()) if bias is None else bias
+    exact = x.double() @ weight.double().T + added.double()
+    products = x.double().abs() @ weight.double().abs().T + added.double().abs()
+    assert y.dtype == torch.bfloat16 and y.shape == (rows, outputs)
+    assert ((y.double() - exact).abs() <= 2.0**-8 * exact.abs() + 2.0**-23 * (columns + 8) * products).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("rows", [3, 12])
+def test_what_is_not_finite_reaches_its_row_and_no_other(isa: str, rows: int) -> None:
+    x, weight = make_numbers(rows, 64, seed=0), make_numbers(40, 64, seed=1)
+    clean = ops.multiply(x, weight, None, isa=isa)
+    x[1, 5] = float("nan")
+    y = ops.multiply(x, weight, None, isa=isa)
+    assert y[1].isnan().all()
+    assert torch.equal(y[0], clean[0]) and torch.equal(y[2:], clean[2:])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_inputs_of_any_shape_and_layout_are_taken(isa: str) -> None:
+    x, weight = make_numbers(2, 64, 5, seed=0), make_numbers(40, 64, seed=1)
+    y = ops.multiply(x.transpose(1, 2), weight, None, isa=isa)
+    assert y.shape == (2, 5, 40)
+    assert torch.equal(y, ops.multiply(x.transpose(1, 2).contiguous(), weight, None, isa=isa))
+    assert ops.multiply(x.new_empty(0, 64), weight, None, isa=isa).shape == (0, 40)
+
+
+@pytest.mark.skipif(not ISAS, reason="the C++ library was not built")
+def test_what_it_takes() -> None:
+    x, weight = make_numbers(2, 64, seed=0), make_numbers(40, 64, seed=1)
+    assert ops.can_multiply(x, weight, None)
+    for other in (
+        (x.float(), weight),
+        (x, weight.float()),
+        (x[:, :63], weight[:, :63].contiguous()),
+        (x, weight[:, ::2]),
+    ):
+        assert not ops.can_multiply(*other, None)
+    assert not ops.can_multiply(x.requires_grad_(), weight, None)
+    with torch.no_grad():
+        assert ops.can_multiply(x, weight, None)
+
+
+@pytest.mark.skipif(not ISAS, reason="the C++ library was not built")
+def test_a_layer_takes_it_where_the_cpu_lacks_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = base.Linear(64, 40, dtype=torch.bfloat16), make_numbers(3, 64, seed=0)
+    calls: list[Tensor] = []
+
+    def note(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        calls.append(weight)
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(ops, "multiply", note)
+    for lacks, grad in ((True, False), (True, True), (False, False)):
+        monkeypatch.setattr(base, "lacks_bfloat16", lambda lacks=lacks: lacks)
+        calls.clear()
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(layer(x), nn.Linear.forward(layer, x))
+        assert len(calls) == (lacks and not grad)
