@@ -53,7 +53,7 @@ setup(
             language="c++",
             extra_compile_args=["/O2", "/std:c++17"]
             if IS_WINDOWS
-            else ["-O3", "-std=c++17", "-fvisibility=hidden", "-g0"],
+            else ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"],
             optional=True,
         )
     ],
