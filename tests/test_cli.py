@@ -19,6 +19,9 @@ import typer
 import gmask
 from gmask.cli import app, find_extra, generation, main
 from gmask.cli.printing import highlight_answers
+from gmask.models import base
+from gmask.native.ops import instruction_sets
+from gmask.quantization.kernels import describe_path
 from terminal import Terminal, heed_ctrl_c
 from tiny_folder import make_folder
 
@@ -287,6 +290,18 @@ def test_info_tells_size_ids_memory_and_licence(run: Run, folder: Path) -> None:
     assert values["licence"] is None
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Model\n", "utf-8")
     assert "apache-2.0" in run("info", folder).out
+
+
+def test_info_tells_what_multiplies_on_this_machine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = json.loads(run("info", "--machine", "--json").out)
+    assert values["C++_kernels"] == list(instruction_sets())
+    assert values["int8_and_int4"] == describe_path()
+    monkeypatch.setattr(base, "lacks_bfloat16", lambda: False)
+    assert "instructions of this CPU" in run("info", "--machine").out
+    monkeypatch.setattr(base, "lacks_bfloat16", lambda: True)
+    assert ("in float32" in run("info", "--machine").out) == bool(instruction_sets())
+    refused = run("info", "--machine", "--zoo")
+    assert (refused.code, refused.err) == (2, "gmask: give --zoo or --machine, not both\n")
 
 
 def test_a_tokenizer_is_learnt_from_files(run: Run, tmp_path: Path) -> None:

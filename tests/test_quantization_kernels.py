@@ -40,8 +40,8 @@ def make_weight(
 
 STEPS = {"avx512_vnni": {4: (128, 254), 8: (64, 254)}, "avx_vnni": {4: (128, 254), 8: (64, 254)}}
 STEPS["avx2_int8"] = {4: (128, 254), 8: (128, 65534)}
-"""Where bfloat16 activations are rounded to integers, by path and bits of the weight: columns that share a step, and how
-many halves of it the largest has."""
+"""Where bfloat16 activations are rounded to integers, by path and bits of the weight: columns that share a step, and
+how many halves of it the largest has."""
 
 
 def error_bound(

@@ -191,23 +191,50 @@ def info(
         ),
     ] = None,
     zoo: Annotated[bool, typer.Option("--zoo", help="List the published models instead.")] = False,
+    machine: Annotated[bool, typer.Option("--machine", help="Show what this CPU can do, and what is chosen.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the size, shape, special ids, memory and licence of a model, without loading or fetching its weights."""
     from gmask.checkpoints.zoo import FAMILIES
 
-    if zoo and model is not None:
-        raise GmaskError(f"give {model} or --zoo, not both")
+    asked = [name for name, given in ((model, model is not None), ("--zoo", zoo), ("--machine", machine)) if given]
+    if len(asked) > 1:
+        raise GmaskError(f"give {asked[0]} or {asked[1]}, not both")
     if zoo and as_json:
         print_json([describe_family(family) for family in FAMILIES], indent=2)
     elif zoo:
         print_zoo(FAMILIES)
     else:
-        about = describe_model(model or "bundled")
+        about = describe_cpu() if machine else describe_model(model or "bundled")
         if as_json:
             print_json(about, indent=2)
         else:
             print_fields({name.replace("_", " "): _as_text(value) for name, value in about.items()}, width=16)
+
+
+def describe_cpu() -> dict[str, Any]:
+    """Describes this machine's CPU, and what multiplies on it.
+
+    Raises:
+        GmaskError: the environment forces a kernel that this machine lacks.
+    """
+    import torch
+
+    from gmask.hardware import cpu_instructions, describe_device, training_dtype
+    from gmask.models.base import describe_bfloat16
+    from gmask.native.ops import instruction_sets
+    from gmask.quantization.kernels import describe_path
+
+    device = torch.device("cpu")
+    return {
+        "cpu": describe_device(device),
+        "instructions": cpu_instructions(),
+        "threads": torch.get_num_threads(),
+        "C++_kernels": list(instruction_sets()),
+        "int8_and_int4": describe_path(),
+        "bfloat16": describe_bfloat16(),
+        "training": str(training_dtype("auto", device)).removeprefix("torch."),
+    }
 
 
 def describe_model(name: str) -> dict[str, Any]:

@@ -46,6 +46,15 @@ def lacks_bfloat16() -> bool:
     return not has_bfloat16(torch.device("cpu"))
 
 
+def describe_bfloat16() -> str:
+    """Returns a description of what multiplies by bfloat16 weights on this CPU."""
+    if not lacks_bfloat16():
+        return "torch, by instructions of this CPU"
+    if native.instruction_sets():
+        return "the package's C++ kernel, in float32"
+    return "torch, slower than in float32: this CPU has no instructions for it"
+
+
 class Linear(nn.Linear):
     """A linear layer. The package's kernel multiplies by a bfloat16 weight if the CPU has no instructions for it."""
 
