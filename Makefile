@@ -46,6 +46,7 @@ check: $(VENV)/.installed-dev  ## lint, types, import layers, documentation
 bench: $(VENV)/.installed-dev  ## measure against peers, all in one run
 	$(BIN)/python benchmarks/infilling.py
 	$(BIN)/python benchmarks/pretraining.py
+	$(BIN)/python benchmarks/pretraining_run.py
 	$(BIN)/python benchmarks/decoding.py
 	$(BIN)/python benchmarks/cold_start.py
 	$(BIN)/python benchmarks/scoring.py

@@ -16,7 +16,9 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib.pyplot  # noqa: F401 - for the forks
 import torch
+import torch.utils.tensorboard
 
 from gmask.errors import GmaskError
 from gmask.training.pretrain import run_pretraining

@@ -237,6 +237,26 @@ def test_every_token_is_seen_once_an_epoch(lengths: list[int], row_length: int, 
         assert sorted(part) == source.shards[0].tokens.tolist()
 
 
+@pytest.mark.parametrize("parts", [2, 3])
+def test_the_parts_of_a_stream_see_every_token_once_an_epoch_and_number_their_rows_apart(parts: int) -> None:
+    source = make_source("a", [120, 7, 300, 45, 60, 18, 210])
+    streams = [RowStream([source], MIXTURE, row_length=128, seed=5, part=part, parts=parts) for part in range(parts)]
+    seen: list[int] = []
+    numbers: list[int] = []
+    for part, stream in enumerate(streams):
+        own: list[int] = []
+        order = np.random.default_rng([*stream.readers[0].key, 0]).permutation(len(source))[part::parts]
+        due = sum(len(source.document(int(document))) for document in order)
+        while len(own) < due:
+            numbers.append(stream.row)
+            own += words_of([stream.next_row()])
+        seen += own[:due]
+    assert sorted(seen) == source.shards[0].tokens.tolist()
+    assert len(set(numbers)) == len(numbers) and {number % parts for number in numbers} == set(range(parts))
+    with pytest.raises(GmaskError, match=r"data.streams is 8, and the source a has 7 documents"):
+        RowStream([source], MIXTURE, row_length=128, seed=5, parts=8)
+
+
 def test_pieces_begin_with_cls_and_end_with_the_document() -> None:
     source = make_source("a", [5, 40, 700])
     stream = RowStream([source], MIXTURE, row_length=128, seed=0)

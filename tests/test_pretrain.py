@@ -433,6 +433,21 @@ def test_activations_that_are_computed_again_change_no_loss(recipe_path: Path, t
         assert [record[name] for record in found] == pytest.approx([record[name] for record in plain], rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="compiling for a CPU takes a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_compiled_blocks_change_no_loss(recipe_path: Path, tmp_path: Path) -> None:
+    short = [*NO_DROPOUT, "optimization.steps=4", "run.validate_every=4", "run.save_every=2"]
+    compiled = [*short, "optimization.compile=true", f"run.out={tmp_path / 'compiled'}"]
+    pretrain.run_pretraining(str(recipe_path), [*short, f"run.out={tmp_path / 'plain'}"])
+    training = pretrain.Pretraining(load_recipe(recipe_path, compiled))
+    assert all(block._compiled_call_impl is not None for block in training.model.glm.transformer.layers)
+    training.train()
+    plain, found = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("plain", "compiled"))
+    for name in ("loss", "gradient_norm"):
+        assert [record[name] for record in found] == pytest.approx([record[name] for record in plain], rel=1e-4)
+
+
 class Products(TorchDispatchMode):
     """Counts the matrix products and GELUs."""
 

@@ -16,6 +16,7 @@ from pretraining_data import NO_DROPOUT, write_recipe
 
 TESTS = Path(__file__).parent
 COMMON = [*NO_DROPOUT, "optimization.steps=8", "run.save_every=2", "run.validate_every=8", "parallel.shard=true"]
+STORE_OF_ITS_OWN = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # without it, a restart finds the addresses of the start before
 PATIENCE = 30  # seconds
 pytestmark = pytest.mark.slow
 
@@ -28,7 +29,7 @@ def start(recipe: Path, out: Path, *overrides: str, fault: str = "none", restart
             *(*launch, "--max-restarts", str(restarts), str(TESTS / "pretrain_fault_worker.py")),
             *(fault, str(recipe), *COMMON, f"run.out={out}", *overrides),
         ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", STORE_OF_ITS_OWN: "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

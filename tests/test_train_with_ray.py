@@ -1,6 +1,8 @@
-"""Does the launcher for a Ray cluster run the verb in each worker? Ray is a stand-in with its documented names."""
+"""Does the launcher for a Ray cluster run the verb in each worker? One test asks Ray, the others a stand-in for it."""
 
+import os
 import runpy
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +13,9 @@ import pytest
 
 import gmask
 from feedback_data import write_feedback_recipe
+from gmask.training.pretrain import run_pretraining
+from gmask.training.run_folder import read_metrics
+from pretraining_data import NO_DROPOUT, write_recipe
 from tuning_data import read_log
 
 SCRIPT = Path(__file__).parents[1] / "recipes" / "train_with_ray.py"
@@ -75,3 +80,27 @@ def test_a_mistake_in_the_recipe_reaches_the_user(ray: type[TorchTrainer], tmp_p
     train = runpy.run_path(str(SCRIPT))["train"]
     with pytest.raises(gmask.GmaskError, match="the nearest is 'steps'"):
         train({"verb": "reward", "recipe": recipe, "overrides": ["optimization.step=2"]})
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_two_workers_of_ray_train_make_the_steps_of_one_process(tmp_path: Path) -> None:
+    pytest.importorskip("ray.train.torch")
+    recipe = write_recipe(tmp_path)
+    settings = [*NO_DROPOUT, "optimization.steps=6", "run.validate_every=6", "run.save_every=3"]
+    run_pretraining(str(recipe), [*settings, f"run.out={tmp_path / 'one'}"])
+    changed = [*settings, "parallel.shard=true", f"run.out={tmp_path / 'two'}"]
+    options = [argument for setting in changed for argument in ("--set", setting)]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "pretrain", str(recipe), "--workers", "2", *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "RAY_USAGE_STATS_ENABLED": "0"},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [record["tokens"] for record in two] == [record["tokens"] for record in one]
+    for name in ("loss", "gradient_norm"):
+        assert [record[name] for record in two] == pytest.approx([record[name] for record in one], rel=1e-5)
+    assert (tmp_path / "two" / "checkpoint-00000006" / "sharded").is_dir()

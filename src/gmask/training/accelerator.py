@@ -132,6 +132,21 @@ def join_processes(settings: RunSettings, *, device: str, dtype: torch.dtype) ->
     return make_accelerator(arguments)
 
 
+def describe_restarts() -> str | None:
+    """A warning if torchrun is to restart processes, and would hand them the addresses of those that ended.
+
+    Source: pytorch/pytorch issues 135712 and 167288.
+    """
+    variables = ("TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_USE_AGENT_STORE")
+    restarts, shares = (os.environ.get(name, "") for name in variables)
+    if restarts in ("", "0") or shares != "True":
+        return None
+    return (
+        "warning: torchrun would give processes that it restarts the addresses of those before, and they may not meet: "
+        "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"
+    )
+
+
 def make_accelerator(args: TrainingArguments) -> Accelerator:
     """The accelerator of these arguments. It does not accumulate: the loop divides its losses itself.
 

@@ -36,7 +36,7 @@ from gmask.recipes.pretraining import (
     make_mixture,
 )
 from gmask.tasks.records import Source
-from gmask.training.accelerator import find_device, join_processes
+from gmask.training.accelerator import describe_restarts, find_device, join_processes
 from gmask.training.corpus_rows import RowStream, open_texts, validation_rows
 from gmask.training.diagnostics import SpikeGuard, training_flops
 from gmask.training.examples import Batch
@@ -283,6 +283,8 @@ class Pretraining:
         if checkpoint is not None and not resume:
             raise GmaskError(f"{self.out} holds a run already: resume it, or choose another run.out")
         self._report(describe_training_dtype(self.recipe.optimization.dtype, self.device))
+        if warning := describe_restarts():
+            self._report(warning)
         if checkpoint is not None:
             state = self.loop.restore()
             saved = state.get("streams") or [state["stream"]]
