@@ -75,14 +75,23 @@ void multiply_block(const Dense& dense, const Activations& activations, int64_t 
   dense.output.store<kRows>(first, std::min(dense.rows, end * kMaxTile) - first, index * kRows, sums);
 }
 
+// The activations are kept in float32, so not all at once.
+constexpr int64_t kMost = 512;
+
 void multiply_many(const Dense& dense, int threads) {
-  const Row row = {dense.x, kBfloat16, 16, dense.columns, dense.columns, dense.columns};
-  const Activations activations(fill_floats, kColumnStep, row, dense.rows, threads);
-  constexpr int64_t kTiles = kBand / kMaxTile;
-  share((dense.output.outputs + kRows - 1) / kRows, 1, threads, [&](int64_t index, int64_t) {
-    for (int64_t tile = 0; tile < activations.tiles(); tile += kTiles)
-      multiply_block(dense, activations, index, tile, std::min(tile + kTiles, activations.tiles()));
-  });
+  for (int64_t row = 0; row < dense.rows; row += kMost) {
+    Dense part = dense;
+    part.rows = std::min(kMost, dense.rows - row);
+    part.x = dense.x + row * dense.columns;
+    part.output.y = static_cast<uint16_t*>(dense.output.y) + row * dense.output.outputs;
+    const Row first = {part.x, kBfloat16, 16, dense.columns, dense.columns, dense.columns};
+    const Activations activations(fill_floats, kColumnStep, first, part.rows, threads);
+    constexpr int64_t kTiles = kBand / kMaxTile;
+    share((dense.output.outputs + kRows - 1) / kRows, 1, threads, [&](int64_t index, int64_t) {
+      for (int64_t tile = 0; tile < activations.tiles(); tile += kTiles)
+        multiply_block(part, activations, index, tile, std::min(tile + kTiles, activations.tiles()));
+    });
+  }
 }
 
 }  // namespace
