@@ -2,12 +2,14 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 import zstandard
 
 import gmask
+from gmask.generation import files
 from gmask.generation.files import FileReport, fill_file
 from gmask.generation.infill import Infiller
 from gmask.generation.settings import Sampling
@@ -69,6 +71,28 @@ def test_plain_text_files_have_a_text_on_each_line_and_empty_lines_stay(infiller
     assert first["text"].startswith("a ") and empty is None and last["text"].startswith("b ")
 
 
+def load_infiller(folder: Path, sampling: Sampling) -> Infiller:
+    """Runs in processes that are started."""
+    return Infiller(*gmask.load(folder, device="cpu"), sampling, batch_size=2)
+
+
+def test_several_processes_give_what_one_gives(
+    infiller: Infiller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, load = tmp_path / "texts.txt", partial(load_infiller, Path(infiller.model.name_or_path), infiller.sampling)
+    monkeypatch.setattr(files, "FILLED_TOGETHER", 2)
+    source.write_text("\n".join(["", *TEXTS * 4, "no blank here", *TEXTS]), "utf-8")
+    with pytest.raises(gmask.GmaskError, match=r"line 22: .*no blank"):
+        fill_file(infiller, source, tmp_path / "two.jsonl", processes=2, load=load)
+    report = fill_file(infiller, source, tmp_path / "two.jsonl", processes=2, load=load, skip_bad_lines=True)
+    assert report == FileReport(lines=27, resumed=21, skipped=1)
+    fill_file(infiller, source, tmp_path / "one.jsonl", skip_bad_lines=True)
+    for two, one in zip(read(tmp_path / "two.jsonl"), read(tmp_path / "one.jsonl"), strict=True):
+        assert (two is None) == (one is None) and (two or {}).get("text") == (one or {}).get("text")
+    with pytest.raises(gmask.GmaskError, match="processes is 2: give 1, or more and the function"):
+        fill_file(infiller, source, tmp_path / "new.jsonl", processes=2)
+
+
 @pytest.mark.parametrize("torn", [b"", b'{"text": "The old'])
 def test_a_stopped_run_goes_on_where_it_stopped(
     infiller: Infiller, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: bytes
@@ -83,6 +107,7 @@ def test_a_stopped_run_goes_on_where_it_stopped(
             raise KeyboardInterrupt
         return fill(self, texts, *args, **keywords)
 
+    monkeypatch.setattr(files, "FILLED_TOGETHER", 1)
     monkeypatch.setattr(Infiller, "fill", stop_at_the_second_batch)
     target = tmp_path / "out.jsonl"
     with pytest.raises(KeyboardInterrupt):

@@ -309,7 +309,7 @@ def fill_model(
         finish(model, form)
     for name, product in mapped.items():
         if product is not None:
-            model.get_submodule(name.rpartition(".")[0]).adopt(product)  # type: ignore[operator]
+            model.get_submodule(name.rpartition(".")[0]).adopt(product)
     if opened is not None:
         attach(model, opened, tensors)
     if form is not None:

@@ -220,10 +220,10 @@ class SafetensorsFile:
 
     def _check_blocks(self, blocks: Blocks) -> None:
         for key, shape in blocks.shapes.items():
-            entry, is_scale = self._entries.get(key), key.endswith(SCALES)
-            dtype = None if entry is None else (FLOAT_DTYPES | INTEGER_DTYPES).get(entry.get_dtype())
-            fits = dtype is not None and len(shape) in ((1, 2) if is_scale else (2,))
-            fits = fits and dtype in ((torch.float16, torch.float32) if is_scale else (torch.int8,))
+            is_scale = key.endswith(SCALES)
+            dtypes, axes = (("F16", "F32"), (1, 2)) if is_scale else (("I8",), (2,))
+            entry: Any = self._entries.get(key)
+            fits = entry is not None and entry.get_dtype() in dtypes and len(shape) in axes
             if not fits or list(blocks.plan(key, torch.empty(0, device="meta")).shape) != entry.get_shape():
                 raise GmaskError(f"{self.path}: {key} is not as its header says: truncated or damaged, make it again")
 

@@ -1,5 +1,6 @@
 """``gmask infill``, ``gmask score``, ``gmask embed`` and ``gmask chat``."""
 
+import functools
 import sys
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
@@ -69,6 +70,10 @@ Candidates = Annotated[
     typer.Option(help="Candidates of a blank, as 'sunny|rainy'; once for each blank.", show_default=False),
 ]
 
+Processes = Annotated[
+    int, typer.Option(min=1, help="Processes that fill the lines of --input, each with a model of its own.")
+]
+
 AnswerTokens = Annotated[
     int | None, typer.Option(help="Longest answer, in tokens.", show_default=str(Sampling().max_tokens))
 ]
@@ -88,6 +93,7 @@ def infill(
     dtype: Dtype = None,
     quantize: Quantize = None,
     pairs: Pairs = None,
+    processes: Processes = 1,
 ) -> None:
     """Fill the blanks of texts, from left to right, each answer with the earlier ones in sight."""
     from gmask.generation.settings import make_sampling
@@ -95,14 +101,15 @@ def infill(
     settings = make_sampling(merge_settings(pairs, n=n, max_tokens=max_tokens))
     candidates = [read_candidates(choice) for choice in choices or []] or None
     files = read_files(texts, source, target)
+    if processes > 1 and not files:
+        raise GmaskError("--processes is for the lines of --input")
     is_interactive = not files and not texts and sys.stdin.isatty()
     texts = [] if files or is_interactive else texts_or_stdin(texts)
-    pair = load_glm(model, adapter, dtype, quantize)
-    from gmask.generation.infill import Infiller
-
-    infiller = Infiller(*pair, settings)
+    make = functools.partial(_make_infiller, model, adapter, dtype, quantize, settings)
+    infiller = make()
     if files:
-        _fill_file(infiller, *files, candidates, skip_bad_lines)
+        load = make if processes > 1 else None
+        _fill_file(infiller, *files, candidates, skip_bad_lines, processes, load)
     elif is_interactive:
         fill_interactively(infiller, candidates, as_json=as_json)
     else:
@@ -126,13 +133,36 @@ def _fill_texts(
         print("note: too many combinations of choices to score all; searched by beams", file=sys.stderr)
 
 
+def _make_infiller(
+    model: str, adapter: Path | None, dtype: str | None, quantize: str | None, settings: Sampling
+) -> "Infiller":
+    pair = load_glm(model, adapter, dtype, quantize)
+    from gmask.generation.infill import Infiller
+
+    return Infiller(*pair, settings)
+
+
 def _fill_file(
-    infiller: "Infiller", source: Path, target: Path, candidates: list[list[str]] | None, skip_bad_lines: bool
+    infiller: "Infiller",
+    source: Path,
+    target: Path,
+    candidates: list[list[str]] | None,
+    skip_bad_lines: bool,
+    processes: int,
+    load: Callable[[], "Infiller"] | None,
 ) -> None:
     from gmask.generation.files import fill_file
 
-    progress = sys.stderr.isatty()
-    report = fill_file(infiller, source, target, choices=candidates, skip_bad_lines=skip_bad_lines, progress=progress)
+    report = fill_file(
+        infiller,
+        source,
+        target,
+        choices=candidates,
+        skip_bad_lines=skip_bad_lines,
+        progress=sys.stderr.isatty(),
+        processes=processes,
+        load=load,
+    )
     print_file_report(report, target, participle="filled")
 
 

@@ -290,10 +290,13 @@ class Stepper:
         Raises:
             GmaskError: the model computes values that are not numbers, or a constraint cannot be met.
         """
-        submissions = [
-            self.prepare(Request(context=context, sampling=sampling), seed=seed)
-            for context, seed in zip(contexts, seeds, strict=True)
-        ]
+        # In this order contexts of about one length are read together, with little padding, and long rows start first.
+        by_length = sorted(zip(contexts, seeds, range(len(contexts)), strict=True), key=lambda one: -len(one[0].ids))
+        prepared = {
+            index: self.prepare(Request(context=context, sampling=sampling), seed=seed)
+            for context, seed, index in by_length
+        }
+        submissions = [prepared[index] for index in range(len(contexts))]
         for submission in submissions:
             self.scheduler.budget.check(submission)  # one that never fits would wait for ever
         for submission in submissions:

@@ -3,14 +3,18 @@
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from gmask.errors import GmaskError
@@ -40,11 +44,33 @@ def fill_file(
     choices: ChoiceLists | None = None,
     skip_bad_lines: bool = False,
     progress: bool = False,
+    processes: int = 1,
+    load: Callable[[], Infiller] | None = None,
 ) -> FileReport:
     """Fills the text of each line of ``source`` and writes one JSON line for each to ``target``.
 
     The line with index i (from 0) draws by ``seed + i``, as a single run does. The rest is as in `run_file_job`.
+
+    Args:
+        processes: of which each loads the model once more and fills its share of the lines, if there are several.
+        load: returns the infiller in a process that is started; it is sent there, so it has to be picklable.
     """
+    job = fill_job(infiller, choices)
+    settings: dict[str, Any] = {"skip_bad_lines": skip_bad_lines, "progress": progress}
+    if processes == 1:
+        return run_file_job(job, source, target, **settings)
+    if load is None or processes < 1:
+        raise GmaskError(f"processes is {processes}: give 1, or more and the function that loads the model")
+    with Workers(processes, partial(_load_fill_job, load, choices)) as workers:
+        return run_file_job(job, source, target, workers=workers, **settings)
+
+
+def _load_fill_job(load: Callable[[], Infiller], choices: ChoiceLists | None) -> "FileJob[str]":
+    return fill_job(load(), choices)
+
+
+def fill_job(infiller: Infiller, choices: ChoiceLists | None = None) -> "FileJob[str]":
+    """Returns the job of `fill_file`."""
     (first_seed,) = infiller.sampling.seeds(1)
 
     def read(values: Mapping[str, Any]) -> str:
@@ -59,8 +85,8 @@ def fill_file(
             yield infilling.to_dict()
 
     settings = ["infill", infiller.sampling.keywords(), repr(choices)]
-    job = FileJob(read, answer, infiller.batch_size, infiller.model, settings)
-    return run_file_job(job, source, target, skip_bad_lines=skip_bad_lines, progress=progress)
+    # Of many texts, the next takes the place of one that is done, so that as many as fit are filled at any time.
+    return FileJob(read, answer, FILLED_TOGETHER * infiller.batch_size, infiller.model, settings)
 
 
 def score_file(
@@ -169,6 +195,9 @@ def _write_array(lines: Path, target: Path, *, width: int) -> None:
             output.write(np.array(values.get("embedding", [np.nan] * width), "<f4").tobytes())
 
 
+FILLED_TOGETHER = 16
+"""Batches of texts that are given to the model at once, and whose results are written at once."""
+
 Query = TypeVar("Query")
 LONGEST_LINE = 2**22
 """In bytes, far more than any of the models reads. Longer lines are refused before they are tokenized."""
@@ -189,14 +218,67 @@ class FileJob(Generic[Query]):
 
     read: Callable[[Mapping[str, Any]], Query]  # makes the query of a line, whose "text" is a string; may raise
     answer: Callable[[Sequence[tuple[int, Query]]], Iterable[Mapping[str, Any]]]  # of (index of the line, query)
-    batch_size: int
+    batch_size: int  # lines that are answered and written at a time
     model: GLMForConditionalGeneration
     settings: Any  # part of the fingerprint: a job with other settings starts anew
     convert: Callable[[Path, Path], None] | None = None  # from the finished JSON lines to the format of the target
 
 
+class Workers:
+    """Processes that answer lines of a file, each with a model of its own; use it in a ``with`` block.
+
+    Args:
+        count: of processes. The threads of this one are divided among them.
+        make: returns the job in a new process.
+    """
+
+    def __init__(self, count: int, make: Callable[[], FileJob[Any]]) -> None:
+        threads = max(1, torch.get_num_threads() // count)
+        self._ahead = 2 * count  # batches that are read ahead
+        self._pool = ProcessPoolExecutor(
+            count, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(make, threads)
+        )
+
+    def answer(self, batches: Iterable[list[Line[Any]]]) -> Iterator[tuple[list[Line[Any]], list[str]]]:
+        """Yields batches with the lines of their output, in order."""
+        running: deque[tuple[list[Line[Any]], Future[list[str]]]] = deque()
+        for batch in batches:
+            running.append((batch, self._pool.submit(_work, batch)))
+            if len(running) == self._ahead:
+                done, future = running.popleft()
+                yield done, future.result()
+        for done, future in running:
+            yield done, future.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+_job: FileJob[Any] | None = None
+
+
+def _start_worker(make: Callable[[], FileJob[Any]], threads: int) -> None:
+    global _job
+    torch.set_num_threads(threads)
+    _job = make()
+
+
+def _work(batch: list[Line[Any]]) -> list[str]:
+    assert _job is not None
+    return list(_answer_lines(batch, _job))
+
+
 def run_file_job(
-    job: FileJob[Query], source: Path, target: Path, *, skip_bad_lines: bool = False, progress: bool = False
+    job: FileJob[Query],
+    source: Path,
+    target: Path,
+    *,
+    skip_bad_lines: bool = False,
+    progress: bool = False,
+    workers: Workers | None = None,
 ) -> FileReport:
     """Answers each line of ``source`` with one JSON line in ``target``.
 
@@ -208,6 +290,7 @@ def run_file_job(
 
     Args:
         skip_bad_lines: write ``{"error": ...}`` for a line that cannot be read or answered, and count it.
+        workers: processes that answer in the place of this one.
 
     Raises:
         GmaskError: a line that cannot be read or answered, with its number (the results of the lines before it are
@@ -224,10 +307,13 @@ def run_file_job(
         lines = _read_queries(source, job.read, start=resumed)
         bar = tqdm(total=total, initial=resumed, unit="text", disable=not progress)
         with partial.open("a", encoding="utf-8") as output, bar:
-            while batch := list(itertools.islice(lines, job.batch_size)):
-                bad = None if skip_bad_lines else next((line for line in batch if line.error), None)
-                done = batch if bad is None else batch[: batch.index(bad)]
-                output.writelines(_answer_lines(done, job))
+            batches = _batch_lines(lines, job.batch_size, skip_bad_lines=skip_bad_lines)
+            answered = _answer_here(batches, job) if workers is None else workers.answer(batches)
+            for batch, texts in answered:
+                last = batch[-1]
+                bad = None if skip_bad_lines or last.error is None else last
+                done = batch if bad is None else batch[:-1]
+                output.writelines(itertools.islice(texts, len(done)))
                 output.flush()
                 bar.update(len(done))
                 skipped += sum(line.error is not None for line in done)
@@ -241,6 +327,22 @@ def run_file_job(
                 job.convert(partial, draft)
             partial.unlink()
     return FileReport(total, resumed, skipped)
+
+
+def _batch_lines(lines: Iterator[Line[Query]], batch_size: int, *, skip_bad_lines: bool) -> Iterator[list[Line[Query]]]:
+    """Yields batches of lines; the first bad line is the last, unless such lines are skipped."""
+    while batch := list(itertools.islice(lines, batch_size)):
+        bad = None if skip_bad_lines else next((index for index, line in enumerate(batch) if line.error), None)
+        if bad is not None:
+            yield batch[: bad + 1]
+            return
+        yield batch
+
+
+def _answer_here(
+    batches: Iterable[list[Line[Query]]], job: FileJob[Query]
+) -> Iterator[tuple[list[Line[Query]], Iterable[str]]]:
+    return ((batch, _answer_lines(batch, job)) for batch in batches)
 
 
 def _read_queries(source: Path, read: Callable[[Mapping[str, Any]], Query], *, start: int) -> Iterator[Line[Query]]:
