@@ -2,8 +2,9 @@
 
     python recipes/pipeline_data.py OUT [--preference FOLDER] [--sums 2000] [--pairs 1500] [--validation 200] [--seed 2]
 
-OUT gets train.jsonl (sums with answers), validation.jsonl (sums that bundled-chat was not taught), pairs.train.jsonl
-and pairs.validation.jsonl. A pair is a sum with its result and with a wrong one; with ``--preference``, a folder of
+OUT gets train.jsonl (sums with answers), prompts.jsonl and validation.jsonl (other sums, in wordings that bundled-chat
+was not taught; those of the second were not single questions of its tuning either), pairs.train.jsonl and
+pairs.validation.jsonl. A pair is a sum with its result and with a wrong one; with ``--preference``, a folder of
 synthetic_pairs.train.jsonl and synthetic_pairs.val.jsonl (prompt, chosen, rejected, kind), its short pairs are added.
 """
 
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from chat_data import read
-from sums import ANSWER, draw, drawn_for_tuning
+from sums import ANSWER, draw, drawn_for_tuning, reword
 
 LONGEST = 60
 """Characters of a prompt and of each answer of the pairs that are added."""
@@ -65,15 +66,17 @@ def main() -> None:
     rng = random.Random(options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
     validation = draw(2 * options.validation, drawn_for_tuning(), rng)  # for prompts and for pairs
-    prompts, judged = list(validation.values())[::2], list(validation.values())[1::2]
-    sums = list(draw(options.sums + options.pairs, set(validation), rng).values())
+    asked, judged = list(validation)[::2], list(validation.values())[1::2]
+    found = draw(options.sums + options.pairs, set(validation), rng)
+    sums = list(found.values())
     train = [pair_of(record, rng) for record in sums[options.sums :]]
     held = [pair_of(record, rng) for record in judged]
     if options.preference:
         train += read_short_pairs(options.preference / "synthetic_pairs.train.jsonl")
         held += read_short_pairs(options.preference / "synthetic_pairs.val.jsonl")
     write(options.out / "train.jsonl", sums[: options.sums])
-    write(options.out / "validation.jsonl", prompts)
+    write(options.out / "prompts.jsonl", [reword(one, rng) for one in draw(1000, {*validation, *found}, rng)])
+    write(options.out / "validation.jsonl", [reword(one, rng) for one in asked])
     write(options.out / "pairs.train.jsonl", train)
     write(options.out / "pairs.validation.jsonl", held)
 
