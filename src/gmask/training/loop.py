@@ -245,6 +245,7 @@ class Loop:
                 bar.update()
                 if stops:
                     self.finish_saving()
+                    self.accelerator.wait_for_everyone()  # so that all of them name the checkpoint just written
                     raise StoppedError(self._describe_stop())
 
     @property

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -52,10 +53,15 @@ class Grid:
         """The number of this process's group."""
         return self.rank // self.tensor
 
-    def mesh(self, device: torch.device) -> DeviceMesh:
-        """The mesh ``[data, tensor]`` of the processes. All of them must call this together."""
+    def mesh(self, device: torch.device, *, timeout: float) -> DeviceMesh:
+        """The mesh ``[data, tensor]`` of the processes, which wait ``timeout`` seconds for each other.
+
+        All of them must call this together.
+        """
         mesh = init_device_mesh(device.type, (self.replicas, self.tensor), mesh_dim_names=("data", "tensor"))
-        mesh._flatten("processes")  # so that sums over both are taken at once
+        flat = mesh._flatten("processes")  # so that sums over both are taken at once
+        for group in (*mesh.get_all_groups(), flat.get_group()):  # which have the time-out of PyTorch, not of the run
+            _set_pg_timeout(timedelta(seconds=timeout), group)
         return mesh
 
 
@@ -281,7 +287,7 @@ class Meeting:
         raise GmaskError(self._describe(step, "")) from error
 
     def _describe(self, step: int, message: str) -> str:
-        ranks = re.search(r"[Rr]anks? ([\d, ]+\d|\d)", message) if distributed.get_rank() == 0 else None
+        ranks = re.search(r"(\d[\d, ]*) failed to pass", message) if distributed.get_rank() == 0 else None
         who = (
             f"process {ranks[1].strip()}"
             if ranks

@@ -24,8 +24,8 @@ from gmask.hardware import bound_primitive_cache, cpu_instructions, describe_tra
 from gmask.infilling.blanks import NOT_SCORED, InfillingExample
 from gmask.infilling.collator import collate
 from gmask.infilling.objectives import OBJECTIVES, Objective
-from gmask.models.base import check_processes
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
+from gmask.models.tensor_parallel import check_processes
 from gmask.recipes.pretraining import (
     VOCABULARY_MULTIPLE,
     OptimizationSettings,
@@ -243,7 +243,7 @@ class Pretraining:
         if self.recipe.optimization.ema is not None:
             self.average = AveragedModel(self.model, multi_avg_fn=moving_average(self.recipe.optimization.ema))
         if divides:
-            mesh, copies = self.grid.mesh(self.device), [self.model]
+            mesh, copies = self.grid.mesh(self.device, timeout=settings.timeout), [self.model]
             copies += [] if self.average is None else [self.final_model]
             for model in copies:
                 divide_model(
