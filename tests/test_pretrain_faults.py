@@ -82,11 +82,10 @@ def test_a_disk_that_is_full_for_one_process_is_one_line_and_loses_nothing(
     status, printed = finish(start(recipe, tmp_path / "out", fault="full"))
     assert status != 0
     told = [line for line in printed.splitlines() if "cannot be written" in line]
-    assert told and all("File too large" in line and "the last complete checkpoint" in line for line in told), printed
-    assert [folder.name for folder in list_checkpoints(tmp_path / "out")] == [
-        "checkpoint-00000002",
-        "checkpoint-00000004",
-    ]
+    assert told and all("the disk may be full); the last complete checkpoint" in line for line in told), printed
+    # That of step 4 may still have been written when the disk was full.
+    kept = [folder.name for folder in list_checkpoints(tmp_path / "out")]
+    assert kept in (["checkpoint-00000002"], ["checkpoint-00000002", "checkpoint-00000004"])
     status, printed = finish(start(recipe, tmp_path / "out"))
     assert status == 0, printed
     assert losses(tmp_path / "out") == expected
