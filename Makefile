@@ -49,6 +49,8 @@ bench: $(VENV)/.installed-dev  ## measure against peers, all in one run
 	$(BIN)/python benchmarks/pretraining_run.py
 	$(BIN)/python benchmarks/decoding.py
 	$(BIN)/python benchmarks/cold_start.py
+	$(BIN)/python benchmarks/shared_cores.py
+	$(BIN)/python benchmarks/filling_files.py
 	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/matmul.py

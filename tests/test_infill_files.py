@@ -97,6 +97,7 @@ def test_several_processes_give_what_one_gives(
 def test_a_stopped_run_goes_on_where_it_stopped(
     infiller: Infiller, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: bytes
 ) -> None:
+    monkeypatch.setattr(files, "FILLED_TOGETHER", 1)
     fill_file(infiller, source, tmp_path / "whole.jsonl")
     fill = Infiller.fill
     calls = []
@@ -107,7 +108,6 @@ def test_a_stopped_run_goes_on_where_it_stopped(
             raise KeyboardInterrupt
         return fill(self, texts, *args, **keywords)
 
-    monkeypatch.setattr(files, "FILLED_TOGETHER", 1)
     monkeypatch.setattr(Infiller, "fill", stop_at_the_second_batch)
     target = tmp_path / "out.jsonl"
     with pytest.raises(KeyboardInterrupt):

@@ -384,7 +384,7 @@ def find_mapped(folder: Folder, model: PreTrainedModel, names: Mapping[str, str]
         names: of `Folder.compare`.
     """
     found: dict[str, PackedWeight | None] = {}
-    for key, name in names.items():
+    for key, name in names.items() if folder.weights.layout == "mapped" else ():
         layer = model.get_submodule(name.rpartition(".")[0])
         if not isinstance(layer, QuantizedLayer) or not name.endswith(".weight"):
             continue
