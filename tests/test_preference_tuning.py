@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from transformers import TrainerCallback
 import gmask
 from feedback_data import PAIRS, make_chatglm_folder, write_feedback_recipe
 from gmask.checkpoints.adapters import inject
+from gmask.errors import StoppedError
 from gmask.generation.reward import AnswerEncoder
 from gmask.recipes.feedback import load_feedback_recipe
 from gmask.recipes.tuning import MethodSettings, TuningDataSettings
@@ -377,6 +380,27 @@ def test_a_run_killed_behind_its_last_step_makes_no_other(
     assert json.loads((tmp_path / "killed" / "results.json").read_text("utf-8"))["steps"] == 6
     file = "model/model.safetensors" if method == "full" else "adapter/adapter_model.safetensors"
     weights = [load_file(tmp_path / name / file) for name in ("whole", "killed")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_sigterm_ends_a_run_with_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_feedback_recipe(tmp_path)
+    run_preference_tuning(path, "dpo", [f"run.out={tmp_path / 'whole'}"])
+    step_begins = trl_run.LogCallback.on_step_begin
+
+    def terminate(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step_begins(self, args, state, control, **kwargs)
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped = [f"run.out={tmp_path / 'stopped'}"]
+    with monkeypatch.context() as patched:
+        patched.setattr(trl_run.LogCallback, "on_step_begin", terminate)
+        with pytest.raises(StoppedError, match="SIGTERM after step 3; the same command goes on from checkpoint-3"):
+            run_preference_tuning(path, "dpo", stopped)
+    assert not (tmp_path / "stopped" / "results.json").exists()
+    run_preference_tuning(path, "dpo", stopped)
+    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "stopped")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 

@@ -315,6 +315,10 @@ class RolloutLog(LogCallback):
         if self.run.validation and state.global_step % (self.run.evaluate_every * steps) == 0:
             answered = self.run.answer_validation()
             self.validation = {"validation": {"reward": answered.reward, "length": answered.length}}
+        super().on_step_end(args, state, control, **kwargs)
+
+    def may_stop(self, step: int) -> bool:
+        return step % self.run.steps_per_rollout == 0  # the other steps of a rollout are made of its answers
 
     def read(self, logs: Mapping[str, Any]) -> dict[str, Any]:
         if "loss" not in logs:

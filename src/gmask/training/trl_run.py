@@ -18,9 +18,10 @@ from transformers import PreTrainedModel, TrainerCallback
 from gmask.checkpoints.adapters import has_layers
 from gmask.checkpoints.save import write_tokenizer
 from gmask.config import hints_of, read_values
-from gmask.errors import GmaskError, one_line
+from gmask.errors import GmaskError, StoppedError, one_line
 from gmask.files import read_object, write_json, writing
 from gmask.training.accelerator import RECIPE_KEYS, find_device, forward_dtype
+from gmask.training.loop import Termination
 from gmask.training.methods import make_peft_config, save_tuned_model
 from gmask.training.run_folder import KEPT_ON_ERROR, MetricsLog
 from gmask.training.tuning_run import TuningRun
@@ -99,10 +100,15 @@ class TRLRun(TuningRun):
         return last_trainer_checkpoint(self.out) is not None
 
     def _fit(self, trainer: Any, log: "LogCallback") -> None:
-        """Makes the steps that are left."""
+        """Makes the steps that are left.
+
+        Raises:
+            StoppedError: SIGTERM came to one of the processes; the step, or rollout, was finished and saved.
+            GmaskError: an option that TRL refuses, a loss that is no number, a file that cannot be written.
+        """
         last = last_trainer_checkpoint(self.out)
         try:
-            with writing(self.out / "checkpoint", self.out, kept=KEPT_ON_ERROR):  # by transformers' Trainer
+            with log.termination, writing(self.out / "checkpoint", self.out, kept=KEPT_ON_ERROR):  # by the Trainer
                 trainer.train(resume_from_checkpoint=None if last is None else str(last))
         except AllStepsMade:
             pass
@@ -118,6 +124,9 @@ class TRLRun(TuningRun):
             raise GmaskError(f"trl: {one_line(error)}; check {', '.join(options)}") from error
         finally:
             log.close()
+        if log.stopped_at is not None:
+            goes_on = f"the same command goes on from checkpoint-{log.stopped_at}"
+            raise StoppedError(f"stopped by SIGTERM after step {log.stopped_at}; {goes_on}")
 
     def _export_trainer(self, model: Any) -> None:
         """Writes the weights of a trainer's model."""
@@ -136,11 +145,16 @@ class AllStepsMade(Exception):
 
 
 class LogCallback(TrainerCallback):
-    """Writes metrics.jsonl and TensorBoard's events, one record for each entry of the trainer's log."""
+    """Writes metrics.jsonl and TensorBoard's events, one record for each entry of the trainer's log.
+
+    A run that SIGTERM asks to stop is ended with a checkpoint behind the first step that `may_stop`.
+    """
 
     def __init__(self, out: Path) -> None:
         self.out = out
         self.log: MetricsLog | None = None
+        self.termination = Termination()
+        self.stopped_at: int | None = None  # step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -149,6 +163,20 @@ class LogCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             raise AllStepsMade
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.may_stop(state.global_step) or state.global_step >= state.max_steps:
+            return
+        asked = torch.tensor(float(self.termination.is_requested), device=args.device)
+        if args.world_size > 1:  # all processes stop behind the same step
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+        if asked:
+            control.should_save = control.should_training_stop = True
+            self.stopped_at = state.global_step
+
+    def may_stop(self, step: int) -> bool:
+        """Whether a checkpoint may be written behind a step."""
+        return True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         record = {"step": state.global_step, **self.read(logs or {})}
