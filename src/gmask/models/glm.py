@@ -33,6 +33,7 @@ from gmask.models.base import (
     PrefixLMPreTrainedModel,
     SelfAttention,
     check_config_values,
+    lacks_bfloat16,
     run_blocks,
 )
 from gmask.models.generate import PrefixLMForConditionalGeneration
@@ -220,7 +221,10 @@ class PromptEncoder(nn.Module):
         """Returns the prompt vectors ``[P, H]``."""
         vectors = self.embedding.weight
         if self.network == "lstm":
-            vectors = self.lstm_head(vectors[None])[0][0]
+            # oneDNN has no LSTM for autocast on a CPU without instructions for bfloat16.
+            has_autocast = torch.is_autocast_enabled("cpu") and not lacks_bfloat16()
+            with torch.autocast("cpu", torch.get_autocast_dtype("cpu"), enabled=has_autocast):
+                vectors = self.lstm_head(vectors[None])[0][0]
         if self.network != "none":
             vectors = self.mlp_head(vectors)
         return vectors
