@@ -314,7 +314,7 @@ def test_bits_that_are_not_supported_leave_the_model_as_it_is(bits: Any) -> None
     model = load_chatglm()
     with pytest.raises(gmask.GmaskError, match=f"4 or 8 bits, not in {bits}$"):
         model.quantize(bits)
-    assert type(model.transformer.layers[0].mlp.dense_h_to_4h) is torch.nn.Linear
+    assert isinstance(model.transformer.layers[0].mlp.dense_h_to_4h, torch.nn.Linear)
 
 
 @pytest.mark.parametrize("bits", [3, 16])

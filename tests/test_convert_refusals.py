@@ -117,7 +117,7 @@ def test_a_conversion_that_fails_leaves_all_as_it_was(fault, exists: bool, folde
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
-        ({"to": "onnx"}, "--to onnx: no such form; there are gmask, huggingface, megatron"),
+        ({"to": "onnx"}, "--to onnx: no such form; there are gmask, mapped, huggingface, megatron"),
         ({"dtype": "int8"}, "--dtype int8: no such dtype"),
         ({"parts": 2}, "--parts 2: only --to megatron divides weights"),
         ({"to": "megatron", "parts": 0}, "--parts 0"),

@@ -43,5 +43,5 @@ def test_a_task_is_asked_and_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_files_that_are_not_there_are_named(tmp_path: Path) -> None:
-    with pytest.raises(GmaskError, match=r"superglue/rte: no RTE/train.jsonl in .*: get it from super"):
+    with pytest.raises(GmaskError, match=r"superglue/rte: no RTE/train.jsonl in .*: get it from https://super"):
         load_script().find_folder(tmp_path, "rte")
