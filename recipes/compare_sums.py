@@ -10,7 +10,6 @@ was forgotten. What an earlier call measured is read from --out.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from sums import grade_answer
 
 from gmask import load
 from gmask.evaluation.rewards import share_of
+from gmask.files import read_object, write_json
 from gmask.generation.settings import Sampling
 from gmask.recipes.tuning import TuningDataSettings
 from gmask.tasks.metrics import Rows
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("sums-compared.json"))
     options = parser.parse_args()
     models = [one.partition("=")[::2] for one in options.models]
-    found = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
+    found = read_object(options.out) if options.out.is_file() else {}
     base = None
     for _, name in models:
         if name in found:
@@ -122,7 +122,7 @@ def main() -> None:
         measured = measure(model, tokenizer, base[0], options.sums, options.samples)
         general = None if options.general is None else general_loss(model, tokenizer, options.general)
         found[name] = {**measured, "general": general}
-        options.out.write_text(json.dumps(found), encoding="utf-8")
+        write_json(options.out, found, indent=None)
     labels = dict.fromkeys(label for label, _ in models)
     runs = {label: [found[name] for one, name in models if one == label] for label in labels}
     for key, name in WORDINGS.items():

@@ -8,7 +8,6 @@ dpo). right.jsonl: the different right answers to each sum, of all sums (for gma
 """
 
 import argparse
-import json
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from sums import grade_answer
 
 from gmask import load
+from gmask.files import write_json_lines
 from gmask.generation.predict import SampleReader
 from gmask.generation.settings import Sampling
 from gmask.recipes.tuning import TuningDataSettings
@@ -54,12 +54,6 @@ def split_by_reward(question: str, texts: Iterable[str]) -> tuple[list[str], lis
     return right, wrong
 
 
-def write(path: Path, records: Iterable[Any]) -> None:
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    path.write_text("".join(lines), encoding="utf-8")
-    print(f"{path.name}: {len(lines)}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model")
@@ -82,9 +76,9 @@ def main() -> None:
             records["mixed"].append(asked | {"output": right[0]})
             pair = {"prompt": sample.text, "chosen": rng.choice(right), "rejected": rng.choice(wrong)}
             records["pairs"].append(pair)
-    options.out.mkdir(parents=True, exist_ok=True)
-    for name, lines in records.items():
-        write(options.out / f"{name}.jsonl", lines)
+    for name, found_records in records.items():
+        write_json_lines(options.out / f"{name}.jsonl", found_records)
+        print(f"{name}.jsonl: {len(found_records)}")
 
 
 if __name__ == "__main__":

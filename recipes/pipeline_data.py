@@ -9,14 +9,14 @@ synthetic_pairs.train.jsonl and synthetic_pairs.val.jsonl (prompt, chosen, rejec
 """
 
 import argparse
-import json
 import random
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from chat_data import read
 from sums import ANSWER, draw, drawn_for_tuning, reword
+
+from gmask.files import write_json_lines
 
 LONGEST = 60
 """Characters of a prompt and of each answer of the pairs that are added."""
@@ -48,12 +48,6 @@ def read_short_pairs(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def write(path: Path, records: Iterable[Any]) -> None:
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    path.write_text("".join(lines), encoding="utf-8")
-    print(f"{path.name}: {len(lines)}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("out", type=Path)
@@ -64,7 +58,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=2)
     options = parser.parse_args()
     rng = random.Random(options.seed)
-    options.out.mkdir(parents=True, exist_ok=True)
     validation = draw(2 * options.validation, drawn_for_tuning(), rng)  # for prompts and for pairs
     asked, judged = list(validation)[::2], list(validation.values())[1::2]
     found = draw(options.sums + options.pairs, set(validation), rng)
@@ -74,11 +67,16 @@ def main() -> None:
     if options.preference:
         train += read_short_pairs(options.preference / "synthetic_pairs.train.jsonl")
         held += read_short_pairs(options.preference / "synthetic_pairs.val.jsonl")
-    write(options.out / "train.jsonl", sums[: options.sums])
-    write(options.out / "prompts.jsonl", [reword(one, rng) for one in draw(1000, {*validation, *found}, rng)])
-    write(options.out / "validation.jsonl", [reword(one, rng) for one in asked])
-    write(options.out / "pairs.train.jsonl", train)
-    write(options.out / "pairs.validation.jsonl", held)
+    splits: dict[str, list[Any]] = {
+        "train": sums[: options.sums],
+        "prompts": [reword(one, rng) for one in draw(1000, {*validation, *found}, rng)],
+        "validation": [reword(one, rng) for one in asked],
+        "pairs.train": train,
+        "pairs.validation": held,
+    }
+    for name, records in splits.items():
+        write_json_lines(options.out / f"{name}.jsonl", records)
+        print(f"{name}.jsonl: {len(records)}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Wordings and ranges are those of recipes/chat_data.py. Of 7 thousand million lis
 """
 
 import argparse
-import json
 import random
 import re
 from collections.abc import Sequence
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from chat_data import make_list
+
+from gmask.files import write_json_lines
 
 SAME_NUMBERS = 0.3
 """The reward of the same numbers in a wrong order."""
@@ -40,17 +41,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     rng = random.Random(options.seed)
-    options.out.mkdir(parents=True, exist_ok=True)
     for name, count in (("validation", options.validation), ("train", options.train)):
         lists = [make_list(rng) for _ in range(count)]
-        lines = [
-            json.dumps(
-                {"instruction": question["content"], "input": "", "output": answer["content"]}, ensure_ascii=False
-            )
-            for question, answer in lists
-        ]
-        (options.out / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        print(f"{name}: {len(lines)} lists")
+        write_json_lines(
+            options.out / f"{name}.jsonl",
+            [{"instruction": asked["content"], "input": "", "output": answer["content"]} for asked, answer in lists],
+        )
+        print(f"{name}: {count} lists")
 
 
 if __name__ == "__main__":

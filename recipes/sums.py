@@ -11,7 +11,6 @@ hang on the other files of the corpus.
 """
 
 import argparse
-import json
 import random
 import re
 from collections.abc import Sequence
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from chat_data import OPERATIONS, SUMS, asked_sum, make_sum, taught_sums
+
+from gmask.files import write_json_lines
 
 ANSWER = re.compile(r"(\d+)\s*([^\d\s]+)\s*(\d+)\s*(?:=|is|等于)\s*(-?\d+)\s*[.。]?")
 PRODUCTS = {(left, "×", right) for left in range(2, 13) for right in range(2, 13)}
@@ -96,11 +97,9 @@ def main() -> None:
         "reworded": [reword(asked, rng) for asked in validation],
         "train": [reword(asked, rng) if index % 2 else record for index, (asked, record) in enumerate(train.items())],
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     for name, sums in splits.items():
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in sums]
-        (options.out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-        print(f"{name}: {len(lines)} sums")
+        write_json_lines(options.out / f"{name}.jsonl", sums)
+        print(f"{name}: {len(sums)} sums")
 
 
 if __name__ == "__main__":
