@@ -1,10 +1,11 @@
 """Processes that divide a model (FSDP2, tensor parallelism), put its weights together, and meet before each step.
 
-Tensor parallelism divides the matrices by the plan of the model, as in inference (`gmask.models.base`), and computes
-with the parts. FSDP2 divides every block of the model on its own, the rest as a whole, by torch's `fully_shard`, and
-gathers them to compute. With both, the parts of the matrices are divided once more, among the processes that read other
-rows. The weights that train are float32. In a pass in bfloat16 those of a block are gathered as bfloat16, in which its
-products take them anyhow; all others, the residual stream and the sums of gradients over the processes stay float32.
+Tensor parallelism divides the matrices by the plan of the model, as in inference (models/tensor_parallel.py), and
+computes with the parts. FSDP2 divides every block of the model on its own, the rest as a whole, by torch's
+`fully_shard`, and gathers them to compute. With both, the parts of the matrices are divided once more, among the
+processes that read other rows. The weights that train are float32. In a pass in bfloat16 those of a block are gathered
+as bfloat16, in which its products take them anyhow; all others, the residual stream and the sums of gradients over the
+processes stay float32.
 
 Source: PyTorch, the documentation of `torch.distributed.fsdp.fully_shard`.
 """
