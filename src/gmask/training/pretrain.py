@@ -20,7 +20,13 @@ from gmask.checkpoints.load import open_folder
 from gmask.corpus.shards import TokenSource
 from gmask.errors import GmaskError
 from gmask.files import write_text, written_folder
-from gmask.hardware import bound_primitive_cache, cpu_instructions, describe_training_dtype, training_dtype
+from gmask.hardware import (
+    bound_primitive_cache,
+    cpu_instructions,
+    describe_training_dtype,
+    training_dtype,
+    warn_of_muon,
+)
 from gmask.infilling.blanks import NOT_SCORED, InfillingExample
 from gmask.infilling.collator import collate
 from gmask.infilling.objectives import OBJECTIVES, Objective
@@ -283,7 +289,8 @@ class Pretraining:
         if checkpoint is not None and not resume:
             raise GmaskError(f"{self.out} holds a run already: resume it, or choose another run.out")
         self._report(describe_training_dtype(self.recipe.optimization.dtype, self.device))
-        if warning := describe_restarts():
+        slow = warn_of_muon(self.device) if self.recipe.optimization.optimizer == "muon" else None
+        for warning in filter(None, (slow, describe_restarts())):
             self._report(warning)
         if checkpoint is not None:
             state = self.loop.restore()
