@@ -24,11 +24,12 @@ LONG = ["optimization.steps=20", "run.save_every=10", "run.validate_every=10", "
 
 
 class Job(NamedTuple):
-    """A run: its processes, the keys that it changes, and the run whose first half it goes on from."""
+    """A run: its processes, the keys that it changes, the run whose first half it goes on from, and the CPU's lack."""
 
     processes: int
     overrides: Sequence[str] = ()
     begins: str | None = None
+    lacks_bfloat16: bool = False
 
 
 class Runs:
@@ -50,6 +51,7 @@ class Runs:
                 "processes": job.processes,
                 "overrides": [*self.common, *job.overrides, f"run.out={self.folder / name}"],
                 "begins": job.begins and str(self.folder / job.begins),
+                "lacks_bfloat16": job.lacks_bfloat16,
             }
             for name, job in jobs.items()
         }
@@ -137,6 +139,9 @@ def test_two_processes_with_streams_muon_and_dropout(tmp_path: Path) -> None:
             "streams, then one": Job(1, ["data.streams=4"], begins="streams in two"),
             "muon": Job(1, [MUON]),
             "muon in shards": Job(2, [SHARD, MUON]),
+            "muon in float32": Job(1, [MUON], lacks_bfloat16=True),
+            "muon in float32 in shards": Job(2, [SHARD, MUON], begins="muon in float32", lacks_bfloat16=True),
+            "muon, then in float32": Job(1, [MUON], begins="muon", lacks_bfloat16=True),
             "dropout": Job(1, dropout),
             "dropout in tensor": Job(2, [*dropout, TENSOR]),
             "wider": Job(2, [SHARD, "model.hidden_size=64"], begins="one then shards"),
@@ -149,6 +154,8 @@ def test_two_processes_with_streams_muon_and_dropout(tmp_path: Path) -> None:
         runs.expect_same(name, "streams")
     # Muon's products are in bfloat16, and are summed in another order.
     runs.expect_same("muon in shards", "muon", tolerance=1e-3)
+    runs.expect_same("muon in float32 in shards", "muon in float32")
+    runs.expect_same("muon, then in float32", "muon", tolerance=1e-3)
     # The processes that divide a matrix leave out the same activations.
     runs.expect_same("dropout in tensor", "dropout")
     for name, message in (

@@ -24,8 +24,8 @@ from gmask.hardware import (
     bound_primitive_cache,
     cpu_instructions,
     describe_training_dtype,
+    multiplies_in_bfloat16,
     training_dtype,
-    warn_of_muon,
 )
 from gmask.infilling.blanks import NOT_SCORED, InfillingExample
 from gmask.infilling.collator import collate
@@ -48,6 +48,7 @@ from gmask.training.diagnostics import SpikeGuard, training_flops
 from gmask.training.examples import Batch
 from gmask.training.initial_weights import begin_with, make_whole
 from gmask.training.loop import Loop, Schedule, StepData, StepResult
+from gmask.training.muon import make_muon
 from gmask.training.parallel import Grid, divide_model, hand_out, is_divided, unsharded, whole_weights
 from gmask.training.report import CURVES_FILE, draw_curves
 from gmask.training.run_folder import (
@@ -289,8 +290,7 @@ class Pretraining:
         if checkpoint is not None and not resume:
             raise GmaskError(f"{self.out} holds a run already: resume it, or choose another run.out")
         self._report(describe_training_dtype(self.recipe.optimization.dtype, self.device))
-        slow = warn_of_muon(self.device) if self.recipe.optimization.optimizer == "muon" else None
-        for warning in filter(None, (slow, describe_restarts())):
+        if warning := describe_restarts():
             self._report(warning)
         if checkpoint is not None:
             state = self.loop.restore()
@@ -516,7 +516,8 @@ class Pretraining:
     def _arithmetic(self) -> str:
         """The dtype of the forward pass and the device's instructions, such as ``float32 on avx512``."""
         unit = cpu_instructions() if self.device.type == "cpu" else self.device.type
-        return f"{str(self.dtype).removeprefix('torch.')} on {unit}"
+        muon = self.recipe.optimization.optimizer == "muon" and not multiplies_in_bfloat16(self.device)
+        return f"{str(self.dtype).removeprefix('torch.')} on {unit}{', Muon in float32' if muon else ''}"
 
     def export(self) -> Path:
         """Writes ``out/model``: bfloat16 weights, configuration, tokenizer and the curves.
@@ -555,11 +556,7 @@ def describe_run(folder: Path) -> dict[str, Any]:
 
 
 def make_optimizers(model: GLMForConditionalGeneration, settings: OptimizationSettings) -> list[torch.optim.Optimizer]:
-    """AdamW, or Muon for the matrices of the layers and AdamW for the rest. Norms and biases do not decay.
-
-    Muon's steps are scaled to the size of AdamW's, so that both use one learning rate and one weight decay.
-    Source: Liu et al. 2025, "Muon is Scalable for LLM Training".
-    """
+    """AdamW, or Muon for the matrices of the layers and AdamW for the rest. Norms and biases do not decay."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     parameters = list(model.parameters())
     matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in tables]
@@ -578,7 +575,7 @@ def make_optimizers(model: GLMForConditionalGeneration, settings: OptimizationSe
     ]
     if with_muon:
         rate, decay = settings.learning_rate, settings.weight_decay
-        optimizers.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(make_muon(matrices, learning_rate=rate, weight_decay=decay))
     return optimizers
 
 
