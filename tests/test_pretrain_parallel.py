@@ -19,6 +19,7 @@ TESTS = Path(__file__).parent
 SHARD, TENSOR = "parallel.shard=true", "parallel.tensor=2"
 SELECTIVE = "optimization.gradient_checkpointing=selective"
 MUON = "optimization.optimizer=muon"
+HALF = "optimization.dtype=bfloat16"
 SHORT = ["optimization.steps=4", "run.save_every=2", "run.validate_every=4"]
 LONG = ["optimization.steps=20", "run.save_every=10", "run.validate_every=10", "model.num_attention_heads=4"]
 
@@ -137,6 +138,8 @@ def test_two_processes_with_streams_muon_and_dropout(tmp_path: Path) -> None:
             "streams": Job(1, ["data.streams=4"]),
             "streams in two": Job(2, [SHARD, "data.streams=4"]),
             "streams, then one": Job(1, ["data.streams=4"], begins="streams in two"),
+            "bfloat16": Job(1, [HALF]),
+            "bfloat16 in shards": Job(2, [SHARD, HALF]),
             "muon": Job(1, [MUON]),
             "muon in shards": Job(2, [SHARD, MUON]),
             "muon in float32": Job(1, [MUON], lacks_bfloat16=True),
@@ -152,6 +155,7 @@ def test_two_processes_with_streams_muon_and_dropout(tmp_path: Path) -> None:
         runs.expect_same(name, "one")
     for name in ("streams in two", "streams, then one"):  # of which each process draws two
         runs.expect_same(name, "streams")
+    runs.expect_same("bfloat16 in shards", "bfloat16", tolerance=1e-2)
     # Muon's products are in bfloat16, and are summed in another order.
     runs.expect_same("muon in shards", "muon", tolerance=1e-3)
     runs.expect_same("muon in float32 in shards", "muon in float32")
