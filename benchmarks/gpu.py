@@ -10,9 +10,10 @@ and the next one goes on; the exit code is then 1.
 - tests: every test that needs a GPU.
 - decoding: ChatGLM-6B at its true shape, by `gpu_decode.py`.
 - engine: GLM-2B answers 1 to 256 requests at once.
-- attention: forward and backward pass over a row whose context is read in both directions: sdpa with a mask,
-  flex_attention, and in two parts, the context without a mask and the answers with one.
-- pretraining: steps of the 335M and 2B shapes in bfloat16, with the share of the GPU's peak (MFU).
+- attention: forward and backward pass over rows of one sequence and of four packed ones: sdpa with a mask,
+  flex_attention, and in two parts, the contexts without a mask and the answers with a causal one.
+- pretraining: steps of the 335M and 2B shapes in bfloat16, with the share of the GPU's peak (MFU): by sdpa and by
+  flex_attention.
 - trainer: transformers' Trainer on a GPT-2 of the 335M shape.
 """
 
@@ -28,7 +29,7 @@ from typing import Any
 
 from machine import describe_machine
 
-LIMITS = {"tests": 150, "decoding": 110, "engine": 80, "attention": 40, "pretraining": 110, "trainer": 50}
+LIMITS = {"tests": 140, "decoding": 100, "engine": 70, "attention": 50, "pretraining": 130, "trainer": 50}
 """Seconds of each part; together nine minutes."""
 
 ROOT = Path(__file__).parents[1]
@@ -138,41 +139,66 @@ def run_engine(device: str, toy: bool) -> list[dict[str, Any]]:
 
 
 def run_attention(device: str, toy: bool) -> list[dict[str, Any]]:
-    """A context of three quarters of a row, the rest an answer; two passes each, in bfloat16."""
+    """Contexts of three quarters of a sequence, the rest an answer; two passes each, in bfloat16."""
     import torch
     from torch.nn import functional as F
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
+
+    from gmask.models.layout import block_mask, visible_keys
 
     rows, heads, length, size = (1, 2, 32, 16) if toy else (8, 32, 1024, 64)
-    context = 3 * length // 4
     torch.manual_seed(0)
     made = [torch.randn(rows, heads, length, size, device=device, dtype=torch.bfloat16) for _ in range(3)]
     query, key, value = (tensor.requires_grad_() for tensor in made)
-    index = torch.arange(length, device=device)
-    mask = (index[None, :] < context) | (index[None, :] <= index[:, None])
-
-    def by_mask() -> Any:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-
-    def in_two_parts() -> Any:
-        ahead = (tensor[:, :, :context] for tensor in (query, key, value))
-        behind = F.scaled_dot_product_attention(query[:, :, context:], key, value, attn_mask=mask[context:])
-        return torch.cat((F.scaled_dot_product_attention(*ahead), behind), dim=2)
-
-    ways: dict[str, Callable[[], Any]] = {"sdpa with a mask": by_mask, "two parts": in_two_parts}
-    if device == "cuda":  # on a CPU it has no backward pass
-        blocks = create_block_mask(
-            lambda batch, head, row, column: (column < context) | (column <= row), None, None, length, length, device
-        )
-        compiled = torch.compile(flex_attention)
-        ways["flex_attention"] = lambda: compiled(query, key, value, block_mask=blocks)
-    expected = by_mask()
     records = []
-    for name, attend in ways.items():
-        worst = float((attend() - expected).abs().max())
-        seconds = median_seconds(lambda attend=attend: attend().sum().backward(), device, rounds=1 if toy else 10)
-        records.append({"attention": name, "milliseconds": seconds * 1e3, "largest_difference": worst})
+    for sequences in (1, 4):
+        each = length // sequences
+        index = torch.arange(length, device=device).expand(rows, -1)
+        in_context, sequence_ids = index % each < 3 * each // 4, index // each
+        mask = visible_keys(in_context, key_length=length, sequence_ids=sequence_ids)
+
+        def by_mask(mask: Any = mask) -> Any:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+        def in_two_parts(each: int = each) -> Any:
+            return attend_in_two_parts(query, key, value, each=each, context=3 * each // 4)
+
+        ways: dict[str, Callable[[], Any]] = {"sdpa with a mask": by_mask, "two parts": in_two_parts}
+        if device == "cuda":  # on a CPU it has no backward pass
+            compiled, blocks = torch.compile(flex_attention), block_mask(in_context, sequence_ids)
+            ways["flex_attention"] = lambda compiled=compiled, blocks=blocks: compiled(
+                query, key, value, block_mask=blocks
+            )
+        expected = by_mask()
+        for name, attend in ways.items():
+            worst = float((attend() - expected).abs().max())
+            seconds = median_seconds(lambda attend=attend: attend().sum().backward(), device, rounds=1 if toy else 10)
+            found = {"attention": name, "milliseconds": seconds * 1e3, "largest_difference": worst}
+            records.append({"sequences_of_a_row": sequences, **found})
     return records
+
+
+def attend_in_two_parts(query: Any, key: Any, value: Any, *, each: int, context: int) -> Any:
+    """Attention ``[B, N, T, D]`` without a mask: contexts see themselves, answers what comes before them, too.
+
+    Args:
+        each: tokens of every sequence; they divide a row.
+        context: those of its context.
+    """
+    import torch
+    from torch.nn import functional as F
+    from torch.nn.attention.bias import causal_lower_right
+
+    # Sequences of equal length are rows of their own, for which no kernel of packed ones is needed.
+    rows, heads, length, size = query.shape
+    query, key, value = (
+        part.unflatten(2, (-1, each)).transpose(1, 2).reshape(-1, heads, each, size) for part in (query, key, value)
+    )
+    ahead = F.scaled_dot_product_attention(*(part[:, :, :context] for part in (query, key, value)))
+    causal: Any = causal_lower_right(each - context, each)
+    behind = F.scaled_dot_product_attention(query[:, :, context:], key, value, attn_mask=causal)
+    mixed = torch.cat((ahead, behind), dim=2)
+    return mixed.unflatten(0, (rows, -1)).transpose(1, 2).reshape(rows, heads, length, size)
 
 
 def peak_flops(device: str) -> float | None:
@@ -188,7 +214,9 @@ def peak_flops(device: str) -> float | None:
 
 
 def run_pretraining(device: str, toy: bool) -> list[dict[str, Any]]:
-    """Steps on made rows of the published mixture; with and without checkpointing for the larger shape."""
+    """Steps on made rows of the published mixture: by sdpa, by flex_attention on a GPU, and of the larger shape with
+    checkpointing.
+    """
     import torch
 
     from gmask.estimation.pretraining import forward_flops
@@ -199,8 +227,10 @@ def run_pretraining(device: str, toy: bool) -> list[dict[str, Any]]:
 
     peak, records = peak_flops(device), []
     for name, shape in ({"toy": TOY} if toy else SHAPES).items():
-        for checkpointing in (False,) if name == "335M" else (False, True):
+        ways = [("sdpa", False)] + ([] if name == "335M" else [("sdpa", True)])
+        for attention, checkpointing in ways + ([("flex_attention", False)] if device == "cuda" else []):
             model = make_glm(shape, device).train()
+            model.set_attn_implementation(attention)
             if checkpointing:
                 model.activation_checkpointing_enable()
             (optimizer,) = make_optimizers(model, OptimizationSettings(steps=1))
@@ -226,6 +256,7 @@ def run_pretraining(device: str, toy: bool) -> list[dict[str, Any]]:
             records.append(
                 {
                     "shape": name,
+                    "attention": attention,
                     "checkpointing": checkpointing,
                     "seconds": seconds,
                     "positions_per_second": rows * length / seconds,

@@ -1,11 +1,12 @@
 """What does `gmask pretrain` cost beside its bare passes, beside transformers' Trainer, and in several processes?
 
-    python benchmarks/pretraining_run.py [--threads 2] [--rounds 3] [--parts run rows processes]
+    python benchmarks/pretraining_run.py [--threads 2] [--rounds 3] [--parts run rows processes] [--texts FILE]
 
 run: whole steps of `gmask pretrain` (rows, passes, clipping, optimizer, log), the bare forward and backward passes of
 the same batches, and steps of transformers' Trainer on a GPT-2 of the same shape, in turns. The GLM's tokens are those
 that it reads, without padding. rows: the rows of training, drawn by one process and by two, each of which has streams
-of its own. processes: weak scaling over gloo, each process with as many rows and one thread.
+of its own. processes: weak scaling over gloo, each process with as many rows and one thread. tokens: the texts of a
+file of JSON lines into shards by the bundled tokenizer, as `gmask prepare` makes them, by one process and by two.
 """
 
 import argparse
@@ -27,6 +28,9 @@ import yaml
 from transformers import TrainerCallback, logging
 
 import gmask
+from gmask.corpus.preparation import load_encoder
+from gmask.corpus.shards import writing_shard
+from gmask.files import read_json_lines
 from gmask.recipes.pretraining import load_recipe
 from gmask.training.pretrain import Pretraining
 from machine import describe_machine
@@ -35,6 +39,7 @@ from measuring import compare, make_gpt2, spread, take_turns
 SYSTEMS = ("run", "passes", "trainer")
 SIZE = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "max_position_embeddings": 512}
 ROW_LENGTH, ROWS_PER_PASS, PASSES, VOCABULARY = 512, 8, 2, 12288
+TEXT_BYTES = 20_000_000
 BUNDLED = Path(gmask.__file__).parent / "pretrained"
 LAYOUTS = {
     "DDP": [],
@@ -188,6 +193,40 @@ def measure_rows(options: argparse.Namespace) -> None:
             print(f"| {processes} | {sum(rates):,.0f} |")
 
 
+def tokenize(folder: Path, number: int, texts: Sequence[str], found: Any) -> None:
+    encoder = load_encoder(str(BUNDLED))
+    encoder.encode(texts[0])
+    started = time.perf_counter()
+    with writing_shard(folder, f"{number:06d}", encoder) as writer:
+        for text in texts:
+            writer.add(text)
+    found.put(sum(len(text.encode()) for text in texts) / 1e6 / (time.perf_counter() - started))
+
+
+def measure_tokens(options: argparse.Namespace) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as in the processes of `gmask prepare`
+    texts, size = [], 0
+    for _, record in read_json_lines(options.texts):
+        texts.append(record["text"])
+        size += len(texts[-1].encode())
+        if size > TEXT_BYTES:
+            break
+    print("\n| processes that tokenize | MB/s, all together |\n|---|---:|")
+    found: Any = multiprocessing.Queue()
+    for processes in (1, 2):
+        with tempfile.TemporaryDirectory() as name:
+            started = [
+                multiprocessing.Process(target=tokenize, args=(Path(name), number, texts, found))
+                for number in range(processes)
+            ]
+            for process in started:
+                process.start()
+            rates = [found.get() for _ in started]
+            for process in started:
+                process.join()
+        print(f"| {processes} | {sum(rates):.1f} |")
+
+
 def serve_processes(folder: Path, overrides: Sequence[str], steps: int) -> None:
     """One of several processes, which prints the tokens a second of all of them, if it is the first."""
     torch.set_num_threads(1)
@@ -230,8 +269,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="steps of one measurement")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument(
-        "--parts", nargs="+", choices=("run", "rows", "processes"), default=["run", "rows", "processes"]
+        "--parts", nargs="+", choices=("run", "rows", "processes", "tokens"), default=["run", "rows", "processes"]
     )
+    parser.add_argument("--texts", type=Path, help="JSON lines, for the part tokens")
     parser.add_argument("--serve", help=argparse.SUPPRESS)  # what a measuring process is started with
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -245,7 +285,8 @@ def main() -> None:
         return serve_processes(options.folder, json.loads(options.serve), options.steps)
     print(", ".join(f"{key} {value}" for key, value in describe_machine(options.threads).items()))
     for part in options.parts:
-        {"run": measure_run, "rows": measure_rows, "processes": measure_processes}[part](options)
+        parts = {"run": measure_run, "rows": measure_rows, "processes": measure_processes, "tokens": measure_tokens}
+        parts[part](options)
 
 
 if __name__ == "__main__":

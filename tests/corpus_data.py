@@ -46,6 +46,12 @@ class TextMaker:
     def units(self, language: str, count: int) -> list[str]:
         return self.rng.choices(HAN if language == "zh" else self.words, k=count)
 
+    def other(self, language: str, unit: str) -> str:
+        """A unit that is not this one."""
+        while (found := self.units(language, 1)[0]) == unit:
+            pass
+        return found
+
     def join(self, language: str, units: list[str]) -> str:
         sentences = [units[start : start + 15] for start in range(0, len(units), 15)]
         if language == "zh":
@@ -73,7 +79,7 @@ def make_documents(language: str, total_bytes: int, maker: TextMaker, evaluation
         elif reason == "near_duplicate":
             units = recent.pop(rng.randrange(len(recent)))
             edited = set(rng.sample(range(len(units)), max(1, round(EDITS * len(units)))))
-            units = [maker.units(language, 1)[0] if at in edited else unit for at, unit in enumerate(units)]
+            units = [maker.other(language, unit) if at in edited else unit for at, unit in enumerate(units)]
         elif reason == "contamination":
             shared = rng.choice(evaluation)
             start, at = rng.randrange(len(shared) - 20), rng.randrange(len(units))

@@ -2,9 +2,10 @@
 
     python pretrain_worker.py RECIPE JOBS
 
-JOBS is a JSON file: for each job its number of processes, the overrides of its recipe, and the folder of a run that it
-goes on from, at its first checkpoint, or null. What a job raised goes to JOBS.NAME.RANK. The processes are forks of
-this one, which has imported what takes long to import. All runs have the tokenizer of the first.
+JOBS is a JSON file: for each job its number of processes, the overrides of its recipe, the folder of a run that it
+goes on from, at its first checkpoint, or null, and whether the CPU is to be taken for one without bfloat16. What a job
+raised goes to JOBS.NAME.RANK. The processes are forks of this one, which has imported what takes long to import. All
+runs have the tokenizer of the first.
 """
 
 import json
@@ -20,6 +21,7 @@ import matplotlib.pyplot  # noqa: F401 - for the forks
 import torch
 import torch.utils.tensorboard
 
+from gmask import hardware
 from gmask.errors import GmaskError
 from gmask.training.pretrain import run_pretraining
 
@@ -53,7 +55,7 @@ def begin(out: Path, first: Path, begins: str | None) -> None:
         shutil.rmtree(folder)
 
 
-def run_job(recipe: str, faults: str, processes: int, overrides: Sequence[str]) -> None:
+def run_job(recipe: str, faults: str, processes: int, overrides: Sequence[str], *, lacks_bfloat16: bool) -> None:
     """Runs a job in forks of this process, and exits with 1 if one of them fails."""
     shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(find_port()), "WORLD_SIZE": str(processes)}
     children = []
@@ -61,6 +63,8 @@ def run_job(recipe: str, faults: str, processes: int, overrides: Sequence[str]) 
         child = os.fork()
         if not child:
             os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(processes))
+            if lacks_bfloat16:
+                hardware.has_bfloat16 = lambda device: False
             status = run_rank(recipe, overrides, Path(f"{faults}.{rank}"))
             sys.stderr.flush()
             os._exit(status)
@@ -76,4 +80,5 @@ if __name__ == "__main__":
     outs = [Path(job["overrides"][-1].removeprefix("run.out=")) for job in described.values()]
     for out, (name, job) in zip(outs, described.items(), strict=True):
         begin(out, outs[0], job["begins"])
-        run_job(recipe, f"{jobs}.{name}", job["processes"], job["overrides"])
+        faults, lacks = f"{jobs}.{name}", job["lacks_bfloat16"]
+        run_job(recipe, faults, job["processes"], job["overrides"], lacks_bfloat16=lacks)

@@ -41,12 +41,3 @@ def test_a_named_type_is_taken_and_the_slow_one_is_warned_about(monkeypatch: pyt
 def test_this_machine_is_known() -> None:
     assert hardware.cpu_instructions() in ("amx", "avx512_bf16", "avx512", "avx2", "neon", "neon_bf16", "default")
     assert hardware.bfloat16_slowdown(rows=64, width=64, repeats=2) > 0
-
-
-def test_muon_is_warned_about_where_bfloat16_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "bfloat16_slowdown", lambda: 7.0)
-    monkeypatch.setattr(hardware, "has_bfloat16", lambda device: False)
-    warning = hardware.warn_of_muon(CPU)
-    assert warning is not None and "7.0 times" in warning and "optimizer=adamw" in warning
-    monkeypatch.setattr(hardware, "has_bfloat16", lambda device: True)
-    assert hardware.warn_of_muon(CPU) is None

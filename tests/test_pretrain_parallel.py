@@ -19,16 +19,18 @@ TESTS = Path(__file__).parent
 SHARD, TENSOR = "parallel.shard=true", "parallel.tensor=2"
 SELECTIVE = "optimization.gradient_checkpointing=selective"
 MUON = "optimization.optimizer=muon"
+HALF = "optimization.dtype=bfloat16"
 SHORT = ["optimization.steps=4", "run.save_every=2", "run.validate_every=4"]
 LONG = ["optimization.steps=20", "run.save_every=10", "run.validate_every=10", "model.num_attention_heads=4"]
 
 
 class Job(NamedTuple):
-    """A run: its processes, the keys that it changes, and the run whose first half it goes on from."""
+    """A run: its processes, the keys that it changes, the run whose first half it goes on from, and the CPU's lack."""
 
     processes: int
     overrides: Sequence[str] = ()
     begins: str | None = None
+    lacks_bfloat16: bool = False
 
 
 class Runs:
@@ -50,6 +52,7 @@ class Runs:
                 "processes": job.processes,
                 "overrides": [*self.common, *job.overrides, f"run.out={self.folder / name}"],
                 "begins": job.begins and str(self.folder / job.begins),
+                "lacks_bfloat16": job.lacks_bfloat16,
             }
             for name, job in jobs.items()
         }
@@ -135,8 +138,13 @@ def test_two_processes_with_streams_muon_and_dropout(tmp_path: Path) -> None:
             "streams": Job(1, ["data.streams=4"]),
             "streams in two": Job(2, [SHARD, "data.streams=4"]),
             "streams, then one": Job(1, ["data.streams=4"], begins="streams in two"),
+            "bfloat16": Job(1, [HALF]),
+            "bfloat16 in shards": Job(2, [SHARD, HALF]),
             "muon": Job(1, [MUON]),
             "muon in shards": Job(2, [SHARD, MUON]),
+            "muon in float32": Job(1, [MUON], lacks_bfloat16=True),
+            "muon in float32 in shards": Job(2, [SHARD, MUON], begins="muon in float32", lacks_bfloat16=True),
+            "muon, then in float32": Job(1, [MUON], begins="muon", lacks_bfloat16=True),
             "dropout": Job(1, dropout),
             "dropout in tensor": Job(2, [*dropout, TENSOR]),
             "wider": Job(2, [SHARD, "model.hidden_size=64"], begins="one then shards"),
@@ -147,8 +155,11 @@ def test_two_processes_with_streams_muon_and_dropout(tmp_path: Path) -> None:
         runs.expect_same(name, "one")
     for name in ("streams in two", "streams, then one"):  # of which each process draws two
         runs.expect_same(name, "streams")
+    runs.expect_same("bfloat16 in shards", "bfloat16", tolerance=1e-2)
     # Muon's products are in bfloat16, and are summed in another order.
     runs.expect_same("muon in shards", "muon", tolerance=1e-3)
+    runs.expect_same("muon in float32 in shards", "muon in float32")
+    runs.expect_same("muon, then in float32", "muon", tolerance=1e-3)
     # The processes that divide a matrix leave out the same activations.
     runs.expect_same("dropout in tensor", "dropout")
     for name, message in (

@@ -81,15 +81,9 @@ def describe_training_dtype(name: str, device: torch.device) -> str:
     return f"training in {chosen}: the CPU has {found}"
 
 
-def warn_of_muon(device: torch.device) -> str | None:
-    """Returns a warning, with a measurement, if torch's Muon is slow: it multiplies in bfloat16."""
-    if device.type != "cpu" or has_bfloat16(device):
-        return None
-    return (
-        f"warning: Muon multiplies in bfloat16, and this CPU ({cpu_instructions()}) has no instructions for it: a "
-        f"product takes {bfloat16_slowdown():.1f} times as long as in float32 here; optimization.optimizer=adamw is "
-        "faster"
-    )
+def multiplies_in_bfloat16(device: torch.device) -> bool:
+    """Returns whether Muon is to multiply in bfloat16, as in PyTorch: everywhere but on CPUs without instructions."""
+    return device.type != "cpu" or has_bfloat16(device)
 
 
 def bfloat16_slowdown(*, rows: int = 512, width: int = 512, repeats: int = 5) -> float:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, cast
 
 import torch
 from safetensors import SafetensorError
@@ -33,11 +33,14 @@ from gmask.errors import GmaskError, one_line
 from gmask.files import refuse_placeholder
 from gmask.hardware import has_bfloat16
 from gmask.models.cache import GrowingCache
-from gmask.models.layout import build_mask, continues, resolve_sequences
+from gmask.models.layout import block_mask, build_mask, continues, resolve_sequences
 from gmask.models.tensor_parallel import check_division, check_processes
 from gmask.native import ops as native
 from gmask.quantization.linear import QuantizedLayer
 from gmask.quantization.quantizer import quantize_model
+
+FLEX = "flex_attention"
+"""The name of transformers' attention by PyTorch's flex_attention, which is compiled when it is first called."""
 
 
 @cache
@@ -161,13 +164,13 @@ class SelfAttention(nn.Module):
         key: Tensor,  # B N T D
         value: Tensor,  # B N T D
         prefix: Tensor | None,  # 2 N P D
-        attention_mask: Tensor | None,  # B 1 T K, boolean (True = visible) or additive
+        attention_mask: Any,  # B 1 T K, boolean (True = visible) or additive; or a block mask of packed rows
         past_key_values: Cache | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attends to the prefix, the cache and the new keys, by the ``attn_implementation`` of the config.
 
-        A single query on a CPU uses the package's own kernel.
+        A single query on a CPU uses the package's own kernel. ``"flex_attention"`` is for packed rows; others use sdpa.
 
         Returns:
             ``[B, T, H]``, and the weights ``[B, N, T, K]`` if the implementation returns them, else None.
@@ -179,6 +182,9 @@ class SelfAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)
         dropout = self.attention_dropout if self.training else 0.0
         implementation = self.config._attn_implementation
+        by_blocks = implementation == FLEX and not (attention_mask is None or isinstance(attention_mask, Tensor))
+        if implementation == FLEX and not by_blocks:
+            implementation = "sdpa"  # a cache, or rows of any length
         weights = None
         if implementation == "sdpa" and dropout == 0 and native.can_attend(query, key, value, attention_mask):
             mixed = native.attend(query, key, value, attention_mask, scaling=self.scaling)
@@ -199,6 +205,7 @@ class SelfAttention(nn.Module):
                 is_causal=False,
                 **kwargs,
             )
+            weights = None if by_blocks else weights  # it returns sums in their place
         output: Tensor = self.dense(mixed.reshape(batch, length, -1))
         return output, weights
 
@@ -546,6 +553,7 @@ class PrefixLMPreTrainedModel(StrictLoadingMixin, QuantizingMixin, PreTrainedMod
     _input_embed_layer = "word_embeddings"
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 - transformers reads these as plain attributes
     _supports_sdpa = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_set_attn_implementation_cached_value = True  # else transformers searches the source file of the model
@@ -600,13 +608,23 @@ class PrefixLMModel(PrefixLMPreTrainedModel):
         attention_mask = self._read_mask(
             attention_mask, layout.shape[-1], past_key_values, published_positions=published_positions
         )
-        mask = build_mask(layout, attention_mask, sequence_ids, past_key_values, dtype=inputs_embeds.dtype)
+        if self._attends_by_blocks(attention_mask, sequence_ids, past_key_values):
+            mask: Any = block_mask(layout[:, 1] == 0, cast("Tensor", sequence_ids))
+        else:
+            mask = build_mask(layout, attention_mask, sequence_ids, past_key_values, dtype=inputs_embeds.dtype)
         prefix = None
         if self.config.pre_seq_len is not None and not continues(past_key_values):
             prefix = self.prefix_encoder().unflatten(0, (-1, 2))  # L 2 N P D
             mask = show_prefix(mask, self.config.pre_seq_len, past_key_values)
         hidden_states = self._run_layers(inputs_embeds, layout, prefix, mask, past_key_values, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def _attends_by_blocks(
+        self, attention_mask: Tensor | None, sequence_ids: Tensor | None, cache: Cache | None
+    ) -> bool:
+        """Whether flex_attention reads these rows: packed ones alone, whose one length is compiled once."""
+        is_packed = sequence_ids is not None and attention_mask is None and cache is None
+        return self.config._attn_implementation == FLEX and is_packed and self.config.pre_seq_len is None
 
     def _embed(self, input_ids: Tensor | None) -> Tensor:
         """Returns the embeddings ``[B, T, H]`` of ids ``[B, T]``."""

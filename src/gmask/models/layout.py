@@ -14,12 +14,16 @@ Source: Du et al., "GLM: General Language Model Pretraining with Autoregressive 
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
 from gmask.native.ops import is_captured
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 def derive_layout(
@@ -143,6 +147,23 @@ def visible_keys(
         padded[:, : key_padding.shape[1]] = key_padding.bool()
         visible = visible & padded[:, None, :]
     return visible.expand(batch, -1, -1)[:, None]
+
+
+def block_mask(in_context: Tensor, sequence_ids: Tensor) -> "BlockMask":
+    """Returns the prefix-LM visibility of packed rows for flex_attention, which leaves out blocks that see nothing.
+
+    Args:
+        in_context: ``[B, T]`` bool, True for tokens of a context.
+        sequence_ids: ``[B, T]``; packed sequences do not see each other.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        visible = (key <= query) | (in_context[row, query] & in_context[row, key])
+        return visible & (sequence_ids[row, query] == sequence_ids[row, key])
+
+    batch, length = in_context.shape
+    return create_block_mask(sees, batch, None, length, length, device=in_context.device)
 
 
 def published_mask(attention_mask: Tensor, *, query_length: int, past_length: int, dtype: torch.dtype) -> Tensor:

@@ -101,6 +101,8 @@ class OptimizationSettings:
     dtype: Precision = "auto"  # of a pass; auto: bfloat16 where the device has instructions for it; weights are float32
     gradient_checkpointing: bool | Literal["selective"] = False  # selective: keeps the results of matrix products
     compile: bool = False  # the blocks, by torch.compile
+    float8: bool = False  # the products of the blocks, by torchao, on GPUs of Hopper and later
+    attention: Literal["sdpa", "flex"] = "sdpa"  # flex: by flex_attention, which leaves out hidden blocks; on GPUs
     loss_chunk: Size | None = None  # labels that have logits at a time; by default all of a pass
     initialization: Literal["normal", "neighbours"] = "normal"  # neighbours: for small models and short runs
 

@@ -3,9 +3,9 @@
 Tensor parallelism divides the matrices by the plan of the model, as in inference (models/tensor_parallel.py), and
 computes with the parts. FSDP2 divides every block of the model on its own, the rest as a whole, by torch's
 `fully_shard`, and gathers them to compute. With both, the parts of the matrices are divided once more, among the
-processes that read other rows. The weights that train are float32. In a pass in bfloat16 those of a block are gathered
-as bfloat16, in which its products take them anyhow; all others, the residual stream and the sums of gradients over the
-processes stay float32.
+processes that read other rows. The weights that train are float32. In a pass in bfloat16 on a GPU those of a block are
+gathered as bfloat16, in which its products take them anyhow; all others, the residual stream and the sums of gradients
+over the processes stay float32.
 
 Source: PyTorch, the documentation of `torch.distributed.fsdp.fully_shard`.
 """
@@ -89,7 +89,8 @@ def divide_model(
     if not shard or mesh["data"].size() == 1:
         return
     blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
-    gathered = torch.bfloat16 if dtype == torch.bfloat16 else None
+    # On a CPU, autocast leaves a norm's weights as they are, and the norm takes none but float32.
+    gathered = torch.bfloat16 if dtype == torch.bfloat16 and device.type != "cpu" else None
     in_blocks = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
     policy = CPUOffloadPolicy() if offload else OffloadPolicy()
     # Divided again after each forward pass, the last part too: a validation has no backward pass that would do it.

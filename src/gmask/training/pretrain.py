@@ -24,12 +24,13 @@ from gmask.hardware import (
     bound_primitive_cache,
     cpu_instructions,
     describe_training_dtype,
+    multiplies_in_bfloat16,
     training_dtype,
-    warn_of_muon,
 )
 from gmask.infilling.blanks import NOT_SCORED, InfillingExample
 from gmask.infilling.collator import collate
 from gmask.infilling.objectives import OBJECTIVES, Objective
+from gmask.models.base import FLEX
 from gmask.models.glm import GLMConfig, GLMForConditionalGeneration
 from gmask.models.tensor_parallel import check_processes
 from gmask.recipes.pretraining import (
@@ -46,8 +47,10 @@ from gmask.training.accelerator import describe_restarts, find_device, join_proc
 from gmask.training.corpus_rows import RowStream, open_texts, validation_rows
 from gmask.training.diagnostics import SpikeGuard, training_flops
 from gmask.training.examples import Batch
+from gmask.training.float8 import check_float8, multiply_in_float8
 from gmask.training.initial_weights import begin_with, make_whole
 from gmask.training.loop import Loop, Schedule, StepData, StepResult
+from gmask.training.muon import make_muon
 from gmask.training.parallel import Grid, divide_model, hand_out, is_divided, unsharded, whole_weights
 from gmask.training.report import CURVES_FILE, draw_curves
 from gmask.training.run_folder import (
@@ -85,6 +88,9 @@ class Pretraining:
         self.out = Path(settings.out)
         self.device = torch.device(find_device(settings.device))
         self._check_processes(int(os.environ.get("WORLD_SIZE", "1")))
+        self._check_attention()
+        if self.recipe.optimization.float8:
+            check_float8(self.device)
         self.dtype = training_dtype(self.recipe.optimization.dtype, self.device)
         bound_primitive_cache()
         self.accelerator = join_processes(settings, device=self.device.type, dtype=self.dtype)
@@ -179,11 +185,25 @@ class Pretraining:
             )
         if parallel.tensor > 1:
             self._check_tensor(parallel, replicas)
+        if parallel.tensor > 1 and self.recipe.optimization.float8:
+            raise GmaskError("parallel.tensor: float8 needs whole matrices: set optimization.float8 to false")
         if parallel.offload and (not parallel.shard or self.device.type != "cuda"):
             raise GmaskError(
                 "parallel.offload moves the shards of GPUs to the host's memory: leave it out, or set parallel.shard "
                 "and run on GPUs"
             )
+
+    def _check_attention(self) -> None:
+        """Raises `GmaskError` if flex_attention cannot train the recipe's model on this device."""
+        if self.recipe.optimization.attention != "flex":
+            return
+        if self.device.type != "cuda":
+            raise GmaskError(
+                f"optimization.attention: flex trains on CUDA alone, and this run is on {self.device.type}: set it to "
+                "sdpa"
+            )
+        if GLMConfig(**self.recipe.shape).attention_dropout > 0:
+            raise GmaskError("optimization.attention: flex has no dropout: set model.attention_dropout to 0")
 
     def _check_tensor(self, parallel: ParallelSettings, replicas: int) -> None:
         check_processes(GLMConfig(**self.recipe.shape).num_attention_heads, parallel.tensor)
@@ -210,6 +230,8 @@ class Pretraining:
         if optimization.compile:
             for block in self.model.glm.transformer.layers:
                 block.compile()
+        if optimization.attention == "flex":
+            self.model.set_attn_implementation(FLEX)
 
     def _load_tokenizer(self, sources: Sequence[Source]) -> Tokenizer:
         """The recipe's tokenizer. Without a path in the recipe it is learnt into the run's folder, once."""
@@ -245,6 +267,8 @@ class Pretraining:
         else:
             with torch.random.fork_rng(devices=[]), torch.device("meta"):
                 self.model = GLMForConditionalGeneration(config)
+        if self.recipe.optimization.float8:
+            multiply_in_float8(self.model)
         self.average: AveragedModel | None = None
         if self.recipe.optimization.ema is not None:
             self.average = AveragedModel(self.model, multi_avg_fn=moving_average(self.recipe.optimization.ema))
@@ -289,8 +313,7 @@ class Pretraining:
         if checkpoint is not None and not resume:
             raise GmaskError(f"{self.out} holds a run already: resume it, or choose another run.out")
         self._report(describe_training_dtype(self.recipe.optimization.dtype, self.device))
-        slow = warn_of_muon(self.device) if self.recipe.optimization.optimizer == "muon" else None
-        for warning in filter(None, (slow, describe_restarts())):
+        if warning := describe_restarts():
             self._report(warning)
         if checkpoint is not None:
             state = self.loop.restore()
@@ -516,7 +539,8 @@ class Pretraining:
     def _arithmetic(self) -> str:
         """The dtype of the forward pass and the device's instructions, such as ``float32 on avx512``."""
         unit = cpu_instructions() if self.device.type == "cpu" else self.device.type
-        return f"{str(self.dtype).removeprefix('torch.')} on {unit}"
+        muon = self.recipe.optimization.optimizer == "muon" and not multiplies_in_bfloat16(self.device)
+        return f"{str(self.dtype).removeprefix('torch.')} on {unit}{', Muon in float32' if muon else ''}"
 
     def export(self) -> Path:
         """Writes ``out/model``: bfloat16 weights, configuration, tokenizer and the curves.
@@ -555,11 +579,7 @@ def describe_run(folder: Path) -> dict[str, Any]:
 
 
 def make_optimizers(model: GLMForConditionalGeneration, settings: OptimizationSettings) -> list[torch.optim.Optimizer]:
-    """AdamW, or Muon for the matrices of the layers and AdamW for the rest. Norms and biases do not decay.
-
-    Muon's steps are scaled to the size of AdamW's, so that both use one learning rate and one weight decay.
-    Source: Liu et al. 2025, "Muon is Scalable for LLM Training".
-    """
+    """AdamW, or Muon for the matrices of the layers and AdamW for the rest. Norms and biases do not decay."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     parameters = list(model.parameters())
     matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in tables]
@@ -578,7 +598,7 @@ def make_optimizers(model: GLMForConditionalGeneration, settings: OptimizationSe
     ]
     if with_muon:
         rate, decay = settings.learning_rate, settings.weight_decay
-        optimizers.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(make_muon(matrices, learning_rate=rate, weight_decay=decay))
     return optimizers
 
 

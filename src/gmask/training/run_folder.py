@@ -38,6 +38,7 @@ from gmask.files import (
     written,
     written_folder,
 )
+from gmask.training.muon import Float32Muon
 from gmask.training.parallel import placed_like
 from gmask.training.sharded_checkpoint import read_shards
 
@@ -59,6 +60,7 @@ START_FILE = "start.txt"
 OPTIMIZER_KEYS: Mapping[type[Optimizer], tuple[str, ...]] = {
     torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
     torch.optim.Muon: ("momentum_buffer",),
+    Float32Muon: ("momentum_buffer",),
 }
 """The state that these optimizers keep of each parameter: a checkpoint without it is of another optimizer."""
 
