@@ -53,6 +53,9 @@ FEEDBACK: dict[str, dict[str, Any]] = {
     "dpo full": {"name": "full", "stage": "dpo"},
     "dpo lora": {"name": "lora", "stage": "dpo"},
     "kto lora": {"name": "lora", "stage": "kto"},
+    "grpo full": {"name": "full", "stage": "grpo"},
+    "grpo full, no reference": {"name": "full", "stage": "grpo", "reference": False},
+    "grpo lora": {"name": "lora", "stage": "grpo"},
     "ppo full": {"name": "full", "stage": "ppo"},
     "ppo lora": {"name": "lora", "stage": "ppo"},
     "ppo full, own critic, reward model": {"name": "full", "stage": "ppo", "critic": "own", "reward_model": True},
@@ -212,11 +215,13 @@ def make_loss(model: Any, case: dict[str, Any], *, batch_size: int, length: int)
             return -F.logsigmoid(chosen - rejected).sum()
 
         return model, compare_rewards
-    if stage in ("dpo", "kto"):
+    if stage in ("dpo", "kto", "grpo"):
         apply_method(model, method, steps=100)
-        copied = None if method.makes_adapter else copy.deepcopy(model).requires_grad_(False)
+        has_copy = not method.makes_adapter and case.get("reference", True)
+        copied = copy.deepcopy(model).requires_grad_(False) if has_copy else None
         for one in filter(None, (model, copied)):
-            add_fused_lm_head(one, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+            more = () if stage == "grpo" else ("mean_logits", "is_top1")
+            add_fused_lm_head(one, outputs=("log_probs", "entropy", *more))
         shifted = torch.cat([torch.full_like(pairs["labels"][:, :1], -100), pairs["labels"][:, :-1]], 1)
         inputs = {"input_ids": pairs["input_ids"], "layout": pairs["layout"], "labels": shifted}
 
@@ -228,7 +233,17 @@ def make_loss(model: Any, case: dict[str, Any], *, batch_size: int, length: int)
                 logprobs = logprobs - other
             return -F.logsigmoid(logprobs[: len(logprobs) // 2] - logprobs[len(logprobs) // 2 :]).sum()
 
-        return model, prefer
+        def clip_ratios(module: Any) -> Any:
+            logprobs = module(**inputs, fused_lm_head=True, use_cache=False).log_probs
+            ratio = torch.exp(logprobs - logprobs.detach())
+            loss = -torch.min(ratio, ratio.clamp(0.8, 1.2))
+            if copied is not None:
+                with torch.no_grad():
+                    other = copied(**inputs, fused_lm_head=True, use_cache=False).log_probs
+                loss = loss + torch.exp(other - logprobs) - (other - logprobs) - 1
+            return loss.sum()
+
+        return model, clip_ratios if stage == "grpo" else prefer
     reward = as_reward_model(copy.deepcopy(model)).requires_grad_(False) if case.get("reward_model") else None
     critic, head = make_critic(model, CriticSettings(kind=case.get("critic", "shared")), reward=reward)
     apply_method(model, method, steps=100)
@@ -306,6 +321,7 @@ def estimate(case: dict[str, Any]) -> Any:
         stage=method.get("stage"),
         critic=method.get("critic", "shared"),
         reward_model=method.get("reward_model", False),
+        reference=method.get("reference", True),
     )
 
 

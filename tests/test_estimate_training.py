@@ -275,9 +275,10 @@ def feedback_estimate(kind: str = "glm", method: str = "full", **settings: Any) 
 def test_the_models_beside_the_one_that_learns_are_counted(kind: str) -> None:
     """The reference is a copy where no adapter can be switched off; critic and reward model are bodies of their own."""
     plain = feedback_estimate(kind)
-    for stage in ("dpo", "kto", "ppo"):
+    for stage in ("dpo", "kto", "grpo", "ppo"):
         assert feedback_estimate(kind, stage=stage).others == plain.weights
         assert feedback_estimate(kind, "lora", stage=stage).others == 0
+    assert feedback_estimate(kind, stage="grpo", reference=False).others == 0
     assert feedback_estimate(kind, "p-tuning-v2", stage="ppo").others > 0
     assert feedback_estimate(kind, stage="reward").others == 0
     ppo = feedback_estimate(kind, "lora", stage="ppo")
@@ -287,15 +288,19 @@ def test_the_models_beside_the_one_that_learns_are_counted(kind: str) -> None:
     assert own.weights - ppo.weights == own.gradients - ppo.gradients == body
     assert own.optimizer - ppo.optimizer == 2 * body
     assert (own.others, both.others, both.peak - own.peak) == (0, body, body)
+    assert feedback_estimate(kind, "lora", stage="grpo", reward_model=True).others == body
     assert feedback_estimate(kind, stage="dpo").activations > feedback_estimate(kind, stage="kto").activations
 
 
 def test_a_stage_that_there_is_not_is_one_line() -> None:
     for wrong, told in (
-        ({"stage": "rlhf"}, "stage 'rlhf' is not one of reward, dpo, kto, ppo"),
+        ({"stage": "rlhf"}, "stage 'rlhf' is not one of reward, dpo, kto, grpo, ppo"),
         ({"stage": "ppo", "critic": "big"}, "critic 'big' is not one of shared"),
         ({"stage": "dpo", "critic": "own"}, "critic goes with the stage ppo"),
         ({"stage": "dpo", "method": "ia3"}, "dpo takes full, lora, dora, qlora, not ia3"),
+        ({"stage": "grpo", "method": "ia3"}, "grpo takes full, lora, dora, qlora, not ia3"),
+        ({"stage": "dpo", "reward_model": True}, "reward_model goes with the stages grpo and ppo"),
+        ({"stage": "ppo", "reference": False}, "reference=false goes with the stage grpo"),
         ({"stage": "ppo", "method": "adalora"}, "adalora is not for ppo"),
     ):
         with pytest.raises(GmaskError, match=told):

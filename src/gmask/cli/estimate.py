@@ -89,7 +89,7 @@ def estimate(
     stage: Annotated[
         str | None,
         typer.Option(
-            metavar="reward|dpo|kto|ppo", help="With --method: learning from feedback.", show_default="answers"
+            metavar="reward|dpo|kto|grpo|ppo", help="With --method: learning from feedback.", show_default="answers"
         ),
     ] = None,
     gradient_checkpointing: Annotated[

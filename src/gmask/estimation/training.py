@@ -47,14 +47,14 @@ OPTIMIZER_BYTES = {
 """Bytes of state for each number that trains, by transformers' names of optimizers; adamw is its default."""
 
 
-FeedbackStage = Literal["reward", "dpo", "kto", "ppo"]
+FeedbackStage = Literal["reward", "dpo", "kto", "grpo", "ppo"]
 Critic = Literal["shared", "head", "own", "joint", "frozen"]
 Head = Literal["tokens", "score", "fused", "policy"]
 """What reads the last states: the head of the loss of answers; that of rewards and values; the head of TRL's trainers,
 which keeps no logits; that of PPO, which keeps log-probabilities and probabilities."""
 
 HEADS: dict[FeedbackStage | None, Head] = {
-    None: "tokens", "reward": "score", "dpo": "fused", "kto": "fused", "ppo": "policy",
+    None: "tokens", "reward": "score", "dpo": "fused", "kto": "fused", "grpo": "fused", "ppo": "policy",
 }  # fmt: skip
 LOGITS_KEPT: dict[Head, int] = {"tokens": 1, "score": 0, "fused": 0, "policy": 2}
 LOGITS_MORE: dict[Head, int] = {"tokens": 2, "score": 0, "fused": 0, "policy": 3}
@@ -100,6 +100,7 @@ def estimate_training(
     stage: FeedbackStage | None = None,
     critic: Critic = "shared",
     reward_model: bool = False,
+    reference: bool = True,
 ) -> TrainingEstimate:
     """Estimates the memory that tuning a model takes, without loading it.
 
@@ -119,20 +120,21 @@ def estimate_training(
         device_kind: of the device. The figures of GPUs, and of shards, have not been measured.
         stage: what is learnt from feedback; None for answers.
         critic: of ppo, as in its recipe.
-        reward_model: ppo is rewarded by a model of the same shape, too, in float32. What sampling takes, while nothing
-            is kept for a backward pass, is not counted.
+        reward_model: grpo or ppo is rewarded by a model of the same shape, too, in float32. What sampling takes, while
+            nothing is kept for a backward pass, is not counted.
+        reference: False for a grpo whose ``trl.beta`` is 0: it holds no copy of the model as it was.
 
     Raises:
-        GmaskError: an unknown stage or critic, or a method that the stage does not take; a number below 1, a GLM with
-            fewer positions, a method or form that does not fit the model, an unknown optimizer, or a folder that holds
-            no model.
+        GmaskError: an unknown stage or critic, or a method or setting that the stage does not take; a number below 1, a
+            GLM with fewer positions, a method or form that does not fit the model, an unknown optimizer, or a folder
+            that holds no model.
     """
     config = read_shape_config(model) if isinstance(model, Path) else model
     answer_length = length if answer_length is None else min(answer_length, length)
     _check_numbers(config, batch_size, length, answer_length, accumulation, shards)
     if optimizer not in OPTIMIZER_BYTES:
         raise GmaskError(f"optimizer {optimizer!r} is not one of {', '.join(OPTIMIZER_BYTES)}")
-    _check_stage(method, stage, critic)
+    _check_stage(method, stage, critic, reward_model=reward_model, reference=reference)
     trains_weights = not method.makes_adapter
     shaped = shape_at(config, dtype=torch.float32 if trains_weights else dtype, form=form)
     check_model(method, is_quantized=bool(_quantized_layers(shaped)), is_glm=isinstance(config, GLMConfig))
@@ -151,7 +153,7 @@ def estimate_training(
     added = _count_added(shaped, step)
     trainable = _count_own(shaped, method) if trains_weights else added
     weights = weight_bytes(shaped) + FLOAT * added
-    others = _other_bytes(shaped, method, stage, reward_model=reward_model)
+    others = _other_bytes(shaped, method, stage, reward_model=reward_model, reference=reference)
     gradients, states = FLOAT * trainable, OPTIMIZER_BYTES[optimizer] * trainable
     checkpointing: Checkpointing = "full" if gradient_checkpointing else "none"
     moments = find_moments(shaped, step, gradients, checkpointing=checkpointing, shards=shards)
@@ -187,13 +189,19 @@ def estimate_training(
     )
 
 
-def _check_stage(method: MethodSettings, stage: FeedbackStage | None, critic: Critic) -> None:
+def _check_stage(
+    method: MethodSettings, stage: FeedbackStage | None, critic: Critic, *, reward_model: bool, reference: bool
+) -> None:
     if stage is not None and stage not in get_args(FeedbackStage):
         raise GmaskError(f"stage {stage!r} is not one of {', '.join(get_args(FeedbackStage))}")
     if critic not in get_args(Critic):
         raise GmaskError(f"critic {critic!r} is not one of {', '.join(get_args(Critic))}")
     if stage != "ppo" and critic != "shared":
         raise GmaskError("critic goes with the stage ppo: leave it out")
+    if reward_model and stage not in ("grpo", "ppo"):
+        raise GmaskError("reward_model goes with the stages grpo and ppo: leave it out")
+    if not reference and stage != "grpo":
+        raise GmaskError("reference=false goes with the stage grpo: leave it out")
     known = () if stage is None or stage == "ppo" else METHODS_OF_STAGES[stage]
     if known and method.name not in known:
         raise GmaskError(f"{stage} takes {', '.join(known)}, not {method.name}")
@@ -202,11 +210,12 @@ def _check_stage(method: MethodSettings, stage: FeedbackStage | None, critic: Cr
 
 
 def _other_bytes(
-    model: PreTrainedModel, method: MethodSettings, stage: FeedbackStage | None, *, reward_model: bool
+    model: PreTrainedModel, method: MethodSettings, stage: FeedbackStage | None, *, reward_model: bool, reference: bool
 ) -> int:
     """Bytes of the reference, which is a copy where the adapter cannot be switched off, and of a reward model."""
-    is_copied = stage in ("dpo", "kto", "ppo") and (not method.makes_adapter or method.name.startswith("p-tuning"))
-    reward = FLOAT * _count_body(model) if stage == "ppo" and reward_model else 0
+    is_referred = stage in ("dpo", "kto", "grpo", "ppo") and reference
+    is_copied = is_referred and (not method.makes_adapter or method.name.startswith("p-tuning"))
+    reward = FLOAT * _count_body(model) if reward_model else 0
     return reward + (weight_bytes(model) if is_copied else 0)
 
 

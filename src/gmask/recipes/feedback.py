@@ -96,10 +96,11 @@ class FeedbackRecipe(RunRecipe):
         )
 
 
-METHODS_OF_STAGES: Mapping[Stage, tuple[str, ...]] = {
+METHODS_OF_STAGES: Mapping[Stage | Literal["grpo"], tuple[str, ...]] = {
     "reward": ("full", "frozen-embeddings", "lora", "dora", "ia3", "qlora"),
     "dpo": ("full", "lora", "dora", "qlora"),
     "kto": ("full", "lora", "dora", "qlora"),
+    "grpo": ("full", "lora", "dora", "qlora"),
 }
 """Those of which the reference is known: the model as it was, or the one without its adapter."""
 

@@ -90,7 +90,7 @@ def read_grpo_recipe(tree: Mapping[str, Any]) -> GRPORecipe:
     """The recipe of a tree of plain values, checked."""
     recipe = build_recipe(GRPORecipe, tree)
     check_prompts(recipe.reward, recipe.data)
-    methods = METHODS_OF_STAGES["dpo"]
+    methods = METHODS_OF_STAGES["grpo"]
     if recipe.method.name not in methods:
         raise GmaskError(f"method.name is {recipe.method.name}: grpo takes {', '.join(methods)}")
     if recipe.model.adapter is not None:

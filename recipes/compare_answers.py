@@ -1,10 +1,11 @@
-"""How well do models do sums, before and after feedback? A table for each wording, and what was forgotten.
+"""How well do models answer, before and after feedback? A table for each wording, and what was forgotten.
 
-    python recipes/compare_sums.py data/sums SFT=bundled-chat GRPO=runs/grpo-1/model GRPO=runs/grpo-2/model ...
-        [--general data/chat] [--samples 400] [--out sums-compared.json]
+    python recipes/compare_answers.py data/sums SFT=bundled-chat GRPO=runs/grpo-1/model GRPO=runs/grpo-2/model ...
+        [--reward sums:grade] [--general data/chat] [--samples 400] [--out answers-compared.json]
 
-data/sums is what recipes/sums.py wrote. Models are compared with the first. Those of the same label are seeds of one
-method, and share a row. Each answers all sums greedily, and the first --samples of them eight times at temperature 1.
+data/sums is what recipes/sums.py or sorting.py wrote; an answer is right if its reward is 1. Models are compared with
+the first. Those of the same label are seeds of one method, and share a row. Each answers all questions greedily, and
+the first --samples of them eight times at temperature 1.
 data/chat is what recipes/chat_data.py wrote: the loss on the replies of its validation file that are no sums tells what
 was forgotten. What an earlier call measured is read from --out.
 """
@@ -14,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from own_answers import MAX_TARGET, read_sums, write_answers
-from sums import grade_answer
+from own_answers import MAX_TARGET, load_reward, read_questions, write_answers
 
 from gmask import load
 from gmask.evaluation.rewards import share_of
@@ -34,8 +34,11 @@ WORDINGS = {"validation": "taught wordings", "reworded": "new wordings"}
 ANSWERS = 8
 
 
-def is_right(samples: Any, groups: list[list[Rollout]]) -> list[list[bool]]:
-    return [[grade_answer(s.text, one.text) == 1.0 for one in group] for s, group in zip(samples, groups, strict=True)]
+def is_right(reward: Any, samples: Any, groups: list[list[Rollout]]) -> list[list[bool]]:
+    return [
+        [found == 1.0 for found in reward([sample.text] * len(group), [one.text for one in group])]
+        for sample, group in zip(samples, groups, strict=True)
+    ]
 
 
 def divergence(model: Any, base: Any, tokenizer: Any, rollouts: list[Rollout]) -> float:
@@ -50,14 +53,14 @@ def divergence(model: Any, base: Any, tokenizer: Any, rollouts: list[Rollout]) -
     )
 
 
-def measure(model: Any, tokenizer: Any, base: Any, folder: Path, count: int) -> dict[str, Any]:
+def measure(model: Any, tokenizer: Any, base: Any, folder: Path, reward: Any, count: int) -> dict[str, Any]:
     """What a model answers in each wording."""
     found: dict[str, Any] = {}
-    for name in WORDINGS:
-        samples = read_sums(folder / f"{name}.jsonl")
-        greedy = is_right(samples, write_answers(model, tokenizer, samples))
+    for name in filter(lambda name: (folder / f"{name}.jsonl").is_file(), WORDINGS):
+        samples = read_questions(folder / f"{name}.jsonl")
+        greedy = is_right(reward, samples, write_answers(model, tokenizer, samples))
         groups = write_answers(model, tokenizer, samples[:count], answers=ANSWERS, temperature=1.0)
-        sampled = is_right(samples[:count], groups)
+        sampled = is_right(reward, samples[:count], groups)
         found[name] = {
             "greedy": [one[0] for one in greedy],
             "sampled": sum(map(sum, sampled)) / (ANSWERS * len(sampled)),
@@ -99,34 +102,37 @@ def render(name: str, rows: dict[str, list[dict[str, Any]]]) -> Rows:
             *(mean([run[key] for run in runs]) for key in ("sampled", "one_of_8")),
             mean([run["kl"] for run in runs], 2, 1),
         ])  # fmt: skip
-    columns = [f"{name} ({len(before)} sums)", "seeds", "greedy, %", "95 % interval", "mended", "broken"]
+    columns = [f"{name} ({len(before)} questions)", "seeds", "greedy, %", "95 % interval", "mended", "broken"]
     return Rows([*columns, "at T 1, %", "one of 8, %", "KL"], table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("sums", type=Path)
+    parser.add_argument("questions", type=Path)
     parser.add_argument("models", nargs="+", metavar="LABEL=MODEL")
+    parser.add_argument("--reward", default="sums:grade", help="module:function, beside this file")
     parser.add_argument("--general", type=Path)
     parser.add_argument("--samples", type=int, default=400)
-    parser.add_argument("--out", type=Path, default=Path("sums-compared.json"))
+    parser.add_argument("--out", type=Path, default=Path("answers-compared.json"))
     options = parser.parse_args()
     models = [one.partition("=")[::2] for one in options.models]
     found = read_object(options.out) if options.out.is_file() else {}
-    base = None
+    reward, base = load_reward(options.reward), None
     for _, name in models:
         if name in found:
             continue
         base = base or load(models[0][1], dtype=torch.float32)
         model, tokenizer = base if name == models[0][1] else load(name, dtype=torch.float32)
-        measured = measure(model, tokenizer, base[0], options.sums, options.samples)
+        measured = measure(model, tokenizer, base[0], options.questions, reward, options.samples)
         general = None if options.general is None else general_loss(model, tokenizer, options.general)
         found[name] = {**measured, "general": general}
         write_json(options.out, found, indent=None)
     labels = dict.fromkeys(label for label, _ in models)
     runs = {label: [found[name] for one, name in models if one == label] for label in labels}
-    for key, name in WORDINGS.items():
-        print(render(name, {label: [run[key] for run in group] for label, group in runs.items()}).to_markdown())
+    for key in filter(next(iter(found.values())).__contains__, WORDINGS):
+        print(
+            render(WORDINGS[key], {label: [run[key] for run in group] for label, group in runs.items()}).to_markdown()
+        )
         print()
     if options.general is not None:
         losses = [[label, " ".join(f"{run['general']:.3f}" for run in group)] for label, group in runs.items()]
