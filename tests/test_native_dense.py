@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.profiler import ProfilerActivity, profile
 
 from gmask.models import base
 from gmask.native import ops
@@ -78,18 +79,43 @@ def test_what_it_takes() -> None:
 
 
 @pytest.mark.skipif(not ISAS, reason="the C++ library was not built")
-def test_a_layer_takes_it_where_the_cpu_lacks_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = base.Linear(64, 40, dtype=torch.bfloat16), make_numbers(3, 64, seed=0)
-    calls: list[Tensor] = []
+def test_a_layer_takes_it_where_it_is_the_faster_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, calls = base.Linear(64, 40, dtype=torch.bfloat16), list[Tensor]()
 
     def note(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         calls.append(weight)
         return linear(x, weight, bias)
 
     monkeypatch.setattr(ops, "multiply", note)
-    for lacks, grad in ((True, False), (True, True), (False, False)):
+    for lacks, reads, rows, grad, takes in (
+        (True, False, 3, False, True),
+        (True, True, 1, True, False),
+        (False, True, base.READING_ROWS, False, True),
+        (False, True, base.READING_ROWS + 1, False, False),
+        (False, False, 1, False, False),
+    ):
         monkeypatch.setattr(base, "lacks_bfloat16", lambda lacks=lacks: lacks)
+        monkeypatch.setattr(base, "reads_faster", lambda reads=reads: reads)
         calls.clear()
+        x = make_numbers(rows, 64, seed=0)
         with torch.set_grad_enabled(grad):
             torch.testing.assert_close(layer(x), nn.Linear.forward(layer, x))
-        assert len(calls) == (lacks and not grad)
+        assert len(calls) == takes
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_onednn_computes_the_product_of_float32_where_mkl_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "prefers_onednn", lambda: True)
+    for bias in (True, False):
+        layer, x = base.Linear(64, 40, bias=bias), make_numbers(2, 5, 64, seed=0).float()
+        with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as taken:
+            y = layer(x)
+        assert any("mkldnn::_linear_pointwise" in event.key for event in taken.key_averages())
+        added = layer.bias.double() if bias else 0.0
+        exact = x.double() @ layer.weight.double().T + added
+        products = x.double().abs() @ layer.weight.double().abs().T + abs(added)
+        assert y.shape == (2, 5, 40) and ((y.double() - exact).abs() <= 2.0**-23 * 64 * products).all()
+        layer(x).sum().backward()
+        torch.testing.assert_close(layer.weight.grad, x.flatten(0, 1).sum(0).expand(40, 64))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16

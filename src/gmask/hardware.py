@@ -9,6 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -57,6 +58,17 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and cpu_instructions() in ("amx", "avx512_bf16", "neon_bf16")
+
+
+@cache
+def prefers_onednn() -> bool:
+    """Returns True if oneDNN multiplies float32 matrices faster on this CPU than MKL, which torch takes for them.
+
+    On AMD's CPUs MKL makes use of half of an AVX-512 vector.
+    """
+    has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return has_both and has_avx512 and "AuthenticAMD" in (_cpu_field("vendor_id") or platform.processor())
 
 
 def training_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -117,10 +129,14 @@ def describe_device(device: torch.device) -> str:
         return str(torch.cuda.get_device_name(device))
     if device.type != "cpu":
         return device.type
+    return _cpu_field("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_field(name: str) -> str:
+    """Returns what Linux says of the first CPU under a name; empty elsewhere, and where there is no such name."""
     table = Path("/proc/cpuinfo")
     lines = table.read_text("utf-8", "replace").splitlines() if table.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
 
 
 def free_bytes(device: torch.device) -> int:

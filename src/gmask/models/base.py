@@ -31,7 +31,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from gmask.errors import GmaskError, one_line
 from gmask.files import refuse_placeholder
-from gmask.hardware import has_bfloat16
+from gmask.hardware import has_bfloat16, prefers_onednn
 from gmask.models.cache import GrowingCache
 from gmask.models.layout import block_mask, build_mask, continues, resolve_sequences
 from gmask.models.tensor_parallel import check_division, check_processes
@@ -52,20 +52,62 @@ def lacks_bfloat16() -> bool:
 def describe_bfloat16() -> str:
     """Returns a description of what multiplies by bfloat16 weights on this CPU."""
     if not lacks_bfloat16():
-        return "torch, by instructions of this CPU"
+        few = f"; up to {READING_ROWS} rows: the package's C++ kernel" if reads_faster() else ""
+        return f"torch, by instructions of this CPU{few}"
     if native.instruction_sets():
         return "the package's C++ kernel, in float32"
     return "torch, slower than in float32: this CPU has no instructions for it"
 
 
+READING_ROWS = 2
+"""Up to so many rows, a product takes as long as reading the weight, which our kernel does faster than torch."""
+
+ONEDNN_ROWS = 8
+"""From so many rows on, oneDNN multiplies small matrices faster than MKL, too."""
+
+
+@cache
+def reads_faster() -> bool:
+    """Whether our kernel is faster than torch's for a few rows, on a CPU that has bfloat16 (measured with AVX-512)."""
+    return native.instruction_sets()[-1:] in (("avx512",), ("avx512_vnni",))
+
+
 class Linear(nn.Linear):
-    """A linear layer. The package's kernel multiplies by a bfloat16 weight if the CPU has no instructions for it."""
+    """A linear layer that has its products computed by what is fastest on this CPU.
+
+    - A bfloat16 weight: the package's kernel, if the CPU has no instructions for bfloat16, or there are few rows.
+    - A float32 weight, many rows, no gradients: oneDNN, where MKL is slow (`gmask.hardware.prefers_onednn`).
+    - Else torch's own product.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
-        if native.can_multiply(input, weight, bias) and type(weight) is nn.Parameter and lacks_bfloat16():
+        if type(weight) is not nn.Parameter or not input.is_cpu:
+            return F.linear(input, weight, bias)
+        rows = input.numel() // self.in_features
+        if weight.dtype == torch.float32:
+            if rows >= ONEDNN_ROWS and prefers_onednn() and self._is_plain(input):
+                return torch.ops.mkldnn._linear_pointwise.default(input, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+        elif native.can_multiply(input, weight, bias) and (
+            lacks_bfloat16() or (rows <= READING_ROWS and reads_faster())
+        ):
             return native.multiply(input, weight, bias)
         return F.linear(input, weight, bias)
+
+    def _is_plain(self, input: Tensor) -> bool:
+        """Whether the product is one of float32 tensors, without gradients, casts or a graph that is being made."""
+        weight, bias = self.weight, self.bias
+        return (
+            input.dtype == torch.float32
+            and (bias is None or bias.dtype == torch.float32)
+            and not (
+                torch.is_grad_enabled()
+                and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
+            )
+            and not torch.is_autocast_enabled("cpu")
+            and torch._C._get_mkldnn_enabled()
+            and not native.is_captured()
+        )
 
 
 def mask_scores_(scores: Tensor, attention_mask: Tensor | None) -> Tensor:

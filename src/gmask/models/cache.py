@@ -139,7 +139,7 @@ class FilledSlots:
     """The filled part of the slots; all layers share this object."""
 
     lengths: list[int] = field(default_factory=list)  # filled positions of each running row
-    positions: Tensor | None = None  # of the next token of each row; None if all are the same
+    places: tuple[Tensor, Tensor] | None = None  # row and position of each next token; None if positions are the same
     width: int = 0  # W of the present step
 
 
@@ -162,13 +162,12 @@ class SlotLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Writes one position a row ``[R, N, 1, D]``; returns ``[R, N, W, D]``."""
-        count, positions, width = len(self.filled.lengths), self.filled.positions, self.filled.width
-        if positions is None:  # all rows are equally long
+        count, places, width = len(self.filled.lengths), self.filled.places, self.filled.width
+        if places is None:  # all rows are equally long
             self.keys[:count, :, width - 1] = key_states[:, :, 0]
             self.values[:count, :, width - 1] = value_states[:, :, 0]
         else:
-            positions = positions.to(self.keys.device)  # layers may be on several
-            rows = torch.arange(count, device=self.keys.device)
+            rows, positions = (place.to(self.keys.device) for place in places)  # layers may be on several
             self.keys[rows, :, positions] = key_states[:, :, 0]
             self.values[rows, :, positions] = value_states[:, :, 0]
         return self.keys[:count, :, :width], self.values[:count, :, :width]
@@ -290,10 +289,11 @@ class SlotCache(Cache):
         for slot in self.layers:
             slot.reserve(count, filled.width, filled.width, slot.keys)
         if min(self.lengths) + 1 == filled.width:
-            filled.positions = None
+            filled.places = None
             return None
-        filled.positions = torch.tensor(self.lengths, device=device)
-        return torch.arange(filled.width, device=device) <= filled.positions[:, None]
+        positions = torch.tensor(self.lengths, device=device)
+        filled.places = (torch.arange(count, device=device), positions)
+        return torch.arange(filled.width, device=device) <= positions[:, None]
 
     def end_step(self) -> None:
         """Counts the fed tokens as part of their rows."""
