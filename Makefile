@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 # A folder of validation texts, LANGUAGE/*.val.jsonl.zst; with it, `make bench` measures the tokenizer too.
 CORPUS ?=
+# A Python that has chatglm-cpp and llama-cpp-python (benchmarks/chatglm.py); with it, `make bench` measures them too.
+PEERS ?=
 # Processes that tests run in; each holds up to 3 GB.
 WORKERS ?= 2
 
@@ -43,21 +45,9 @@ check: $(VENV)/.installed-dev  ## lint, types, import layers, documentation
 	$(BIN)/lint-imports
 	$(BIN)/mkdocs build --strict --quiet
 
-bench: $(VENV)/.installed-dev  ## measure against peers, all in one run
-	$(BIN)/python benchmarks/infilling.py
-	$(BIN)/python benchmarks/pretraining.py
+bench: $(VENV)/.installed-dev  ## measure against peers, all in one run, and draw the plot of the README
+	$(BIN)/python benchmarks/bench.py $(if $(CORPUS),--corpus $(CORPUS)) $(if $(PEERS),--peers-python $(PEERS))
 	$(BIN)/python benchmarks/pretraining_run.py
-	$(BIN)/python benchmarks/decoding.py
-	$(BIN)/python benchmarks/cold_start.py
-	$(BIN)/python benchmarks/shared_cores.py
-	$(BIN)/python benchmarks/filling_files.py
-	$(BIN)/python benchmarks/scoring.py
-	$(BIN)/python benchmarks/evaluation.py
-	$(BIN)/python benchmarks/matmul.py
-	$(BIN)/python benchmarks/loading.py --like GLM-Large
-	$(BIN)/python benchmarks/forward.py
-	$(BIN)/python benchmarks/tuning_speed.py
-	$(if $(CORPUS),$(BIN)/python benchmarks/tokenizer.py $(CORPUS) --ours src/gmask/pretrained)
 
 gpu: $(VENV)/.installed-dev  ## test and measure all that needs a GPU, on one H100 or H200, in nine minutes
 	$(BIN)/python benchmarks/gpu.py --out runs/gpu
