@@ -86,7 +86,7 @@ class Linear(nn.Linear):
             return F.linear(input, weight, bias)
         rows = input.numel() // self.in_features
         if weight.dtype == torch.float32:
-            if rows >= ONEDNN_ROWS and prefers_onednn() and self._is_plain(input):
+            if rows >= ONEDNN_ROWS and self._is_plain(input) and prefers_onednn():
                 return torch.ops.mkldnn._linear_pointwise.default(input, weight, bias, "none", [], "")  # type: ignore[no-any-return]
         elif native.can_multiply(input, weight, bias) and (
             lacks_bfloat16() or (rows <= READING_ROWS and reads_faster())
@@ -98,7 +98,8 @@ class Linear(nn.Linear):
         """Whether the product is one of float32 tensors, without gradients, casts or a graph that is being made."""
         weight, bias = self.weight, self.bias
         return (
-            input.dtype == torch.float32
+            not native.is_captured()
+            and input.dtype == torch.float32
             and (bias is None or bias.dtype == torch.float32)
             and not (
                 torch.is_grad_enabled()
@@ -106,7 +107,6 @@ class Linear(nn.Linear):
             )
             and not torch.is_autocast_enabled("cpu")
             and torch._C._get_mkldnn_enabled()
-            and not native.is_captured()
         )
 
 
