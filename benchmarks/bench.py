@@ -177,7 +177,7 @@ def draw(pairs: list[Pair], output: Path) -> None:
     axes.set_xticks([0.5, 1, 2, 4, 8], ["half", "the peer", "2×", "4×", "8×"])
     axes.set_xlim(start, 40)
     axes.invert_yaxis()
-    axes.set_title("Speed beside the peer: same machine, same run, two CPU cores", fontsize=11)
+    axes.set_title("Speed beside the peer: each pair on one machine, in one run, on two CPU cores", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="lower right", fontsize=9)
