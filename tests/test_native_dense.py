@@ -87,15 +87,15 @@ def test_a_layer_takes_it_where_it_is_the_faster_one(monkeypatch: pytest.MonkeyP
         return linear(x, weight, bias)
 
     monkeypatch.setattr(ops, "multiply", note)
-    for lacks, reads, rows, grad, takes in (
-        (True, False, 3, False, True),
-        (True, True, 1, True, False),
-        (False, True, base.READING_ROWS, False, True),
-        (False, True, base.READING_ROWS + 1, False, False),
-        (False, False, 1, False, False),
+    for lacks, few, rows, grad, takes in (
+        (True, 0, 3, False, True),
+        (True, 2, 1, True, False),
+        (False, 2, 2, False, True),
+        (False, 2, 3, False, False),
+        (False, 0, 1, False, False),
     ):
         monkeypatch.setattr(base, "lacks_bfloat16", lambda lacks=lacks: lacks)
-        monkeypatch.setattr(base, "reads_faster", lambda reads=reads: reads)
+        monkeypatch.setattr(base, "few_rows", lambda few=few: few)
         calls.clear()
         x = make_numbers(rows, 64, seed=0)
         with torch.set_grad_enabled(grad):

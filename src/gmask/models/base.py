@@ -31,7 +31,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from gmask.errors import GmaskError, one_line
 from gmask.files import refuse_placeholder
-from gmask.hardware import has_bfloat16, prefers_onednn
+from gmask.hardware import cpu_instructions, has_bfloat16, prefers_onednn
 from gmask.models.cache import GrowingCache
 from gmask.models.layout import block_mask, build_mask, continues, resolve_sequences
 from gmask.models.tensor_parallel import check_division, check_processes
@@ -52,24 +52,26 @@ def lacks_bfloat16() -> bool:
 def describe_bfloat16() -> str:
     """Returns a description of what multiplies by bfloat16 weights on this CPU."""
     if not lacks_bfloat16():
-        few = f"; up to {READING_ROWS} rows: the package's C++ kernel" if reads_faster() else ""
+        few = f"; up to {few_rows()} rows: the package's C++ kernel" if few_rows() else ""
         return f"torch, by instructions of this CPU{few}"
     if native.instruction_sets():
         return "the package's C++ kernel, in float32"
     return "torch, slower than in float32: this CPU has no instructions for it"
 
 
-READING_ROWS = 2
-"""Up to so many rows, a product takes as long as reading the weight, which our kernel does faster than torch."""
-
 ONEDNN_ROWS = 8
 """From so many rows on, oneDNN multiplies small matrices faster than MKL, too."""
 
 
+FEW_ROWS = {"avx512": 2, "avx512_vnni": 2, "avx512_bf16": 12}
+"""Up to so many rows our kernel multiplies by bfloat16 weights faster than torch, which first lays them out anew."""
+
+
 @cache
-def reads_faster() -> bool:
-    """Whether our kernel is faster than torch's for a few rows, on a CPU that has bfloat16 (measured with AVX-512)."""
-    return native.instruction_sets()[-1:] in (("avx512",), ("avx512_vnni",))
+def few_rows() -> int:
+    """The entry of `FEW_ROWS` for this CPU, which has instructions for bfloat16; 0 where nothing was measured."""
+    found: int = max((FEW_ROWS.get(name, 0) for name in native.instruction_sets()), default=0)
+    return min(found, 2) if cpu_instructions() == "amx" else found
 
 
 class Linear(nn.Linear):
@@ -88,9 +90,7 @@ class Linear(nn.Linear):
         if weight.dtype == torch.float32:
             if rows >= ONEDNN_ROWS and self._is_plain(input) and prefers_onednn():
                 return torch.ops.mkldnn._linear_pointwise.default(input, weight, bias, "none", [], "")  # type: ignore[no-any-return]
-        elif native.can_multiply(input, weight, bias) and (
-            lacks_bfloat16() or (rows <= READING_ROWS and reads_faster())
-        ):
+        elif native.can_multiply(input, weight, bias) and (lacks_bfloat16() or rows <= few_rows()):
             return native.multiply(input, weight, bias)
         return F.linear(input, weight, bias)
 

@@ -1,4 +1,4 @@
-// y = x @ W^T + bias with a bfloat16 weight, in float32: for CPUs that have no instructions for bfloat16.
+// y = x @ W^T + bias with a bfloat16 weight, summed in float32. CPUs without instructions for bfloat16 multiply in float32.
 #include <memory>
 #include <new>
 
@@ -94,6 +94,31 @@ void multiply_many(const Dense& dense, int threads) {
   }
 }
 
+constexpr int64_t kTogether = 48;  // rows of activations
+
+// By instructions for bfloat16.
+void multiply_in_bfloat16(const Dense& dense, int threads) {
+  const std::unique_ptr<uint16_t[]> x(new uint16_t[size_t(dense.rows) * size_t(dense.columns)]);
+  const auto rows_from = [&](int64_t row) { return Tiles{std::min(kTogether, dense.rows - row)}; };
+  for (int64_t row = 0; row < dense.rows; row += kTogether) {
+    const Tiles tiles = rows_from(row);
+    uint16_t* to = x.get() + row * dense.columns;
+    for (int64_t tile = 0; tile < tiles.count(); ++tile)
+      for (int64_t k = 0; k < dense.columns; k += kDenseStep)
+        for (int64_t m = tiles.first(tile); m < tiles.first(tile + 1); ++m, to += kDenseStep)
+          std::memcpy(to, dense.x + (row + m) * dense.columns + k, 2 * kDenseStep);
+  }
+  share((dense.output.outputs + kRows - 1) / kRows, 1, threads, [&](int64_t index, int64_t) {
+    const int64_t start = index * kRows, count = std::min<int64_t>(kRows, dense.output.outputs - start);
+    for (int64_t row = 0; row < dense.rows; row += kTogether) {
+      const int64_t rows = rows_from(row).rows;
+      float out[kTogether * kRows];
+      dense.kernels->multiply_rows(dense.row(start), count, x.get() + row * dense.columns, rows, dense.columns, out);
+      dense.output.store<kRows>(row, rows, start, out);
+    }
+  });
+}
+
 }  // namespace
 }  // namespace gmask
 
@@ -109,7 +134,10 @@ GMASK_API int gmask_dense(int isa, const void* weight, const void* x, const void
   const Dense dense = {kernels, static_cast<const uint16_t*>(weight), static_cast<const uint16_t*>(x),
                        {kBfloat16, y, bias, Type(bias_type), outputs}, rows, columns};
   try {
-    rows <= kDenseRows ? multiply_few(dense, threads) : multiply_many(dense, threads);
+    if (kernels->multiply_rows != nullptr)
+      multiply_in_bfloat16(dense, threads);
+    else
+      rows <= kDenseRows ? multiply_few(dense, threads) : multiply_many(dense, threads);
   } catch (const std::bad_alloc&) {
     return 2;
   }

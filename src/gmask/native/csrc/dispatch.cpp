@@ -10,11 +10,14 @@ namespace gmask {
 namespace {
 
 #ifdef GMASK_X86
-// CPUID, leaf 7.1: not every compiler's __builtin_cpu_supports knows it.
-bool has_avx_vnni() {
+// CPUID, leaf 7.1: not every compiler's __builtin_cpu_supports knows these.
+bool has_feature(int bit) {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 4 & 1) != 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> bit & 1) != 0;
 }
+
+bool has_avx_vnni() { return has_feature(4); }
+bool has_avx512_bf16() { return has_feature(5); }
 #endif
 
 bool is_supported(int isa) {
@@ -32,9 +35,12 @@ bool is_supported(int isa) {
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (isa != kAvxVnni || has_avx_vnni());
     case kAvx512:
     case kAvx512Vnni:
+#ifdef GMASK_BF16
+    case kAvx512Bf16:
+#endif
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-             (isa == kAvx512 || __builtin_cpu_supports("avx512vnni"));
+             (isa == kAvx512 || __builtin_cpu_supports("avx512vnni")) && (isa != kAvx512Bf16 || has_avx512_bf16());
 #endif
     default:
       return false;
@@ -45,6 +51,9 @@ bool is_supported(int isa) {
 
 const Kernels* find_kernels(int isa, [[maybe_unused]] Type type) {
   if (!is_supported(isa)) return nullptr;
+#ifdef GMASK_BF16
+  if (isa == kAvx512Bf16) return type == kBfloat16 ? &avx512_bf16_kernels() : &avx512_kernels();
+#endif
 #ifdef GMASK_X86
   if (isa == kAvx512Vnni) return type == kBfloat16 ? &avx512_vnni_kernels() : &avx512_kernels();
   if (isa == kAvx512) return &avx512_kernels();

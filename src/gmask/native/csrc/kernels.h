@@ -21,7 +21,7 @@ constexpr int kColumnStep = 32;   // padded columns and groups are multiples of 
 constexpr int kMaxTile = 8;       // activation rows that one pass over a block serves
 constexpr int kPrefetch = 3072;   // bytes read ahead; from 2 to 6 KB serve alike, more is too much for the cache
 
-enum Isa { kPortable, kNeon, kAvx2, kAvx2Int8, kAvxVnni, kAvx512, kAvx512Vnni, kIsaCount };
+enum Isa { kPortable, kNeon, kAvx2, kAvx2Int8, kAvxVnni, kAvx512, kAvx512Vnni, kAvx512Bf16, kIsaCount };
 enum Type { kFloat32 = 0, kBfloat16 = 1 };
 
 struct Block {
@@ -90,6 +90,18 @@ using DenseFunction = void (*)(const DenseRows& rows, const float* x, int64_t st
 // Rows of a bfloat16 weight, `step` apart, to a block; zeros for those beyond `count`.
 using PackDenseFunction = void (*)(const uint16_t* from, int64_t step, int64_t count, int64_t columns, uint32_t* to);
 using FillDenseFunction = void (*)(const uint16_t* row, int64_t columns, float* to);
+// Writes to out[m * kRows + r] the product of row r of `count` rows of a weight, at most kRows, with row m of `rows` of
+// activations, which lie tile after tile (Tiles) as [columns / 32][rows of the tile][32]: one stream for the cache.
+using MultiplyRowsFunction = void (*)(const uint16_t* weight, int64_t count, const uint16_t* x, int64_t rows,
+                                      int64_t columns, float* out);
+
+// Rows of activations that are multiplied together, as even as may be.
+struct Tiles {
+  static constexpr int64_t kMost = 6;
+  int64_t rows;
+  int64_t count() const { return (rows + kMost - 1) / kMost; }
+  int64_t first(int64_t tile) const { return tile * rows / count(); }
+};
 
 constexpr int kDenseStep = 32;  // columns are a multiple of it
 constexpr int kDenseRows = 4;   // rows of activations that a DenseFunction serves at most
@@ -106,6 +118,7 @@ struct Kernels {
   FillDenseFunction fill_dense;
   PackDenseFunction pack_dense;
   DenseFunction dense[2][kDenseRows];  // [rows of the weight - 1][M - 1]
+  MultiplyRowsFunction multiply_rows = nullptr;  // where there are instructions for bfloat16
 };
 
 const Kernels& portable_kernels();
@@ -120,6 +133,10 @@ const Kernels& avx2_int8_kernels();
 const Kernels& avx_vnni_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512_vnni_kernels();
+#if defined(__clang__) || __GNUC__ >= 10
+#define GMASK_BF16 1
+const Kernels& avx512_bf16_kernels();
+#endif
 #endif
 
 // Those for activations of a type; null if this build or this machine lacks the instructions.
