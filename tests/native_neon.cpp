@@ -1,4 +1,5 @@
 // Do the NEON kernels compute what the portable ones do? Built for aarch64 by test_native_neon.py, which runs it under qemu.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -56,8 +57,83 @@ static void both(const char* what, size_t count, double terms, Call call) {
   compare(what, widen(ours), widen(plain), terms, true);
 }
 
+// Activations as float32 multiples of a 127th of the largest of their group.
+static std::vector<float> rounded(const std::vector<uint16_t>& x, int64_t columns, int64_t scale_group, int64_t longest) {
+  std::vector<float> made = widen(x);
+  const int64_t length = std::min(scale_group, longest);
+  for (size_t row = 0; row < made.size(); row += columns)
+    for (int64_t group = 0; group < columns; group += scale_group)
+      for (int64_t start = group; start < group + scale_group; start += length) {
+        float* first = made.data() + row + start;
+        float* last = first + std::min(length, group + scale_group - start);
+        float most = 0;
+        for (const float* one = first; one < last; ++one) most = std::max(most, std::fabs(*one));
+        for (float* one = first; one < last; ++one)
+          *one = most == 0 ? 0 : std::nearbyint(*one * (127 / most)) * (most / 127);
+      }
+  return made;
+}
+
+// The integer products equal the portable ones of activations that were rounded before.
+static void check_integers(int isa) {
+  for (int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 21})
+    for (int64_t outputs : {1, 45})
+      for (int64_t columns : {30, 32, 94, 192, 384})
+        for (int64_t group : {32, 64, 128, 0})
+          for (int bits : {4, 8})
+            for (int half_scale : {0, 1}) {
+              if (group == 0) group = columns;
+              if (columns % group != 0) continue;
+              const int64_t blocks = (outputs + kRows - 1) / kRows;
+              std::vector<uint8_t> data(blocks * kRows * ((columns + 31) / 32 * 32) * bits / 8);
+              for (uint8_t& byte : data) byte = uint8_t(generator());
+              std::vector<float> scale = floats(blocks * kRows * (columns / group));
+              std::vector<uint16_t> scale_halves(scale.size());
+              for (size_t i = 0; i < scale.size(); ++i) {
+                const __fp16 one = __fp16(scale[i]);
+                std::memcpy(&scale_halves[i], &one, 2);
+              }
+              const void* scales = half_scale ? static_cast<const void*>(scale_halves.data()) : scale.data();
+              std::vector<uint16_t> x = halves(rows * columns), ours(rows * outputs);
+              std::fill_n(x.begin() + columns / 2, columns / 2, 0);  // whole groups of zeros, and parts
+              const auto bias = halves(outputs);
+              const auto plain_x = rounded(x, columns, group, bits == 4 ? 128 : 64);
+              std::vector<float> plain(ours.size());
+              const auto multiply = [&](int set, Type type, const void* from, void* y) {
+                return gmask_matmul(set, bits, type, half_scale, data.data(), scales, from, bias.data(), kBfloat16, y,
+                                    rows, outputs, columns, group, 1);
+              };
+              if (multiply(isa, kBfloat16, x.data(), ours.data()) != 0 ||
+                  multiply(kPortable, kFloat32, plain_x.data(), plain.data()) != 0) {
+                std::puts("integers: refused");
+                std::exit(1);
+              }
+              compare("integers", widen(ours), plain, (bits == 4 ? 8.0 : 128.0) * columns, true);
+              for (const uint16_t bad : {0x7f80, 0xff80, 0x7fc0}) {  // infinities, NaN
+                std::vector<uint16_t> worse = x, spoilt(ours.size());
+                worse[(rows / 2 + 1) * columns - 1] = bad;
+                multiply(isa, kBfloat16, worse.data(), spoilt.data());
+                for (int64_t i = 0; i < rows * outputs; ++i)
+                  if (i / outputs == rows / 2 ? !std::isnan(bfloat16_to_float(spoilt[i])) : spoilt[i] != ours[i]) {
+                    std::printf("integers: what is not finite became %g\n", bfloat16_to_float(spoilt[i]));
+                    std::exit(1);
+                  }
+              }
+            }
+}
+
 int main() {
-  if (!(gmask_instruction_sets() >> kNeon & 1)) return std::puts("no NEON"), 1;
+  const int sets = gmask_instruction_sets();
+  if (!(sets >> kNeon & 1)) return std::puts("no NEON"), 1;
+  std::printf("neon%s%s: ", sets >> kNeonDotprod & 1 ? " dotprod" : "", sets >> kNeonI8mm & 1 ? " i8mm" : "");
+  for (int isa : {kNeonDotprod, kNeonI8mm}) {
+    float out = 0, x[kColumnStep] = {}, scale[kRows] = {};
+    const uint8_t data[kRows * kColumnStep] = {};
+    const int refused = gmask_matmul(isa, 8, kFloat32, 0, data, scale, x, nullptr, kFloat32, &out, 1, 1, kColumnStep,
+                                     kColumnStep, 1);
+    if (refused == (sets >> isa & 1)) return std::puts("what the machine has is refused, or what it lacks is not"), 1;
+    if (sets >> isa & 1) check_integers(isa);
+  }
   for (int64_t rows : {1, 2, 3, 7, 8, 9, 17})
     for (int64_t outputs : {1, 32, 45})
       for (int64_t columns : {32, 96, 320}) {

@@ -38,7 +38,7 @@ def make_weight(
     return formats.pack_integers(integers, bits), scale
 
 
-STEPS = {"avx512_vnni": {4: (128, 254), 8: (64, 254)}, "avx_vnni": {4: (128, 254), 8: (64, 254)}}
+STEPS = {path: {4: (128, 254), 8: (64, 254)} for path in ("avx512_vnni", "avx_vnni", "neon_i8mm", "neon_dotprod")}
 STEPS["avx2_int8"] = {4: (128, 254), 8: (128, 65534)}
 """Where bfloat16 activations are rounded to integers, by path and bits of the weight: columns that share a step, and
 how many halves of it the largest has."""

@@ -36,7 +36,7 @@ BLOCK_STATES = 5
 """Tensors ``[B, T, H]`` that are held while the perceptron of a block runs: the embeddings, the input of the block, its
 normalised and its attended states, and their sum."""
 
-KERNEL_BYTES = {"avx512_vnni": 1.25, "avx_vnni": 1.25, "avx2_int8": 2.25}
+KERNEL_BYTES = {"avx512_vnni": 1.25, "avx_vnni": 1.25, "neon_i8mm": 1.25, "neon_dotprod": 1.25, "avx2_int8": 2.25}
 """Bytes that the C++ kernel takes for each bfloat16 activation, by instruction set: int8 (int16 for int8 weights with
 ``avx2_int8``), and a scale for every 32, at most."""
 

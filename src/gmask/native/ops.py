@@ -23,8 +23,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 INSTRUCTION_SETS = (  # as csrc/kernels.h
-    "portable", "neon", "avx2", "avx2_int8", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16",
-)  # fmt: skip
+    "portable",
+    "neon",
+    "avx2",
+    "avx2_int8",
+    "avx_vnni",
+    "avx512",
+    "avx512_vnni",
+    "avx512_bf16",
+    "neon_dotprod",
+    "neon_i8mm",
+)
 LIBRARY = Path(__file__).with_name("_native.dll" if sys.platform == "win32" else "_native.so")
 NUMBER_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -125,9 +134,9 @@ def matmul_native(
         scale: of `gmask.quantization.formats.pack_scale_blocks`, float16 or float32.
         bias: ``[outputs]`` or None.
         outputs: N, without padding.
-        isa: one of `instruction_sets`. With ``avx512_vnni`` and ``avx_vnni``, bfloat16 activations are rounded to int8,
-            with a scale for every 128 columns (64 with 8-bit weights); with ``avx2_int8`` to int8, or int16 with 8-bit
-            weights, with a scale for every 128.
+        isa: one of `instruction_sets`. With ``avx512_vnni``, ``avx_vnni``, ``neon_dotprod`` and ``neon_i8mm``, bfloat16
+            activations are rounded to int8, with a scale for every 128 columns (64 with 8-bit weights); with
+            ``avx2_int8`` to int8, or int16 with 8-bit weights, with a scale for every 128.
 
     Returns:
         ``[M, outputs]`` in x's dtype.

@@ -1,11 +1,12 @@
 """The product with an int8 or int4 weight, by the fastest kernel of this machine.
 
 There are several paths, fastest first: on CUDA devices Triton's kernels ("triton"); on CPUs the package's C++ kernel
-with the best instructions ("avx512_vnni", "avx512", "avx_vnni", "avx2_int8", "neon", "avx2"), torch's own operations
-("aten"), and the same C++ for any CPU ("portable"); everywhere else plain torch ("torch"), which dequantizes a few rows
-at a time. ``GMASK_MATMUL`` forces one of the paths of the CPU; "torch" is forced on GPUs, too. All paths compute the
-same values up to rounding; "avx512_vnni", "avx_vnni" and "avx2_int8" round bfloat16 activations to int8 (with int8
-weights "avx2_int8" rounds them to int16), with a step for up to 128 columns. Sums are float32.
+with the best instructions ("avx512_vnni", "avx512", "avx_vnni", "avx2_int8", "avx2"; on ARM "neon_i8mm",
+"neon_dotprod", "neon"), torch's own operations ("aten"), and the same C++ for any CPU ("portable"); everywhere else
+plain torch ("torch"), which dequantizes a few rows at a time. ``GMASK_MATMUL`` forces one of the paths of the CPU;
+"torch" is forced on GPUs, too. All paths compute the same values up to rounding; "avx512_vnni", "avx_vnni",
+"avx2_int8", "neon_i8mm" and "neon_dotprod" round bfloat16 activations to int8 (with int8 weights "avx2_int8" rounds
+them to int16), with a step for up to 128 columns. Sums are float32.
 
 Shape letters: formats.py, M rows of activations.
 """
@@ -39,6 +40,8 @@ PATHS = (
     "avx512",
     "avx_vnni",
     "avx2_int8",
+    "neon_i8mm",
+    "neon_dotprod",
     "neon",
     "avx2",
     "aten",

@@ -5,6 +5,13 @@
 #ifdef GMASK_X86
 #include <cpuid.h>
 #endif
+#ifdef GMASK_ARM_INTEGERS
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+#endif
 
 namespace gmask {
 namespace {
@@ -20,6 +27,26 @@ bool has_avx_vnni() { return has_feature(4); }
 bool has_avx512_bf16() { return has_feature(5); }
 #endif
 
+#ifdef GMASK_ARM_INTEGERS
+#if defined(__linux__)
+// The bits of Linux's asm/hwcap.h, HWCAP_ASIMDDP and HWCAP2_I8MM, which older headers lack.
+bool has_dotprod() { return (getauxval(AT_HWCAP) >> 20 & 1) != 0; }
+bool has_i8mm() { return (getauxval(AT_HWCAP2) >> 13 & 1) != 0; }
+#elif defined(__APPLE__)
+bool has_feature(const char* name) {
+  int found = 0;
+  size_t size = sizeof found;
+  return sysctlbyname(name, &found, &size, nullptr, 0) == 0 && found != 0;
+}
+
+bool has_dotprod() { return has_feature("hw.optional.arm.FEAT_DotProd"); }
+bool has_i8mm() { return has_feature("hw.optional.arm.FEAT_I8MM"); }
+#else
+bool has_dotprod() { return false; }
+bool has_i8mm() { return false; }
+#endif
+#endif
+
 bool is_supported(int isa) {
   switch (isa) {
     case kPortable:
@@ -27,6 +54,11 @@ bool is_supported(int isa) {
 #ifdef GMASK_ARM
     case kNeon:
       return true;
+#endif
+#ifdef GMASK_ARM_INTEGERS
+    case kNeonDotprod:
+    case kNeonI8mm:
+      return has_dotprod() && (isa == kNeonDotprod || has_i8mm());
 #endif
 #ifdef GMASK_X86
     case kAvx2:
@@ -61,8 +93,12 @@ const Kernels* find_kernels(int isa, [[maybe_unused]] Type type) {
   if (isa == kAvx2Int8 && type == kBfloat16) return &avx2_int8_kernels();
   if (isa == kAvx2 || isa == kAvx2Int8 || isa == kAvxVnni) return &avx2_kernels();
 #endif
+#ifdef GMASK_ARM_INTEGERS
+  if (isa == kNeonI8mm && type == kBfloat16) return &neon_i8mm_kernels();
+  if (isa == kNeonDotprod && type == kBfloat16) return &neon_dotprod_kernels();
+#endif
 #ifdef GMASK_ARM
-  if (isa == kNeon) return &neon_kernels();
+  if (isa == kNeon || isa == kNeonDotprod || isa == kNeonI8mm) return &neon_kernels();
 #endif
   return &portable_kernels();
 }

@@ -21,7 +21,9 @@ constexpr int kColumnStep = 32;   // padded columns and groups are multiples of 
 constexpr int kMaxTile = 8;       // activation rows that one pass over a block serves
 constexpr int kPrefetch = 3072;   // bytes read ahead; from 2 to 6 KB serve alike, more is too much for the cache
 
-enum Isa { kPortable, kNeon, kAvx2, kAvx2Int8, kAvxVnni, kAvx512, kAvx512Vnni, kAvx512Bf16, kIsaCount };
+enum Isa {
+  kPortable, kNeon, kAvx2, kAvx2Int8, kAvxVnni, kAvx512, kAvx512Vnni, kAvx512Bf16, kNeonDotprod, kNeonI8mm, kIsaCount
+};
 enum Type { kFloat32 = 0, kBfloat16 = 1 };
 
 struct Block {
@@ -125,6 +127,12 @@ const Kernels& portable_kernels();
 #if defined(__aarch64__) || defined(_M_ARM64)
 #define GMASK_ARM 1
 const Kernels& neon_kernels();
+// Compilers that take such instructions in a function of their own.
+#if (defined(__clang__) && __clang_major__ >= 16) || (defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 10)
+#define GMASK_ARM_INTEGERS 1
+const Kernels& neon_dotprod_kernels();
+const Kernels& neon_i8mm_kernels();
+#endif
 #endif
 #if defined(__GNUC__) && defined(__x86_64__)
 #define GMASK_X86 1

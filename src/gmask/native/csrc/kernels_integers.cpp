@@ -1,5 +1,5 @@
 // Products of int8 and int4 weights with bfloat16 activations, which are rounded to integers on the way, with vectors
-// of 256 bits: AVX2, and AVX-VNNI, whose instruction does what AVX2 takes three for.
+// of 256 bits: AVX2, and AVX-VNNI, whose instruction does what AVX2 takes three for (ARM: kernels_neon_integers.cpp).
 //
 // For every 128 columns (fewer if fewer share a scale of the weight) the M rows lie as: M float32 steps, M int32
 // corrections, then for every four columns M words of four int8 multiples of the step, or M pairs of words of two int16
@@ -10,6 +10,7 @@
 // overflow only for int4: a pair is at most 2 * 15 * 127, and eight of them still fit.
 // int16 activations: what AVX2 has for int8 weights, as fast as any exact way to multiply bytes. A sum over 128 columns
 // is at most 128 * 128 * 32767.
+#include "integers.h"
 #include "kernels.h"
 #include "vector.h"
 
@@ -26,8 +27,12 @@
 namespace gmask {
 namespace {
 
-constexpr int64_t kLongest = 128;  // columns that share a step of the activations, at most
-constexpr int64_t kStride = 32;    // columns whose sums are kept in 16 bits
+constexpr int64_t kStride = 32;  // columns whose sums are kept in 16 bits
+constexpr int kLanes = 8;
+using Sum = __m256i;
+
+// Vectors of weight rows whose sums with so many rows of activations fit the registers.
+constexpr int vectors_of(int rows) { return rows <= 2 ? 4 : 2; }
 
 TARGET_AVX2 GMASK_INLINE __m256 load_bfloat16(const uint16_t* x, int64_t present) {
   uint16_t some[8] = {};
@@ -51,8 +56,7 @@ TARGET_AVX2 GMASK_INLINE __m256i to_pairs(__m256i integers) {
   return _mm256_blend_epi16(integers, high, 0xaa);
 }
 
-// A group of a row; what is not finite makes its step, and so every output of the row, NaN. OFFSET: of the weight.
-// WIDE: int16.
+// A group of a row. OFFSET: of the weight. WIDE: int16.
 template <int OFFSET, bool WIDE>
 TARGET_AVX2 uint32_t* fill_group(const uint16_t* x, int64_t columns, int64_t padded, int64_t step, uint32_t* to) {
   __m256 number[kLongest / 8];
@@ -68,16 +72,14 @@ TARGET_AVX2 uint32_t* fill_group(const uint16_t* x, int64_t columns, int64_t pad
   _mm256_store_ps(sizes, largest);
   float extent = 0;
   for (const float size : sizes) extent = size > extent ? size : extent;
-  constexpr float kMost = WIDE ? 32767 : 127;
-  const bool is_finite = _mm256_movemask_ps(finite) == 0xff, vanishes = !is_finite || extent < 0x1p-100f;
-  const float size = is_finite ? (vanishes ? 0 : extent / kMost) : from_bits(0x7fc00000);
-  const __m256 up = _mm256_set1_ps(vanishes ? 0 : kMost / extent);
+  const Step multiple(extent, _mm256_movemask_ps(finite) == 0xff, WIDE ? 32767 : 127);
+  const __m256 up = _mm256_set1_ps(multiple.up);
   __m256i sum = _mm256_setzero_si256();
   uint32_t* words = to + 2 * step;
   for (int64_t k = 0; k < padded; k += 32) {
     __m256i integers[4];
     GMASK_UNROLL for (int i = 0; i < 4; ++i) {
-      integers[i] = vanishes ? _mm256_setzero_si256() : _mm256_cvtps_epi32(_mm256_mul_ps(number[k / 8 + i], up));
+      integers[i] = multiple.vanishes ? _mm256_setzero_si256() : _mm256_cvtps_epi32(_mm256_mul_ps(number[k / 8 + i], up));
       sum = _mm256_add_epi32(sum, integers[i]);
     }
     alignas(32) uint32_t some[32];
@@ -94,21 +96,9 @@ TARGET_AVX2 uint32_t* fill_group(const uint16_t* x, int64_t columns, int64_t pad
   _mm256_store_si256(reinterpret_cast<__m256i*>(sums), sum);
   int32_t correction = 0;
   for (const int32_t part : sums) correction -= OFFSET * part;
-  std::memcpy(to, &size, sizeof size);
+  std::memcpy(to, &multiple.size, sizeof multiple.size);
   std::memcpy(to + step, &correction, sizeof correction);
   return words;
-}
-
-template <int OFFSET, bool WIDE>
-TARGET_AVX2 void fill_row(const Row& row, int64_t longest, int64_t step, uint32_t* to) {
-  const uint16_t* x = static_cast<const uint16_t*>(row.x);
-  const int64_t length = row.group < longest ? row.group : longest;
-  for (int64_t group = 0; group < row.padded_columns; group += row.group)
-    for (int64_t start = group; start < group + row.group; start += length) {
-      const int64_t left = group + row.group - start, padded = left < length ? left : length;
-      const int64_t columns = row.columns - start < padded ? row.columns - start : padded;
-      to = fill_group<OFFSET, WIDE>(x + start, columns, padded, step, to);
-    }
 }
 
 TARGET_AVX2 GMASK_INLINE __m256 load_scale(const Block& block, int64_t at) {
@@ -117,12 +107,20 @@ TARGET_AVX2 GMASK_INLINE __m256 load_scale(const Block& block, int64_t at) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half)));
 }
 
+TARGET_AVX2 GMASK_INLINE void store(float* to, __m256 scale) { _mm256_store_ps(to, scale); }
+
 TARGET_AVX2 GMASK_INLINE __m256i load(const uint8_t* from) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
 }
 
 TARGET_AVX2 GMASK_INLINE __m256i broadcast(const uint32_t* from) {
   return _mm256_set1_epi32(int(*from));
+}
+
+// Adds sums of eight rows, times their scales and a step of the activations.
+TARGET_AVX2 GMASK_INLINE void add_scaled(__m256i sum, const float* scale, __m256i step, float* to) {
+  const __m256 unit = _mm256_mul_ps(_mm256_loadu_ps(scale), _mm256_castsi256_ps(step));
+  _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), unit, _mm256_loadu_ps(to)));
 }
 
 // a += b.
@@ -139,10 +137,14 @@ GMASK_INLINE void prefetch(const uint8_t* data) {
   GMASK_UNROLL for (int line = 0; line < H / 2; ++line) GMASK_PREFETCH(data + kPrefetch + 64 * line);
 }
 
+// Rows that are multiplied together, of M.
+constexpr int half_of(int m) { return m <= 4 ? m : (m + 1) / 2; }
+
 // Each `add` adds the products of `columns` columns of 8 * H rows of the weight with R of M rows of activations.
 struct Avx2Integers {
   static constexpr bool is_wide(int bits) { return bits == 8; }
   static constexpr int64_t longest(int) { return kLongest; }
+  static constexpr int rows_together(int m) { return half_of(m); }
 
   template <int BITS, int M, int R, int H>
   TARGET_AVX2 GMASK_INLINE void add(const uint8_t* data, const uint32_t* x, int64_t columns, __m256i (&total)[R][H]) {
@@ -202,6 +204,7 @@ struct Avx2Integers {
 struct AvxVnniIntegers {
   static constexpr bool is_wide(int) { return false; }
   static constexpr int64_t longest(int bits) { return bits == 4 ? kLongest : kLongest / 2; }
+  static constexpr int rows_together(int m) { return half_of(m); }
 
   template <int BITS, int M, int R, int H>
   TARGET_AVX_VNNI GMASK_INLINE void add(const uint8_t* data, const uint32_t* x, int64_t columns,
@@ -243,9 +246,9 @@ template <class Integers>
 void fill(const Row& row, int64_t step, uint32_t* to) {
   constexpr bool WIDE = Integers::is_wide(8);
   if (row.bits == 4)
-    fill_row<8, false>(row, Integers::longest(4), step, to);
+    fill_row<fill_group<8, false>>(row, Integers::longest(4), step, to);
   else
-    fill_row<WIDE ? 0 : 128, WIDE>(row, Integers::longest(8), step, to);
+    fill_row<fill_group<WIDE ? 0 : 128, WIDE>>(row, Integers::longest(8), step, to);
 }
 
 template <class Integers>
