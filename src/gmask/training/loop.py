@@ -197,6 +197,8 @@ class Loop:
         self.saving: tuple[Future[Any], ExitStack] | None = None  # the checkpoint that is being written, and its draft
         if self.is_divided:
             self.saving_group = distributed.new_group(backend="gloo")
+            # A process that is about to refuse its checkpoint must not end while another still looks for it.
+            distributed.barrier(self.saving_group)
 
     # Steps
 
