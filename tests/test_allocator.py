@@ -1,4 +1,4 @@
-"""Does a process keep freed memory, unless it is told otherwise?"""
+"""Does a process keep freed memory, unless it is told otherwise, and give it back when asked?"""
 
 import os
 import platform
@@ -21,18 +21,42 @@ for _ in range(20):
 print(int(changed), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
+RETURNED = """
+import psutil
+import torch
+from gmask.allocator import give_back_freed_memory, keep_freed_memory
+
+keep_freed_memory()
+held = [torch.ones(1 << 18) for _ in range(200)]  # 1 MB each
+del held[:-1]  # the last one stays, at the end of the heap
+before = psutil.Process().memory_info().rss
+print(int(give_back_freed_memory()), before - psutil.Process().memory_info().rss)
+"""
+
 is_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of GNU's C library")
+
+
+def run_alone(program: str, *arguments: str, **environment: str) -> tuple[int, int]:
+    """The two numbers that a program prints in a process of its own."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], env=own | environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = map(int, done.stdout.split())
+    return first, second
 
 
 def count_faults(*arguments: str, **environment: str) -> tuple[int, int]:
     """Whether a process changed the setting, and the pages that it asked the system for."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
-    done = subprocess.run(
-        [sys.executable, "-c", FAULTS, *arguments], env=own | environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    changed, faults = map(int, done.stdout.split())
-    return changed, faults
+    return run_alone(FAULTS, *arguments, **environment)
+
+
+@is_glibc
+def test_kept_memory_is_given_back_when_asked_for() -> None:
+    was_given, returned = run_alone(RETURNED)
+    assert was_given == 1
+    assert returned > 150 << 20
 
 
 @is_glibc
@@ -57,3 +81,4 @@ def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert allocator.keep_freed_memory() is False
+    assert allocator.give_back_freed_memory() is False

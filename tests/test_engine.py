@@ -14,6 +14,7 @@ from torch import Tensor
 
 import gmask
 from gmask.errors import GmaskError
+from gmask.generation import engine as engines
 from gmask.generation.constraints import TokenMask
 from gmask.generation.encoding import Context, TextReader
 from gmask.generation.engine import Engine, QueueFull, Request, SampleProgress
@@ -121,6 +122,24 @@ def test_a_chatglm_is_answered_too() -> None:
         assert len(progress.done[0].ids) == alone.reply_tokens
         assert progress.done[0].logprob == pytest.approx(alone.logprob, abs=1e-3)
     engine.close()
+
+
+def test_memory_is_given_back_behind_the_contexts_of_a_large_model(
+    loaded: tuple[Any, Any], engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(engines, "GIVES_BACK_FROM", 0)
+    monkeypatch.setattr(engines, "give_back_freed_memory", lambda: given.append(1))
+    made = Engine(*loaded, max_rows=2)
+    request = {"text": TEXTS[1], "max_tokens": 6, "n": 1}
+    for _ in range(2):
+        context = TextReader(loaded[1]).read(TEXTS[1]).context
+        (progress,) = made.submit(Request(context=context, sampling=Sampling(max_tokens=6))).wait(20)
+        assert_as_alone(progress, request, loaded)
+    made.close()
+    assert made.gives_back
+    assert len(given) == 4  # twice here, twice alone
+    assert not engine.gives_back  # made for the same model, which counts as small
 
 
 def test_what_is_told_grows_token_by_token(loaded: tuple[Any, Any], engine: Engine) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gmask.allocator import give_back_freed_memory
 from gmask.cores import follow_free_cores
 from gmask.errors import GmaskError, is_shortage
 from gmask.generation.adapters import AdapterSet
@@ -38,6 +39,13 @@ from gmask.models.cache import GrowingCache, SlotCache, capacity_for, total_posi
 
 log = logging.getLogger(__name__)
 End = Literal["complete", "cancelled", "timeout", "failed"]
+
+
+GIVES_BACK_FROM = 1_000_000_000
+"""Numbers in the blocks of a model from which on memory that the reading of a context has freed is given back.
+
+Reading takes the longer the larger a model is. Getting the pages again at the next context is then a small part of it.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,6 +263,7 @@ class Stepper:
 
     Attributes:
         reserves: True if a row gets the room for its longest answers at once; else its room grows with it.
+        gives_back: True if memory that the reading of contexts has freed is given back to the system.
         prompt_tokens, answer_tokens: tokens read and written so far.
         steps: decoding steps so far.
         ends: numbers of samples by how they ended.
@@ -273,6 +282,9 @@ class Stepper:
         adapters: AdapterSet | None = None,
     ) -> None:
         self.model, self.tokenizer, self.sampler, self.special = model, tokenizer, sampler, special
+        config = model.config
+        numbers = 12 * config.num_hidden_layers * config.hidden_size**2  # of a block: 3 + 1 + 4 + 4 squares
+        self.gives_back = model.device.type == "cpu" and numbers >= GIVES_BACK_FROM
         self.prefix: int = getattr(model.config, "pre_seq_len", None) or 0
         self.adapters = adapters or AdapterSet(model, {})
         self.scheduler = Scheduler(budget)
@@ -386,6 +398,8 @@ class Stepper:
         self.slots.add(cache, is_real, copies=copies, room=room)
         self.rows += rows
         self.prompt_tokens += sum(len(context.ids) + 1 for context in contexts)
+        if self.gives_back:
+            give_back_freed_memory()
         sources = [row for row, count in enumerate(copies) for _ in range(count)]
         self._advance(first, outputs.logits[sources, -1].float())
 
