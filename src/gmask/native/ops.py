@@ -187,7 +187,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, *, isa: str | None 
 
     On CPUs without instructions for bfloat16 torch's own product takes several times as long as one in float32; this is
     as fast as float32 for many rows, and for a few, where the weight has to be read, faster. On those with AVX-512 BF16
-    it uses the instructions, and is faster than torch for a few rows (`gmask.models.base.FEW_ROWS`).
+    it uses the instructions, and is faster than torch for a few rows (`gmask.models.base.BFLOAT16_ROWS`).
 
     Args:
         x: bfloat16 ``[..., K]``.
