@@ -25,6 +25,7 @@ from tuning_data import CHAT, CLOZE_TASK, SENTIMENT, read_log, read_losses, writ
 DROPOUT = {"name": "lora", "rank": 4, "dropout": 0.3}  # draws random numbers at every step
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     path = write_recipe(
         tmp_path, task="chat/alpaca", records=CHAT, method=DROPOUT, forgetting={"answers": 1},

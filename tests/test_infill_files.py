@@ -76,6 +76,7 @@ def load_infiller(folder: Path, sampling: Sampling) -> Infiller:
     return Infiller(*gmask.load(folder, device="cpu"), sampling, batch_size=2)
 
 
+@pytest.mark.slow
 def test_several_processes_give_what_one_gives(
     infiller: Infiller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,6 +93,7 @@ class Runs:
             torch.testing.assert_close(many[name], one[name], atol=2e-3, rtol=2e-2, msg=name)  # of bfloat16
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_steps_of_one(tmp_path: Path) -> None:
     runs = Runs(tmp_path, SHORT)
     runs.make(

@@ -34,6 +34,7 @@ def session(tmp_path: Path) -> Session:
     return session
 
 
+@pytest.mark.slow
 def test_a_tuning_run_that_is_killed_ends_as_recorded(session: Session) -> None:
     name = "chat lora"
     recipe = training.write_run(session, name, training.RUNS[name])

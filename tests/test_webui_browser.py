@@ -27,6 +27,7 @@ PATIENCE = 600_000  # ms, of a busy machine
 playwright.expect.set_options(timeout=PATIENCE)
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason=f"no {' or '.join(BROWSERS)} on this machine"),
 ]
