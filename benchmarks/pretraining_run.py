@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,18 @@ def measure_run(options: argparse.Namespace) -> None:
     print(f"over the passes: {statistics.median(overhead):.1%} ({overhead[0]:.1%} to {overhead[-1]:.1%})")
 
 
+def add_rates(work: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> float:
+    """Runs the work in a process for each of the arguments, all at once, and adds up the rates that they put."""
+    found: Any = multiprocessing.Queue()
+    started = [multiprocessing.Process(target=work, args=(*own, found)) for own in arguments]
+    for process in started:
+        process.start()
+    rates = [found.get() for _ in started]
+    for process in started:
+        process.join()
+    return sum(rates)
+
+
 def draw_rows(folder: Path, streams: int, replica: int, rows: int, found: Any) -> None:
     torch.set_num_threads(1)
     training = Pretraining(load_recipe(folder / "recipe.yaml", [f"data.streams={streams}"]))
@@ -178,19 +190,10 @@ def measure_rows(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_recipe(folder)
-        found: Any = multiprocessing.Queue()
         for processes in (1, 2):
             streams = 1 if processes == 1 else 2
-            started = [
-                multiprocessing.Process(target=draw_rows, args=(folder, streams, number, 3000, found))
-                for number in range(processes)
-            ]
-            for process in started:
-                process.start()
-            rates = [found.get() for _ in started]
-            for process in started:
-                process.join()
-            print(f"| {processes} | {sum(rates):,.0f} |")
+            rate = add_rates(draw_rows, [(folder, streams, number, 3000) for number in range(processes)])
+            print(f"| {processes} | {rate:,.0f} |")
 
 
 def tokenize(folder: Path, number: int, texts: Sequence[str], found: Any) -> None:
@@ -212,19 +215,10 @@ def measure_tokens(options: argparse.Namespace) -> None:
         if size > TEXT_BYTES:
             break
     print("\n| processes that tokenize | MB/s, all together |\n|---|---:|")
-    found: Any = multiprocessing.Queue()
     for processes in (1, 2):
         with tempfile.TemporaryDirectory() as name:
-            started = [
-                multiprocessing.Process(target=tokenize, args=(Path(name), number, texts, found))
-                for number in range(processes)
-            ]
-            for process in started:
-                process.start()
-            rates = [found.get() for _ in started]
-            for process in started:
-                process.join()
-        print(f"| {processes} | {sum(rates):.1f} |")
+            rate = add_rates(tokenize, [(Path(name), number, texts) for number in range(processes)])
+        print(f"| {processes} | {rate:.1f} |")
 
 
 def serve_processes(folder: Path, overrides: Sequence[str], steps: int) -> None:

@@ -63,15 +63,14 @@ ONEDNN_ROWS = 8
 """From so many rows on, oneDNN multiplies small matrices faster than MKL, too."""
 
 
-BFLOAT16_ROWS = {"avx512": 2, "avx512_vnni": 2, "avx512_bf16": 12}
+BFLOAT16_ROWS = {"avx512_bf16": 12, "amx": 2}
 """Up to so many rows our kernel multiplies by bfloat16 weights faster than torch, which first lays them out anew."""
 
 
 @cache
 def few_rows() -> int:
-    """The entry of `BFLOAT16_ROWS` for this CPU, which has instructions for bfloat16; 0 where nothing was measured."""
-    found: int = max((BFLOAT16_ROWS.get(name, 0) for name in native.instruction_sets()), default=0)
-    return min(found, 2) if cpu_instructions() == "amx" else found
+    """The entry of `BFLOAT16_ROWS` for this CPU; 0 where nothing was measured, or the kernel was not built."""
+    return BFLOAT16_ROWS.get(cpu_instructions(), 0) if "avx512_bf16" in native.instruction_sets() else 0
 
 
 class Linear(nn.Linear):
