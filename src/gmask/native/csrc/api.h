@@ -26,11 +26,17 @@ GMASK_API int gmask_dense(int isa, const void* weight, const void* x, const void
 // (kernels.h), the rows padded with zeros to 32.
 GMASK_API int gmask_pack(int bits, const void* published, void* blocks, int64_t rows, int64_t width, int threads);
 
-// One query a row and head. strides: of the row and of the head of the query, then of the row, the head and the position
-// of the keys, the same of the values, then of the row and the position of `visible`. Returns as `gmask_matmul`.
-GMASK_API int gmask_attention(int isa, int type, const void* query, const void* keys, const void* values,
+// One query a row and head. stored: the type of keys and values, that of the query, or int8 as `gmask_round` writes.
+// strides: of the row and of the head of the query, then of the row, the head and the position of the keys, the same of
+// the values, then of the row and the position of `visible`. Returns as `gmask_matmul`.
+GMASK_API int gmask_attention(int isa, int type, int stored, const void* query, const void* keys, const void* values,
                               const void* visible, void* out, const int64_t* strides, int64_t batch, int64_t heads,
                               int64_t length, int64_t size, float scaling, int threads);
+
+// x [batch, heads, length, size], its last axis dense, to a dense `out` of size + 4 bytes each: int8 numbers, and the
+// float32 step that they are multiples of. strides: of the row, the head and the position of x. Returns as `gmask_matmul`.
+GMASK_API int gmask_round(int isa, int type, const void* x, void* out, const int64_t* strides, int64_t batch,
+                          int64_t heads, int64_t length, int64_t size, int threads);
 
 // Of bfloat16 numbers that lie one after the other.
 GMASK_API int gmask_gelu(int isa, const void* x, void* out, int64_t count, int threads);
