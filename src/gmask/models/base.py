@@ -31,7 +31,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from gmask.errors import GmaskError, one_line
 from gmask.files import refuse_placeholder
-from gmask.hardware import cpu_instructions, has_bfloat16, prefers_onednn
+from gmask.hardware import cpu_instructions, has_bfloat16, onednn_from
 from gmask.models.cache import GrowingCache, dequantize_states
 from gmask.models.layout import block_mask, build_mask, continues, resolve_sequences
 from gmask.models.tensor_parallel import check_division, check_processes
@@ -77,7 +77,7 @@ class Linear(nn.Linear):
     """A linear layer that has its products computed by what is fastest on this CPU.
 
     - A bfloat16 weight: the package's kernel, if the CPU has no instructions for bfloat16, or there are few rows.
-    - A float32 weight, many rows, no gradients: oneDNN, where MKL is slow (`gmask.hardware.prefers_onednn`).
+    - A float32 weight, many rows, no gradients: oneDNN, where MKL is slow (`gmask.hardware.onednn_from`).
     - Else torch's own product.
     """
 
@@ -87,7 +87,7 @@ class Linear(nn.Linear):
             return F.linear(input, weight, bias)
         rows = input.numel() // self.in_features
         if weight.dtype == torch.float32:
-            if rows >= ONEDNN_ROWS and self._is_plain(input) and prefers_onednn():
+            if rows >= ONEDNN_ROWS and weight.numel() >= onednn_from() and self._is_plain(input):
                 return torch.ops.mkldnn._linear_pointwise.default(input, weight, bias, "none", [], "")  # type: ignore[no-any-return]
         elif native.can_multiply(input, weight, bias) and (lacks_bfloat16() or rows <= few_rows()):
             return native.multiply(input, weight, bias)
