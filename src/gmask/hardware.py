@@ -62,7 +62,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 ONEDNN_FROM = {"AVX512": 0, "AVX2": 1_000_000}
-"""On AMD's CPUs, by what torch makes use of: float32 weights of so many numbers are multiplied faster by oneDNN than MKL.
+"""On AMD's CPUs, by what torch makes use of: oneDNN multiplies by float32 weights of so many numbers faster than MKL.
 
 Of an AVX-512 vector MKL makes use of one half there. With AVX2 it is slower for weights that the caches do not hold.
 """
