@@ -83,7 +83,10 @@ TARGET_AVX2 uint32_t* fill_group(const uint16_t* x, int64_t columns, int64_t pad
       sum = _mm256_add_epi32(sum, integers[i]);
     }
     alignas(32) uint32_t some[32];
-    if (WIDE) {
+    if (!WIDE && step == 1) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(words), to_bytes(integers));
+      words += 8;
+    } else if (WIDE) {
       GMASK_UNROLL for (int i = 0; i < 4; ++i)
         _mm256_store_si256(reinterpret_cast<__m256i*>(some + 8 * i), to_pairs(integers[i]));
       for (int i = 0; i < 8; ++i, words += 2 * step) words[0] = some[4 * i], words[step] = some[4 * i + 1];
