@@ -212,7 +212,7 @@ def rotary_tables(positions: Tensor, frequencies: Tensor, *, dtype: torch.dtype)
 
 
 def apply_rotary(states: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates the channels of queries or keys ``[B, N, T, D]`` by the angles of `rotary_tables`."""
+    """Rotates channels ``[B, N, T, G * R]`` by the angles of `rotary_tables`."""
     if native.can_rotate(states, tables[0]):
         return native.rotate(states, *tables)
     cos, sin = (table.to(states.dtype) for table in tables)
@@ -292,8 +292,8 @@ class ChatGLMAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         batch, length, _ = hidden_states.shape
         fused = self.query_key_value(hidden_states).view(batch, length, -1, 3 * self.head_dim)
-        query, key, value = fused.transpose(1, 2).chunk(3, dim=-1)  # B N T D
-        query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+        unturned, value = fused.transpose(1, 2).split((2 * self.head_dim, self.head_dim), dim=-1)
+        query, key = apply_rotary(unturned, rotary).chunk(2, dim=-1)  # B N T D
         return self.attend(query, key, value, prefix, attention_mask, past_key_values, **kwargs)
 
 
@@ -363,11 +363,16 @@ class ChatGLMModel(ChatGLMPreTrainedModel, PrefixLMModel):
         return visible_from_published(attention_mask, length, cache)
 
     def rotary_tables(self, layout: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Returns the tables of a layout: for two groups of channels, or for one if the config has 1-D positions."""
+        """Returns the tables of a layout, for queries and keys side by side, which are rotated in one call.
+
+        Each has two groups of channels, or one if the config has 1-D positions.
+        """
         positions = layout if self.config.position_encoding_2d else layout[:, :1]
         frequencies = inverse_frequencies(self.config.head_dim // positions.shape[1], device=layout.device)
         return rotary_tables(
-            positions, frequencies, dtype=dtype if self.config.rotary_dtype == "module" else torch.float32
+            positions.repeat(1, 2, 1),
+            frequencies,
+            dtype=dtype if self.config.rotary_dtype == "module" else torch.float32,
         )
 
     def _run_layers(
