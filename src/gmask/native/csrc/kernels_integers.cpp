@@ -133,11 +133,17 @@ TARGET_AVX2 GMASK_INLINE void add_scaled(__m256i sum, const float* scale, __m256
     GMASK_KEEP(a);           \
   } while (false)
 
-// Fetches the lines that H vectors have `ahead` bytes further on; 0: none.
-template <int H>
-GMASK_INLINE void prefetch(const uint8_t* data, int ahead) {
-  if (ahead == 0) return;
-  GMASK_UNROLL for (int line = 0; line < H / 2; ++line) GMASK_PREFETCH(data + ahead + 64 * line);
+constexpr int kPrefetchAlone = 1024;  // bytes that one row is read ahead of
+
+// Fetches the lines that H vectors will have. One row waits for memory; without this a sixth longer (Zen 3).
+template <int M, int H>
+GMASK_INLINE void prefetch(const uint8_t* data) {
+  GMASK_UNROLL for (int line = 0; line < H / 2; ++line) {
+    if (M == 1)
+      GMASK_PREFETCH_ONCE(data + kPrefetchAlone + 64 * line);
+    else
+      GMASK_PREFETCH(data + kPrefetch + 64 * line);
+  }
 }
 
 // Rows that are multiplied together, of M.
@@ -148,8 +154,6 @@ struct Avx2Integers {
   static constexpr bool is_wide(int bits) { return bits == 8; }
   static constexpr int64_t longest(int) { return kLongest; }
   static constexpr int rows_together(int m) { return half_of(m); }
-  // One row waits for memory, and so much at once hides it: without, a seventh longer (Zen 3).
-  static constexpr int ahead(int m) { return m == 1 ? 1024 : kPrefetch; }
 
   template <int BITS, int M, int R, int H>
   TARGET_AVX2 GMASK_INLINE void add(const uint8_t* data, const uint32_t* x, int64_t columns, __m256i (&total)[R][H]) {
@@ -165,7 +169,7 @@ struct Avx2Integers {
       GMASK_UNROLL for (int r = 0; r < R; ++r)
         GMASK_UNROLL for (int h = 0; h < H; ++h) sum[r][h] = _mm256_setzero_si256();
       GMASK_UNROLL for (int eight = 0; eight < kStride / 8; ++eight, data += 4 * kRows, x += 2 * M) {
-        prefetch<H>(data, ahead(M));
+        prefetch<M, H>(data);
         GMASK_UNROLL for (int part = 0; part < 2; ++part) {
           __m256i weight[H];
           GMASK_UNROLL for (int h = 0; h < H; ++h) {
@@ -189,7 +193,7 @@ struct Avx2Integers {
   TARGET_AVX2 GMASK_INLINE void add_int8(const uint8_t* data, const uint32_t* x, int64_t columns,
                                          __m256i (&total)[R][H]) {
     for (int64_t c = 0; c < columns; c += 4, data += 4 * kRows, x += 2 * M) {
-      prefetch<H>(data, ahead(M));
+      prefetch<M, H>(data);
       GMASK_UNROLL for (int part = 0; part < 2; ++part) {
         __m256i weight[H];
         GMASK_UNROLL for (int h = 0; h < H; ++h) {
@@ -210,15 +214,14 @@ struct AvxVnniIntegers {
   static constexpr bool is_wide(int) { return false; }
   static constexpr int64_t longest(int bits) { return bits == 4 ? kLongest : kLongest / 2; }
   static constexpr int rows_together(int m) { return half_of(m); }
-  // One row reads the weight in one run, which is fastest without (`touch`).
-  static constexpr int ahead(int m) { return m == 1 ? 0 : kPrefetch; }
 
   template <int BITS, int M, int R, int H>
   TARGET_AVX_VNNI GMASK_INLINE void add(const uint8_t* data, const uint32_t* x, int64_t columns,
                                         __m256i (&total)[R][H]) {
     for (int64_t c = 0; c < columns; c += 8, data += kRows * BITS, x += 2 * M)
       GMASK_UNROLL for (int part = 0; part < 2; ++part) {
-        if (BITS == 8 || part == 0) prefetch<H>(data + (BITS == 8 ? 4 * kRows * part : 0), ahead(M));
+        // One row by these instructions is fastest without (`touch`).
+        if (M > 1 && (BITS == 8 || part == 0)) prefetch<M, H>(data + (BITS == 8 ? 4 * kRows * part : 0));
         __m256i weight[H];
         GMASK_UNROLL for (int h = 0; h < H; ++h) {
           if (BITS == 8) {
