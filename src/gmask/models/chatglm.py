@@ -40,6 +40,7 @@ from gmask.models.generate import PrefixLMForConditionalGeneration
 from gmask.models.layout import continues
 from gmask.models.reward import RewardHead
 from gmask.native import ops as native
+from gmask.quantization.linear import feed_forward_at_once
 from gmask.quantization.quantizer import QuantizationConfig
 
 PUBLISHED_LAYERS = 28
@@ -322,8 +323,12 @@ class ChatGLMBlock(GradientCheckpointingLayer):
     def forward(self, hidden_states: Tensor, prefix: Tensor | None = None, **kwargs: Any) -> Tensor:
         normed = self.input_layernorm(hidden_states)
         mixed, _ = self.attention(normed, prefix, **kwargs)
-        normed = self.post_attention_layernorm(torch.add(mixed, normed, alpha=self.alpha))
-        return torch.add(self.mlp(normed), normed, alpha=self.alpha)
+        norm, mlp = self.post_attention_layernorm, self.mlp
+        done = feed_forward_at_once(mixed, normed, norm, mlp, mlp.dense_h_to_4h, mlp.dense_4h_to_h, alpha=self.alpha)
+        if done is not None:
+            return done
+        normed = norm(torch.add(mixed, normed, alpha=self.alpha))
+        return torch.add(mlp(normed), normed, alpha=self.alpha)
 
 
 class ChatGLMPreTrainedModel(PrefixLMPreTrainedModel):

@@ -1,4 +1,6 @@
 // The kernels for any CPU, four floats at a time, and for ARM, where the four are a NEON register.
+#include <cmath>
+
 #include "exponential.h"
 #include "kernels.h"
 #include "vector.h"
@@ -190,6 +192,8 @@ const Kernels& portable_kernels() {
                                   portable_attend,
                                   portable_gelu,
                                   portable_turn,
+                                  portable_add_multiple,
+                                  portable_normalize,
                                   portable_fill_dense,
                                   portable_pack_dense,
                                   GMASK_DENSE(portable_dense)};
@@ -204,6 +208,8 @@ const Kernels& neon_kernels() {
                                   neon_attend,
                                   neon_gelu,
                                   neon_turn,
+                                  neon_add_multiple,
+                                  neon_normalize,
                                   neon_fill_dense,
                                   neon_pack_dense,
                                   GMASK_DENSE(neon_dense)};
