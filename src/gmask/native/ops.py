@@ -1,7 +1,7 @@
 """The package's own C++ library.
 
 It has products with int8, int4 and bfloat16 weights, attention of one query, keys and values in int8, GELU, rotary
-positions.
+positions, and the second half of a block with quantized weights.
 
 The library beside this file is built when the package is installed, if there is a C++ compiler (setup.py); nothing is
 compiled later. It has a plain C interface, so that it does not depend on the versions of Python and torch.
@@ -40,6 +40,33 @@ NUMBER_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 STORED_TYPES = {**NUMBER_TYPES, torch.int8: 2}  # of keys and values
 
 
+class LinearPointers(ctypes.Structure):
+    """A quantized weight and its bias, for `feed_forward`; the tensors must live as long (csrc/api.h: GmaskLinear)."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("data", "scale", "bias")),
+        *((name, ctypes.c_int64) for name in ("outputs", "columns", "group")),
+        *((name, ctypes.c_int32) for name in ("bits", "half_scale", "bias_type")),
+    )
+
+    @classmethod
+    def to(
+        cls, blocks: Tensor, scale: Tensor, bias: Tensor | None, *, bits: int, outputs: int, columns: int
+    ) -> "LinearPointers":
+        """Arguments as of `matmul_native`; the bias is contiguous, and in one of `NUMBER_TYPES`."""
+        return cls(
+            blocks.data_ptr(),
+            scale.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            outputs,
+            columns,
+            columns // scale.shape[1],
+            bits,
+            scale.dtype == torch.float16,
+            NUMBER_TYPES[torch.float32 if bias is None else bias.dtype],
+        )
+
+
 @cache
 def open_library() -> ctypes.CDLL | None:
     """Returns the library; None if it was not built, or was built for another machine."""
@@ -57,6 +84,8 @@ def open_library() -> ctypes.CDLL | None:
     library.gmask_rotate.argtypes = [size] * 2 + [pointer] * 5 + [count] * 5 + [size]
     library.gmask_attention.argtypes = [size] * 3 + [pointer] * 6 + [count] * 4 + [ctypes.c_float, size]
     library.gmask_round.argtypes = [size] * 2 + [pointer] * 3 + [count] * 4 + [size]
+    library.gmask_feed_forward.argtypes = [size, *[ctypes.POINTER(LinearPointers)] * 2, *[pointer] * 2]
+    library.gmask_feed_forward.argtypes += [ctypes.c_float] * 2 + [pointer] * 4 + [count, size]
     return library
 
 
@@ -346,6 +375,62 @@ def gelu(x: Tensor, *, isa: str | None = None) -> Tensor:
     """
     out = torch.empty_like(x)
     _call("gmask_gelu", _number_of(isa), x.data_ptr(), out.data_ptr(), x.numel(), purpose="GELU")
+    return out
+
+
+def can_feed_forward(x: Tensor, residual: Tensor, *parameters: Tensor) -> bool:
+    """Returns True if `feed_forward` takes these states, normalization and biases: on the CPU, without gradients."""
+    return (
+        x.dtype == residual.dtype == torch.bfloat16
+        and x.is_contiguous()
+        and residual.is_contiguous()
+        and all(parameter.dtype in NUMBER_TYPES and parameter.is_contiguous() for parameter in parameters)
+        and _are_served(x, residual, *parameters)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def feed_forward(
+    x: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    up: LinearPointers,
+    down: LinearPointers,
+    *,
+    epsilon: float,
+    alpha: float,
+    isa: str,
+) -> Tensor:
+    """Returns ``alpha * n + down(gelu(up(n)))``, where n is the layer normalization of ``x + alpha * residual``.
+
+    Each of these operations rounds its result to bfloat16.
+
+    Args:
+        x, residual: bfloat16 ``[..., H]``, contiguous.
+        norm_weight, norm_bias: bfloat16 ``[H]``.
+        up, down: quantized weights ``[I, H]`` and ``[H, I]``.
+        isa: one of `instruction_sets`.
+    """
+    size, out = up.columns, torch.empty_like(x)
+    rows = x.numel() // size
+    room = torch.empty(2 * rows * (size + up.outputs), dtype=x.dtype)
+    _call(
+        "gmask_feed_forward",
+        _number_of(isa),
+        up,
+        down,
+        norm_weight.data_ptr(),
+        norm_bias.data_ptr(),
+        epsilon,
+        alpha,
+        x.data_ptr(),
+        residual.data_ptr(),
+        room.data_ptr(),
+        out.data_ptr(),
+        rows,
+        purpose="the second half of a block",
+    )
     return out
 
 

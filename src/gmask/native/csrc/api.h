@@ -46,3 +46,16 @@ GMASK_API int gmask_gelu(int isa, const void* x, void* out, int64_t count, int t
 GMASK_API int gmask_rotate(int isa, int type, const void* x, const void* cosines, const void* sines, void* out,
                            const int64_t* strides, int64_t batch, int64_t heads, int64_t length, int64_t groups,
                            int64_t half, int threads);
+
+// A quantized weight and its bias, as the arguments of `gmask_matmul` with these names.
+struct GmaskLinear {
+  const void *data, *scale, *bias;
+  int64_t outputs, columns, group;
+  int32_t bits, half_scale, bias_type;
+};
+
+// normed = layer normalization of x + alpha * residual; y = alpha * normed + down(gelu(up(normed))).
+// All [rows, size] in bfloat16. room: for 2 * rows * (up.outputs + size) bfloat16 numbers. Returns as `gmask_matmul`.
+GMASK_API int gmask_feed_forward(int isa, const GmaskLinear* up, const GmaskLinear* down, const void* norm_weight,
+                                 const void* norm_bias, float epsilon, float alpha, const void* x,
+                                 const void* residual, void* room, void* y, int64_t rows, int threads);

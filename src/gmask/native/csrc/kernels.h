@@ -86,6 +86,18 @@ struct Turn {
 
 using TurnFunction = void (*)(const Turn& turn);
 
+// out = x + factor * y, of bfloat16 numbers.
+using AddMultipleFunction = void (*)(const uint16_t* x, const uint16_t* y, float factor, uint16_t* out, int64_t count);
+
+// Layer normalization of a row of bfloat16 numbers.
+struct Norm {
+  const uint16_t *weight, *bias;
+  float epsilon;
+  int64_t size;
+};
+
+using NormalizeFunction = void (*)(const Norm& norm, const uint16_t* x, uint16_t* out);
+
 struct DenseRows {
   const uint16_t* weight;  // bfloat16
   int64_t step;            // numbers from a row to the next
@@ -125,6 +137,8 @@ struct Kernels {
   GeluFunction gelu;
   TurnFunction turn;
   RoundFunction round;
+  AddMultipleFunction add_multiple;
+  NormalizeFunction normalize;
   FillDenseFunction fill_dense;
   PackDenseFunction pack_dense;
   DenseFunction dense[2][kDenseRows];  // [rows of the weight - 1][M - 1]

@@ -1,4 +1,6 @@
 // The kernels for any CPU, four floats at a time, and for ARM, where the four are a NEON register.
+#include <cmath>
+
 #include "exponential.h"
 #include "integers.h"
 #include "kernels.h"
@@ -206,6 +208,8 @@ const Kernels& portable_kernels() {
                                   portable_gelu,
                                   portable_turn,
                                   portable_round,
+                                  portable_add_multiple,
+                                  portable_normalize,
                                   portable_fill_dense,
                                   portable_pack_dense,
                                   GMASK_DENSE(portable_dense)};
@@ -221,6 +225,8 @@ const Kernels& neon_kernels() {
                                   neon_gelu,
                                   neon_turn,
                                   neon_round,
+                                  neon_add_multiple,
+                                  neon_normalize,
                                   neon_fill_dense,
                                   neon_pack_dense,
                                   GMASK_DENSE(neon_dense)};

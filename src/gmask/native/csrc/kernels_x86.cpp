@@ -1,4 +1,6 @@
 // The AVX2 and AVX-512 kernels, each built for its instructions by attribute: one file serves every x86.
+#include <cmath>
+
 #include "exponential.h"
 #include "integers.h"
 #include "kernels.h"
@@ -166,6 +168,8 @@ const Kernels& avx2_kernels() {
                                   avx2_gelu,
                                   avx2_turn,
                                   avx2_round,
+                                  avx2_add_multiple,
+                                  avx2_normalize,
                                   avx2_fill_dense,
                                   avx2_pack_dense,
                                   GMASK_DENSE(avx2_dense)};
@@ -180,6 +184,8 @@ const Kernels& avx512_kernels() {
                                   avx512_gelu,
                                   avx512_turn,
                                   avx512_round,
+                                  avx512_add_multiple,
+                                  avx512_normalize,
                                   avx512_fill_dense,
                                   avx512_pack_dense,
                                   GMASK_DENSE(avx512_dense)};
