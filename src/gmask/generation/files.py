@@ -20,7 +20,7 @@ from tqdm import tqdm
 from gmask.errors import GmaskError
 from gmask.files import at_line, parse_json, read_json_lines, read_lines, writing, written
 from gmask.generation.embed import Embedder, as_floats
-from gmask.generation.encoding import Context
+from gmask.generation.encoding import BlankedText, Context
 from gmask.generation.infill import Infiller
 from gmask.generation.reward import RewardQuestion, RewardScorer
 from gmask.generation.score import ChoiceLists, ChoiceQuestion, Scorer, read_choice_lists
@@ -65,21 +65,21 @@ def fill_file(
         return run_file_job(job, source, target, workers=workers, **settings)
 
 
-def _load_fill_job(load: Callable[[], Infiller], choices: ChoiceLists | None) -> "FileJob[str]":
+def _load_fill_job(load: Callable[[], Infiller], choices: ChoiceLists | None) -> "FileJob[BlankedText]":
     return fill_job(load(), choices)
 
 
-def fill_job(infiller: Infiller, choices: ChoiceLists | None = None) -> "FileJob[str]":
+def fill_job(infiller: Infiller, choices: ChoiceLists | None = None) -> "FileJob[BlankedText]":
     """Returns the job of `fill_file`."""
     (first_seed,) = infiller.sampling.seeds(1)
 
-    def read(values: Mapping[str, Any]) -> str:
+    def read(values: Mapping[str, Any]) -> BlankedText:
         blanked = infiller.read(values["text"])
         if choices is not None:
             read_choice_lists(choices, len(blanked.context.blanks))
-        return str(values["text"])
+        return blanked
 
-    def answer(texts: Sequence[tuple[int, str]]) -> Iterator[dict[str, Any]]:
+    def answer(texts: Sequence[tuple[int, BlankedText]]) -> Iterator[dict[str, Any]]:
         seeds = [first_seed + index for index, _ in texts]
         for infilling in infiller.fill([text for _, text in texts], choices, seeds=seeds):
             yield infilling.to_dict()
