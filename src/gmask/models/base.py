@@ -12,7 +12,7 @@ Source: Liu et al., "P-Tuning v2", ACL 2022; published code ``PrefixEncoder`` of
 """
 
 import pickle
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -207,15 +207,24 @@ class SelfAttention(nn.Module):
         prefix: Tensor | None,  # 2 N P D
         attention_mask: Any,  # B 1 T K, boolean (True = visible) or additive; or a block mask of packed rows
         past_key_values: Cache | None,
+        *,
+        keep: int = 0,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attends to the prefix, the cache and the new keys, by the ``attn_implementation`` of the config.
 
         A single query on a CPU uses the package's own kernel. ``"flex_attention"`` is for packed rows; others use sdpa.
 
+        Args:
+            keep: the number of last queries that attend; 0: all. The keys and values of all are cached.
+
         Returns:
-            ``[B, T, H]``, and the weights ``[B, N, T, K]`` if the implementation returns them, else None.
+            ``[B, T, H]`` of the T queries that attend, and the weights ``[B, N, T, K]`` if the implementation returns
+            them, else None.
         """
+        if keep:
+            query = query[:, :, -keep:]
+            attention_mask = None if attention_mask is None else attention_mask[..., -keep:, :]
         batch, _, length, _ = query.shape
         if prefix is not None:
             key, value = prepend(prefix, key, value)
@@ -615,6 +624,7 @@ class PrefixLMModel(PrefixLMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        keep: int = 0,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Runs the transformer.
@@ -627,6 +637,7 @@ class PrefixLMModel(PrefixLMPreTrainedModel):
                 cache, a packed sequence starts at each 0.
             layout: ``[B, 2, T]`` positions in the context and in the answer; by default derived from ``input_ids``.
             sequence_ids: ``[B, T]`` packed sequences, which do not see each other; -1 at padding.
+            keep: the number of last positions whose states are computed; 0: all. Not for packed rows.
 
         Raises:
             ValueError: ids that imply no layout, or positions that the model does not have.
@@ -657,7 +668,7 @@ class PrefixLMModel(PrefixLMPreTrainedModel):
         if self.config.pre_seq_len is not None and not continues(past_key_values):
             prefix = self.prefix_encoder().unflatten(0, (-1, 2))  # L 2 N P D
             mask = show_prefix(mask, self.config.pre_seq_len, past_key_values)
-        hidden_states = self._run_layers(inputs_embeds, layout, prefix, mask, past_key_values, **kwargs)
+        hidden_states = self._run_layers(inputs_embeds, layout, prefix, mask, past_key_values, keep=keep, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
     def _attends_by_blocks(
@@ -705,10 +716,23 @@ class PrefixLMModel(PrefixLMPreTrainedModel):
         raise NotImplementedError
 
 
-def run_blocks(blocks: Iterable[nn.Module], hidden_states: Tensor, prefix: Tensor | None, **kwargs: Any) -> Tensor:
-    """Runs ``hidden_states [B, T, H]`` through the blocks, each with its part of the prefix ``[L, 2, N, P, D]``."""
+def run_blocks(
+    blocks: Sequence[nn.Module] | nn.ModuleList,
+    hidden_states: Tensor,
+    prefix: Tensor | None,
+    *,
+    keep: int = 0,
+    **kwargs: Any,
+) -> Tensor:
+    """Runs ``hidden_states [B, T, H]`` through the blocks, each with its part of the prefix ``[L, 2, N, P, D]``.
+
+    With ``keep`` it returns the last ``keep`` positions ``[B, keep, H]``: of the others the last block computes the
+    keys and values alone.
+    """
     for index, block in enumerate(blocks):
         # The prefix is no keyword: reentrant gradient checkpointing drops the gradients of keywords.
         own = None if prefix is None else prefix[index]
+        if 0 < keep < hidden_states.shape[1] and index == len(blocks) - 1:
+            kwargs["keep"] = keep
         hidden_states = block(hidden_states, own, **kwargs)
     return hidden_states
