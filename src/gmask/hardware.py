@@ -67,8 +67,12 @@ def prefers_onednn() -> bool:
     On AMD's CPUs MKL makes use of half of an AVX-512 vector.
     """
     has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return has_both and has_avx512 and "AuthenticAMD" in (_cpu_field("vendor_id") or platform.processor())
+    return has_both and torch.backends.cpu.get_cpu_capability() == "AVX512" and is_amd()
+
+
+def is_amd() -> bool:
+    """Returns True if the CPU is one of AMD's."""
+    return "AuthenticAMD" in (_cpu_field("vendor_id") or platform.processor())
 
 
 def training_dtype(name: str, device: torch.device) -> torch.dtype:
