@@ -46,8 +46,11 @@ check: $(VENV)/.installed-dev  ## lint, types, import layers, documentation
 	$(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.installed-dev  ## measure against peers, all in one run, and draw the plot of the README
-	$(BIN)/python benchmarks/bench.py $(if $(CORPUS),--corpus $(CORPUS)) $(if $(PEERS),--peers-python $(PEERS))
-	$(BIN)/python benchmarks/pretraining_run.py
+	@failed=; \
+	$(BIN)/python benchmarks/bench.py $(if $(CORPUS),--corpus $(CORPUS)) $(if $(PEERS),--peers-python $(PEERS)) || \
+	  failed="$$failed bench.py (which names the scripts)"; \
+	$(BIN)/python benchmarks/pretraining_run.py || failed="$$failed pretraining_run.py"; \
+	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
 gpu: $(VENV)/.installed-dev  ## test and measure all that needs a GPU, on one H100 or H200, in nine minutes
 	$(BIN)/python benchmarks/gpu.py --out runs/gpu

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from gmask.native.ops import multiply
-from gmask.quantization.kernels import PackedWeight, describe_path, matmul, prepare
+from gmask.quantization.kernels import PackedWeight, describe_path, matmul, repack_weight
 from machine import describe_machine
 
 SHAPES = ((12288, 4096), (4096, 4096), (4096, 16384), (16384, 4096))  # [outputs, columns]: q|k|v, dense, down, up
@@ -49,8 +49,8 @@ def make_calls(outputs: int, columns: int, bits: int) -> dict[str, tuple[int, Ca
     if bits == 16:
         return make_dense_calls(outputs, columns)
     given = make_copies(outputs, columns, bits)
-    ours = [prepare(weight, scale, bits=bits) for weight, scale in given]
-    torchs = [prepare(weight, scale, bits=bits, path="aten") for weight, scale in given]
+    ours = [repack_weight(weight, scale, bits=bits) for weight, scale in given]
+    torchs = [repack_weight(weight, scale, bits=bits, path="aten") for weight, scale in given]
     dense = [torch.randn(outputs, columns, dtype=torch.bfloat16) for _ in range(max(2, len(given) * bits // 16))]
     return {
         "read": (len(ours), lambda copy, x: read(ours[copy])),

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from gmask.errors import GmaskError
 from gmask.evaluation.harness import run_tasks
+from gmask.evaluation.infilling import estimate_mean
 from gmask.evaluation.suite import folder_of
 from gmask.files import write_json, write_text
 from gmask.tasks.metrics import Rows
@@ -30,7 +31,6 @@ DIRECTIONS = {"both": "", "left": "-left"}
 BLANKS = ("[MASK]", "[sMASK]", "[gMASK]")
 CHARACTERS = 60_000  # of WikiText-2
 PLACES = (0, 1, 2, 4, 8, 16, 64, 128, 256)  # tokens of an answer before one, from and to
-RESAMPLES = 2000
 
 Numbers = npt.NDArray[np.float64]
 
@@ -110,10 +110,9 @@ def cut_answers(out: Path, way: str, blank: str) -> list[Numbers]:
 def show_mean(*parts: Any) -> str:
     """The mean of numbers, and its interval; of several parts, these are drawn."""
     units: Sequence[Numbers] = parts if len(parts) > 1 else [np.array([one]) for one in parts[0]]
-    sums, counts = np.array([one.sum() for one in units]), np.array([len(one) for one in units])
-    drawn = np.random.default_rng(0).integers(len(units), size=(RESAMPLES, len(units)))
-    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), (2.5, 97.5))
-    return f"{sums.sum() / counts.sum():.2f} [{low:.2f}, {high:.2f}]"
+    sums, sizes = [one.sum() for one in units], [len(one) for one in units]
+    found = estimate_mean(sums, sizes=sizes, rng=np.random.default_rng(0))
+    return f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
 def main() -> None:

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "api.h"
@@ -149,8 +150,18 @@ int main() {
           });
         }
         both("dense", rows * outputs, columns, [&](int isa, void* y) {
-          return gmask_dense(isa, weight.data(), x.data(), bias.data(), kBfloat16, y, rows, outputs, columns, 1);
+          return gmask_dense(isa, kBfloat16, weight.data(), x.data(), bias.data(), kBfloat16, y, rows, outputs, columns,
+                             1);
         });
+        const auto wide_x = floats(rows * columns), wide_weight = floats(outputs * columns);
+        std::vector<float> ours(rows * outputs), plain(rows * outputs);
+        for (auto [isa, y] : {std::pair{kNeon, &ours}, {kPortable, &plain}})
+          if (gmask_dense(isa, kFloat32, wide_weight.data(), wide_x.data(), bias.data(), kBfloat16, y->data(), rows,
+                          outputs, columns, 1) != 0) {
+            std::puts("dense in float32: refused");
+            return 1;
+          }
+        compare("dense in float32", ours, plain, columns, false);
       }
   for (int64_t size : {16, 64, 112, 128})
     for (int64_t length : {1, 5, 33}) {

@@ -105,6 +105,26 @@ def test_the_logits_that_are_kept_are_the_last(model_class: type[PreTrainedModel
 
 
 @each_language_model
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_last_block_computes_the_states_that_are_asked_for(
+    model_class: type[PreTrainedModel], attention: str
+) -> None:
+    model, shapes = build(model_class, attention=attention), list[tuple[int, ...]]()
+    hook = model.base_model.register_forward_hook(lambda *run: shapes.append(tuple(run[-1].last_hidden_state.shape)))
+    rows, length = PROMPT.shape
+    with torch.no_grad():
+        every = model(PROMPT, **MASKED, use_cache=True)
+        last = model(PROMPT, **MASKED, use_cache=True, logits_to_keep=1)
+        told = model(PROMPT, **MASKED, logits_to_keep=1, output_hidden_states=True)
+    hook.remove()
+    assert shapes == [(rows, kept, model.config.hidden_size) for kept in (length, 1, length)]
+    assert torch.allclose(last.logits, every.logits[:, -1:], atol=1e-5)
+    assert torch.allclose(told.logits, every.logits[:, -1:], atol=1e-5)
+    for found, expected in zip(last.past_key_values.layers, every.past_key_values.layers, strict=True):
+        assert torch.equal(found.keys, expected.keys) and torch.equal(found.values, expected.values)
+
+
+@each_language_model
 def test_a_look_up_in_the_prompt_stops_at_the_end_token(model_class: type[PreTrainedModel]) -> None:
     model = build(model_class)
     prompt = PROMPT[:1]

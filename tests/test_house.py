@@ -207,6 +207,10 @@ MISTYPED = [
     "embed text --model {}", "convert {} new", "quantize {} new", "merge {} --adapter a --output new", "info {}",
     "estimate {}", "evaluate {}", "evaluate {} --tasks superglue/rte --data d.jsonl", "serve {}", "webui {}",
 ]  # fmt: skip
+MISTYPED_TASKS = [
+    "evaluate --tasks superglue/rtee", "evaluate --tasks rtee*", "evaluate --suite superglu",
+    "evaluate --tasks superglue/rtee --export-lm-eval new",
+]  # fmt: skip
 
 
 def test_a_mistyped_model_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
@@ -229,6 +233,21 @@ def test_a_mistyped_model_is_refused_before_torch_is_imported(tmp_path: Path) ->
     assert len(lines) == len(commands)
     for line, command in zip(lines, commands, strict=True):
         assert any(line.startswith(f"gmask: {name}: ") for name in names if name in command), line
+
+
+def test_a_mistyped_task_is_refused_before_torch_is_imported() -> None:
+    done = run_python(
+        "import sys\n"
+        "from gmask.cli import main\n"
+        f"for command in {MISTYPED_TASKS!r}:\n"
+        "    sys.argv = ['gmask', *command.split()]\n"
+        "    try: main()\n"
+        "    except SystemExit as ended: assert ended.code == 2, command\n"
+        "    assert not {'torch', 'transformers'} & set(sys.modules), command"
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert len(lines := done.stderr.splitlines()) == len(MISTYPED_TASKS)
+    assert all("the nearest of gmask's is" in line for line in lines), lines
 
 
 def test_the_worked_example_of_the_documentation_is_what_the_code_computes() -> None:

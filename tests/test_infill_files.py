@@ -118,7 +118,7 @@ def test_a_stopped_run_goes_on_where_it_stopped(
     with partial.open("ab") as file:
         file.write(torn)  # as after a kill in the middle of a line
     assert fill_file(infiller, source, target) == FileReport(lines=5, resumed=2, skipped=0)
-    assert calls[2] == TEXTS[2:4]
+    assert calls[2] == [infiller.read(text) for text in TEXTS[2:4]]
     assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not list(tmp_path.glob("*.partial"))
 

@@ -1,4 +1,4 @@
-"""Does the product with a bfloat16 weight equal the exact one, on every instruction set of the machine?"""
+"""Does the product with a bfloat16 or float32 weight equal the exact one, on every instruction set of the machine?"""
 
 import pytest
 import torch
@@ -15,37 +15,43 @@ from gmask.native.ops import instruction_sets
 ISAS = instruction_sets()
 
 
-def make_numbers(*shape: int, seed: int) -> Tensor:
+def make_numbers(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(shape, generator=generator) * 4.0 ** torch.randn(shape[-1], generator=generator)).bfloat16()
+    return (torch.randn(shape, generator=generator) * 4.0 ** torch.randn(shape[-1], generator=generator)).to(dtype)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.sampled_from([1, 2, 3, 4, 5, 8, 9, 31, 130, 517]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+    rows=st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 31, 33, 130, 517]),
     outputs=st.sampled_from([1, 7, 31, 32, 33, 160]),
     columns=st.sampled_from([32, 96, 512, 544, 4128]),
     bias_dtype=st.sampled_from([None, torch.bfloat16, torch.float32]),
     seed=st.integers(0, 2**31),
 )
 def test_it_equals_the_exact_product(
-    isa: str, rows: int, outputs: int, columns: int, bias_dtype: torch.dtype | None, seed: int
+    isa: str, dtype: torch.dtype, rows: int, outputs: int, columns: int, bias_dtype: torch.dtype | None, seed: int
 ) -> None:
-    x, weight = make_numbers(rows, columns, seed=seed), make_numbers(outputs, columns, seed=seed + 1)
+    x, weight = (
+        make_numbers(rows, columns, seed=seed, dtype=dtype),
+        make_numbers(outputs, columns, seed=seed + 1, dtype=dtype),
+    )
     bias = None if bias_dtype is None else make_numbers(outputs, seed=seed + 2).to(bias_dtype)
     y = ops.multiply(x, weight, bias, isa=isa)
     added = torch.zeros(()) if bias is None else bias
     exact = x.double() @ weight.double().T + added.double()
     products = x.double().abs() @ weight.double().abs().T + added.double().abs()
-    assert y.dtype == torch.bfloat16 and y.shape == (rows, outputs)
-    assert ((y.double() - exact).abs() <= 2.0**-8 * exact.abs() + 2.0**-23 * (columns + 8) * products).all()
+    assert y.dtype == dtype and y.shape == (rows, outputs)
+    rounding = 2.0**-8 if dtype == torch.bfloat16 else 0.0
+    assert ((y.double() - exact).abs() <= rounding * exact.abs() + 2.0**-23 * (columns + 8) * products).all()
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("rows", [3, 12])
-def test_what_is_not_finite_reaches_its_row_and_no_other(isa: str, rows: int) -> None:
-    x, weight = make_numbers(rows, 64, seed=0), make_numbers(40, 64, seed=1)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_not_finite_reaches_its_row_and_no_other(isa: str, rows: int, dtype: torch.dtype) -> None:
+    x, weight = make_numbers(rows, 64, seed=0, dtype=dtype), make_numbers(40, 64, seed=1, dtype=dtype)
     clean = ops.multiply(x, weight, None, isa=isa)
     x[1, 5] = float("nan")
     y = ops.multiply(x, weight, None, isa=isa)
@@ -65,12 +71,13 @@ def test_inputs_of_any_shape_and_layout_are_taken(isa: str) -> None:
 @pytest.mark.skipif(not ISAS, reason="the C++ library was not built")
 def test_what_it_takes() -> None:
     x, weight = make_numbers(2, 64, seed=0), make_numbers(40, 64, seed=1)
-    assert ops.can_multiply(x, weight, None)
+    assert ops.can_multiply(x, weight, None) and ops.can_multiply(x.float(), weight.float(), None)
     for other in (
         (x.float(), weight),
         (x, weight.float()),
         (x[:, :63], weight[:, :63].contiguous()),
         (x, weight[:, ::2]),
+        (x.double(), weight.double()),
     ):
         assert not ops.can_multiply(*other, None)
     assert not ops.can_multiply(x.requires_grad_(), weight, None)
@@ -103,6 +110,31 @@ def test_a_layer_takes_it_where_it_is_the_faster_one(monkeypatch: pytest.MonkeyP
         assert len(calls) == takes
 
 
+@pytest.mark.skipif(not ISAS, reason="the C++ library was not built")
+@pytest.mark.parametrize(
+    ("few", "rows", "grad", "takes"),
+    [(16, 2, False, True), (16, 16, False, True), (16, 1, False, False), (16, 17, False, False), (16, 2, True, False)],
+)
+def test_it_multiplies_a_few_rows_of_float32_where_mkl_is_slow(
+    monkeypatch: pytest.MonkeyPatch, few: int, rows: int, grad: bool, takes: bool
+) -> None:
+    layer, calls, multiply = base.Linear(64, 40), list[Tensor](), ops.multiply
+
+    def note(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        calls.append(weight)
+        return multiply(x, weight, bias)
+
+    monkeypatch.setattr(ops, "multiply", note)
+    monkeypatch.setattr(base, "few_float32_rows", lambda: few)
+    x = make_numbers(rows, 64, seed=0).float() / 64
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(layer(x), nn.Linear.forward(layer, x))
+    assert len(calls) == takes
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert len(calls) == takes
+
+
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 def test_onednn_computes_the_product_of_float32_where_mkl_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     def is_taken(layer: nn.Module, x: Tensor) -> bool:
@@ -110,6 +142,7 @@ def test_onednn_computes_the_product_of_float32_where_mkl_is_slow(monkeypatch: p
             layer(x)
         return any("mkldnn::_linear_pointwise" in event.key for event in taken.key_averages())
 
+    monkeypatch.setattr(base, "few_float32_rows", lambda: 0)
     for bias in (True, False):
         layer, x = base.Linear(64, 40, bias=bias), make_numbers(2, 5, 64, seed=0).float()
         monkeypatch.setattr(base, "onednn_from", lambda: 64 * 40 + 1)

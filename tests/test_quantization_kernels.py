@@ -92,7 +92,7 @@ def test_a_path_equals_the_reference(
     if group_size is not None and columns % group_size:
         group_size = None
     weight, scale = make_weight(outputs, columns, bits, group_size, seed=seed, dtype=scale_dtype)
-    packed = kernels.prepare(weight, scale, bits=bits, group_size=group_size, path=path)
+    packed = kernels.repack_weight(weight, scale, bits=bits, group_size=group_size, path=path)
     for given_tensor, unpacked in zip((weight, scale), packed.unpack(), strict=True):
         assert torch.equal(given_tensor, unpacked)
     generator = torch.Generator().manual_seed(seed)
@@ -118,7 +118,7 @@ def test_outliers_cost_less_than_the_rounding_of_the_weight(path: str, bits: int
     x = x.bfloat16()
     quantized = x.double() @ formats.dequantize(integers, scale, torch.float64).T
     weight_error = (quantized - x.double() @ weight.double().T).norm()
-    y = kernels.matmul(x, kernels.prepare(formats.pack_integers(integers, bits), scale, bits=bits, path=path))
+    y = kernels.matmul(x, kernels.repack_weight(formats.pack_integers(integers, bits), scale, bits=bits, path=path))
     assert (y.double() - quantized).norm() < weight_error
 
 
@@ -126,7 +126,7 @@ def test_outliers_cost_less_than_the_rounding_of_the_weight(path: str, bits: int
 @pytest.mark.parametrize("bits", [4, 8])
 def test_an_aligned_weight_is_served_by_the_path_that_was_asked_for(path: str, bits: int) -> None:
     weight, scale = make_weight(128, 256, bits)
-    assert kernels.prepare(weight, scale, bits=bits, path=path).path == path
+    assert kernels.repack_weight(weight, scale, bits=bits, path=path).path == path
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -136,7 +136,7 @@ def test_an_aligned_weight_is_served_by_the_path_that_was_asked_for(path: str, b
 def test_what_is_not_finite_reaches_its_row_and_no_other(path: str, dtype: torch.dtype, bits: int, bad: float) -> None:
     weight, scale = make_weight(64, 64, bits)
     scale[0] = 0.5
-    packed = kernels.prepare(weight, scale, bits=bits, path=path)
+    packed = kernels.repack_weight(weight, scale, bits=bits, path=path)
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     clean = kernels.matmul(x, packed)
     x[1, 5] = bad
@@ -157,7 +157,7 @@ def threads() -> Iterator[None]:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_number_of_threads_changes_nothing(path: str, bits: int) -> None:
     weight, scale = make_weight(1000, 1024, bits)
-    packed = kernels.prepare(weight, scale, bits=bits, path=path)
+    packed = kernels.repack_weight(weight, scale, bits=bits, path=path)
     x = torch.randn(11, 1024, generator=torch.Generator().manual_seed(1), dtype=torch.bfloat16)
     results = []
     for count in (1, 2, 3):
@@ -169,7 +169,7 @@ def test_the_number_of_threads_changes_nothing(path: str, bits: int) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_a_row_is_the_same_alone_and_among_others(path: str) -> None:
     weight, scale = make_weight(96, 256, 4)
-    packed = kernels.prepare(weight, scale, bits=4, path=path)
+    packed = kernels.repack_weight(weight, scale, bits=4, path=path)
     x = torch.randn(13, 256, generator=torch.Generator().manual_seed(1))
     together = kernels.matmul(x, packed)
     alone = torch.cat([kernels.matmul(row, packed)[None] for row in x])
@@ -179,7 +179,7 @@ def test_a_row_is_the_same_alone_and_among_others(path: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_activations_of_any_shape_and_layout_are_taken(path: str) -> None:
     weight, scale = make_weight(48, 64, 8)
-    packed = kernels.prepare(weight, scale, bits=8, path=path)
+    packed = kernels.repack_weight(weight, scale, bits=8, path=path)
     x = torch.randn(64, 2, 5, generator=torch.Generator().manual_seed(1))
     y = kernels.matmul(x.permute(1, 2, 0), packed)
     assert y.shape == (2, 5, 48)
@@ -191,7 +191,7 @@ def test_activations_of_any_shape_and_layout_are_taken(path: str) -> None:
 def test_gradients_are_those_of_the_dequantized_weight(path: str) -> None:
     weight, scale = make_weight(600, 64, 4)
     dense = formats.dequantize(formats.unpack_int4(weight), scale)
-    packed = kernels.prepare(weight, scale, bits=4, path=path)
+    packed = kernels.repack_weight(weight, scale, bits=4, path=path)
     generator = torch.Generator().manual_seed(1)
     x, bias = torch.randn(2, 3, 64, generator=generator), torch.randn(600, generator=generator)
     into, wanted = torch.randn(2, 3, 600, generator=generator), []
@@ -206,20 +206,20 @@ def test_gradients_are_those_of_the_dequantized_weight(path: str) -> None:
 def test_a_path_can_be_forced_and_an_unknown_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, scale = make_weight(64, 64, 4)
     monkeypatch.setenv(kernels.PATH_VARIABLE, "torch")
-    assert kernels.prepare(weight, scale, bits=4).path == "torch"
+    assert kernels.repack_weight(weight, scale, bits=4).path == "torch"
     assert kernels.describe_path() == "plain torch"
     monkeypatch.setenv(kernels.PATH_VARIABLE, "fastest")
     with pytest.raises(GmaskError, match="this machine has"):
-        kernels.prepare(weight, scale, bits=4)
+        kernels.repack_weight(weight, scale, bits=4)
 
 
 def test_without_the_cpp_kernel_torch_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(ops, "instruction_sets", lambda: ())
     weight, scale = make_weight(64, 64, 4)
     expected = "aten" if aten.aten_takes(bits=4, outputs=64, columns=64, group_size=None) else "torch"
-    assert kernels.prepare(weight, scale, bits=4).path == expected
+    assert kernels.repack_weight(weight, scale, bits=4).path == expected
     assert "was not built" in kernels.describe_path()
-    odd = kernels.prepare(*make_weight(33, 30, 4), bits=4)
+    odd = kernels.repack_weight(*make_weight(33, 30, 4), bits=4)
     assert odd.path == "torch"
 
 
@@ -234,6 +234,6 @@ def test_a_missing_or_foreign_library_is_no_error(monkeypatch: pytest.MonkeyPatc
 def test_shapes_that_do_not_belong_together_are_refused() -> None:
     weight, scale = make_weight(64, 64, 4)
     with pytest.raises(GmaskError, match=r"needs scales \[64\]"):
-        kernels.prepare(weight, scale[:-1], bits=4)
+        kernels.repack_weight(weight, scale[:-1], bits=4)
     with pytest.raises(GmaskError, match=r"needs scales \[64, 2\]"):
-        kernels.prepare(weight, scale, bits=4, group_size=32)
+        kernels.repack_weight(weight, scale, bits=4, group_size=32)

@@ -13,7 +13,7 @@ import gmask
 from gmask.generation.decode import make_decoder
 from gmask.generation.encoding import TextReader
 from gmask.generation.engine import Budget, Stepper
-from gmask.generation.sampling import Sampler, SamplerState, draw_tokens
+from gmask.generation.sampling import Sampler, SamplerState, draw_tokens, first_greatest
 from gmask.generation.settings import Sampling
 from tiny_folder import make_folder
 
@@ -192,3 +192,14 @@ def test_a_token_is_the_one_that_sorting_the_whole_vocabulary_finds(
         patch.setattr(gmask.generation.sampling, "FIRST", 1000)  # then all of them are sorted
         plain = draw_tokens(scores, quantiles, temperature=temperature, top_k=top_k, top_p=top_p)
     assert torch.equal(found, plain)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 5), width=st.sampled_from([7, 32, 96, 4096]), seed=st.integers(0, 2**31), kinds=st.data())
+def test_of_equal_scores_the_first_is_taken(rows: int, width: int, seed: int, kinds: st.DataObject) -> None:
+    values = torch.randint(-3, 3, (rows, width), generator=torch.Generator().manual_seed(seed)).float()
+    special = kinds.draw(st.lists(st.tuples(st.integers(0, rows - 1), st.integers(0, width - 1)), max_size=4))
+    for row, column in special:
+        values[row, column] = kinds.draw(st.sampled_from([-torch.inf, torch.inf, torch.nan]))
+    expected = np.argmax(values.numpy(), axis=-1)  # the first, and NaN before all
+    assert first_greatest(values).tolist() == expected.tolist()

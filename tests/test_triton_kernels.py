@@ -28,7 +28,7 @@ PRODUCT = """
 import torch
 from gmask.quantization import kernels
 weight = torch.ones(8, 32, dtype=torch.int8, device="cuda")
-packed = kernels.prepare(weight, torch.ones(8, device="cuda"), bits=8)
+packed = kernels.repack_weight(weight, torch.ones(8, device="cuda"), bits=8)
 assert kernels.matmul(torch.ones(1, 32, device="cuda"), packed).eq(32).all()
 print(packed.path)
 """
@@ -98,10 +98,10 @@ def test_a_cpu_never_tries_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_only_rows_of_whole_words_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_triton_kernels", lambda device: kernels)
-    assert kernels.prepare(*make_weight(33, 40, 4), bits=4, path="triton").path == "triton"
-    assert kernels.prepare(*make_weight(33, 36, 4), bits=4, path="triton").path == "torch"
+    assert kernels.repack_weight(*make_weight(33, 40, 4), bits=4, path="triton").path == "triton"
+    assert kernels.repack_weight(*make_weight(33, 36, 4), bits=4, path="triton").path == "torch"
     weight, scale = make_weight(33, 40, 8)
-    assert kernels.prepare(weight[:, 2:], scale, bits=8, path="triton").path == "torch"
+    assert kernels.repack_weight(weight[:, 2:], scale, bits=8, path="triton").path == "torch"
 
 
 class TestOnAGpu:
@@ -115,7 +115,7 @@ class TestOnAGpu:
         self, shape: tuple[int, int], group_size: int | None, bits: int, dtype: torch.dtype
     ) -> None:
         weight, scale = (tensor.to(CUDA) for tensor in make_weight(*shape, bits, group_size))
-        packed = kernels.prepare(weight, scale, bits=bits, group_size=group_size)
+        packed = kernels.repack_weight(weight, scale, bits=bits, group_size=group_size)
         assert packed.path == "triton"
         dense = formats.dequantize(formats.unpack_integers(weight, bits), scale)
         bias = torch.randn(shape[0], device=CUDA, dtype=dtype)
@@ -131,7 +131,7 @@ class TestOnAGpu:
 
     def test_a_product_can_be_captured_in_a_graph(self) -> None:
         weight, scale = (tensor.to(CUDA) for tensor in make_weight(512, 1024, 4))
-        packed = kernels.prepare(weight, scale, bits=4)
+        packed = kernels.repack_weight(weight, scale, bits=4)
         x = torch.randn(1, 1024, device=CUDA, dtype=torch.bfloat16)
         kernels.matmul(x, packed)
         graph = torch.cuda.CUDAGraph()

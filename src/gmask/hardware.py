@@ -72,9 +72,12 @@ Of an AVX-512 vector MKL makes use of one half there. With AVX2 it is slower for
 def onednn_from() -> float:
     """Returns the entry of `ONEDNN_FROM` for this CPU; infinity where torch's own choice, MKL, was not found slower."""
     has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if not has_both or "AuthenticAMD" not in (_cpu_field("vendor_id") or platform.processor()):
-        return math.inf
-    return ONEDNN_FROM.get(torch.backends.cpu.get_cpu_capability(), math.inf)
+    return ONEDNN_FROM.get(torch.backends.cpu.get_cpu_capability(), math.inf) if has_both and is_amd() else math.inf
+
+
+def is_amd() -> bool:
+    """Returns True if the CPU is one of AMD's."""
+    return "AuthenticAMD" in (_cpu_field("vendor_id") or platform.processor())
 
 
 def training_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -162,6 +162,7 @@ def _evaluate_tasks(model: str, options: dict[str, Any], as_json: bool) -> None:
     from gmask.checkpoints.hub import check_name
 
     check_name(model)  # before torch is imported, which takes seconds
+    _check_tasks(options["tasks"], options["suite"])
     from gmask.evaluation.harness import run_tasks
     from gmask.evaluation.pages import list_notes
 
@@ -212,12 +213,20 @@ def _compare(folders: list[str], out: str | None, as_json: bool) -> None:
         Console().print(compare_rows(reports).to_rich("Scores with their 95 % intervals"))
 
 
+def _check_tasks(tasks: list[str], suite: str | None) -> None:
+    """Raises `GmaskError` for tasks that cannot be measured, before torch is imported."""
+    from gmask.evaluation.suite import plan_tasks
+
+    plan_tasks(tasks, suite)
+
+
 def _export(out: str, tasks: list[str], suite: str | None, as_json: bool, **options: Any) -> None:
     """Exit code 2 if a task could not be written for another reason than that its records are not here."""
     if not tasks and suite is None:
         raise GmaskError(
             "--export-lm-eval writes tasks: name some with --tasks, such as superglue/copa, or with --suite"
         )
+    _check_tasks(tasks, suite)
     from gmask.evaluation.export import export_tasks
 
     export = export_tasks(out, tasks=tasks, suite=suite, **options)

@@ -39,7 +39,7 @@ from gmask.cli.startup import quick_start
 from gmask.config import MOST
 from gmask.cores import share_cores
 from gmask.errors import GmaskError
-from gmask.generation.settings import Sampling
+from gmask.generation.settings import Sampling, ScoreNormalization
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -308,9 +308,9 @@ def score(
         _score_by_reward(_load_reward(reward, adapter, dtype, quantize, batch_size), texts, candidates, files, as_json)
         return
     pair = load_glm(model, adapter, dtype, quantize)
-    from gmask.generation import score as scoring
+    from gmask.generation.score import Scorer
 
-    scorer = scoring.Scorer(*pair, cast(scoring.ScoreNormalization, normalization), batch_size)
+    scorer = Scorer(*pair, cast(ScoreNormalization, normalization), batch_size)
     if files:
         _score_file(scorer, *files, candidates, skip_bad_lines)
         return

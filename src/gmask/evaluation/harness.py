@@ -37,8 +37,8 @@ from gmask.evaluation.results import (
 from gmask.evaluation.suite import PlannedTask, folder_of, plan_tasks
 from gmask.generation.padding import batches_by_length
 from gmask.generation.predict import Predictor, ReadSample, locate, make_predictor, measure_length
-from gmask.generation.score import ScoreNormalization, check_normalization
-from gmask.generation.settings import Sampling, make_sampling
+from gmask.generation.score import check_normalization
+from gmask.generation.settings import Sampling, ScoreNormalization, make_sampling
 from gmask.hardware import describe_device
 from gmask.recipes.tuning import TuningRecipe, find_tuning_recipe
 from gmask.tasks.metrics import is_answered, predict_majority, score_predictions

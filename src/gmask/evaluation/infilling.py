@@ -38,6 +38,7 @@ from gmask.recipes.pretraining import PretrainingRecipe, load_recipe, make_mixtu
 from gmask.tasks.heldout import HELD_OUT_LANGUAGES, HeldOutBlank, LanguageRules, draw_sentences, hide_span
 from gmask.tasks.metrics import is_exact_match, overlap_f1
 from gmask.tasks.records import Source, find_files, read_texts
+from gmask.tasks.tally import interval
 
 ALTERNATIVES = 8  # answers among which one of the hidden text's length is looked for
 MAX_ANSWER_TOKENS = 24  # no hidden span has as many; an answer that is cut there is wrong
@@ -458,12 +459,16 @@ def _trigram_score(ngrams: NgramModel, blank: HeldOutBlank, answer: str, languag
     return ngrams.score(find(blank.left), find(answer), find(blank.right))
 
 
-def estimate_mean(values: npt.ArrayLike, *, rng: np.random.Generator) -> Estimate:
-    """The mean of N independent scores, with the percentile bootstrap over `RESAMPLES` resamples."""
-    scores = np.asarray(values, np.float64)
-    resampled = scores[rng.integers(len(scores), size=(RESAMPLES, len(scores)))].mean(axis=1)
-    low, high = np.quantile(resampled, (0.025, 0.975))
-    return Estimate(float(scores.mean()), float(low), float(high))
+def estimate_mean(values: npt.ArrayLike, *, rng: np.random.Generator, sizes: npt.ArrayLike | None = None) -> Estimate:
+    """The mean of N independent scores, with the percentile bootstrap over `RESAMPLES` resamples.
+
+    ``sizes``: with it each value is the sum of so many scores, which are drawn together; the mean is that of them all.
+    """
+    sums = np.asarray(values, np.float64)
+    counts = np.ones(len(sums)) if sizes is None else np.asarray(sizes, np.float64)
+    drawn = rng.integers(len(sums), size=(RESAMPLES, len(sums)))
+    low, high = interval(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
+    return Estimate(float(sums.sum() / counts.sum()), low, high)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,7 @@ from typing import Annotated, Any
 
 from gmask.config import Count, NotEmpty, Whole, build_settings, read_yaml, show
 from gmask.errors import GmaskError, nearest
-from gmask.generation.score import ScoreNormalization
-from gmask.generation.settings import make_sampling
+from gmask.generation.settings import ScoreNormalization, make_sampling
 from gmask.tasks.records import Truncation
 from gmask.tasks.task import Task, read_task, task_names
 

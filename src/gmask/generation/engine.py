@@ -404,8 +404,10 @@ class Stepper:
         self.prompt_tokens += sum(len(context.ids) + 1 for context in contexts)
         if self.gives_back:
             give_back_freed_memory()
-        sources = [row for row, count in enumerate(copies) for _ in range(count)]
-        self._advance(first, outputs.logits[sources, -1].float())
+        logits = outputs.logits[:, -1].float()
+        if max(copies) > 1:
+            logits = logits[[row for row, count in enumerate(copies) for _ in range(count)]]
+        self._advance(first, logits)
 
     def _begin(self, submission: Submission, index: int) -> RunningSample:
         """Returns a sample that has written nothing yet."""

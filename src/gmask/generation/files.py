@@ -20,7 +20,7 @@ from tqdm import tqdm
 from gmask.errors import GmaskError
 from gmask.files import at_line, parse_json, read_json_lines, read_lines, writing, written
 from gmask.generation.embed import Embedder, as_floats
-from gmask.generation.encoding import Context
+from gmask.generation.encoding import BlankedText, Context
 from gmask.generation.infill import Infiller
 from gmask.generation.reward import RewardQuestion, RewardScorer
 from gmask.generation.score import ChoiceLists, ChoiceQuestion, Scorer, read_choice_lists
@@ -52,7 +52,7 @@ def fill_file(
     The line with index i (from 0) draws by ``seed + i``, as a single run does. The rest is as in `run_file_job`.
 
     Args:
-        processes: of which each loads the model once more and fills its share of the lines, if there are several.
+        processes: this one, and others that are started; each has a model of its own and fills a part of the lines.
         load: returns the infiller in a process that is started; it is sent there, so it has to be picklable.
     """
     job = fill_job(infiller, choices)
@@ -65,21 +65,21 @@ def fill_file(
         return run_file_job(job, source, target, workers=workers, **settings)
 
 
-def _load_fill_job(load: Callable[[], Infiller], choices: ChoiceLists | None) -> "FileJob[str]":
+def _load_fill_job(load: Callable[[], Infiller], choices: ChoiceLists | None) -> "FileJob[BlankedText]":
     return fill_job(load(), choices)
 
 
-def fill_job(infiller: Infiller, choices: ChoiceLists | None = None) -> "FileJob[str]":
+def fill_job(infiller: Infiller, choices: ChoiceLists | None = None) -> "FileJob[BlankedText]":
     """Returns the job of `fill_file`."""
     (first_seed,) = infiller.sampling.seeds(1)
 
-    def read(values: Mapping[str, Any]) -> str:
+    def read(values: Mapping[str, Any]) -> BlankedText:
         blanked = infiller.read(values["text"])
         if choices is not None:
             read_choice_lists(choices, len(blanked.context.blanks))
-        return str(values["text"])
+        return blanked
 
-    def answer(texts: Sequence[tuple[int, str]]) -> Iterator[dict[str, Any]]:
+    def answer(texts: Sequence[tuple[int, BlankedText]]) -> Iterator[dict[str, Any]]:
         seeds = [first_seed + index for index, _ in texts]
         for infilling in infiller.fill([text for _, text in texts], choices, seeds=seeds):
             yield infilling.to_dict()
@@ -225,26 +225,38 @@ class FileJob(Generic[Query]):
 
 
 class Workers:
-    """Processes that answer lines of a file, each with a model of its own; use it in a ``with`` block.
+    """Processes that answer lines of a file beside this one, each with a model of its own; use it in a ``with`` block.
 
     Args:
-        count: of processes. The threads of this one are divided among them.
+        count: of processes, this one counted. Its threads are divided among them.
         make: returns the job in a new process.
     """
 
     def __init__(self, count: int, make: Callable[[], FileJob[Any]]) -> None:
-        threads = max(1, torch.get_num_threads() // count)
-        self._ahead = 2 * count  # batches that are read ahead
+        self._threads = torch.get_num_threads()
+        threads = max(1, self._threads // count)
+        self._ahead = count  # batches that the others have not answered yet: one waits when another is done
         self._pool = ProcessPoolExecutor(
-            count, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(make, threads)
+            count - 1, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(make, threads)
         )
+        torch.set_num_threads(threads)
 
-    def answer(self, batches: Iterable[list[Line[Any]]]) -> Iterator[tuple[list[Line[Any]], list[str]]]:
-        """Yields batches with the lines of their output, in order."""
+    def answer(
+        self, batches: Iterable[list[Line[Any]]], job: FileJob[Any]
+    ) -> Iterator[tuple[list[Line[Any]], list[str]]]:
+        """Yields batches with the lines of their output, in order. Those that the others leave are answered here."""
         running: deque[tuple[list[Line[Any]], Future[list[str]]]] = deque()
         for batch in batches:
-            running.append((batch, self._pool.submit(_work, batch)))
-            if len(running) == self._ahead:
+            if sum(not future.done() for _, future in running) < self._ahead:
+                future = self._pool.submit(_work, batch)
+            else:
+                future = Future()
+                try:
+                    future.set_result(list(_answer_lines(batch, job)))
+                except Exception as error:  # raised when the batches before it are written
+                    future.set_exception(error)
+            running.append((batch, future))
+            while running and running[0][1].done():
                 done, future = running.popleft()
                 yield done, future.result()
         for done, future in running:
@@ -255,6 +267,7 @@ class Workers:
 
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._threads)
 
 
 _job: FileJob[Any] | None = None
@@ -290,7 +303,7 @@ def run_file_job(
 
     Args:
         skip_bad_lines: write ``{"error": ...}`` for a line that cannot be read or answered, and count it.
-        workers: processes that answer in the place of this one.
+        workers: processes that answer beside this one.
 
     Raises:
         GmaskError: a line that cannot be read or answered, with its number (the results of the lines before it are
@@ -308,7 +321,7 @@ def run_file_job(
         bar = tqdm(total=total, initial=resumed, unit="text", disable=not progress)
         with partial.open("a", encoding="utf-8") as output, bar:
             batches = _batch_lines(lines, job.batch_size, skip_bad_lines=skip_bad_lines)
-            answered = _answer_here(batches, job) if workers is None else workers.answer(batches)
+            answered = _answer_here(batches, job) if workers is None else workers.answer(batches, job)
             for batch, texts in answered:
                 last = batch[-1]
                 bad = None if skip_bad_lines or last.error is None else last

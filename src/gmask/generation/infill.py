@@ -109,10 +109,19 @@ class Infiller:
         return make_decoder(self.model, self.tokenizer, sampler, special, self.sampling, batch_size=self.batch_size)
 
     def fill(
-        self, texts: Sequence[str], choices: ChoiceLists | None = None, *, seeds: Sequence[int] | None = None
+        self,
+        texts: Sequence[str | BlankedText],
+        choices: ChoiceLists | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
     ) -> list[Infilling]:
-        """Fills texts; arguments and errors as in `infill`. ``seeds`` has one for each text."""
-        blanked = [self.read(text) for text in texts]
+        """Fills texts; arguments and errors as in `infill`.
+
+        Args:
+            texts: as they are, or as `read` returns them.
+            seeds: one for each text.
+        """
+        blanked = [text if isinstance(text, BlankedText) else self.read(text) for text in texts]
         if choices is not None:
             return [self._choose(text, choices) for text in blanked]
         seeds = self.sampling.seeds(len(texts)) if seeds is None else seeds

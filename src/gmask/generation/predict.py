@@ -24,13 +24,12 @@ from gmask.generation.perplexity import DocumentScorer, evaluating
 from gmask.generation.sampling import Sampler
 from gmask.generation.score import (
     Continuation,
-    ScoreNormalization,
     check_normalization,
     normalize,
     score_answer_ids,
     score_continuations,
 )
-from gmask.generation.settings import Sampling
+from gmask.generation.settings import Sampling, ScoreNormalization
 from gmask.models.chatglm import ChatGLMConfig
 from gmask.models.glm import GLMConfig
 from gmask.models.glm_heads import GLMForSequenceClassification

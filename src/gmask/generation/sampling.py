@@ -145,7 +145,7 @@ class Sampler:
 
     def _draw(self, scores: Tensor, states: Sequence[SamplerState]) -> Tensor:
         """Returns tokens ``[R]``; rows with the same settings are drawn together."""
-        tokens = scores.argmax(-1)
+        tokens = first_greatest(scores)
         drawing: dict[tuple[float, int, float], list[int]] = {}
         for row, state in enumerate(states):
             if state.sampling.temperature > 0:
@@ -159,6 +159,23 @@ class Sampler:
         if -math.inf in chosen.tolist():
             tokens = torch.where(chosen == -torch.inf, self.end_ids[0], tokens)
         return tokens
+
+
+PART = 32
+"""Columns in which `first_greatest` looks at once; vocabularies are padded to multiples of it."""
+
+
+def first_greatest(scores: Tensor) -> Tensor:
+    """Returns the index ``[R]`` of the first of the greatest scores of each row ``[R, V]``; a NaN is the greatest.
+
+    On a CPU the greatest values are found far faster than their indices: only the part that has one is searched.
+    """
+    rows, width = scores.shape
+    if not scores.is_cpu or width % PART:
+        return scores.argmax(-1)
+    parts = scores.view(rows, -1, PART)
+    part = parts.amax(-1).argmax(-1)
+    return part * PART + parts[torch.arange(rows), part].argmax(-1)
 
 
 def find_repeats(ids: Sequence[int], size: int) -> list[int]:

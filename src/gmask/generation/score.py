@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, cast, get_args, overload
+from typing import Any, cast, get_args, overload
 
 import torch
 from torch import Tensor
@@ -20,12 +20,10 @@ from gmask.files import check_characters
 from gmask.generation.answers import Answer, Choices, Combination, Token, rank_scores, token_texts
 from gmask.generation.encoding import BlankedText, Context, TextReader, list_texts
 from gmask.generation.padding import batches_by_length, log_softmax, stack_contexts
+from gmask.generation.settings import ScoreNormalization
 from gmask.infilling.blanks import BlankTokens
 from gmask.models.cache import GrowingCache
 from gmask.models.glm import GLMForConditionalGeneration
-
-ScoreNormalization = Literal["sum", "mean", "unconditional"]
-"""How an answer's log-probability becomes its score; see `score`."""
 
 
 @dataclass(frozen=True, slots=True)

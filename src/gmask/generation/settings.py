@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 from gmask.config import Count, NotEmpty, NotNegative, Positive, Range, Whole, check_fields
 from gmask.errors import GmaskError, nearest
@@ -11,6 +11,9 @@ from gmask.files import check_text
 
 if TYPE_CHECKING:  # the command line reads the defaults without loading torch
     from gmask.generation.constraints import Constraint
+
+ScoreNormalization = Literal["sum", "mean", "unconditional"]
+"""How an answer's log-probability becomes its score; see `gmask.score`."""
 
 MOST_TOP_LOGPROBS = 20
 MOST_SAMPLES = 1000

@@ -12,7 +12,7 @@ Source: Liu et al., "P-Tuning v2", ACL 2022; published code ``PrefixEncoder`` of
 """
 
 import pickle
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,7 +31,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from gmask.errors import GmaskError, one_line
 from gmask.files import refuse_placeholder
-from gmask.hardware import cpu_instructions, has_bfloat16, onednn_from
+from gmask.hardware import cpu_instructions, has_bfloat16, is_amd, onednn_from
 from gmask.models.cache import GrowingCache, dequantize_states
 from gmask.models.layout import block_mask, build_mask, continues, resolve_sequences
 from gmask.models.tensor_parallel import check_division, check_processes
@@ -73,10 +73,24 @@ def few_rows() -> int:
     return BFLOAT16_ROWS.get(cpu_instructions(), 0) if "avx512_bf16" in native.instruction_sets() else 0
 
 
+FLOAT32_ROWS = 16
+"""From two to so many rows our kernel multiplies by float32 weights faster than MKL on AMD's CPUs without AVX-512.
+
+MKL copies parts of the weight first, of several rows at once, so that the memory does not see coming what is read next.
+"""
+
+
+@cache
+def few_float32_rows() -> int:
+    """`FLOAT32_ROWS` on such a CPU; 0 elsewhere, and where the kernel was not built."""
+    return FLOAT32_ROWS if cpu_instructions() == "avx2" and is_amd() and "avx2" in native.instruction_sets() else 0
+
+
 class Linear(nn.Linear):
     """A linear layer that has its products computed by what is fastest on this CPU.
 
     - A bfloat16 weight: the package's kernel, if the CPU has no instructions for bfloat16, or there are few rows.
+    - A float32 weight, few rows: the package's kernel, where MKL is slow.
     - A float32 weight, many rows, no gradients: oneDNN, where MKL is slow (`gmask.hardware.onednn_from`).
     - Else torch's own product.
     """
@@ -87,6 +101,8 @@ class Linear(nn.Linear):
             return F.linear(input, weight, bias)
         rows = input.numel() // self.in_features
         if weight.dtype == torch.float32:
+            if 1 < rows <= few_float32_rows() and native.can_multiply(input, weight, bias) and not _is_autocast():
+                return native.multiply(input, weight, bias)
             if rows >= ONEDNN_ROWS and weight.numel() >= onednn_from() and self._is_plain(input):
                 return torch.ops.mkldnn._linear_pointwise.default(input, weight, bias, "none", [], "")  # type: ignore[no-any-return]
         elif native.can_multiply(input, weight, bias) and (lacks_bfloat16() or rows <= few_rows()):
@@ -104,9 +120,13 @@ class Linear(nn.Linear):
                 torch.is_grad_enabled()
                 and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
             )
-            and not torch.is_autocast_enabled("cpu")
+            and not _is_autocast()
             and torch._C._get_mkldnn_enabled()
         )
+
+
+def _is_autocast() -> bool:
+    return torch.is_autocast_enabled("cpu")
 
 
 def mask_scores_(scores: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -207,15 +227,24 @@ class SelfAttention(nn.Module):
         prefix: Tensor | None,  # 2 N P D
         attention_mask: Any,  # B 1 T K, boolean (True = visible) or additive; or a block mask of packed rows
         past_key_values: Cache | None,
+        *,
+        keep: int = 0,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attends to the prefix, the cache and the new keys, by the ``attn_implementation`` of the config.
 
         A single query on a CPU uses the package's own kernel. ``"flex_attention"`` is for packed rows; others use sdpa.
 
+        Args:
+            keep: the number of last queries that attend; 0: all. The keys and values of all are cached.
+
         Returns:
-            ``[B, T, H]``, and the weights ``[B, N, T, K]`` if the implementation returns them, else None.
+            ``[B, T, H]`` of the T queries that attend, and the weights ``[B, N, T, K]`` if the implementation returns
+            them, else None.
         """
+        if keep:
+            query = query[:, :, -keep:]
+            attention_mask = None if attention_mask is None else attention_mask[..., -keep:, :]
         batch, _, length, _ = query.shape
         if prefix is not None:
             key, value = prepend(prefix, key, value)
@@ -621,6 +650,7 @@ class PrefixLMModel(PrefixLMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        keep: int = 0,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Runs the transformer.
@@ -633,6 +663,7 @@ class PrefixLMModel(PrefixLMPreTrainedModel):
                 cache, a packed sequence starts at each 0.
             layout: ``[B, 2, T]`` positions in the context and in the answer; by default derived from ``input_ids``.
             sequence_ids: ``[B, T]`` packed sequences, which do not see each other; -1 at padding.
+            keep: the number of last positions whose states are computed; 0: all. Not for packed rows.
 
         Raises:
             ValueError: ids that imply no layout, or positions that the model does not have.
@@ -663,7 +694,7 @@ class PrefixLMModel(PrefixLMPreTrainedModel):
         if self.config.pre_seq_len is not None and not continues(past_key_values):
             prefix = self.prefix_encoder().unflatten(0, (-1, 2))  # L 2 N P D
             mask = show_prefix(mask, self.config.pre_seq_len, past_key_values)
-        hidden_states = self._run_layers(inputs_embeds, layout, prefix, mask, past_key_values, **kwargs)
+        hidden_states = self._run_layers(inputs_embeds, layout, prefix, mask, past_key_values, keep=keep, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
     def _attends_by_blocks(
@@ -711,10 +742,23 @@ class PrefixLMModel(PrefixLMPreTrainedModel):
         raise NotImplementedError
 
 
-def run_blocks(blocks: Iterable[nn.Module], hidden_states: Tensor, prefix: Tensor | None, **kwargs: Any) -> Tensor:
-    """Runs ``hidden_states [B, T, H]`` through the blocks, each with its part of the prefix ``[L, 2, N, P, D]``."""
+def run_blocks(
+    blocks: Sequence[nn.Module] | nn.ModuleList,
+    hidden_states: Tensor,
+    prefix: Tensor | None,
+    *,
+    keep: int = 0,
+    **kwargs: Any,
+) -> Tensor:
+    """Runs ``hidden_states [B, T, H]`` through the blocks, each with its part of the prefix ``[L, 2, N, P, D]``.
+
+    With ``keep`` it returns the last ``keep`` positions ``[B, keep, H]``: of the others the last block computes the
+    keys and values alone.
+    """
     for index, block in enumerate(blocks):
         # The prefix is no keyword: reentrant gradient checkpointing drops the gradients of keywords.
         own = None if prefix is None else prefix[index]
+        if 0 < keep < hidden_states.shape[1] and index == len(blocks) - 1:
+            kwargs["keep"] = keep
         hidden_states = block(hidden_states, own, **kwargs)
     return hidden_states

@@ -37,7 +37,7 @@ from gmask.models.base import (
 )
 from gmask.models.chatglm_chat import ChatMixin
 from gmask.models.generate import PrefixLMForConditionalGeneration
-from gmask.models.layout import continues
+from gmask.models.layout import continues, keep_positions
 from gmask.models.reward import RewardHead
 from gmask.native import ops as native
 from gmask.quantization.linear import feed_forward_at_once
@@ -320,9 +320,10 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = ChatGLMMLP(config)
 
-    def forward(self, hidden_states: Tensor, prefix: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, prefix: Tensor | None = None, *, keep: int = 0, **kwargs: Any) -> Tensor:
         normed = self.input_layernorm(hidden_states)
-        mixed, _ = self.attention(normed, prefix, **kwargs)
+        mixed, _ = self.attention(normed, prefix, keep=keep, **kwargs)
+        normed = keep_positions(normed, keep)
         norm, mlp = self.post_attention_layernorm, self.mlp
         done = feed_forward_at_once(mixed, normed, norm, mlp, mlp.dense_h_to_4h, mlp.dense_4h_to_h, alpha=self.alpha)
         if done is not None:

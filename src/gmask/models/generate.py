@@ -7,6 +7,7 @@ Shape letters: B rows, T positions, S positions of a prompt, K key positions (ca
 """
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -114,6 +115,7 @@ class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin)
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            keep=self._states_to_keep(logits_to_keep, labels, position_ids, sequence_ids, kwargs),
             **kwargs,
         )
         loss, logits = None, None
@@ -134,6 +136,22 @@ class PrefixLMForConditionalGeneration(PrefixLMPreTrainedModel, GenerationMixin)
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _states_to_keep(
+        self,
+        logits_to_keep: int | Tensor,
+        labels: Tensor | None,
+        position_ids: Tensor | None,
+        sequence_ids: Tensor | None,
+        kwargs: Mapping[str, Any],
+    ) -> int:
+        """The number of last positions whose final states are needed; 0: all, as for packed rows and for states that
+        are returned.
+        """
+        if not isinstance(logits_to_keep, int) or not (labels is position_ids is sequence_ids is None):
+            return 0
+        returned = ("output_hidden_states", "output_attentions")
+        return 0 if any(kwargs.get(name, getattr(self.config, name)) for name in returned) else logits_to_keep
 
     def _check_labels(self, input_ids: Tensor, labels: Tensor, *, is_plain: bool) -> None:
         """Raises `ValueError` for labels ``[B, T]`` that are one position off; warns of those in a context.

@@ -37,7 +37,7 @@ from gmask.models.base import (
     run_blocks,
 )
 from gmask.models.generate import PrefixLMForConditionalGeneration
-from gmask.models.layout import continues, derive_layout
+from gmask.models.layout import continues, derive_layout, keep_positions
 from gmask.native.ops import is_captured
 
 Network = Literal["lstm", "mlp", "none"]
@@ -309,9 +309,9 @@ class GLMBlock(GradientCheckpointingLayer):
         self.mlp = GLMMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, hidden_states: Tensor, prefix: Tensor | None = None, **kwargs: Any) -> Tensor:
-        mixed, _ = self.attention(self.input_layernorm(hidden_states), prefix, **kwargs)
-        hidden_states = hidden_states + self.dropout(mixed)
+    def forward(self, hidden_states: Tensor, prefix: Tensor | None = None, *, keep: int = 0, **kwargs: Any) -> Tensor:
+        mixed, _ = self.attention(self.input_layernorm(hidden_states), prefix, keep=keep, **kwargs)
+        hidden_states = keep_positions(hidden_states, keep) + self.dropout(mixed)
         expanded = self.mlp(self.post_attention_layernorm(hidden_states))
         output: Tensor = hidden_states + self.dropout(expanded)
         return output

@@ -1,7 +1,7 @@
 """The package's own C++ library.
 
-It has products with int8, int4 and bfloat16 weights, attention of one query, keys and values in int8, GELU, rotary
-positions, and the second half of a block with quantized weights.
+It has products with int8, int4, bfloat16 and float32 weights, attention of one query, keys and values in int8, GELU,
+rotary positions, and the second half of a block with quantized weights.
 
 The library beside this file is built when the package is installed, if there is a C++ compiler (setup.py); nothing is
 compiled later. It has a plain C interface, so that it does not depend on the versions of Python and torch.
@@ -78,7 +78,7 @@ def open_library() -> ctypes.CDLL | None:
         return None
     pointer, count, size = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.gmask_matmul.argtypes = [size] * 4 + [pointer] * 4 + [size, pointer] + [count] * 4 + [size]
-    library.gmask_dense.argtypes = [size] + [pointer] * 3 + [size, pointer] + [count] * 3 + [size]
+    library.gmask_dense.argtypes = [size] * 2 + [pointer] * 3 + [size, pointer] + [count] * 3 + [size]
     library.gmask_pack.argtypes = [size, pointer, pointer, count, count, size]
     library.gmask_gelu.argtypes = [size, pointer, pointer, count, size]
     library.gmask_rotate.argtypes = [size] * 2 + [pointer] * 5 + [count] * 5 + [size]
@@ -205,9 +205,10 @@ DENSE_STEP = 32  # csrc/kernels.h: kDenseStep
 
 
 def can_multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Returns True if `multiply` takes these tensors: bfloat16, on the CPU, without gradients."""
+    """Returns True if `multiply` takes these tensors: bfloat16 or float32, on the CPU, without gradients."""
     return (
-        x.dtype == weight.dtype == torch.bfloat16
+        x.dtype == weight.dtype
+        and x.dtype in NUMBER_TYPES
         and weight.shape[1] % DENSE_STEP == 0
         and weight.is_contiguous()
         and (_are_served(x, weight) if bias is None else _are_served(x, weight, bias))
@@ -219,16 +220,17 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, *, isa: str | None 
 
     On CPUs without instructions for bfloat16 torch's own product takes several times as long as one in float32; this is
     as fast as float32 for many rows, and for a few, where the weight has to be read, faster. On those with AVX-512 BF16
-    it uses the instructions, and is faster than torch for a few rows (`gmask.models.base.BFLOAT16_ROWS`).
+    it uses the instructions, and is faster than torch for a few rows (`gmask.models.base.BFLOAT16_ROWS`). In float32 it
+    is for a few rows (`gmask.models.base.FLOAT32_ROWS`): the weight is read in one run.
 
     Args:
-        x: bfloat16 ``[..., K]``.
-        weight: bfloat16 ``[N, K]``, contiguous; K is a multiple of `DENSE_STEP`.
+        x: bfloat16 or float32 ``[..., K]``.
+        weight: ``[N, K]`` of the same dtype, contiguous; K is a multiple of `DENSE_STEP`.
         bias: ``[N]`` or None.
         isa: one of `instruction_sets`, instead of the fastest.
 
     Returns:
-        bfloat16 ``[..., N]``.
+        ``[..., N]`` of this dtype.
     """
     x = x.contiguous()
     outputs, columns = weight.shape
@@ -238,6 +240,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, *, isa: str | None 
     _call(
         "gmask_dense",
         _number_of(isa),
+        NUMBER_TYPES[x.dtype],
         weight.data_ptr(),
         x.data_ptr(),
         None if bias is None else bias.data_ptr(),
@@ -246,7 +249,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, *, isa: str | None 
         x.numel() // columns,
         outputs,
         columns,
-        purpose="a product with a bfloat16 weight",
+        purpose=f"a product with a weight in {x.dtype}",
     )
     return y
 

@@ -71,7 +71,7 @@ class PackedWeight:
         return self.data.nbytes + self.scale.nbytes
 
     def unpack(self) -> tuple[Tensor, Tensor]:
-        """Returns the weight and scale that `prepare` was given, bit for bit."""
+        """Returns the weight and scale that `repack_weight` was given, bit for bit."""
         if self.path in NATIVE_PATHS:
             weight = unpack_blocks(self.data, self.bits, self.outputs, self.columns)
             return weight, unpack_scale_blocks(self.scale, self.outputs, group_size=self.group_size)
@@ -143,7 +143,7 @@ def _chosen_path() -> str | None:
     return path
 
 
-def prepare(
+def repack_weight(
     weight: Tensor, scale: Tensor, *, bits: int, group_size: int | None = None, path: str | None = None
 ) -> PackedWeight:
     """Repacks a weight, without loss, for the fastest path of its device.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gmask.native import ops as native
 from gmask.quantization.aten import unpack_rows_aten
 from gmask.quantization.formats import check_format, dequantize, pack_integers, quantize, unpack_blocks, unpack_integers
-from gmask.quantization.kernels import NATIVE_PATHS, PackedWeight, matmul, prepare
+from gmask.quantization.kernels import NATIVE_PATHS, PackedWeight, matmul, repack_weight
 
 SCALE_DTYPE = torch.float16  # of the published checkpoints
 _packing = threading.Lock()  # threads may share a model
@@ -86,7 +86,7 @@ class QuantizedLayer(nn.Module):
             if now is not None:  # by another thread
                 return now.product
             scale: nn.Parameter = self._parameters["weight_scale"]  # type: ignore[assignment]
-            product: PackedWeight = prepare(weight.data, scale.data, bits=self.bits, group_size=self.group_size)
+            product: PackedWeight = repack_weight(weight.data, scale.data, bits=self.bits, group_size=self.group_size)
             is_offloaded = hasattr(self, "_hf_hook")  # accelerate loads the weight anew before each product
             if product.data.data_ptr() != weight.data_ptr() and not is_offloaded:
                 weight.packed = _Packed(product, scale)  # type: ignore[attr-defined]

@@ -12,8 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from gmask.config import Range, hints_of
 from gmask.files import check_text
 from gmask.generation.embed import Pooling
-from gmask.generation.score import ScoreNormalization
-from gmask.generation.settings import Sampling
+from gmask.generation.settings import Sampling, ScoreNormalization
 
 
 def in_range_of(setting: str, **limits: int) -> Any:

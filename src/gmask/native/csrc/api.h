@@ -17,9 +17,9 @@ GMASK_API int gmask_matmul(int isa, int bits, int x_type, int half_scale, const 
                            const void* x, const void* bias, int bias_type, void* y, int64_t rows, int64_t outputs,
                            int64_t columns, int64_t group, int threads);
 
-// y = x @ weight.T + bias, all bfloat16 but the sums and maybe the bias, for a weight [outputs, columns]; columns: a
+// y = x @ weight.T + bias, all of one type but the sums and maybe the bias, for a weight [outputs, columns]; columns: a
 // multiple of 32. Returns as `gmask_matmul`.
-GMASK_API int gmask_dense(int isa, const void* weight, const void* x, const void* bias, int bias_type, void* y,
+GMASK_API int gmask_dense(int isa, int type, const void* weight, const void* x, const void* bias, int bias_type, void* y,
                           int64_t rows, int64_t outputs, int64_t columns, int threads);
 
 // Published rows of `width` bytes (int8, or int4 with the first column in the high nibble; a multiple of 4) to blocks

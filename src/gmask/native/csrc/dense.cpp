@@ -1,4 +1,5 @@
-// y = x @ W^T + bias with a bfloat16 weight, summed in float32. CPUs without instructions for bfloat16 multiply in float32.
+// y = x @ W^T + bias with a float32 or bfloat16 weight, summed in float32. CPUs without instructions for bfloat16 multiply
+// in float32.
 #include <memory>
 #include <new>
 
@@ -11,41 +12,66 @@
 namespace gmask {
 namespace {
 
+template <class NUMBER>
 struct Dense {
   const Kernels* kernels;
-  const uint16_t* weight;  // [outputs, columns]
-  const uint16_t* x;       // [rows, columns]
-  Output output;           // bfloat16
+  const NUMBER* weight;  // [outputs, columns]
+  const NUMBER* x;       // [rows, columns]
+  Output output;         // of the same type
   int64_t rows, columns;
 
-  const uint16_t* row(int64_t index) const { return weight + index * columns; }
+  const NUMBER* row(int64_t index) const { return weight + index * columns; }
+
+  // `count` of the rows of x, and what is written to.
+  Dense part(int64_t first, int64_t count) const {
+    Dense some = *this;
+    some.rows = count;
+    some.x = x + first * columns;
+    some.output.y = static_cast<NUMBER*>(output.y) + first * output.outputs;
+    return some;
+  }
 };
 
-constexpr int64_t kCached = 4096;  // numbers
+void fill(const Dense<float>& dense, int64_t row, float* to) {
+  std::memcpy(to, dense.x + row * dense.columns, size_t(dense.columns) * sizeof *to);
+}
+
+void fill(const Dense<uint16_t>& dense, int64_t row, float* to) {
+  dense.kernels->fill_dense(dense.x + row * dense.columns, dense.columns, to);
+}
+
+constexpr int64_t kFewRows = 32;
 
 // A few rows: the weight is read once, row by row.
-void multiply_few(const Dense& dense, int threads) {
+template <class NUMBER>
+void multiply_few(const Dense<NUMBER>& dense, int threads) {
+  constexpr Type type = sizeof(NUMBER) == 4 ? kFloat32 : kBfloat16;
+  constexpr int64_t cached = type == kFloat32 ? 8192 : 4096;  // activations: so many are read fastest again and again
   const int64_t step = dense.columns + 16;  // rows a power of two apart would share lines of the cache
   const std::unique_ptr<float[]> x(new float[size_t(dense.rows) * size_t(step)]);
-  for (int64_t m = 0; m < dense.rows; ++m)
-    dense.kernels->fill_dense(dense.x + m * dense.columns, dense.columns, x.get() + m * step);
-  // So many columns that the activations stay in the first cache.
-  const int64_t part = dense.rows == 1 ? dense.columns : kCached / dense.rows / kDenseStep * kDenseStep;
-  const int64_t width = dense.rows == 1 ? 1 : 2;
-  const int64_t ahead = 2 * dense.columns;
+  for (int64_t m = 0; m < dense.rows; ++m) fill(dense, m, x.get() + m * step);
+  const bool is_one = dense.rows == 1;  // then the rows of the weight are one run by themselves
+  const int64_t part = is_one ? dense.columns : cached / dense.rows / kDenseStep * kDenseStep;
+  const int64_t width = is_one ? 1 : 2;
+  const Tiles tiles = {dense.rows};
   const int64_t blocks = (dense.output.outputs + kRows - 1) / kRows;
   const int64_t worth = std::max<int64_t>(1, kWorthAThread / (2 * kRows * dense.columns));
   share(blocks, worth, threads, [&](int64_t first, int64_t last) {
     for (int64_t index = first; index < last; ++index) {
       const int64_t start = index * kRows, count = std::min<int64_t>(kRows, dense.output.outputs - start);
-      float out[kDenseRows * kRows] = {};
-      if (dense.rows > 1) touch(dense.row(start), 2 * count * dense.columns);
+      float out[kFewRows * kRows];
+      std::fill_n(out, dense.rows * kRows, 0.0f);
+      if (!is_one) touch(dense.row(start), count * dense.columns * int64_t(sizeof(NUMBER)));
       for (int64_t k = 0; k < dense.columns; k += part)
         for (int64_t r = 0; r < count; r += width) {
-          const DenseRows rows = {dense.row(start + r) + k, dense.columns, std::min(part, dense.columns - k), ahead};
-          dense.kernels->dense[width == 2 && r + 1 < count][dense.rows - 1](rows, x.get() + k, step, out + r);
+          const DenseRows rows = {dense.row(start + r) + k, dense.columns, std::min(part, dense.columns - k)};
+          const DenseFunction* functions = dense.kernels->dense[type][width == 2 && r + 1 < count];
+          for (int64_t tile = 0; tile < tiles.count(); ++tile) {
+            const int64_t m = tiles.first(tile), end = tiles.first(tile + 1);
+            functions[end - m - 1](rows, x.get() + m * step + k, step, out + m * kRows + r);
+          }
         }
-      dense.output.store<kRows>(0, dense.rows, start, out);
+      dense.output.template store<kRows>(0, dense.rows, start, out);
     }
   });
 }
@@ -54,7 +80,7 @@ constexpr int64_t kPart = 512;   // columns that are packed at a time: 32 KB
 constexpr int64_t kBand = 128;   // rows of activations whose sums are kept
 
 // A block of 32 rows of the weight times rows of activations from tile `tile` to before tile `end`.
-void multiply_block(const Dense& dense, const Activations& activations, int64_t index, int64_t tile, int64_t end) {
+void multiply_block(const Dense<uint16_t>& dense, const Activations& activations, int64_t index, int64_t tile, int64_t end) {
   static constexpr float kOnes[kRows] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
                                          1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
   alignas(64) uint32_t block[kPart / 2 * kRows];
@@ -79,12 +105,9 @@ void multiply_block(const Dense& dense, const Activations& activations, int64_t 
 // The activations are kept in float32, so not all at once.
 constexpr int64_t kMost = 512;
 
-void multiply_many(const Dense& dense, int threads) {
+void multiply_many(const Dense<uint16_t>& dense, int threads) {
   for (int64_t row = 0; row < dense.rows; row += kMost) {
-    Dense part = dense;
-    part.rows = std::min(kMost, dense.rows - row);
-    part.x = dense.x + row * dense.columns;
-    part.output.y = static_cast<uint16_t*>(dense.output.y) + row * dense.output.outputs;
+    const Dense<uint16_t> part = dense.part(row, std::min(kMost, dense.rows - row));
     const Row first = {part.x, kBfloat16, 16, dense.columns, dense.columns, dense.columns};
     const Activations activations(fill_floats, kColumnStep, first, part.rows, threads);
     constexpr int64_t kTiles = kBand / kMaxTile;
@@ -98,7 +121,7 @@ void multiply_many(const Dense& dense, int threads) {
 constexpr int64_t kTogether = 48;  // rows of activations
 
 // By instructions for bfloat16.
-void multiply_in_bfloat16(const Dense& dense, int threads) {
+void multiply_in_bfloat16(const Dense<uint16_t>& dense, int threads) {
   const std::unique_ptr<uint16_t[]> x(new uint16_t[size_t(dense.rows) * size_t(dense.columns)]);
   const auto rows_from = [&](int64_t row) { return Tiles{std::min(kTogether, dense.rows - row)}; };
   for (int64_t row = 0; row < dense.rows; row += kTogether) {
@@ -120,27 +143,44 @@ void multiply_in_bfloat16(const Dense& dense, int threads) {
   });
 }
 
-}  // namespace
-}  // namespace gmask
+void multiply(const Dense<float>& dense, int threads) {
+  for (int64_t row = 0; row < dense.rows; row += kFewRows)
+    multiply_few(dense.part(row, std::min(kFewRows, dense.rows - row)), threads);
+}
 
-GMASK_API int gmask_dense(int isa, const void* weight, const void* x, const void* bias, int bias_type, void* y,
-                          int64_t rows, int64_t outputs, int64_t columns, int threads) {
-  using namespace gmask;
-  if ((bias_type != kFloat32 && bias_type != kBfloat16) || rows < 0 || outputs < 0 || columns < 1 ||
-      columns % kDenseStep != 0)
-    return 1;
-  const Kernels* kernels = find_kernels(isa, kBfloat16);
-  if (kernels == nullptr) return 1;
-  if (rows == 0 || outputs == 0) return 0;
-  const Dense dense = {kernels, static_cast<const uint16_t*>(weight), static_cast<const uint16_t*>(x),
-                       {kBfloat16, y, bias, Type(bias_type), outputs}, rows, columns};
+constexpr int64_t kFewBfloat16 = 4;  // from more rows on, packing the weight pays
+
+void multiply(const Dense<uint16_t>& dense, int threads) {
+  if (dense.kernels->multiply_rows != nullptr) return multiply_in_bfloat16(dense, threads);
+  dense.rows <= kFewBfloat16 ? multiply_few(dense, threads) : multiply_many(dense, threads);
+}
+
+template <class NUMBER>
+int multiply_numbers(const Kernels* kernels, const void* weight, const void* x, const Output& output, int64_t rows,
+                     int64_t columns, int threads) {
   try {
-    if (kernels->multiply_rows != nullptr)
-      multiply_in_bfloat16(dense, threads);
-    else
-      rows <= kDenseRows ? multiply_few(dense, threads) : multiply_many(dense, threads);
+    multiply(Dense<NUMBER>{kernels, static_cast<const NUMBER*>(weight), static_cast<const NUMBER*>(x), output, rows,
+                           columns},
+             threads);
   } catch (const std::bad_alloc&) {
     return 2;
   }
   return 0;
+}
+
+}  // namespace
+}  // namespace gmask
+
+GMASK_API int gmask_dense(int isa, int type, const void* weight, const void* x, const void* bias, int bias_type, void* y,
+                          int64_t rows, int64_t outputs, int64_t columns, int threads) {
+  using namespace gmask;
+  if ((type != kFloat32 && type != kBfloat16) || (bias_type != kFloat32 && bias_type != kBfloat16) || rows < 0 ||
+      outputs < 0 || columns < 1 || columns % kDenseStep != 0)
+    return 1;
+  const Kernels* kernels = find_kernels(isa, Type(type));
+  if (kernels == nullptr) return 1;
+  if (rows == 0 || outputs == 0) return 0;
+  const Output output = {Type(type), y, bias, Type(bias_type), outputs};
+  return (type == kFloat32 ? multiply_numbers<float> : multiply_numbers<uint16_t>)(kernels, weight, x, output, rows,
+                                                                                   columns, threads);
 }

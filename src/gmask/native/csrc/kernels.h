@@ -99,14 +99,14 @@ struct Norm {
 using NormalizeFunction = void (*)(const Norm& norm, const uint16_t* x, uint16_t* out);
 
 struct DenseRows {
-  const uint16_t* weight;  // bfloat16
-  int64_t step;            // numbers from a row to the next
+  const void* weight;  // of the type that the function is for
+  int64_t step;        // numbers from a row to the next
   int64_t columns;
-  int64_t ahead;  // numbers from what is multiplied to what is fetched for later
 };
 
 // Adds to out[m * kRows + r] the product of row r of one or two rows of a weight with row m of M rows of activations,
-// which lie `step` apart: of every two vectors of columns the even ones, then the odd ones, as FillDenseFunction lays them.
+// which lie `step` apart; for a bfloat16 weight as FillDenseFunction lays them: of every two vectors of columns the even
+// ones, then the odd ones.
 using DenseFunction = void (*)(const DenseRows& rows, const float* x, int64_t step, float* out);
 // Rows of a bfloat16 weight, `step` apart, to a block; zeros for those beyond `count`.
 using PackDenseFunction = void (*)(const uint16_t* from, int64_t step, int64_t count, int64_t columns, uint32_t* to);
@@ -125,7 +125,6 @@ struct Tiles {
 };
 
 constexpr int kDenseStep = 32;  // columns are a multiple of it
-constexpr int kDenseRows = 4;   // rows of activations that a DenseFunction serves at most
 
 constexpr int kind_of(int bits) { return bits == 4 ? 0 : bits == 8 ? 1 : 2; }
 
@@ -141,7 +140,7 @@ struct Kernels {
   NormalizeFunction normalize;
   FillDenseFunction fill_dense;
   PackDenseFunction pack_dense;
-  DenseFunction dense[2][kDenseRows];  // [rows of the weight - 1][M - 1]
+  DenseFunction dense[2][2][Tiles::kMost];  // [Type][rows of the weight - 1][M - 1]
   MultiplyRowsFunction multiply_rows = nullptr;  // where there are instructions for bfloat16
 };
 
@@ -182,9 +181,18 @@ void fill_floats(const Row& row, int64_t step, uint32_t* to);
         NAME<BITS, 8>                                                                                       \
   }
 
-// `Kernels::dense` from a template NAME<R, M>.
-#define GMASK_DENSE(NAME) \
-  { {NAME<1, 1>, NAME<1, 2>, NAME<1, 3>, NAME<1, 4>}, {NAME<2, 1>, NAME<2, 2>, NAME<2, 3>, NAME<2, 4>} }
+// `Kernels::dense` from a template NAME<WEIGHT, R, M>.
+#define GMASK_DENSE_ROWS(NAME, WEIGHT, R)                                                                   \
+  {                                                                                                         \
+    NAME<WEIGHT, R, 1>, NAME<WEIGHT, R, 2>, NAME<WEIGHT, R, 3>, NAME<WEIGHT, R, 4>, NAME<WEIGHT, R, 5>,     \
+        NAME<WEIGHT, R, 6>                                                                                  \
+  }
+#define GMASK_DENSE(NAME)                                                        \
+  {                                                                              \
+    {GMASK_DENSE_ROWS(NAME, float, 1), GMASK_DENSE_ROWS(NAME, float, 2)}, {      \
+      GMASK_DENSE_ROWS(NAME, uint16_t, 1), GMASK_DENSE_ROWS(NAME, uint16_t, 2)   \
+    }                                                                            \
+  }
 
 // Reads memory into the cache in one run, which machines see coming; of several runs at once, or where each line is asked
 // for by an instruction, they read half as much a second (Zen 4).
