@@ -2,6 +2,7 @@
 
     python benchmarks/chatglm.py [--peers-python PATH] [--forms int4 int4-mapped int8 ...] [--only decode prefill ...]
                                  [--threads 2] [--rounds 5] [--tokenizer DIR] [--folder DIR] [--keep] [--json]
+                                 [--kv-cache int8]
 
 The true shape with random weights, embeddings and head quantized too. Every system is a process of its own that is told
 what to do and then waits, so that all take turns in each round; of the rounds the fastest and the median are reported
@@ -103,6 +104,7 @@ class Bench:
     threads: int
     rounds: int
     keep: bool
+    kv_cache: str | None  # the form of our keys and values
 
     @contextmanager
     def model(self, system: str, form: str) -> Iterator[Path]:
@@ -120,7 +122,8 @@ class Bench:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def start(self, system: str, path: Path) -> Process:
-        return Process([*self._script(system), "serve", str(path), str(self.threads)], self.threads)
+        held = [self.kv_cache] if self.kv_cache and system == OURS else []
+        return Process([*self._script(system), "serve", str(path), str(self.threads), *held], self.threads)
 
     def peers(self, form: str) -> list[str]:
         return list(PEERS) if self.peers_python and FORMS[form] else []
@@ -272,12 +275,13 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=100)
     parser.add_argument("--tokenizer", type=Path, help="folder of a ChatGLM tokenizer, for the turns")
     parser.add_argument("--folder", type=Path, help="where the models are made, one form at a time")
+    parser.add_argument("--kv-cache", choices=("int8",), help="the form of our keys and values")
     parser.add_argument("--keep", action="store_true", help="leave the models there, and use those that are there")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     if options.keep and not options.folder:
         parser.error("--keep needs --folder")
-    results: dict[str, Any] = {"machine": describe_machine(options.threads), "forms": []}
+    results: dict[str, Any] = {"machine": describe_machine(options.threads), "kv_cache": options.kv_cache, "forms": []}
     if not options.json:
         print(", ".join(f"{key} {value}" for key, value in results["machine"].items()), flush=True)
     parent = options.folder and options.folder.absolute()
@@ -285,7 +289,7 @@ def main() -> None:
         parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix="gmask-chatglm-") as temporary:
         folder = parent if options.keep else Path(temporary)
-        bench = Bench(folder, options.peers_python, options.threads, options.rounds, options.keep)
+        bench = Bench(folder, options.peers_python, options.threads, options.rounds, options.keep, options.kv_cache)
         for form in options.forms if set(options.only) - {"turns"} else []:
             results["forms"].append(measure_form(bench, form, options.only))
             if not options.json:

@@ -1,9 +1,12 @@
 """How much worse does the bundled model predict held-out text with int8 and int4 weights, calibrated or not?
 
-    python benchmarks/quantization_quality.py --data-root CORPUS [--tokens 8192] [--pieces 256] [--json]
+    python benchmarks/quantization_quality.py --data-root CORPUS [--tokens 8192] [--pieces 256] [--texts 50] [--json]
 
 CORPUS is the folder that recipes/bundled.yaml was trained with. Perplexity is that of the hidden tokens of the held-out
 texts, every source and objective counted alike; calibration reads training texts. All forms see the same blanks.
+
+Keys and values in int8 matter as tokens are written: beginnings of held-out texts are continued greedily with them and
+without, by float32 weights, and the continuations are compared up to where they part.
 """
 
 import argparse
@@ -69,11 +72,39 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return sum(tensor.nbytes for name, tensor in model.state_dict().items() if name != "lm_head.weight")
 
 
+def compare_kv_caches(texts: Sequence[str], longest: int = 32) -> dict[str, float]:
+    """Continues texts greedily with keys and values in float32 and in int8."""
+    settings = {"max_tokens": longest, "min_tokens": longest}
+    plain, rounded = (
+        gmask.infill(*gmask.load(device="cpu", kv_cache=held), texts, **settings) for held in (None, "int8")
+    )
+    gaps, equal = [], 0
+    for one, other in zip(plain, rounded, strict=True):
+        pairs = list(zip(one.blanks[0].tokens, other.blanks[0].tokens, strict=False))
+        same = [a.id == b.id for a, b in pairs]
+        equal += all(same)
+        upto = same.index(False) if False in same else len(same)
+        gaps += [abs(a.logprob - b.logprob) for a, b in pairs[:upto]]
+    return {
+        "texts": len(plain),
+        "equal": equal / len(plain),
+        "tokens_compared": len(gaps),
+        "mean_difference": statistics.fmean(gaps),
+        "largest_difference": max(gaps),
+    }
+
+
+def beginnings(texts: Sequence[str], count: int) -> list[str]:
+    """The first 200 characters of texts that are longer, with a blank behind them."""
+    return [f"{text[:200]} [gMASK]" for text in texts if len(text) > 400 and "[" not in text[:200]][:count]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", required=True)
     parser.add_argument("--tokens", type=int, default=8192, help="held-out tokens of each source and objective")
     parser.add_argument("--pieces", type=int, default=256, help="of 256 tokens, to calibrate with")
+    parser.add_argument("--texts", type=int, default=50, help="of each source, to be continued")
     parser.add_argument("--only", default="", help="forms whose names hold this")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
@@ -83,9 +114,8 @@ def main() -> None:
     sources = plan.data.resolved_sources
     model, tokenizer = gmask.load(dtype="float32", device="cpu")
     mixture = make_mixture(tokenizer.backend_tokenizer, plan.objective)
-    heldout = {
-        s.name: encode_texts(tokenizer, list(read_texts(find_files(s.validation)))) for s in sources if s.validation
-    }
+    held_texts = {s.name: list(read_texts(find_files(s.validation))) for s in sources if s.validation}
+    heldout = {name: encode_texts(tokenizer, found) for name, found in held_texts.items()}
     texts = training_texts(sources)
     random.Random(0).shuffle(texts)
     batches = cut_texts(tokenizer, model.config, texts, pieces=options.pieces)
@@ -110,10 +140,13 @@ def main() -> None:
             worse = f"{rows[-1]['worse']:+.2%}" if reference else ""
             size = f"{rows[-1]['megabytes']:8.2f} MB {seconds:6.1f} s"
             print(f"{name:50}{loss:9.4f}{math.exp(loss):10.3f} {worse:>8} {size}", flush=True)
+    kv_cache = compare_kv_caches([one for found in held_texts.values() for one in beginnings(found, options.texts)])
     tokens = sum(loss.tokens for kinds in losses.values() for loss in kinds.values())
     if options.json:
-        print(json.dumps({"machine": describe_machine(options.threads), "tokens": tokens, "forms": rows}, indent=2))
+        found = {"tokens": tokens, "forms": rows, "kv_cache": kv_cache}
+        print(json.dumps({"machine": describe_machine(options.threads), **found}, indent=2))
     else:
+        print("keys and values in int8:", ", ".join(f"{name} {value:.4g}" for name, value in kv_cache.items()))
         print(f"{tokens} hidden tokens, {len(batches)} pieces to calibrate with; {describe_machine(options.threads)}")
 
 

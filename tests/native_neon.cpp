@@ -171,8 +171,27 @@ int main() {
       const int64_t steps[] = {3 * size,          size, 3 * length * size, length * size, size,
                                3 * length * size, length * size, size, length, 1};
       both("attention", 2 * 3 * size, length, [&](int isa, void* out) {
-        return gmask_attention(isa, kBfloat16, query.data(), key.data(), value.data(), visible.data(), out, steps, 2, 3,
-                               length, size, 0.1f, 1);
+        return gmask_attention(isa, kBfloat16, kBfloat16, query.data(), key.data(), value.data(), visible.data(), out,
+                               steps, 2, 3, length, size, 0.1f, 1);
+      });
+      // In int8: the same bytes by both, and the same attention to them.
+      const int64_t entry = size + kStepBytes, dense[] = {3 * length * size, length * size, size};
+      std::vector<uint8_t> keys(2 * 3 * length * entry), values(keys.size()), plain(keys.size());
+      if (gmask_round(kNeon, kBfloat16, key.data(), keys.data(), dense, 2, 3, length, size, 1) != 0 ||
+          gmask_round(kNeon, kBfloat16, value.data(), values.data(), dense, 2, 3, length, size, 1) != 0 ||
+          gmask_round(kPortable, kBfloat16, key.data(), plain.data(), dense, 2, 3, length, size, 1) != 0)
+        return 1;
+      for (size_t i = 0; i < keys.size(); ++i)  // a product of two numbers may be rounded before it is an integer
+        if (std::abs(int8_t(keys[i]) - int8_t(plain[i])) > (int64_t(i) % entry < size ? 1 : 0)) {
+          std::printf("round: %d instead of %d at %zu\n", int8_t(keys[i]), int8_t(plain[i]), i);
+          return 1;
+        }
+      ++compared;
+      const int64_t rounded[] = {3 * size,           size, 3 * length * entry, length * entry, entry,
+                                 3 * length * entry, length * entry, entry, length, 1};
+      both("attention to int8", 2 * 3 * size, length, [&](int isa, void* out) {
+        return gmask_attention(isa, kBfloat16, kInt8, query.data(), keys.data(), values.data(), visible.data(), out,
+                               rounded, 2, 3, length, size, 0.1f, 1);
       });
       const auto angles = floats(length * size);
       std::vector<float> cosines(length * size), sines(length * size);

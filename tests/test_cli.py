@@ -328,7 +328,7 @@ def test_every_verb_has_help_and_few_options_of_its_own(run: Run, verb: str) -> 
     done = run(verb, "--help")
     options = [line.split()[0] for line in done.out.splitlines() if line.startswith("  -")]
     assert done.code == 0
-    shared = {"--adapter", "--set", "--dtype", "--quantize", "--help"}
+    shared = {"--adapter", "--set", "--dtype", "--kv-cache", "--quantize", "--help"}
     # evaluate: tasks, held-out text, comparisons, lists, exports; estimate: inference, tuning, pretraining on many GPUs
     limit = {"evaluate": 18, "estimate": 14}.get(verb, 9)
     assert len(set(options) - shared) <= limit
@@ -537,3 +537,19 @@ def test_pretrain_prints_the_figures_of_the_run(run: Run, monkeypatch: pytest.Mo
         "folder": str(tmp_path),
         **{"step": 2, "tokens": 20, "loss": 2.0, "seconds": 2.0, "validation": {"news": {"token": 2.5}}},
     }
+
+
+@pytest.mark.parametrize("command", [["infill", "a [MASK]"], ["chat", "hello"]])
+def test_another_form_of_keys_and_values_is_refused(command: list[str], run: Run) -> None:
+    result = run(*command, "--kv-cache", "int4")
+    assert result.code == 2 and "kv_cache 'int4' is not one of int8" in result.err
+
+
+def test_keys_and_values_in_int8(run: Run) -> None:
+    result = run("infill", "--kv-cache", "int8", "--max-tokens", "3", TEXT)
+    assert result.code == 0 and "dog" in result.out
+    assert run("chat", "--kv-cache", "int8", "--max-tokens", "3", "1+1=?").code == 0
+    wide, narrow = (run("estimate", "--json", *more) for more in ((), ("--kv-cache", "int8")))
+    assert '"cache"' in wide.out and wide.out != narrow.out
+    refused = run("estimate", "--method", "lora", "--kv-cache", "int8")
+    assert refused.code == 2 and "--kv-cache is for answering" in refused.err

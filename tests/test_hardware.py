@@ -1,5 +1,6 @@
 """The type of a training pass follows the device, and the slower choice is warned about with a measured factor."""
 
+import math
 import re
 
 import pytest
@@ -41,3 +42,27 @@ def test_a_named_type_is_taken_and_the_slow_one_is_warned_about(monkeypatch: pyt
 def test_this_machine_is_known() -> None:
     assert hardware.cpu_instructions() in ("amx", "avx512_bf16", "avx512", "avx2", "neon", "neon_bf16", "default")
     assert hardware.bfloat16_slowdown(rows=64, width=64, repeats=2) > 0
+
+
+@pytest.mark.parametrize(
+    ("vendor", "found", "least"),
+    [
+        ("AuthenticAMD", "AVX512", 0),
+        ("AuthenticAMD", "AVX2", 1_000_000),
+        ("AuthenticAMD", "DEFAULT", math.inf),
+        ("GenuineIntel", "AVX2", math.inf),
+        (None, "AVX2", math.inf),
+    ],
+)
+def test_onednn_is_taken_where_it_was_measured(
+    vendor: str | None, found: str, least: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: found)
+    monkeypatch.setattr(hardware, "_cpu_field", lambda name: vendor)
+    monkeypatch.setattr(hardware.platform, "processor", lambda: "")
+    choose = hardware.onednn_from.__wrapped__
+    assert choose() == least
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert choose() == math.inf

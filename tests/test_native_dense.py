@@ -137,13 +137,21 @@ def test_it_multiplies_a_few_rows_of_float32_where_mkl_is_slow(
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 def test_onednn_computes_the_product_of_float32_where_mkl_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "prefers_onednn", lambda: True)
     monkeypatch.setattr(base, "few_float32_rows", lambda: 0)
+
+    def is_taken(layer: nn.Module, x: Tensor) -> bool:
+        with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as taken:
+            layer(x)
+        return any("mkldnn::_linear_pointwise" in event.key for event in taken.key_averages())
+
     for bias in (True, False):
         layer, x = base.Linear(64, 40, bias=bias), make_numbers(2, 5, 64, seed=0).float()
-        with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as taken:
+        monkeypatch.setattr(base, "onednn_from", lambda: 64 * 40 + 1)
+        assert not is_taken(layer, x), "a small weight"
+        monkeypatch.setattr(base, "onednn_from", lambda: 64 * 40)
+        assert is_taken(layer, x) and not is_taken(layer, x[:1])
+        with torch.no_grad():
             y = layer(x)
-        assert any("mkldnn::_linear_pointwise" in event.key for event in taken.key_averages())
         added = layer.bias.double() if bias else 0.0
         exact = x.double() @ layer.weight.double().T + added
         products = x.double().abs() @ layer.weight.double().abs().T + abs(added)

@@ -4,10 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from gmask.models.chatglm import rotary_tables
 from gmask.native import ops
 from gmask.native.ops import instruction_sets
+from gmask.quantization.formats import pack_integers, pack_scale_blocks, quantize
 
 ISAS = instruction_sets()
 
@@ -57,6 +59,44 @@ def test_rotating_turns_pairs(
     assert ((found.double() - exact).abs() <= rounding * (1 + exact.abs())).all()
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.sampled_from([1, 2, 9]),
+    size=st.sampled_from([32, 72, 160]),
+    inner=st.sampled_from([32, 96, 200]),
+    bits=st.sampled_from([4, 8]),
+    has_bias=st.booleans(),
+    alpha=st.sampled_from([1.0, 7.483314773547883]),
+    seed=st.integers(0, 2**31),
+)
+def test_the_second_half_of_a_block_is_its_operations_one_by_one(
+    isa: str, rows: int, size: int, inner: int, bits: int, has_bias: bool, alpha: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    x, residual, norm_weight, norm_bias = draw(rows, size), draw(rows, size), draw(size), draw(size)
+    layers, arguments = [], []
+    for outputs, columns in ((inner, size), (size, inner)):
+        integers, scale = quantize(draw(outputs, columns).float() / columns**0.5, bits, dtype=torch.float16)
+        blocks = ops.pack_blocks_native(pack_integers(integers, bits), bits)
+        layers.append((blocks, pack_scale_blocks(scale), draw(outputs) if has_bias else None))
+        arguments.append({"bits": bits, "outputs": outputs})
+    up, down = (
+        ops.LinearPointers.to(*layer, **named, columns=columns)
+        for layer, named, columns in zip(layers, arguments, (size, inner), strict=True)
+    )
+    found = ops.feed_forward(x, residual, norm_weight, norm_bias, up, down, epsilon=1e-5, alpha=alpha, isa=isa)
+    normed = F.layer_norm(torch.add(x, residual, alpha=alpha), (size,), norm_weight, norm_bias, 1e-5)
+    active = ops.gelu(ops.matmul_native(normed, *layers[0], **arguments[0], isa=isa), isa=isa)
+    exact = torch.add(ops.matmul_native(active, *layers[1], **arguments[1], isa=isa), normed, alpha=alpha)
+    # A sum of the normalization that is rounded the other way moves all that follows.
+    assert ((found.float() - exact.float()).abs() <= 2.0**-6 * (alpha + exact.float().abs())).all()
+
+
 def test_what_they_do_not_take() -> None:
     x = torch.randn(4, 8).bfloat16()
     assert ops.can_gelu(x) == bool(ISAS)
@@ -68,3 +108,10 @@ def test_what_they_do_not_take() -> None:
     assert not ops.can_rotate(x.half(), tables)
     assert not ops.can_rotate(x, tables.bfloat16())
     assert not ops.can_rotate(x.clone().requires_grad_(), tables)
+    assert ops.can_feed_forward(x, x, x[0]) == bool(ISAS)
+    assert not ops.can_feed_forward(x, x.float(), x[0])
+    assert not ops.can_feed_forward(x[:, ::2], x, x[0])
+    assert not ops.can_feed_forward(x, x, x[0].half())
+    assert not ops.can_feed_forward(x, x, x[0].clone().requires_grad_())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not ops.can_feed_forward(x, x, x[0])

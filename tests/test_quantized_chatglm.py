@@ -22,7 +22,7 @@ from gmask.checkpoints.convert import convert, quantize_folder
 from gmask.checkpoints.load import load_model
 from gmask.cli.models import quantize as quantize_verb
 from gmask.errors import GmaskError
-from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMMLP
 from gmask.models.glm import GLMForConditionalGeneration
 from gmask.quantization.calibration import calibrate_model, cut_texts
 from gmask.quantization.formats import dequantize, pack_integers, quantize, unpack_integers
@@ -369,3 +369,16 @@ def test_a_target_in_use_and_a_quantized_source_are_refused(tmp_path: Path) -> N
         convert(first, tmp_path / "second")
     with pytest.raises(GmaskError, match="quantized already"):
         quantize_folder(first, tmp_path / "second", QuantizationConfig(8))
+
+
+@torch.no_grad()
+def test_the_second_half_of_a_block_is_computed_at_once_or_by_its_modules() -> None:
+    name = "chatglm-tiny-int4"
+    model = copy.deepcopy(load_published(name)).bfloat16()
+    at_once, called = logits_of(model, name), []
+    mlps = [module for module in model.modules() if isinstance(module, ChatGLMMLP)]
+    for mlp in mlps:
+        mlp.dense_h_to_4h.register_forward_hook(lambda *_: called.append(1))
+    one_by_one = logits_of(model, name)
+    assert len(called) == len(mlps)  # hooks see the calls of their modules
+    assert (at_once - one_by_one).abs().max() <= 2**-6 * one_by_one.abs().max()

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gmask.models.cache import ROOM, GrowingCache, SlotCache, total_positions
+from gmask.models.cache import ROOM, GrowingCache, SlotCache, quantize_states, total_positions
 
 LAYERS, HEADS, SIZE = 2, 3, 4
 
@@ -36,11 +36,12 @@ def read(lengths: list[int], generator: torch.Generator) -> tuple[GrowingCache, 
         ),
         max_size=10,
     ),
+    is_int8=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_rows_hold_what_was_put_in(steps: list[tuple[str, object]], seed: int) -> None:
+def test_rows_hold_what_was_put_in(steps: list[tuple[str, object]], is_int8: bool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    slots, expected = SlotCache(LAYERS), list[list[Tensor]]()  # of each row: the keys of all layers
+    slots, expected = SlotCache(LAYERS, is_int8=is_int8), list[list[Tensor]]()  # of each row: the keys of all layers
     for name, value in steps:
         if name == "add":
             cache, is_real = read(value, generator)
@@ -60,7 +61,8 @@ def test_rows_hold_what_was_put_in(steps: list[tuple[str, object]], seed: int) -
         assert slots.lengths == [keys[0].shape[1] for keys in expected]
     for row, keys in enumerate(expected):
         for layer, own in zip(slots.layers, keys, strict=True):
-            assert torch.equal(layer.keys[row, :, : own.shape[1]], own)
+            held = quantize_states(own[None])[0] if is_int8 else own
+            assert torch.equal(layer.keys[row, :, : own.shape[1]], held)
 
 
 def decode(slots: SlotCache, expected: list[list[Tensor]], generator: torch.Generator) -> None:

@@ -1,7 +1,7 @@
 """A ChatGLM-6B with random weights: the folder that ``gmask quantize --embeddings`` would write, and its times.
 
 python -m peers.gmask_model write int4 FOLDER
-python -m peers.gmask_model serve FOLDER THREADS
+python -m peers.gmask_model serve FOLDER THREADS [int8]    (the form of keys and values)
 """
 
 import sys
@@ -23,6 +23,7 @@ from gmask.generation.engine import Request, Stepper
 from gmask.generation.sampling import Sampler
 from gmask.generation.settings import Sampling
 from gmask.infilling.blanks import BlankTokens
+from gmask.models.cache import read_kv_cache
 from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from gmask.quantization.quantizer import QuantizationConfig, lay_out, quantized_layers
 from peers.serving import resident_bytes, serve
@@ -87,8 +88,9 @@ def random_block(dtype: torch.dtype) -> Tensor:
 class Writer:
     """Reads prompts, then writes token by token, through what `gmask.Chat` runs."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kv_cache: str | None = None) -> None:
         self.model = load_model(folder, dtype="bfloat16", device="cpu")
+        self.model.kv_cache = read_kv_cache(kv_cache)
         config = self.model.config
         end, pad, mask, gmask, sop = (
             getattr(config, f"{name}_token_id") for name in ("eos", "pad", "mask", "gmask", "bos")
@@ -141,10 +143,10 @@ def main() -> None:
         form, folder = arguments
         write_folder(Path(folder), FORMS[form], mapped=form.endswith("mapped"))
         return
-    folder, threads = arguments
+    folder, threads, *held = arguments
     torch.set_num_threads(int(threads))
     started = time.perf_counter()
-    writer = Writer(Path(folder))
+    writer = Writer(Path(folder), *held)
     commands = {name: getattr(writer, name) for name in ("prefill", "draw", "decode", "read")}
     serve({**commands, "memory": resident_bytes}, load=time.perf_counter() - started)
 

@@ -5,6 +5,7 @@ model each takes 4 MB. Texts of many lengths would fill gigabytes with primitive
 cache is bounded here.
 """
 
+import math
 import os
 import platform
 import time
@@ -60,14 +61,20 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and cpu_instructions() in ("amx", "avx512_bf16", "neon_bf16")
 
 
-@cache
-def prefers_onednn() -> bool:
-    """Returns True if oneDNN multiplies float32 matrices faster on this CPU than MKL, which torch takes for them.
+ONEDNN_FROM = {"AVX512": 0, "AVX2": 1_000_000}
+"""On AMD's CPUs, by what torch makes use of: oneDNN multiplies by float32 weights of so many numbers faster than MKL.
 
-    On AMD's CPUs MKL makes use of half of an AVX-512 vector.
-    """
+Of an AVX-512 vector MKL makes use of one half there. With AVX2 it is slower for weights that the caches do not hold.
+"""
+
+
+@cache
+def onednn_from() -> float:
+    """Returns the entry of `ONEDNN_FROM` for this CPU; infinity where torch's own choice, MKL, was not found slower."""
     has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return has_both and torch.backends.cpu.get_cpu_capability() == "AVX512" and is_amd()
+    if not has_both or not is_amd():
+        return math.inf
+    return ONEDNN_FROM.get(torch.backends.cpu.get_cpu_capability(), math.inf)
 
 
 def is_amd() -> bool:

@@ -29,6 +29,7 @@ from gmask.hardware import (
     read_dtype,
 )
 from gmask.models.base import PLACEMENTS, new_parts
+from gmask.models.cache import read_kv_cache
 from gmask.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, spread_layers
 from gmask.models.glm import GLMForConditionalGeneration
 from gmask.native.ops import instruction_sets
@@ -60,6 +61,7 @@ def load(
     like: None = ...,
     tokenizer: str | Path | None = ...,
     adapter: str | Path | None = ...,
+    kv_cache: str | None = ...,
     model_class: None = None,
 ) -> tuple[GLMForConditionalGeneration, PreTrainedTokenizerBase]: ...
 @overload
@@ -74,6 +76,7 @@ def load(
     like: str | None = ...,
     tokenizer: str | Path | None = ...,
     adapter: str | Path | None = ...,
+    kv_cache: str | None = ...,
     model_class: None = None,
 ) -> tuple[LanguageModel, PreTrainedTokenizerBase]: ...
 @overload
@@ -88,6 +91,7 @@ def load(
     like: str | None = ...,
     tokenizer: str | Path | None = ...,
     adapter: str | Path | None = ...,
+    kv_cache: str | None = ...,
     model_class: type[ModelType],
 ) -> tuple[ModelType, PreTrainedTokenizerBase]: ...
 def load(
@@ -101,6 +105,7 @@ def load(
     like: str | None = None,
     tokenizer: str | Path | None = None,
     adapter: str | Path | None = None,
+    kv_cache: str | None = None,
     model_class: type[PreTrainedModel] | None = None,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Loads a model, ready to fill blanks or to chat, and its tokenizer.
@@ -127,6 +132,8 @@ def load(
         adapter: the folder of an adapter that was trained for this model: LoRA, DoRA, AdaLoRA, IA3 or a prefix, as
             saved by PEFT or gmask; trained vectors (P-tuning) of gmask; for a ChatGLM also a prefix as the published
             ``ptuning`` code saved it.
+        kv_cache: ``"int8"`` to hold keys and values in int8 while answers are written, which takes half the memory of
+            bfloat16; by default they have the dtype of the activations. Beams, `generate` and scores do not use it.
         model_class: one of those in `gmask.models.glm` or `gmask.models.chatglm`; by default the one that the adapter
             was trained for, or that the config names.
 
@@ -134,6 +141,7 @@ def load(
         GmaskError: no such model; a missing, damaged, dangerous or unsuitable file; too little memory.
     """
     wanted, form = read_dtype(dtype), read_form(quantize, group_size)
+    held = read_kv_cache(kv_cache)
     vocabulary = None if tokenizer is None else Path(tokenizer).expanduser()
     with open_folder(name, revision, like=like, tokenizer=vocabulary) as folder:
         config = folder.config
@@ -147,6 +155,7 @@ def load(
             adapter=None if adapter is None else Path(adapter).expanduser(),
             model_class=model_class,
         )
+    model.kv_cache = held
     return model, loaded_tokenizer
 
 

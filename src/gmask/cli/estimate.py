@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gmask.cli.options import DTYPE_NAMES, AsJson, find_source, parse_settings
+from gmask.cli.options import DTYPE_NAMES, AsJson, KVCache, find_source, parse_settings
 from gmask.cli.printing import print_json, print_table
 from gmask.errors import GmaskError
 
@@ -70,6 +70,7 @@ def estimate(
         int | None, typer.Option(metavar="32|64|128", help="Columns that share a scale.", show_default="a row")
     ] = None,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Embeddings and head quantized too.")] = False,
+    kv_cache: KVCache = None,
     context_length: Annotated[
         list[int] | None,
         typer.Option(
@@ -152,7 +153,7 @@ def estimate(
     Of a recipe of pretraining: the memory of each GPU, and the time and the cost of the run.
     """
     if model.endswith((".yaml", ".yml")):
-        tuned = (dtype, quantize, group_size, context_length, method, stage, embeddings or None)
+        tuned = (dtype, quantize, group_size, kv_cache, context_length, method, stage, embeddings or None)
         if any(value is not None for value in tuned) or batch_size != 1:
             raise GmaskError(
                 f"{model} is a recipe, which says all but --gpus, --gpu, --parallel, --checkpointing, --utilization, "
@@ -168,10 +169,13 @@ def estimate(
         )
     config = find_config(model)
     from gmask.hardware import best_device
+    from gmask.models.cache import read_kv_cache
 
     lengths = sorted(set(context_length or (min(n, config.max_position_embeddings) for n in CONTEXT_LENGTHS)))
     forms = list_forms(config, dtype, quantize, group_size=group_size, embeddings=embeddings)
     if method is not None:
+        if kv_cache is not None:
+            raise GmaskError("--kv-cache is for answering: leave it out, or --method")
         tuning = Tuning.read(
             method, pairs or [], batch_size, gpus, stage=stage, gradient_checkpointing=gradient_checkpointing
         )
@@ -179,7 +183,7 @@ def estimate(
     elif gradient_checkpointing or gpus is not None or pairs or stage is not None:
         raise GmaskError("--stage, --gradient-checkpointing, --gpus and --set are about tuning: add --method lora")
     else:
-        answering = Answering(batch_size, best_device())
+        answering = Answering(batch_size, best_device(), read_kv_cache(kv_cache))
         print_estimates(answering, model, config, forms, lengths, as_json=as_json)
 
 
@@ -257,6 +261,7 @@ class Answering:
 
     batch_size: int
     device_kind: Any  # of this machine's best device
+    kv_cache: str | None  # form of keys and values
 
     def estimate(self, config: "Config", form: WeightForm, length: int) -> "MemoryEstimate":
         from gmask.estimation.inference import estimate_inference
@@ -269,6 +274,7 @@ class Answering:
             context_length=length,
             batch_size=self.batch_size,
             device_kind=self.device_kind,
+            kv_cache=self.kv_cache,
         )
 
     def device(self) -> dict[str, Any]:

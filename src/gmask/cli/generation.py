@@ -13,6 +13,7 @@ from gmask.cli.options import (
     AsJson,
     Dtype,
     InputFile,
+    KVCache,
     ModelName,
     OutputFile,
     Pairs,
@@ -92,6 +93,7 @@ def infill(
     adapter: AdapterFolder = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
+    kv_cache: KVCache = None,
     pairs: Pairs = None,
     processes: Processes = 1,
 ) -> None:
@@ -105,7 +107,7 @@ def infill(
         raise GmaskError("--processes is for the lines of --input")
     is_interactive = not files and not texts and sys.stdin.isatty()
     texts = [] if files or is_interactive else texts_or_stdin(texts)
-    make = functools.partial(_make_infiller, model, adapter, dtype, quantize, settings)
+    make = functools.partial(_make_infiller, model, adapter, dtype, quantize, kv_cache, settings)
     infiller = make()
     if files:
         load = make if processes > 1 else None
@@ -134,9 +136,9 @@ def _fill_texts(
 
 
 def _make_infiller(
-    model: str, adapter: Path | None, dtype: str | None, quantize: str | None, settings: Sampling
+    model: str, adapter: Path | None, dtype: str | None, quantize: str | None, kv_cache: str | None, settings: Sampling
 ) -> "Infiller":
-    pair = load_glm(model, adapter, dtype, quantize)
+    pair = load_glm(model, adapter, dtype, quantize, kv_cache)
     from gmask.generation.infill import Infiller
 
     return Infiller(*pair, settings)
@@ -466,6 +468,7 @@ def chat(
     adapter: AdapterFolder = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
+    kv_cache: KVCache = None,
     pairs: Pairs = None,
 ) -> None:
     """Talk with a model: ChatGLM-6B, or another GLM by questions and answers."""
@@ -481,7 +484,7 @@ def chat(
         from gmask.checkpoints.load import load
         from gmask.generation.chat import Chat
 
-        network, tokenizer = load(chosen, dtype=dtype, quantize=quantize, adapter=adapter)
+        network, tokenizer = load(chosen, dtype=dtype, quantize=quantize, adapter=adapter, kv_cache=kv_cache)
     conversation = Chat(network, tokenizer, context_length=context_length, **settings)
     _note_context(conversation.chatter.context_length, network.config.max_position_embeddings)
     if history is not None:

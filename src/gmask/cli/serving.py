@@ -16,6 +16,7 @@ from gmask.cli.options import (
     AdapterFolder,
     Dtype,
     Host,
+    KVCache,
     Port,
     Quantize,
     base_of,
@@ -80,6 +81,7 @@ def serve(
     port: Port = 8000,
     api_key_file: KeyFile = None,
     quantize: Quantize = None,
+    kv_cache: KVCache = None,
     dtype: Dtype = None,
     adapter: Adapters = None,
     log_prompts: LogPrompts = False,
@@ -100,11 +102,11 @@ def serve(
     from gmask.serving.middleware import log_as_json
 
     sockets = open_port(host, port)  # before the model, which takes a while
-    network, tokenizer = load(name, dtype=dtype, quantize=quantize, adapter=fixed)
+    network, tokenizer = load(name, dtype=dtype, quantize=quantize, adapter=fixed, kv_cache=kv_cache)
     chat_backend = None
     if model is None and fixed is None:  # the first was not tuned for conversations
         chat_backend = make_backend(
-            *load(CHAT_MODEL, dtype=dtype, quantize=quantize), name=CHAT_MODEL, settings=settings
+            *load(CHAT_MODEL, dtype=dtype, quantize=quantize, kv_cache=kv_cache), name=CHAT_MODEL, settings=settings
         )
     log_as_json()
     if host not in LOOPBACK and not settings.api_keys:
@@ -223,6 +225,7 @@ def webui(
     adapter: AdapterFolder = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
+    kv_cache: KVCache = None,
 ) -> None:
     """Open a page in the browser: fill blanks and chat, in English and Chinese."""
     if model is not None:
@@ -244,7 +247,7 @@ def webui(
     with contextlib.ExitStack() as stack:
         backends = []
         for name in names:
-            network, tokenizer = load(name, dtype=dtype, quantize=quantize, adapter=adapter)
+            network, tokenizer = load(name, dtype=dtype, quantize=quantize, adapter=adapter, kv_cache=kv_cache)
             backends.append(make_backend(network, tokenizer, name=default_model_name(name)))
             stack.callback(backends[-1].close)
         serve_page(draw_page(backends[0], chat_backend=backends[-1], language=language), host, port, share=share)

@@ -20,7 +20,7 @@ from gmask.architectures import class_of
 from gmask.checkpoints.folder import Config, Folder
 from gmask.checkpoints.zoo import Family
 from gmask.errors import GmaskError
-from gmask.models.cache import capacity_for
+from gmask.models.cache import capacity_for, position_bytes
 from gmask.models.chatglm import ChatGLMConfig
 from gmask.models.glm import GLMConfig
 from gmask.quantization.kernels import ROW_CHUNK, available_paths
@@ -71,6 +71,7 @@ def estimate_inference(
     context_length: int = 2048,
     batch_size: int = 1,
     device_kind: DeviceKind = "cpu",
+    kv_cache: str | None = None,
 ) -> MemoryEstimate:
     """Estimates the memory that a model takes to answer prompts, without loading it.
 
@@ -84,6 +85,7 @@ def estimate_inference(
         context_length: tokens of the prompt and its answer together.
         batch_size: prompts that are answered at once.
         device_kind: of the device. The figures of GPUs have not been measured.
+        kv_cache: as of `gmask.load`. A prompt is read with keys and values in ``dtype``.
 
     Raises:
         GmaskError: a length or size below 1, a GLM with fewer positions, a form that does not fit the model, or a
@@ -92,18 +94,16 @@ def estimate_inference(
     config = read_shape_config(model) if isinstance(model, Path) else model
     _check_lengths(config, context_length, batch_size)
     shaped = shape_at(config, dtype=dtype, form=form)
+    positions = batch_size * capacity_for(context_length)  # with the spare ones
+    cache = positions * position_bytes(config, dtype, kv_cache)
+    read = cache if kv_cache is None else batch_size * context_length * position_bytes(config, dtype, None)
+    working = _working_bytes(shaped, dtype=dtype, length=context_length, batch_size=batch_size, kind=device_kind)
     return MemoryEstimate(
         weights=weight_bytes(shaped),
-        cache=cache_bytes(config, dtype=dtype, context_length=context_length, batch_size=batch_size),
-        working=_working_bytes(shaped, dtype=dtype, length=context_length, batch_size=batch_size, kind=device_kind),
+        cache=cache,
+        working=working + max(0, read - cache),
         runtime=INFERENCE_RUNTIME_BYTES[device_kind],
     )
-
-
-def cache_bytes(config: Config, *, dtype: torch.dtype, context_length: int, batch_size: int) -> int:
-    """Bytes of the keys and values of all layers, with the spare positions of each."""
-    positions = batch_size * capacity_for(context_length)
-    return 2 * config.num_hidden_layers * positions * config.hidden_size * dtype.itemsize
 
 
 def _check_lengths(config: Config, context_length: int, batch_size: int) -> None:

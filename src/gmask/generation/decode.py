@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gmask.errors import GmaskError
 from gmask.generation.answers import Hypothesis, StopMatcher
 from gmask.generation.encoding import Context
 from gmask.generation.engine import Budget, Stepper
@@ -48,8 +49,15 @@ def make_decoder(
     Args:
         model, tokenizer, sampler, special: as of `Stepper`.
         batch_size: rows that are decoded together; the samples of one text are never split.
+
+    Raises:
+        GmaskError: beams for a model that holds keys and values in int8.
     """
     if sampling.beams > 1:
+        if model.kv_cache is not None:
+            raise GmaskError(
+                f"beams hold keys and values as they are: leave out kv_cache={model.kv_cache}, or num_beams"
+            )
         return BeamSearch(model, tokenizer, sampler, special, batch_size=batch_size)
     return Stepper(model, tokenizer, sampler, special, budget=Budget(rows=max(batch_size, sampling.n)))
 

@@ -35,7 +35,7 @@ from gmask.generation.sampling import Sampler, SamplerState, top_tokens
 from gmask.generation.settings import Sampling
 from gmask.hardware import free_bytes
 from gmask.infilling.blanks import BlankTokens
-from gmask.models.cache import GrowingCache, SlotCache, capacity_for, total_positions
+from gmask.models.cache import GrowingCache, SlotCache, capacity_for, position_bytes, total_positions
 
 log = logging.getLogger(__name__)
 End = Literal["complete", "cancelled", "timeout", "failed"]
@@ -288,7 +288,7 @@ class Stepper:
         self.prefix: int = getattr(model.config, "pre_seq_len", None) or 0
         self.adapters = adapters or AdapterSet(model, {})
         self.scheduler = Scheduler(budget)
-        self.slots = SlotCache(model.config.num_hidden_layers)
+        self.slots = self._empty_slots()
         self.rows: list[RunningSample] = []
         self.prompt_tokens = self.answer_tokens = self.steps = self.submitted = 0
         self.ends: Counter[End] = Counter()
@@ -342,11 +342,14 @@ class Stepper:
     def has_work(self) -> bool:
         return bool(self.rows or self.scheduler)
 
+    def _empty_slots(self) -> SlotCache:
+        return SlotCache(self.model.config.num_hidden_layers, is_int8=self.model.kv_cache == "int8")
+
     def clear(self) -> None:
         """Drops all waiting and running requests, and frees their memory."""
         self.scheduler.clear()
         self.rows.clear()
-        self.slots = SlotCache(self.model.config.num_hidden_layers)
+        self.slots = self._empty_slots()
         self.submitted = 0
 
     def prepare(self, request: Request, on_progress: OnProgress | None = None, *, seed: int) -> Submission:
@@ -383,7 +386,8 @@ class Stepper:
         contexts = [submission.request.context for submission in batch]
         copies = [submission.request.sampling.n for submission in batch]
         input_ids, layout, is_real = stack_prompts(contexts, self.special, self.model.device)
-        cache = GrowingCache(self.model.config, spare=not self.rows and is_real is None)  # for the slots to take over
+        is_taken = not self.rows and is_real is None and self.model.kv_cache is None  # as the slots of these rows
+        cache = GrowingCache(self.model.config, spare=is_taken)
         with self.adapters.only(batch[0].request.adapter):
             outputs = self.model(
                 input_ids=input_ids,
@@ -672,7 +676,7 @@ class Engine(Stepper):
         log.error("a decoding step failed", exc_info=error)
         submissions = self._held()
         self.rows.clear()
-        self.slots = SlotCache(self.model.config.num_hidden_layers)
+        self.slots = self._empty_slots()
         for submission in submissions:
             self._give_up(submission, "failed", error)
 
@@ -692,9 +696,7 @@ class Engine(Stepper):
 
 
 def _default_positions(model: PreTrainedModel, rows: int) -> int:
-    config = model.config
-    positions: int = config.max_position_embeddings
-    position_bytes: int = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
-    fitting = free_bytes(model.device) // 2 // position_bytes
+    positions: int = model.config.max_position_embeddings
+    fitting = free_bytes(model.device) // 2 // position_bytes(model.config, model.dtype, model.kv_cache)
     one = total_positions([2 * positions])  # the longest context, and as long an answer
     return max(one, min(fitting, max(one, rows * capacity_for(positions // 4))))

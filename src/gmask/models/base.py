@@ -31,8 +31,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from gmask.errors import GmaskError, one_line
 from gmask.files import refuse_placeholder
-from gmask.hardware import cpu_instructions, has_bfloat16, is_amd, prefers_onednn
-from gmask.models.cache import GrowingCache
+from gmask.hardware import cpu_instructions, has_bfloat16, is_amd, onednn_from
+from gmask.models.cache import GrowingCache, dequantize_states
 from gmask.models.layout import block_mask, build_mask, continues, resolve_sequences
 from gmask.models.tensor_parallel import check_division, check_processes
 from gmask.native import ops as native
@@ -91,7 +91,7 @@ class Linear(nn.Linear):
 
     - A bfloat16 weight: the package's kernel, if the CPU has no instructions for bfloat16, or there are few rows.
     - A float32 weight, few rows: the package's kernel, where MKL is slow.
-    - A float32 weight, many rows, no gradients: oneDNN, where MKL is slow (`gmask.hardware.prefers_onednn`).
+    - A float32 weight, many rows, no gradients: oneDNN, where MKL is slow (`gmask.hardware.onednn_from`).
     - Else torch's own product.
     """
 
@@ -103,7 +103,7 @@ class Linear(nn.Linear):
         if weight.dtype == torch.float32:
             if 1 < rows <= few_float32_rows() and native.can_multiply(input, weight, bias) and not _is_autocast():
                 return native.multiply(input, weight, bias)
-            if rows >= ONEDNN_ROWS and self._is_plain(input) and prefers_onednn():
+            if rows >= ONEDNN_ROWS and weight.numel() >= onednn_from() and self._is_plain(input):
                 return torch.ops.mkldnn._linear_pointwise.default(input, weight, bias, "none", [], "")  # type: ignore[no-any-return]
         elif native.can_multiply(input, weight, bias) and (lacks_bfloat16() or rows <= few_rows()):
             return native.multiply(input, weight, bias)
@@ -256,7 +256,10 @@ class SelfAttention(nn.Module):
         if implementation == FLEX and not by_blocks:
             implementation = "sdpa"  # a cache, or rows of any length
         weights = None
-        if implementation == "sdpa" and dropout == 0 and native.can_attend(query, key, value, attention_mask):
+        is_native = implementation == "sdpa" and dropout == 0 and native.can_attend(query, key, value, attention_mask)
+        if native.is_rounded(key, self.head_dim) and not is_native:
+            key, value = dequantize_states(key, query.dtype), dequantize_states(value, query.dtype)
+        if is_native:
             mixed = native.attend(query, key, value, attention_mask, scaling=self.scaling)
         elif implementation == "sdpa" and dropout == 0 and MatrixAttention.takes(query, key, attention_mask):
             mixed = MatrixAttention.apply(query, key, value, attention_mask, self.scaling)  # type: ignore[no-untyped-call]
@@ -627,6 +630,9 @@ class PrefixLMPreTrainedModel(StrictLoadingMixin, QuantizingMixin, PreTrainedMod
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_set_attn_implementation_cached_value = True  # else transformers searches the source file of the model
+
+    kv_cache: str | None = None
+    """``"int8"`` for keys and values in int8, once a context is read; None for the dtype of the activations."""
 
 
 class PrefixLMModel(PrefixLMPreTrainedModel):

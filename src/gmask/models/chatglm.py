@@ -40,6 +40,7 @@ from gmask.models.generate import PrefixLMForConditionalGeneration
 from gmask.models.layout import continues, keep_positions
 from gmask.models.reward import RewardHead
 from gmask.native import ops as native
+from gmask.quantization.linear import feed_forward_at_once
 from gmask.quantization.quantizer import QuantizationConfig
 
 PUBLISHED_LAYERS = 28
@@ -212,7 +213,7 @@ def rotary_tables(positions: Tensor, frequencies: Tensor, *, dtype: torch.dtype)
 
 
 def apply_rotary(states: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates the channels of queries or keys ``[B, N, T, D]`` by the angles of `rotary_tables`."""
+    """Rotates channels ``[B, N, T, G * R]`` by the angles of `rotary_tables`."""
     if native.can_rotate(states, tables[0]):
         return native.rotate(states, *tables)
     cos, sin = (table.to(states.dtype) for table in tables)
@@ -292,8 +293,8 @@ class ChatGLMAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         batch, length, _ = hidden_states.shape
         fused = self.query_key_value(hidden_states).view(batch, length, -1, 3 * self.head_dim)
-        query, key, value = fused.transpose(1, 2).chunk(3, dim=-1)  # B N T D
-        query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+        unturned, value = fused.transpose(1, 2).split((2 * self.head_dim, self.head_dim), dim=-1)
+        query, key = apply_rotary(unturned, rotary).chunk(2, dim=-1)  # B N T D
         return self.attend(query, key, value, prefix, attention_mask, past_key_values, **kwargs)
 
 
@@ -323,8 +324,12 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         normed = self.input_layernorm(hidden_states)
         mixed, _ = self.attention(normed, prefix, keep=keep, **kwargs)
         normed = keep_positions(normed, keep)
-        normed = self.post_attention_layernorm(torch.add(mixed, normed, alpha=self.alpha))
-        return torch.add(self.mlp(normed), normed, alpha=self.alpha)
+        norm, mlp = self.post_attention_layernorm, self.mlp
+        done = feed_forward_at_once(mixed, normed, norm, mlp, mlp.dense_h_to_4h, mlp.dense_4h_to_h, alpha=self.alpha)
+        if done is not None:
+            return done
+        normed = norm(torch.add(mixed, normed, alpha=self.alpha))
+        return torch.add(mlp(normed), normed, alpha=self.alpha)
 
 
 class ChatGLMPreTrainedModel(PrefixLMPreTrainedModel):
@@ -364,11 +369,16 @@ class ChatGLMModel(ChatGLMPreTrainedModel, PrefixLMModel):
         return visible_from_published(attention_mask, length, cache)
 
     def rotary_tables(self, layout: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Returns the tables of a layout: for two groups of channels, or for one if the config has 1-D positions."""
+        """Returns the tables of a layout, for queries and keys side by side, which are rotated in one call.
+
+        Each has two groups of channels, or one if the config has 1-D positions.
+        """
         positions = layout if self.config.position_encoding_2d else layout[:, :1]
         frequencies = inverse_frequencies(self.config.head_dim // positions.shape[1], device=layout.device)
         return rotary_tables(
-            positions, frequencies, dtype=dtype if self.config.rotary_dtype == "module" else torch.float32
+            positions.repeat(1, 2, 1),
+            frequencies,
+            dtype=dtype if self.config.rotary_dtype == "module" else torch.float32,
         )
 
     def _run_layers(

@@ -1,6 +1,7 @@
 """The package's own C++ library.
 
-It has products with int8, int4, bfloat16 and float32 weights, attention of one query, GELU, rotary positions.
+It has products with int8, int4, bfloat16 and float32 weights, attention of one query, keys and values in int8, GELU,
+rotary positions, and the second half of a block with quantized weights.
 
 The library beside this file is built when the package is installed, if there is a C++ compiler (setup.py); nothing is
 compiled later. It has a plain C interface, so that it does not depend on the versions of Python and torch.
@@ -36,6 +37,34 @@ INSTRUCTION_SETS = (  # as csrc/kernels.h
 )
 LIBRARY = Path(__file__).with_name("_native.dll" if sys.platform == "win32" else "_native.so")
 NUMBER_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+STORED_TYPES = {**NUMBER_TYPES, torch.int8: 2}  # of keys and values
+
+
+class LinearPointers(ctypes.Structure):
+    """A quantized weight and its bias, for `feed_forward`; the tensors must live as long (csrc/api.h: GmaskLinear)."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("data", "scale", "bias")),
+        *((name, ctypes.c_int64) for name in ("outputs", "columns", "group")),
+        *((name, ctypes.c_int32) for name in ("bits", "half_scale", "bias_type")),
+    )
+
+    @classmethod
+    def to(
+        cls, blocks: Tensor, scale: Tensor, bias: Tensor | None, *, bits: int, outputs: int, columns: int
+    ) -> "LinearPointers":
+        """Arguments as of `matmul_native`; the bias is contiguous, and in one of `NUMBER_TYPES`."""
+        return cls(
+            blocks.data_ptr(),
+            scale.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            outputs,
+            columns,
+            columns // scale.shape[1],
+            bits,
+            scale.dtype == torch.float16,
+            NUMBER_TYPES[torch.float32 if bias is None else bias.dtype],
+        )
 
 
 @cache
@@ -53,7 +82,10 @@ def open_library() -> ctypes.CDLL | None:
     library.gmask_pack.argtypes = [size, pointer, pointer, count, count, size]
     library.gmask_gelu.argtypes = [size, pointer, pointer, count, size]
     library.gmask_rotate.argtypes = [size] * 2 + [pointer] * 5 + [count] * 5 + [size]
-    library.gmask_attention.argtypes = [size] * 2 + [pointer] * 6 + [count] * 4 + [ctypes.c_float, size]
+    library.gmask_attention.argtypes = [size] * 3 + [pointer] * 6 + [count] * 4 + [ctypes.c_float, size]
+    library.gmask_round.argtypes = [size] * 2 + [pointer] * 3 + [count] * 4 + [size]
+    library.gmask_feed_forward.argtypes = [size, *[ctypes.POINTER(LinearPointers)] * 2, *[pointer] * 2]
+    library.gmask_feed_forward.argtypes += [ctypes.c_float] * 2 + [pointer] * 4 + [count, size]
     return library
 
 
@@ -226,14 +258,19 @@ HEAD_STEP, MAX_HEAD = 16, 512  # csrc/kernels.h: kHeadStep, csrc/exponential.h: 
 
 
 def can_attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> bool:
-    """Returns True if `attend` takes these tensors: one query, on the CPU, float32 or bfloat16, without gradients."""
+    """Returns True if `attend` takes these tensors: one query, on the CPU, float32 or bfloat16, without gradients.
+
+    Keys and values have the dtype of the query, or are int8 as `round_states` writes them.
+    """
+    size = query.shape[-1]
     return (
         query.shape[2] == 1
         and _are_served(query, key, value)
         and query.dtype in NUMBER_TYPES
-        and query.dtype == key.dtype == value.dtype
-        and query.shape[-1] % HEAD_STEP == 0
-        and query.shape[-1] <= MAX_HEAD
+        and key.dtype == value.dtype
+        and (key.shape[-1] == size if key.dtype == query.dtype else is_rounded(key, size))
+        and size % HEAD_STEP == 0
+        and size <= MAX_HEAD
         and query.shape[1] == key.shape[1]
         and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
         and (visible is None or (visible.dtype == torch.bool and visible.shape[1:3] == (1, 1)))
@@ -247,7 +284,7 @@ def attend(
 
     Args:
         query: ``[B, N, 1, D]``.
-        key, value: ``[B, N, K, D]``, the last axis contiguous.
+        key, value: ``[B, N, K, D]``, the last axis contiguous; or int8 ``[B, N, K, D + 4]`` of `round_states`.
         visible: boolean ``[B, 1, 1, K]``, or None if all keys are visible. A query that sees no key gets zeros.
         isa: one of `instruction_sets`, instead of the fastest.
 
@@ -267,6 +304,7 @@ def attend(
         "gmask_attention",
         _number_of(isa),
         NUMBER_TYPES[query.dtype],
+        STORED_TYPES[key.dtype],
         query.data_ptr(),
         key.data_ptr(),
         value.data_ptr(),
@@ -279,6 +317,50 @@ def attend(
         size,
         scaling,
         purpose="the attention of one query",
+    )
+    return out
+
+
+STEP_BYTES = 4  # csrc/kernels.h: kStepBytes
+
+
+def is_rounded(states: Tensor, size: int) -> bool:
+    """Whether keys or values of head size ``size`` are int8, as `round_states` returns them."""
+    return states.dtype == torch.int8 and states.shape[-1] == size + STEP_BYTES
+
+
+def can_round(states: Tensor) -> bool:
+    """Returns True if `round_states` takes these: float32 or bfloat16 on the CPU, without gradients."""
+    return (
+        states.dtype in NUMBER_TYPES and states.shape[-1] <= MAX_HEAD and states.stride(-1) == 1 and _are_served(states)
+    )
+
+
+def round_states(states: Tensor, *, isa: str | None = None) -> Tensor:
+    """Rounds keys or values to int8: each head of each position to multiples of a 127th of its largest number.
+
+    Args:
+        states: ``[B, N, K, D]``.
+        isa: one of `instruction_sets`, instead of the fastest.
+
+    Returns:
+        int8 ``[B, N, K, D + 4]``: the D multiples, and the bytes of the float32 step, which is NaN if a number was not
+        finite.
+    """
+    batch, heads, length, size = states.shape
+    out = torch.empty(batch, heads, length, size + STEP_BYTES, dtype=torch.int8)
+    _call(
+        "gmask_round",
+        _number_of(isa),
+        NUMBER_TYPES[states.dtype],
+        states.data_ptr(),
+        out.data_ptr(),
+        _as_array(states.stride()[:3]),
+        batch,
+        heads,
+        length,
+        size,
+        purpose="the rounding of keys and values",
     )
     return out
 
@@ -296,6 +378,62 @@ def gelu(x: Tensor, *, isa: str | None = None) -> Tensor:
     """
     out = torch.empty_like(x)
     _call("gmask_gelu", _number_of(isa), x.data_ptr(), out.data_ptr(), x.numel(), purpose="GELU")
+    return out
+
+
+def can_feed_forward(x: Tensor, residual: Tensor, *parameters: Tensor) -> bool:
+    """Returns True if `feed_forward` takes these states, normalization and biases: on the CPU, without gradients."""
+    return (
+        x.dtype == residual.dtype == torch.bfloat16
+        and x.is_contiguous()
+        and residual.is_contiguous()
+        and all(parameter.dtype in NUMBER_TYPES and parameter.is_contiguous() for parameter in parameters)
+        and _are_served(x, residual, *parameters)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def feed_forward(
+    x: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    up: LinearPointers,
+    down: LinearPointers,
+    *,
+    epsilon: float,
+    alpha: float,
+    isa: str,
+) -> Tensor:
+    """Returns ``alpha * n + down(gelu(up(n)))``, where n is the layer normalization of ``x + alpha * residual``.
+
+    Each of these operations rounds its result to bfloat16.
+
+    Args:
+        x, residual: bfloat16 ``[..., H]``, contiguous.
+        norm_weight, norm_bias: bfloat16 ``[H]``.
+        up, down: quantized weights ``[I, H]`` and ``[H, I]``.
+        isa: one of `instruction_sets`.
+    """
+    size, out = up.columns, torch.empty_like(x)
+    rows = x.numel() // size
+    room = torch.empty(2 * rows * (size + up.outputs), dtype=x.dtype)
+    _call(
+        "gmask_feed_forward",
+        _number_of(isa),
+        up,
+        down,
+        norm_weight.data_ptr(),
+        norm_bias.data_ptr(),
+        epsilon,
+        alpha,
+        x.data_ptr(),
+        residual.data_ptr(),
+        room.data_ptr(),
+        out.data_ptr(),
+        rows,
+        purpose="the second half of a block",
+    )
     return out
 
 

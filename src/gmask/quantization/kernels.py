@@ -241,7 +241,8 @@ def _multiply(rows: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor
         served = rows.float() if dtype == torch.float16 else rows
         y = native.matmul_native(
             served, packed.data, packed.scale, bias, bits=packed.bits, outputs=packed.outputs, isa=packed.path
-        ).to(dtype)
+        )
+        y = y if served is rows else y.to(dtype)  # a cast to the same type takes as long as half of the call
     elif packed.path == "triton" and dtype in TRITON_DTYPES and (triton_kernels := _triton_kernels(rows.device)):
         y = triton_kernels.matmul_triton(
             rows, packed.data, packed.scale, bias, bits=packed.bits, group_size=packed.group_size

@@ -13,9 +13,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from gmask.native import ops as native
 from gmask.quantization.aten import unpack_rows_aten
 from gmask.quantization.formats import check_format, dequantize, pack_integers, quantize, unpack_blocks, unpack_integers
-from gmask.quantization.kernels import PackedWeight, matmul, repack_weight
+from gmask.quantization.kernels import NATIVE_PATHS, PackedWeight, matmul, repack_weight
 
 SCALE_DTYPE = torch.float16  # of the published checkpoints
 _packing = threading.Lock()  # threads may share a model
@@ -225,6 +226,43 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody else takes part in the calls of a module: by hooks, or by a ``forward`` of its own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def feed_forward_at_once(
+    x: Tensor, residual: Tensor, norm: nn.LayerNorm, mlp: nn.Module, up: nn.Module, down: nn.Module, *, alpha: float
+) -> Tensor | None:
+    """The second half of a block with quantized layers, in one call of the library: as of `native.ops.feed_forward`.
+
+    Args:
+        mlp: the module that has ``up`` and ``down``, and GELU between them.
+
+    Returns:
+        bfloat16 ``[..., H]``; None where the modules have to be called one by one: other layers or paths, hooks, other
+        types, gradients, graphs.
+    """
+    if type(up) is not QuantLinear or type(down) is not QuantLinear or type(norm) is not nn.LayerNorm:
+        return None
+    if any(_is_watched(module) for module in (norm, mlp, up, down)):
+        return None
+    biases = up._parameters["bias"], down._parameters["bias"]
+    parameters = [one for one in (norm.weight, norm.bias, *biases) if one is not None]
+    if norm.bias is None or not native.can_feed_forward(x, residual, *parameters):
+        return None
+    wide, narrow = up.product(), down.product()
+    if norm.weight.dtype != torch.bfloat16 or wide.path not in NATIVE_PATHS or wide.path != narrow.path:
+        return None
+    first, second = (
+        native.LinearPointers.to(one.data, one.scale, bias, bits=one.bits, outputs=one.outputs, columns=one.columns)
+        for one, bias in zip((wide, narrow), biases, strict=True)
+    )
+    return native.feed_forward(
+        x, residual, norm.weight, norm.bias, first, second, epsilon=norm.eps, alpha=alpha, isa=wide.path
+    )
 
 
 class QuantEmbedding(QuantizedLayer, nn.Embedding):

@@ -16,7 +16,7 @@ class Activations {
         rows_(rows),
         units_(new uint32_t[size_t(rows_) * size_t(row_units_)]) {
     const int64_t row_bytes = row.columns * (row.type == kBfloat16 ? 2 : 4);
-    share(tiles(), 1, threads, [&](int64_t tile, int64_t) {
+    share_each(tiles(), threads, [&](int64_t tile) {
       for (int64_t m = 0; m < rows_of(tile); ++m) {
         Row one = row;
         one.x = static_cast<const uint8_t*>(row.x) + (tile * kMaxTile + m) * row_bytes;

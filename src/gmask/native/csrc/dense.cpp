@@ -55,7 +55,8 @@ void multiply_few(const Dense<NUMBER>& dense, int threads) {
   const int64_t width = is_one ? 1 : 2;
   const Tiles tiles = {dense.rows};
   const int64_t blocks = (dense.output.outputs + kRows - 1) / kRows;
-  share(blocks, std::max<int64_t>(1, blocks / (8 * std::max(threads, 1))), threads, [&](int64_t first, int64_t last) {
+  const int64_t worth = std::max<int64_t>(1, kWorthAThread / (2 * kRows * dense.columns));
+  share(blocks, worth, threads, [&](int64_t first, int64_t last) {
     for (int64_t index = first; index < last; ++index) {
       const int64_t start = index * kRows, count = std::min<int64_t>(kRows, dense.output.outputs - start);
       float out[kFewRows * kRows];
@@ -110,7 +111,7 @@ void multiply_many(const Dense<uint16_t>& dense, int threads) {
     const Row first = {part.x, kBfloat16, 16, dense.columns, dense.columns, dense.columns};
     const Activations activations(fill_floats, kColumnStep, first, part.rows, threads);
     constexpr int64_t kTiles = kBand / kMaxTile;
-    share((dense.output.outputs + kRows - 1) / kRows, 1, threads, [&](int64_t index, int64_t) {
+    share_each((dense.output.outputs + kRows - 1) / kRows, threads, [&](int64_t index) {
       for (int64_t tile = 0; tile < activations.tiles(); tile += kTiles)
         multiply_block(part, activations, index, tile, std::min(tile + kTiles, activations.tiles()));
     });
@@ -131,7 +132,7 @@ void multiply_in_bfloat16(const Dense<uint16_t>& dense, int threads) {
         for (int64_t m = tiles.first(tile); m < tiles.first(tile + 1); ++m, to += kDenseStep)
           std::memcpy(to, dense.x + (row + m) * dense.columns + k, 2 * kDenseStep);
   }
-  share((dense.output.outputs + kRows - 1) / kRows, 1, threads, [&](int64_t index, int64_t) {
+  share_each((dense.output.outputs + kRows - 1) / kRows, threads, [&](int64_t index) {
     const int64_t start = index * kRows, count = std::min<int64_t>(kRows, dense.output.outputs - start);
     for (int64_t row = 0; row < dense.rows; row += kTogether) {
       const int64_t rows = rows_from(row).rows;

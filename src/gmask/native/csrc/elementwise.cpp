@@ -7,7 +7,7 @@ GMASK_API int gmask_gelu(int isa, const void* x, void* out, int64_t count, int t
   using namespace gmask;
   const Kernels* kernels = find_kernels(isa, kBfloat16);
   if (kernels == nullptr || count < 0) return 1;
-  share(count, int64_t(16) << 10, threads, [&](int64_t first, int64_t last) {
+  share(count, int64_t(4) << 10, threads, [&](int64_t first, int64_t last) {
     kernels->gelu(static_cast<const uint16_t*>(x) + first, static_cast<uint16_t*>(out) + first, last - first);
   });
   return 0;

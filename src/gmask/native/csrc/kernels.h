@@ -24,7 +24,9 @@ constexpr int kPrefetch = 3072;   // bytes read ahead; from 2 to 6 KB serve alik
 enum Isa {
   kPortable, kNeon, kAvx2, kAvx2Int8, kAvxVnni, kAvx512, kAvx512Vnni, kAvx512Bf16, kNeonDotprod, kNeonI8mm, kIsaCount
 };
-enum Type { kFloat32 = 0, kBfloat16 = 1 };
+enum Type { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
+
+constexpr int bytes_of(int type) { return type == kFloat32 ? 4 : type == kBfloat16 ? 2 : 1; }
 
 struct Block {
   const uint8_t* data;
@@ -50,9 +52,9 @@ struct Row {
 // two apart would fall into the same few cache lines).
 using FillFunction = void (*)(const Row& row, int64_t step, uint32_t* to);
 
-// The query of one head, and what it attends to.
+// The query of one head, and what it attends to. Keys and values that are int8 have their step, a float32, behind them.
 struct Head {
-  Type type;
+  Type type, stored;                  // of the query and of what is written; of the keys and values
   const void *query, *keys, *values;  // [size], [length][size], [length][size]
   const uint8_t* visible;             // [length], 0 = hidden; or null
   int64_t key_step, value_step, visible_step, length, size;
@@ -64,6 +66,11 @@ struct Head {
 constexpr int kHeadStep = 16;  // the head size is a multiple of it
 
 using HeadFunction = void (*)(const Head& head);
+
+constexpr int64_t kStepBytes = 4;  // behind the int8 numbers of a key or value
+
+// Writes `size` numbers, at most kMaxHead, as int8 multiples of a 127th of the largest one, and this step behind them.
+using RoundFunction = void (*)(Type type, const void* x, int64_t size, uint8_t* out);
 
 // x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 * x^3)), the tanh form of GELU, of bfloat16 numbers.
 using GeluFunction = void (*)(const uint16_t* x, uint16_t* out, int64_t count);
@@ -78,6 +85,18 @@ struct Turn {
 };
 
 using TurnFunction = void (*)(const Turn& turn);
+
+// out = x + factor * y, of bfloat16 numbers.
+using AddMultipleFunction = void (*)(const uint16_t* x, const uint16_t* y, float factor, uint16_t* out, int64_t count);
+
+// Layer normalization of a row of bfloat16 numbers.
+struct Norm {
+  const uint16_t *weight, *bias;
+  float epsilon;
+  int64_t size;
+};
+
+using NormalizeFunction = void (*)(const Norm& norm, const uint16_t* x, uint16_t* out);
 
 struct DenseRows {
   const void* weight;  // of the type that the function is for
@@ -116,6 +135,9 @@ struct Kernels {
   HeadFunction attend;
   GeluFunction gelu;
   TurnFunction turn;
+  RoundFunction round;
+  AddMultipleFunction add_multiple;
+  NormalizeFunction normalize;
   FillDenseFunction fill_dense;
   PackDenseFunction pack_dense;
   DenseFunction dense[2][2][Tiles::kMost];  // [Type][rows of the weight - 1][M - 1]
@@ -185,11 +207,16 @@ inline float from_bits(uint32_t bits) {
   return value;
 }
 
+inline uint32_t to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
 inline float bfloat16_to_float(uint16_t value) { return from_bits(uint32_t(value) << 16); }
 
 inline uint16_t float_to_bfloat16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t bits = to_bits(value);
   const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
   return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded);  // NaN stays NaN
 }

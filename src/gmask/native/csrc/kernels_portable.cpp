@@ -1,5 +1,8 @@
 // The kernels for any CPU, four floats at a time, and for ARM, where the four are a NEON register.
+#include <cmath>
+
 #include "exponential.h"
+#include "integers.h"
 #include "kernels.h"
 #include "vector.h"
 
@@ -50,11 +53,17 @@ struct FourFloats {
   GMASK_INLINE type load_bfloat16(const uint16_t* x) {
     return Four{bfloat16_to_float(x[0]), bfloat16_to_float(x[1]), bfloat16_to_float(x[2]), bfloat16_to_float(x[3])};
   }
+  GMASK_INLINE type load_int8(const int8_t* x) {
+    return Four{float(x[0]), float(x[1]), float(x[2]), float(x[3])};
+  }
   GMASK_INLINE type add(type a, type b) { return a + b; }
   GMASK_INLINE float sum(type a) {
     float x[4];
     store(x, a);
     return (x[0] + x[1]) + (x[2] + x[3]);
+  }
+  GMASK_INLINE void sums(const type (&a)[4], float* out) {
+    for (int i = 0; i < 4; ++i) out[i] = sum(a[i]);
   }
   GMASK_INLINE type multiply_add(type a, type b, type c) { return a * b + c; }
 #ifdef GMASK_GNU_VECTORS
@@ -141,12 +150,20 @@ struct Neon {
   GMASK_INLINE type load_bfloat16(const uint16_t* x) {
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(x), 16));
   }
+  GMASK_INLINE type load_int8(const int8_t* x) {
+    uint32_t word;
+    std::memcpy(&word, x, sizeof word);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(word)))));
+  }
   GMASK_INLINE words load_words(const uint8_t* data) { return vreinterpretq_u32_u8(vld1q_u8(data)); }
   GMASK_INLINE type every_other(words pairs, int first) {
     return vreinterpretq_f32_u32(first ? vandq_u32(pairs, vdupq_n_u32(0xffff0000)) : vshlq_n_u32(pairs, 16));
   }
   GMASK_INLINE type add(type a, type b) { return vaddq_f32(a, b); }
   GMASK_INLINE float sum(type a) { return vaddvq_f32(a); }
+  GMASK_INLINE void sums(const type (&a)[4], float* out) {
+    vst1q_f32(out, vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])));
+  }
   GMASK_INLINE type multiply_add(type a, type b, type c) { return vfmaq_f32(c, a, b); }
   GMASK_INLINE type from_int8(const uint8_t* data, int byte) {
     const uint32x4_t words = vshlq_u32(vreinterpretq_u32_u8(vld1q_u8(data)), vdupq_n_s32(24 - 8 * byte));
@@ -190,6 +207,9 @@ const Kernels& portable_kernels() {
                                   portable_attend,
                                   portable_gelu,
                                   portable_turn,
+                                  portable_round,
+                                  portable_add_multiple,
+                                  portable_normalize,
                                   portable_fill_dense,
                                   portable_pack_dense,
                                   GMASK_DENSE(portable_dense)};
@@ -204,6 +224,9 @@ const Kernels& neon_kernels() {
                                   neon_attend,
                                   neon_gelu,
                                   neon_turn,
+                                  neon_round,
+                                  neon_add_multiple,
+                                  neon_normalize,
                                   neon_fill_dense,
                                   neon_pack_dense,
                                   GMASK_DENSE(neon_dense)};

@@ -1,5 +1,8 @@
 // The AVX2 and AVX-512 kernels, each built for its instructions by attribute: one file serves every x86.
+#include <cmath>
+
 #include "exponential.h"
+#include "integers.h"
 #include "kernels.h"
 #include "vector.h"
 
@@ -54,6 +57,9 @@ struct Avx2 {
     const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
   }
+  TARGET_AVX2 GMASK_INLINE type load_int8(const int8_t* x) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
+  }
   TARGET_AVX2 GMASK_INLINE words load_words(const uint8_t* data) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data));
   }
@@ -67,6 +73,10 @@ struct Avx2 {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+  TARGET_AVX2 GMASK_INLINE void sums(const type (&a)[4], float* out) {
+    const type pairs = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
   }
   TARGET_AVX2 GMASK_INLINE type multiply_add(type a, type b, type c) { return _mm256_fmadd_ps(a, b, c); }
   TARGET_AVX2 GMASK_INLINE type from_int8(const uint8_t* data, int byte) {
@@ -100,6 +110,9 @@ struct Avx512 {
     const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
   }
+  TARGET_AVX512 GMASK_INLINE type load_int8(const int8_t* x) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+  }
   TARGET_AVX512 GMASK_INLINE words load_words(const uint8_t* data) { return _mm512_loadu_si512(data); }
   TARGET_AVX512 GMASK_INLINE type every_other(words pairs, int first) {
     return _mm512_castsi512_ps(first ? _mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000)))
@@ -108,6 +121,12 @@ struct Avx512 {
   TARGET_AVX512 GMASK_INLINE void store(float* out, type a) { _mm512_storeu_ps(out, a); }
   TARGET_AVX512 GMASK_INLINE type add(type a, type b) { return _mm512_add_ps(a, b); }
   TARGET_AVX512 GMASK_INLINE float sum(type a) { return _mm512_reduce_add_ps(a); }
+  TARGET_AVX512 GMASK_INLINE void sums(const type (&a)[4], float* out) {
+    Avx2::type half[4];
+    GMASK_UNROLL for (int i = 0; i < 4; ++i)
+      half[i] = _mm256_add_ps(_mm512_castps512_ps256(a[i]), _mm512_extractf32x8_ps(a[i], 1));
+    Avx2::sums(half, out);
+  }
   TARGET_AVX512 GMASK_INLINE type multiply_add(type a, type b, type c) { return _mm512_fmadd_ps(a, b, c); }
   TARGET_AVX512 GMASK_INLINE type from_int8(const uint8_t* data, int byte) {
     const __m512i words = _mm512_slli_epi32(_mm512_loadu_si512(data), 24 - 8 * byte);
@@ -148,6 +167,9 @@ const Kernels& avx2_kernels() {
                                   avx2_attend,
                                   avx2_gelu,
                                   avx2_turn,
+                                  avx2_round,
+                                  avx2_add_multiple,
+                                  avx2_normalize,
                                   avx2_fill_dense,
                                   avx2_pack_dense,
                                   GMASK_DENSE(avx2_dense)};
@@ -161,6 +183,9 @@ const Kernels& avx512_kernels() {
                                   avx512_attend,
                                   avx512_gelu,
                                   avx512_turn,
+                                  avx512_round,
+                                  avx512_add_multiple,
+                                  avx512_normalize,
                                   avx512_fill_dense,
                                   avx512_pack_dense,
                                   GMASK_DENSE(avx512_dense)};

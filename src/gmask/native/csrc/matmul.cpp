@@ -44,10 +44,8 @@ void run(const Problem& problem, int threads) {
                    problem.padded_group()};
   const Activations activations(problem.kernels->fill, problem.kernels->units[problem.bits == 8], row, problem.rows,
                                 threads);
-  const int64_t worth_a_thread = std::max<int64_t>(1, (int64_t(128) << 10) / problem.block_bytes());
-  // Long pieces, so that memory is read in long runs.
-  const int64_t step = std::max(worth_a_thread, problem.blocks() / (8 * std::max(threads, 1)));
-  share(problem.blocks(), step, threads, [&](int64_t first, int64_t last) {
+  const int64_t worth = std::max<int64_t>(1, kWorthAThread / problem.block_bytes());
+  share(problem.blocks(), worth, threads, [&](int64_t first, int64_t last) {
     for (int64_t index = first; index < last; ++index) multiply_block(problem, activations, index);
   });
 }

@@ -54,7 +54,7 @@ GMASK_API int gmask_pack(int bits, const void* published, void* blocks, int64_t 
   if ((bits != 4 && bits != 8) || rows < 0 || width < 0 || width % 4 != 0) return 1;
   const int64_t words = width / 4;
   ask_for_large_pages(blocks, (rows + kRows - 1) / kRows * kRows * width);
-  share((rows + kRows - 1) / kRows, 1, threads, [&](int64_t index, int64_t) {
+  share_each((rows + kRows - 1) / kRows, threads, [&](int64_t index) {
     const uint8_t* from = static_cast<const uint8_t*>(published) + index * kRows * width;
     uint32_t* to = static_cast<uint32_t*>(blocks) + index * kRows * words;
     const int64_t left = std::min<int64_t>(kRows, rows - index * kRows);

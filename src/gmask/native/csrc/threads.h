@@ -1,4 +1,5 @@
-// How is work shared between threads? A few pieces at a time, so that a thread which the machine holds up does less.
+// How is work shared between threads? Pieces of what is left, each smaller than the one before: a thread which the machine
+// holds up does less, all end together, and memory is read in long runs.
 // Which thread does a piece changes nothing in it. With OpenMP the threads are those that PyTorch's own operations have
 // just used.
 #pragma once
@@ -15,13 +16,22 @@
 
 namespace gmask {
 
-// Calls `work(first, last)` for pieces of [0, count), each `step` long but for the last.
+// The bytes that a thread should have to read before it is worth being told.
+constexpr int64_t kWorthAThread = int64_t(128) << 10;
+
+// Calls `work(first, last)` for pieces of [0, count), each a multiple of `step` long but for the last.
 template <class Work>
 void share(int64_t count, int64_t step, int threads, const Work& work) {
-  threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, (count + step - 1) / step)));
+  const int64_t steps = (count + step - 1) / step;
+  threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, steps)));
   std::atomic<int64_t> next{0};
   const auto take = [&] {
-    for (int64_t first; (first = next.fetch_add(step)) < count;) work(first, std::min(first + step, count));
+    for (int64_t first = next.load(); first < steps;) {
+      const int64_t last = first + std::max<int64_t>(1, (steps - first) / (4 * threads));
+      if (!next.compare_exchange_weak(first, last)) continue;
+      work(first * step, std::min(last * step, count));
+      first = next.load();
+    }
   };
   if (threads == 1) return take();
 #ifdef _OPENMP
@@ -33,6 +43,14 @@ void share(int64_t count, int64_t step, int threads, const Work& work) {
   take();
   for (std::thread& other : others) other.join();
 #endif
+}
+
+// Calls `work(index)` for each of [0, count).
+template <class Work>
+void share_each(int64_t count, int threads, const Work& work) {
+  share(count, 1, threads, [&](int64_t first, int64_t last) {
+    for (int64_t index = first; index < last; ++index) work(index);
+  });
 }
 
 }  // namespace gmask

@@ -15,9 +15,12 @@
 #if defined(__GNUC__)
 #define GMASK_INLINE static inline __attribute__((always_inline))
 #define GMASK_PREFETCH(address) __builtin_prefetch(address)
+// For what is read once: it does not push all else out of the caches.
+#define GMASK_PREFETCH_ONCE(address) __builtin_prefetch(address, 0, 0)
 #else
 #define GMASK_INLINE static inline
 #define GMASK_PREFETCH(address) (void)(address)
+#define GMASK_PREFETCH_ONCE(address) (void)(address)
 #endif
 
 // Has compilers compute a vector here and keep it in a register. They would else load it again for each use, or keep
