@@ -518,9 +518,9 @@ class Tape:
         step, heads = self.step, self.step.config.num_attention_heads // self.step.tensor_parallel
         width = step.config.hidden_size // step.tensor_parallel
         if isinstance(step.config, GLMConfig):
-            query, keys = fused, 0
-        else:  # rotated queries and keys, and the values
-            query, keys = State(step.rows * width, fused.itemsize), 1
+            read = [fused]
+        else:  # rotated queries and keys in one tensor, and the values
+            read = [fused, State(2 * step.rows * width, fused.itemsize)]
             self._keep_angles(fused.itemsize)
         prefix = step.prefix_length * step.batch_size * width
         positions = step.rows * width + prefix
@@ -533,9 +533,9 @@ class Tape:
         if size < fused.itemsize:  # rounded by autocast
             self.keep(State(step.rows * width + 2 * positions, size))
         elif prefix:
-            self.keep(query if keys else fused, State(2 * positions, size))
+            self.keep(read[-1], State(2 * positions, size))  # keys and values with the prefix are copies
         else:
-            self.keep(fused, *(State(step.rows * width, size) for _ in range(2 * keys)))
+            self.keep(*read)
         is_short = step.length + step.prefix_length <= MATRIX_ATTENTION_KEYS
         if size == 2 and not step.is_fused and not step.has_dropout and is_short:
             self.keep(State(weights, size))

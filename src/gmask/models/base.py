@@ -101,7 +101,9 @@ class Linear(nn.Linear):
             return F.linear(input, weight, bias)
         rows = input.numel() // self.in_features
         if weight.dtype == torch.float32:
-            if 1 < rows <= few_float32_rows() and native.can_multiply(input, weight, bias) and not _is_autocast():
+            if rows == 1 or native.is_captured():
+                return F.linear(input, weight, bias)
+            if rows <= few_float32_rows() and native.can_multiply(input, weight, bias) and not _is_autocast():
                 return native.multiply(input, weight, bias)
             if rows >= ONEDNN_ROWS and weight.numel() >= onednn_from() and self._is_plain(input):
                 return torch.ops.mkldnn._linear_pointwise.default(input, weight, bias, "none", [], "")  # type: ignore[no-any-return]
@@ -110,11 +112,10 @@ class Linear(nn.Linear):
         return F.linear(input, weight, bias)
 
     def _is_plain(self, input: Tensor) -> bool:
-        """Whether the product is one of float32 tensors, without gradients, casts or a graph that is being made."""
+        """Whether the product is one of float32 tensors, without gradients or casts."""
         weight, bias = self.weight, self.bias
         return (
-            not native.is_captured()
-            and input.dtype == torch.float32
+            input.dtype == torch.float32
             and (bias is None or bias.dtype == torch.float32)
             and not (
                 torch.is_grad_enabled()
